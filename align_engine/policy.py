@@ -1,0 +1,263 @@
+"""The model, and its LM head inside its own forward.
+
+`fused_head` swaps the head's `forward` for a function of the hidden states during one call, so the model runs as it always
+does (through DDP, FSDP, adapters, checkpointing) and what the function returns comes back in `.logits`:
+
+    with fused_head(model, lambda hidden, head: dpo_loss(hidden, targets=targets, ref_logps=ref, **head).loss):
+        loss = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+Every fact about the head is read from the model, none is guessed: what cannot be read exactly is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from align_engine.errors import BadInput
+
+if TYPE_CHECKING:
+    from align_engine.recipe import ModelSection
+
+HeadFunction = Callable[[Tensor, dict[str, Any]], Tensor]  # (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
+
+# Where transformers' models keep what they do to the head's output: attribute -> (keyword of linear_logprobs, its value).
+LOGIT_ATTRIBUTES: dict[str, tuple[str, Callable[[float], float]]] = {
+    "final_logit_softcapping": ("softcap", float),
+    "logits_soft_cap": ("softcap", float),
+    "logit_scale": ("logit_scale", float),
+    "lm_head_multiplier": ("logit_scale", float),
+    "output_multiplier": ("logit_scale", float),
+    "logits_scaling": ("logit_scale", lambda divisor: 1.0 / divisor),
+}
+NEUTRAL = {"softcap": None, "logit_scale": 1.0}
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside DDP, FSDP, torch.compile and peft wrappers."""
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not hasattr(model, "peft_config"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise BadInput(
+            f"adapter of type {model.active_peft_config.peft_type}: it adds virtual tokens, so that the head's positions "
+            "are not those of the targets; use LoRA"
+        )
+    return model.get_base_model()
+
+
+def head_module(model: nn.Module) -> nn.Module:
+    """The output embedding of the model; raises BadInput where it has none."""
+    module = model.get_output_embeddings()
+    if module is None:
+        raise BadInput(f"{type(model).__name__} has no output embedding: not a causal language model")
+    return module
+
+
+def logit_transform(model: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, str, Any]]]:
+    """What the model does to its logits after the head.
+
+    Returns:
+        (keywords, places): `logit_scale` and `softcap` for linear_logprobs, and (owner, attribute, neutral value) of each
+        setting found, whose neutral value makes the model hand on the head's output untouched.
+    """
+    keywords: dict[str, Any] = {}
+    places = []
+    owners = [model.config.get_text_config(), model, model.base_model]
+    for name, (keyword, meaning) in LOGIT_ATTRIBUTES.items():
+        holders = [owner for owner in owners if isinstance(getattr(owner, name, None), (int, float))]
+        if holders:
+            keywords[keyword] = meaning(getattr(holders[-1], name))
+        places += [(owner, name, NEUTRAL[keyword]) for owner in holders]
+    return keywords, places
+
+
+def head_weights(module: nn.Module) -> dict[str, Any]:
+    """The head's tensors as keywords of linear_logprobs: weight [V, D], bias [V] or None, and `lora` (A [r, D], B [V, r],
+    scaling) where peft put an adapter on it.
+
+    Raises:
+        BadInput: a head whose product is not hidden @ weight.T (+ bias) (+ one plain LoRA), naming what it is.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        name = module.active_adapters[0] if module.active_adapters else None
+        trained = name in module.modules_to_save and not module.disable_adapters
+        return head_weights(module.modules_to_save[name] if trained else module.original_module)
+    lora = None
+    if isinstance(module, LoraLayer):
+        lora = _lora(module)
+        module = module.get_base_layer()
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        raise BadInput(f"the LM head is a {type(module).__name__}, not a plain linear layer: the fused loss cannot stand in")
+    keywords = {"weight": module.weight, "bias": module.bias}
+    return keywords if lora is None else {**keywords, "lora": lora}
+
+
+def _lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters or module.merged or not names:
+        return None
+    name = names[0]
+    dropout = module.lora_dropout[name]
+    refused = {
+        f"{len(names)} active adapters ({', '.join(names)})": len(names) > 1,
+        "DoRA or another LoRA variant": name in module.lora_variant,
+        "a LoRA bias": module.lora_B[name].bias is not None,
+        f"lora_dropout = {getattr(dropout, 'p', 0.0)}": module.training and getattr(dropout, "p", 0.0) > 0,
+    }
+    for what, present in refused.items():
+        if present:
+            raise BadInput(f"LoRA on the LM head with {what}: the fused loss takes one plain LoRA without dropout there")
+    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+
+
+@contextlib.contextmanager
+def _attributes(places: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    try:
+        for owner, name, value in places:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def _head_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+def _as_autocast_does(value: Any, device: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_as_autocast_does(item, device) for item in value)
+    return value.to(torch.get_autocast_dtype(device)) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
+    """For the calls of `model` inside the block, `fn(hidden, head)` stands in for the LM head and all that follows it.
+
+    Args:
+        model: a causal LM of transformers, bare or wrapped (DDP, FSDP2, peft LoRA).
+        fn: gets hidden [B, T, D] and `head`, the keywords weight, bias, logit_scale, softcap, lora of linear_logprobs;
+            whatever tensor it returns is the model's `.logits`. Under autocast both come in the autocast dtype.
+    Raises:
+        BadInput: a head that is not exactly what linear_logprobs computes (see `head_weights`).
+    """
+    causal = causal_model(model)
+    module = head_module(causal)
+    keywords, places = logit_transform(causal)
+    head_weights(module)
+
+    def forward(hidden: Tensor) -> Tensor:
+        head = {**head_weights(module), **keywords}  # read here: under FSDP the weight is whole only inside the call
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden = _as_autocast_does(hidden, device)
+            head = {name: _as_autocast_does(value, device) for name, value in head.items()}
+        return fn(hidden, head)
+
+    with _attributes(places), _head_forward(module, forward):
+        yield
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Prove on two tokens that the model does to its logits what `logit_transform` read, and nothing under the hook.
+
+    Raises:
+        BadInput: the model changes its logits in a way that the hook does not know, so that losses would be wrong.
+    """
+    causal = causal_model(model)
+    module, (transform, _) = head_module(causal), logit_transform(causal)
+    weight = head_weights(module)["weight"]
+    ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+    probe = torch.linspace(-40, 40, 2 * weight.shape[0], device=weight.device).view(1, 2, -1)
+
+    def logits() -> Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+
+    with fused_head(model, lambda hidden, head: probe.to(hidden.dtype)):
+        untouched = logits()
+    with _head_forward(module, lambda hidden: probe.to(hidden.dtype)):
+        transformed = logits()
+    scale, cap = transform.get("logit_scale", 1.0), transform.get("softcap")
+    expected = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
+    for got, want in ((untouched, probe), (transformed, expected)):
+        if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-2, atol=1e-2):
+            raise BadInput(
+                f"{type(causal).__name__} changes its logits after the LM head in a way that the fused loss does not know "
+                f"(read from it: {transform or 'nothing'}); it cannot be trained here"
+            )
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer saved beside a model; pad falls back to eos, as attention is by masks only."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model_name_or_path = {path!r}: no tokenizer there: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str, section: ModelSection) -> nn.Module:
+    """A causal LM from a folder or hub name, in the dtype and with the attention that the recipe names."""
+    from transformers import AutoModelForCausalLM
+
+    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=section.dtype, **options)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load the model {path!r}: {_first_line(error)}") from error
+
+
+def add_adapters(model: nn.Module, section: ModelSection) -> nn.Module:
+    """The model with fresh LoRA adapters, everything else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=section.lora_r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
+        target_modules=section.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise BadInput(f"lora_target_modules = {section.lora_target_modules}: {_first_line(error)}") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Dropout off in training mode too (a preference loss compares two forward passes of one model)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,284 @@
+"""The recipe of a run: one tree of dataclasses, read from YAML and overridden by flags.
+
+Names and defaults are TRL's. A field's name is unique over the whole tree, so YAML may hold it at the top level or under
+its section, and its flag bears no prefix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from align_engine.errors import BadInput
+
+REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
+NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit")
+
+
+@dataclass
+class ModelSection:
+    """Model."""
+
+    model_name_or_path: str = ""
+    """Folder or hub name of the model to train; its tokenizer is taken from the same place."""
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Type of the weights in memory; `auto` keeps what the checkpoint says."""
+    attn_implementation: str | None = None
+    """Attention of transformers: sdpa, eager, flash_attention_2, ... (None: transformers chooses)."""
+    use_peft: bool = False
+    """Train LoRA adapters instead of all the weights."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale of the adapters: the update is multiplied by lora_alpha / lora_r."""
+    lora_dropout: float = 0.05
+    """Dropout inside the adapters (sft; the preference methods run without dropout)."""
+    lora_target_modules: list[str] | None = None
+    """Names of the modules that get adapters, `lm_head` included if you like (None: every linear layer but the head)."""
+
+
+@dataclass
+class DataSection:
+    """Data."""
+
+    dataset_name: str = ""
+    """A .jsonl or .parquet file, a folder written by `datasets`, or a hub name."""
+    dataset_train_split: str = "train"
+    """Split to train on, where the dataset has splits."""
+    eval_dataset_name: str | None = None
+    """Dataset to evaluate on (None: no evaluation, unless dataset_test_split is given)."""
+    dataset_test_split: str | None = None
+    """Split of the evaluation dataset (of dataset_name, when eval_dataset_name is not given)."""
+    max_length: int = 1024
+    """Longest sequence in tokens, prompt and completion together; a longer one loses the end of its completion."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens; of a longer one the last max_prompt_length tokens are kept."""
+
+
+@dataclass
+class SftLoss:
+    """Loss."""
+
+    completion_only_loss: bool | None = None
+    """Learn from the completion alone (None: yes where the rows have a prompt, the whole text elsewhere)."""
+
+
+@dataclass
+class DpoLoss:
+    """Loss."""
+
+    loss_type: str = "sigmoid"
+    """Preference loss; `sigmoid` is DPO's."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference: higher stays closer to it."""
+    label_smoothing: float = 0.0
+    """Share of the preference labels taken to be flipped, in [0, 0.5)."""
+    reference: Literal["auto", "frozen", "adapter-off", "precomputed"] = "auto"
+    """Where the reference's log-probs come from. frozen: a second copy of the model, evaluated at every step.
+    adapter-off: the model itself without its LoRA adapters. precomputed: one pass over the data before the first step,
+    kept on disk beside the run; no second copy in memory. auto: adapter-off with LoRA, else precomputed."""
+    ref_model_name_or_path: str | None = None
+    """Reference model (None: the model as it is before the first step)."""
+
+
+@dataclass
+class TrainSection:
+    """Training."""
+
+    learning_rate: float = 2e-5
+    """Highest learning rate of AdamW."""
+    per_device_train_batch_size: int = 8
+    """Rows (pairs, for dpo) in one forward pass on one device."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimiser step; 8 x 1 and 1 x 8 take the same step."""
+    num_train_epochs: float = 3.0
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Optimiser steps; overrides num_train_epochs where positive."""
+    lr_scheduler_type: str = "linear"
+    """Schedule of the learning rate, one of transformers': linear, cosine, constant_with_warmup, ..."""
+    warmup_ratio: float = 0.0
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay (not on biases and norms)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm (0: never)."""
+    bf16: bool | None = None
+    """Compute in bfloat16 (None: on a GPU that can, not on a CPU)."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int = 42
+    """Seed of the order of the rows, of new weights and of dropout."""
+
+
+@dataclass
+class EvalSection:
+    """Evaluation."""
+
+    per_device_eval_batch_size: int = 8
+    """Rows in one forward pass of the evaluation and of the precomputed reference."""
+    eval_steps: int | None = None
+    """Evaluate every so many steps (None: at the end only)."""
+
+
+@dataclass
+class OutputSection:
+    """Output."""
+
+    output_dir: str = ""
+    """Folder of the run: metrics.jsonl, checkpoints, report.html, and the trained model in `final`. The same command with
+    the same folder goes on where it stopped."""
+    overwrite: bool = False
+    """Delete the run that output_dir holds and start afresh."""
+    logging_steps: int = 10
+    """Write metrics every so many steps."""
+    save_steps: int = 500
+    """Write a checkpoint every so many steps."""
+    save_total_limit: int | None = None
+    """Keep the latest so many checkpoints (None: all)."""
+    report_to: list[str] = field(default_factory=list)
+    """Trackers of accelerate that get the metrics too: tensorboard, wandb, mlflow, ..."""
+
+
+@dataclass
+class KernelSection:
+    """Kernels."""
+
+    impl: str = "auto"
+    """Backend of the fused loss: auto, eager, cpu, ...; see `align env`. A backend asked for by name never falls back."""
+    workspace: int | None = None
+    """Bytes that the fused loss may use for logits at a time (None: the kernels decide)."""
+
+
+@dataclass
+class Recipe:
+    """What every algorithm has; subclasses add the section `loss`."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    loss: Any = None
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    output: OutputSection = field(default_factory=OutputSection)
+    kernels: KernelSection = field(default_factory=KernelSection)
+
+
+@dataclass
+class SftRecipe(Recipe):
+    """Supervised fine-tuning: maximise the log-probability of the completions."""
+
+    loss: SftLoss = field(default_factory=SftLoss)
+
+
+@dataclass
+class DpoRecipe(Recipe):
+    """Direct preference optimisation: raise the chosen completion above the rejected one, relative to a reference."""
+
+    loss: DpoLoss = field(default_factory=DpoLoss)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every field of the tree by its bare name."""
+    sections = dataclasses.asdict(recipe).values()
+    return {name: value for section in sections for name, value in section.items()}
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The fields that decide what a run computes: two runs that agree on them (and on data) end with equal weights."""
+    return {name: value for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}
+
+
+def load(kind: type[R], path: str | Path) -> R:
+    """Read a recipe from YAML.
+
+    Args:
+        kind: the algorithm's recipe class; fields that the file leaves out keep its defaults.
+        path: file whose keys are field names, at the top level or under their section's name.
+    Raises:
+        BadInput: no such file, not YAML, an unknown key (with the nearest known one), a value of the wrong type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise BadInput(f"recipe {path}: {error.strerror or error}") from error
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise BadInput(f"recipe {path} is not readable YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"recipe {path} holds no `name: value` lines")
+    defaults = OmegaConf.structured(kind())
+    tree = _into_sections(kind(), content, path)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(defaults, tree))
+    except OmegaConfBaseException as error:
+        raise BadInput(f"recipe {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _into_sections(recipe: Recipe, content: dict[Any, Any], path: str | Path) -> dict[str, dict[str, Any]]:
+    section_of = {name: section for section, fields in dataclasses.asdict(recipe).items() for name in fields}
+    tree: dict[str, dict[str, Any]] = {}
+    for key, value in content.items():
+        is_section = hasattr(recipe, str(key))
+        for name, inner in (value or {}).items() if is_section else [(key, value)]:
+            owner = section_of.get(name)
+            if owner is None or (is_section and owner != key):
+                close = difflib.get_close_matches(str(name), section_of, n=1, cutoff=0.4)
+                hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(section_of))}"
+                raise BadInput(f"recipe {path}: unknown key `{name}`; {hint}")
+            tree.setdefault(owner, {})[name] = inner
+    return tree
+
+
+def save(recipe: Recipe, path: str | Path) -> None:
+    """Write the whole recipe, defaults included, as YAML that `load` reads."""
+    from omegaconf import OmegaConf
+
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse values that no run can use, all of them in one message.
+
+    Raises:
+        BadInput: naming each value and what it must be.
+    """
+    values = flat(recipe)
+    rules = [(name, bool(values[name]), "is required") for name in REQUIRED]
+    rules += [
+        (name, values[name] >= low, f"must be at least {low}")
+        for name, low in {
+            "max_length": 2, "max_prompt_length": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1, "lora_r": 1, "lora_alpha": 1,
+            "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
+        }.items()
+    ]  # fmt: skip
+    rules += [(name, values[name] > 0, "must be above 0") for name in ("learning_rate", "beta") if name in values]
+    rules += [
+        (name, values[name] is None or values[name] >= 1, "must be at least 1 (or left out)")
+        for name in ("eval_steps", "save_total_limit", "workspace")
+    ]
+    rules += [
+        ("max_prompt_length", values["max_prompt_length"] < values["max_length"],
+         f"must leave room for a completion: below max_length = {values['max_length']}"),
+        ("max_steps", values["max_steps"] > 0 or values["max_steps"] == -1, "must be above 0, or -1 for whole epochs"),
+        ("num_train_epochs", values["num_train_epochs"] > 0 or values["max_steps"] > 0, "must be above 0"),
+        ("warmup_ratio", 0 <= values["warmup_ratio"] <= 1, "must lie in [0, 1]"),
+        ("lora_dropout", 0 <= values["lora_dropout"] < 1, "must lie in [0, 1)"),
+    ]  # fmt: skip
+    if "label_smoothing" in values:
+        rules.append(("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "must lie in [0, 0.5)"))
+    if values.get("reference") == "adapter-off":
+        rules.append(("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off"))
+    broken = [f"{name} = {values[name]!r} {rule}" for name, holds, rule in rules if not holds]
+    if broken:
+        raise BadInput("; ".join(broken))
