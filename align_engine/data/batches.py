@@ -1,0 +1,96 @@
+"""From tokenised rows to padded tensors.
+
+B sequences, P pairs, R rows, T positions. Padding is on the right and known by `attention_mask` alone: the pad id may
+be the EOS id, or any other. Nothing here depends on earlier batches or on the order of sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass
+class Batch:
+    """A padded batch. In a preference batch B = 2P: the first half of the rows is chosen, the second half rejected."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] int64, 1 = a token, 0 = padding
+    targets: Tensor  # [B, T] int64, already shifted: position i predicts targets[i]; -100 outside the completion
+    index: Tensor  # [R] int64, number of each row in its source (R = B, or P for pairs)
+    ref_logps: Tensor | None = None  # [B] float32, summed log-probs of the reference, where the rows carry them
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: None if value is None else value.to(device) for name, value in moved.items()})
+
+    @property
+    def num_tokens(self) -> int:
+        """Completion tokens: how many positions are trained on."""
+        return int((self.targets != IGNORE).sum())
+
+
+def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
+    """R rows of prompt_ids, completion_ids -> Batch with B = R. T is padded to a multiple of `multiple_of`."""
+    return _batch([(row["prompt_ids"], row["completion_ids"]) for row in rows], rows, pad_id, multiple_of)
+
+
+def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
+    """P rows of prompt_ids, chosen_ids, rejected_ids -> Batch with B = 2P, chosen first.
+
+    Rows with `ref_chosen_logps` and `ref_rejected_logps` (TRL's names) fill `ref_logps` [2P] in the same order.
+    """
+    sides = ("chosen", "rejected")
+    batch = _batch(
+        [(row["prompt_ids"], row[f"{side}_ids"]) for side in sides for row in rows], rows, pad_id, multiple_of
+    )
+    if "ref_chosen_logps" in rows[0]:
+        batch.ref_logps = torch.tensor(
+            [row[f"ref_{side}_logps"] for side in sides for row in rows], dtype=torch.float32
+        )
+    return batch
+
+
+def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Prompt ids -> (input_ids [B, T], attention_mask [B, T]), int64, padded on the left for generation."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, ids in enumerate(prompts):
+        input_ids[i, width - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
+        attention_mask[i, width - len(ids) :] = 1
+    return input_ids, attention_mask
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(n), a function of its arguments alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def split_order(order: Sequence[int], size: int) -> list[list[int]]:
+    """Consecutive pieces of `size` row numbers; the last one may be shorter."""
+    return [list(order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def _batch(
+    sequences: list[tuple[list[int], list[int]]], rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int
+) -> Batch:
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    width = -(-width // multiple_of) * multiple_of
+    input_ids = torch.full((len(sequences), width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE)
+    for i, (prompt, completion) in enumerate(sequences):
+        ids, begin = torch.tensor([*prompt, *completion], dtype=torch.int64), max(len(prompt), 1)
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+        targets[i, begin - 1 : len(ids) - 1] = ids[begin:]
+    return Batch(input_ids, attention_mask, targets, torch.tensor([row["index"] for row in rows], dtype=torch.int64))

@@ -1,0 +1,146 @@
+"""The shapes of rows, those of TRL: one normal form for all of them.
+
+| kind of training | columns | standard | conversational |
+|---|---|---|---|
+| sft | prompt, completion | strings | lists of messages |
+| sft | text | string | |
+| sft | messages | | list of messages |
+| preference | prompt, chosen, rejected | strings | lists of messages |
+| preference | chosen, rejected (they share a beginning: the prompt) | strings | lists of messages |
+| prompt | prompt | string | list of messages |
+
+A message is a dict with `role` and `content`. Columns that are not named here are ignored, but for `tools` and
+`chat_template_kwargs`, which reach the chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from align_engine.data.errors import DataError
+from align_engine.errors import BadInput
+
+Kind = Literal["sft", "preference", "prompt"]
+Messages = list[dict[str, Any]]
+Text = str | Messages
+
+LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {  # the first that fits is taken
+    "sft": (("prompt", "completion"), ("messages",), ("text",)),
+    "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "prompt": (("prompt",),),
+}
+
+
+class BadRow(Exception):
+    """One row that cannot be used; its text is the reason."""
+
+
+def detect_layout(columns: Sequence[str], kind: Kind) -> tuple[str, ...]:
+    """The columns to train on, e.g. ("prompt", "chosen", "rejected"). Raises DataError where no layout fits."""
+    if kind not in LAYOUTS:
+        raise BadInput(f"unknown kind of data '{kind}', expected one of {', '.join(LAYOUTS)}")
+    for layout in LAYOUTS[kind]:
+        if set(layout) <= set(columns):
+            return layout
+    wanted = " or ".join(" + ".join(f"'{key}'" for key in layout) for layout in LAYOUTS[kind])
+    others = [other for other in LAYOUTS if other != kind and any(set(one) <= set(columns) for one in LAYOUTS[other])]
+    hint = f"; these rows look like {others[0]} data" if others else ""
+    raise DataError(f"{kind} data needs the columns {wanted}, but there are {sorted(columns)}{hint}")
+
+
+def is_conversational(value: Any) -> bool:
+    """Whether a value is a list of messages (and not a string)."""
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict) and "role" in value[0]
+
+
+def normalise(row: dict[str, Any], layout: tuple[str, ...]) -> dict[str, Text]:
+    """The row's text by layout column, checked, with the prompt of an implicit preference row taken out.
+
+    Raises BadRow for a missing value, a wrong type, an empty completion, and chosen equal to rejected.
+    """
+    parts = {key: _checked(row.get(key), key) for key in layout}
+    if "chosen" in layout:
+        if "prompt" not in parts or (is_conversational(parts["chosen"]) and isinstance(parts["prompt"], str)):
+            # the second case: a string prompt beside whole conversations, as in ultrafeedback_binarized
+            parts = _extract_prompt(parts["chosen"], parts["rejected"])
+        elif parts["chosen"] == parts["rejected"]:
+            raise BadRow("'chosen' equals 'rejected'")
+    if len({isinstance(value, str) for value in parts.values()}) > 1:
+        raise BadRow(f"{' and '.join(repr(key) for key in parts)} mix strings and lists of messages")
+    for key, value in parts.items():
+        if isinstance(value, str) and not value and key != "prompt":
+            raise BadRow(f"'{key}' is empty")
+    if is_conversational(parts.get("prompt")) and parts["prompt"][-1]["role"] == "system":
+        raise BadRow("'prompt' ends with a system message, expected 'user', 'tool' or 'assistant'")
+    return parts
+
+
+def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
+    """What else the row hands to the chat template: `tools` (a list, or JSON) and `chat_template_kwargs`."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"'tools' is not JSON ({error.msg})") from error
+    extra = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    return {"tools": tools or None, **extra}
+
+
+def _checked(value: Any, key: str) -> Text:
+    if value is None:
+        raise BadRow(f"'{key}' is missing")
+    if isinstance(value, str) and key != "messages":
+        return value
+    if not isinstance(value, list) or key == "text":
+        wanted = {"text": "a string", "messages": "a list of messages"}.get(key, "a string or a list of messages")
+        raise BadRow(f"'{key}' is of type {type(value).__name__}, expected {wanted}")
+    if not value:
+        raise BadRow(f"'{key}' is empty")
+    return [_message(message, key) for message in value]
+
+
+def _message(message: Any, key: str) -> dict[str, Any]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise BadRow(f"'{key}' holds {message!r:.60}, expected messages with 'role' and 'content'")
+    content = message.get("content")
+    # Arrow fills the keys that other messages have with None; templates would print it
+    message = {name: value for name, value in message.items() if value is not None}
+    if content is None and message.get("tool_calls"):
+        return {**message, "content": ""}
+    if not isinstance(content, str):
+        raise BadRow(f"'{key}' holds a message whose content is of type {type(content).__name__}, expected a string")
+    if not content and message["role"] == "assistant" and key != "prompt" and not message.get("tool_calls"):
+        raise BadRow(f"'{key}' holds an empty answer")
+    return message
+
+
+def _extract_prompt(chosen: Text, rejected: Text) -> dict[str, Text]:
+    if chosen == rejected:
+        raise BadRow("'chosen' equals 'rejected'")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("'chosen' and 'rejected' mix strings and lists of messages")
+    shared, most = 0, min(len(chosen), len(rejected)) - 1  # something must stay on both sides
+    while shared < most and chosen[shared] == rejected[shared]:
+        shared += 1
+    if isinstance(chosen, str):
+        shared = _word_boundary(chosen, str(rejected), shared)
+    if shared <= 0:
+        raise BadRow("'chosen' and 'rejected' share no beginning that could be the prompt, and there is no 'prompt'")
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _word_boundary(chosen: str, rejected: str, shared: int) -> int:
+    """Where to cut two texts that share `shared` characters: not inside a word, and before the space in front of it."""
+    cut = shared
+    while cut and _letter(chosen[cut - 1]) and (_letter(chosen[cut]) or _letter(rejected[cut])):
+        cut -= 1
+    if cut > 1 and chosen[cut - 1] == " ":
+        cut -= 1
+    return cut or shared
+
+
+def _letter(character: str) -> bool:
+    return character.isascii() and character.isalnum()
