@@ -72,7 +72,8 @@ def normalise(row: dict[str, Any], layout: tuple[str, ...]) -> dict[str, Text]:
     for key, value in parts.items():
         if isinstance(value, str) and not value and key != "prompt":
             raise BadRow(f"'{key}' is empty")
-    if is_conversational(parts.get("prompt")) and parts["prompt"][-1]["role"] == "system":
+    prompt = parts.get("prompt")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "system":
         raise BadRow("'prompt' ends with a system message, expected 'user', 'tool' or 'assistant'")
     return parts
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import datasets
+from datasets.exceptions import DatasetNotFoundError
 
 from align_engine.data.errors import DataError, DataNotFound
 
@@ -106,12 +107,12 @@ def _from_hub(name: str, split: str | None) -> datasets.Dataset:
         if wanted:
             return datasets.load_dataset(name, split=wanted)
         return _pick_split(datasets.load_dataset(name), None, name)
-    except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+    except (DatasetNotFoundError, ConnectionError) as error:
         raise DataNotFound(f"no data at '{name}': no such file or folder here, and the hub says: {error}") from error
 
 
 def _pick_split(splits: datasets.DatasetDict, split: str | None, name: str) -> datasets.Dataset:
     wanted = split or (next(iter(splits)) if len(splits) == 1 else "train")
     if wanted not in splits:
-        raise DataError(f"'{name}' has no split '{wanted}'; it has {', '.join(splits)}")
+        raise DataError(f"'{name}' has no split '{wanted}'; it has {', '.join(map(str, splits))}")
     return splits[wanted]
