@@ -1,0 +1,121 @@
+"""The two primitives in plain torch operations: runs on any device and dtype.
+
+Both work on a tile of raw logits z [n, c], the columns `offset .. offset + c` of a vocabulary of `vocab` columns, and
+apply the head's transform themselves: l = softcap(scale * (z + bias)) / temperature.
+
+`state` [n, 8] holds, per row, what has been seen of its softmax so far:
+
+    0 max m   1 s = sum exp(l - m)   2 a = sum exp(l - m) (l - m)   3 q = sum exp(l - m)^2   4 sum l
+    5 target logit   6 argmax (the first index of the max)   7 unused
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: it serves every device and dtype."""
+    return None
+
+
+def _transform(
+    z: Tensor, dtype: torch.dtype, bias: Tensor | None, scale: float, softcap: float | None, temperature
+) -> tuple[Tensor, Tensor | float]:
+    """The logits and d(logits)/dz."""
+    l = z.to(dtype)
+    if bias is not None:
+        l = l + bias.to(dtype)
+    inverse = 1.0 / (temperature.to(dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
+    if softcap is None:
+        return l * (scale * inverse), scale * inverse
+    t = torch.tanh(l * (scale / softcap))
+    return softcap * t * inverse, (1 - t * t) * (scale * inverse)
+
+
+def _compute_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def forward(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8), updated in place
+    targets: Tensor,  # (n,) int64
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,
+) -> None:
+    """Fold one tile of logits into the running state of its rows."""
+    del vocab
+    if z.shape[1] == 0:
+        return
+    l, _ = _transform(z, _compute_dtype(z), bias, scale, softcap, temperature)
+    tile_max, tile_arg = l.max(dim=1)
+    # torch.max does not promise the first index among ties
+    tile_arg = (l == tile_max[:, None]).int().argmax(dim=1) + offset
+    old_max, new_max = state[:, 0], torch.maximum(state[:, 0], tile_max.to(state.dtype))
+    finite_old = torch.where(old_max == -torch.inf, new_max, old_max)
+    shift = torch.where(new_max == -torch.inf, torch.zeros_like(new_max), finite_old - new_max)
+    factor = torch.where(old_max == -torch.inf, torch.zeros_like(shift), shift.exp())
+    s, a, q = state[:, 1], state[:, 2], state[:, 3]
+    centred = l - new_max.to(l.dtype)[:, None]
+    e = centred.exp()
+    state[:, 2] = factor * (a + s * shift) + (e * centred.clamp(min=-1e30)).sum(1)
+    state[:, 1] = factor * s + e.sum(1)
+    state[:, 3] = factor * factor * q + (e * e).sum(1)
+    state[:, 4] += l.sum(1)
+    here = (targets >= offset) & (targets < offset + z.shape[1])
+    column = (targets - offset).clamp(0, z.shape[1] - 1)
+    picked = l.gather(1, column[:, None])[:, 0].to(state.dtype)
+    state[:, 5] = torch.where(here, picked, state[:, 5])
+    state[:, 6] = torch.where(tile_max.to(state.dtype) > old_max, tile_arg.to(state.dtype), state[:, 6])
+    state[:, 0] = new_max
+
+
+def backward(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8), finished over the whole vocabulary
+    targets: Tensor,  # (n,) int64
+    g_logp: Tensor,  # (n,)
+    g_entropy: Tensor | None,  # (n,)
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,
+    clamp: tuple[float, float, str] | None,
+    out: Tensor,  # (n, c), may be z
+) -> None:
+    """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
+    del vocab
+    if z.shape[1] == 0:
+        return
+    dtype = _compute_dtype(z)
+    l, chain = _transform(z, dtype, bias, scale, softcap, temperature)
+    log_sum = state[:, 1].log()
+    log_p = (l - state[:, 0].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
+    p = log_p.exp()
+    here = (targets >= offset) & (targets < offset + z.shape[1])
+    rows = here.nonzero()[:, 0]
+    columns = targets[rows] - offset
+    r = -p
+    # 1 - p of the target without cancellation, from the state's precision
+    r[rows, columns] = -torch.expm1(state[rows, 5] - state[rows, 0] - log_sum[rows]).to(dtype)
+    g = g_logp.to(dtype)[:, None]
+    if clamp is None:
+        d = g * r
+    else:
+        limit, prob_above, units = clamp
+        clipped = g * r.clamp(-limit, limit) if units == "residual" else (g * r).clamp(-limit, limit)
+        d = torch.where(p > prob_above, clipped, g * r)
+    if g_entropy is not None:
+        entropy = (log_sum - state[:, 2] / state[:, 1]).to(dtype)[:, None]
+        d = d - g_entropy.to(dtype)[:, None] * p * (log_p.clamp(min=-1e30) + entropy)
+    out.copy_(d * chain)

@@ -1,0 +1,424 @@
+"""The schedules for autograd: log-probs whose gradient arrives late, and losses that close inside a chunk.
+
+Each is a pure function of tensors and two strings (settings and hyper-parameters as JSON). Eager calls go through a
+`torch.autograd.Function`, so that modes such as `FlopCounterMode` see every GEMM; under `torch.compile` and with fake
+tensors the same functions run as `torch.library` operators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from align_kernels.eager import logprobs_eager
+from align_kernels.head import Head, LogitGradClamp, Settings, Transform
+from align_kernels.losses.registry import LOSSES, Loss
+from align_kernels.schedules import Chunk, Grads, Needs, Runner
+
+FIELDS = ("logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "correct")
+
+
+# -- settings as text ---------------------------------------------------------------------------------------------
+def encode_settings(settings: Settings, needs: Needs) -> str:
+    s, t = settings, settings.transform
+    return json.dumps(
+        [
+            [t.logit_scale, t.softcap, t.temperature],
+            None if s.clamp is None else list(s.clamp),
+            [s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group],
+            list(needs),
+        ]
+    )
+
+
+@lru_cache(maxsize=256)
+def decode_settings(text: str) -> tuple[Settings, Needs]:
+    transform, clamp, rest, needs = json.loads(text)
+    clamp = None if clamp is None else LogitGradClamp(*clamp)
+    return Settings(Transform(*transform), clamp, *rest), Needs(*needs)
+
+
+# -- shared pieces ------------------------------------------------------------------------------------------------
+def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
+    """Positions that have a target: prompt, padding and ignored rows never meet the head."""
+    return (targets != ignore_index).nonzero()[:, 0]
+
+
+def float_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def read_state(state: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    """logp, entropy, lse, log_sum_sq_probs, mean_logit [n] in the state's precision, and correct [n]."""
+    m, s, a, q, total, target, argmax = state[:, :7].unbind(1)
+    log_s = s.log()
+    return (target - m) - log_s, log_s - a / s, m + log_s, q.log() - 2 * log_s, total / vocab, argmax == targets
+
+
+def scatter(values: Tensor, kept: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(size, dtype=dtype, device=values.device).index_copy_(0, kept, values.to(dtype))
+
+
+def scatter_rows(rows: Tensor, chunk: Chunk, out: Tensor) -> None:
+    if isinstance(chunk.rows, slice):
+        out[chunk.rows] = rows.to(out.dtype)
+    else:
+        out.index_copy_(0, chunk.rows, rows.to(out.dtype))
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+# -- log-probs, their gradient arriving late ----------------------------------------------------------------------
+def logprobs_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    settings: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six fields [N], then what the backward needs: kept rows, their states, and logits or unscaled dX."""
+    head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
+    options, needs = decode_settings(settings)
+    kept = keep_rows(targets, options.ignore_index)
+    run = Runner(head, options, needs, kept, late=True)
+    states, saved = [], []
+    for chunk in run.chunks(0, len(kept)):
+        n = len(chunk.targets)
+        store = run.store(n) if run.plan.schedule in ("frozen", "keep") else None
+        state = run.forward(chunk, store)
+        states.append(state)
+        if run.plan.schedule == "frozen":
+            one = torch.ones(n, dtype=float_dtype(hidden), device=hidden.device)
+            dx = run.backward(chunk, state, one, None, Grads(head, needs), store)
+            assert dx is not None
+            saved.append(dx.to(hidden.dtype))
+        elif store is not None:
+            saved.append(store)
+    state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
+    payload = (torch.cat(saved) if len(saved) > 1 else saved[0]) if saved else _empty(hidden)
+    values = read_state(state, targets[kept], run.vocab)
+    dtypes = [float_dtype(hidden)] * 5 + [torch.bool]
+    fields = [scatter(v, kept, len(targets), d) for v, d in zip(values, dtypes)]
+    return (*fields, kept, state, payload)  # type: ignore[return-value]
+
+
+def logprobs_backward(
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    kept: Tensor,
+    state: Tensor,
+    payload: Tensor,
+    settings: str,
+) -> list[Tensor]:
+    """Gradients of hidden, weight, bias, lora_A, lora_B; an empty tensor where none is needed."""
+    head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
+    options, needs = decode_settings(settings)
+    run = Runner(head, options, needs, kept, late=True)
+    grads = Grads(head, needs)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    if run.plan.schedule == "frozen" and g_entropy is None:
+        assert dhidden is not None
+        if g_logp is not None:
+            dhidden.index_copy_(0, kept, (payload * g_logp[kept][:, None]).to(hidden.dtype))
+    else:
+        store = payload if run.plan.schedule == "keep" else None
+        begin = 0
+        for chunk in run.chunks(0, len(kept)):
+            n = len(chunk.targets)
+            g = (
+                torch.zeros(n, dtype=float_dtype(hidden), device=hidden.device)
+                if g_logp is None
+                else g_logp[chunk.rows].contiguous()
+            )
+            h = None if g_entropy is None else g_entropy[chunk.rows].contiguous()
+            dx = run.backward(chunk, state[begin : begin + n], g, h, grads, store)
+            if dhidden is not None and dx is not None:
+                scatter_rows(dx, chunk, dhidden)
+            begin += n
+    return [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish(head))]
+
+
+# -- losses that close inside a chunk -----------------------------------------------------------------------------
+class Units:
+    """Where a batch may be cut: kept rows in the order of their units, and the units' sizes."""
+
+    def __init__(self, loss: Loss, targets: Tensor, ignore_index: int) -> None:
+        self.loss = loss
+        sequences, length = (1, targets.shape[0]) if targets.dim() == 1 else targets.shape
+        flat = targets.reshape(-1)
+        kept = keep_rows(flat, ignore_index)
+        self.sequences = sequences
+        sequence = kept // max(length, 1)
+        if loss.unit == "pair":
+            if sequences % 2:
+                raise ValueError(
+                    f"pairs need an even number of sequences (chosen half, rejected half), got {sequences}"
+                )
+            pair = sequence % (sequences // 2)
+            order = torch.argsort(pair, stable=True)
+            kept, sequence, unit = kept[order], sequence[order], pair[order]
+            self.count = sequences // 2
+        elif loss.unit == "sequence":
+            unit, self.count = sequence, sequences
+        elif loss.unit == "batch":
+            unit, self.count = torch.zeros_like(sequence), 1
+        else:
+            unit, self.count = torch.arange(len(kept), device=kept.device), len(kept)
+        self.kept, self.sequence = kept, sequence
+        # a token is its own unit: sizes are all one and need no count
+        self.sizes = None if loss.unit == "token" else torch.bincount(unit, minlength=self.count).tolist()
+
+    @property
+    def largest(self) -> int:
+        return 1 if self.sizes is None else max(self.sizes, default=0)
+
+    def groups(self, capacity: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first unit, end unit, first row, end row): runs of whole units of at most `capacity` rows, or one unit."""
+        if self.sizes is None:
+            n = len(self.kept)
+            count = -(-n // capacity)
+            for i in range(count):
+                span = n * i // count, n * (i + 1) // count
+                yield *span, *span
+            return
+        first = begin = end = 0
+        for unit, size in enumerate(self.sizes):
+            if end > begin and end - begin + size > capacity:
+                yield first, unit, begin, end
+                first, begin = unit, end
+            end += size
+        if first < self.count:
+            yield first, self.count, begin, end
+
+    def segments(self, u0: int, u1: int, r0: int, r1: int) -> tuple[Tensor, Tensor]:
+        """The sequences of a group [S] (chosen, then rejected, of a pair) and each row's place among them [n]."""
+        device = self.kept.device
+        if self.loss.unit == "batch":
+            u0, u1 = 0, self.sequences
+        ids = torch.arange(u0, u1, device=device)
+        if self.loss.unit == "pair":
+            half = self.sequences // 2
+            ids = torch.cat((ids, ids + half))
+        place = torch.zeros(self.sequences, dtype=torch.int64, device=device)
+        place[ids] = torch.arange(len(ids), device=device)
+        return ids, place[self.sequence[r0:r1]]
+
+    def side(self, level: str, value: Tensor, u0: int, u1: int, rows: Tensor, ids: Tensor | None) -> Tensor:
+        if level == "token":
+            return value.reshape(-1)[rows]
+        if level == "sequence":
+            return value[ids]
+        return value[u0:u1] if level == "unit" else value
+
+
+def unit_values(
+    units: Units, hyper: dict, side: dict[str, Tensor], span: tuple[int, int, int, int], logp: Tensor, entropy: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each unit of a group and its metrics, from the log-probs [n] and entropies [n] of its rows."""
+    loss, (u0, u1, r0, r1) = units.loss, span
+    kwargs, ids, inputs = dict(hyper), None, [logp, entropy]
+    if loss.unit != "token":
+        ids, place = units.segments(u0, u1, r0, r1)
+        inputs = [logp.new_zeros(len(ids)).index_add(0, place, x) for x in inputs]
+        if loss.lengths:
+            kwargs["lengths"] = torch.bincount(place, minlength=len(ids)).to(logp.dtype)
+    if loss.entropy:
+        kwargs["entropy"] = inputs[1]
+    for name, level in loss.side.items():
+        kwargs[name] = units.side(level, side[name], u0, u1, units.kept[r0:r1], ids)
+    return loss.fn(inputs[0], **kwargs)
+
+
+def coefficients(
+    units: Units,
+    hyper: dict,
+    side: dict[str, Tensor],
+    span: tuple[int, int, int, int],
+    logp: Tensor,
+    entropy: Tensor,
+    scale: Tensor,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+    """A group's loss, its metrics' sums, and g = dL/dlogp, dL/dentropy of its rows: the one derivative, on n floats."""
+    with torch.enable_grad():
+        leaves = [logp.detach().requires_grad_(), entropy.detach().requires_grad_(units.loss.entropy)]
+        values, metrics = unit_values(units, hyper, side, span, *leaves)
+        total = values.sum() * scale
+        wanted = leaves if units.loss.entropy else leaves[:1]
+        found = torch.autograd.grad(total, wanted) if len(logp) else tuple(torch.zeros_like(x) for x in wanted)
+    sums = {k: v.detach().sum() for k, v in metrics.items()}
+    return total.detach(), sums, found[0], found[1] if units.loss.entropy else None
+
+
+def loss_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    side: list[Tensor],
+    num_items: Tensor,
+    loss: str,
+    settings: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """loss [], sums of the loss's metrics [M], logp, entropy, mean_logit, correct [N], and five gradients.
+
+    `hidden` [N, D], `targets` [B, T] or [N]; a gradient that is not needed is an empty tensor.
+    """
+    name, hyper = json.loads(loss)
+    spec = LOSSES[name]
+    options, needs = decode_settings(settings)
+    head = Head(hidden, weight, targets.reshape(-1), bias, temperature, lora_A, lora_B)
+    units = Units(spec, targets, options.ignore_index)
+    kept = units.kept
+    run = Runner(head, options, needs, kept, late=False, largest_unit=units.largest)
+    train = needs.hidden or needs.head
+    grads = Grads(head, needs)
+    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    dtype = float_dtype(hidden)
+    capacity = run.plan.chunk_rows
+    store = run.store(min(capacity, len(kept))) if run.plan.schedule == "one pass" else None
+    scale = 1.0 / num_items
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    sums = torch.zeros(len(spec.metrics), dtype=dtype, device=hidden.device)
+    states = []
+    tensors = dict(zip(spec.side, side))
+    for span in units.groups(capacity):
+        chunks = [] if span[2] == span[3] else list(run.chunks(span[2], span[3]))
+        held = store if len(chunks) == 1 else None
+        parts = [run.forward(chunk, held) for chunk in chunks]
+        states += parts
+        state = torch.cat(parts) if parts else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
+        logp, entropy = read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab)[:2]
+        value, metrics, g, g_entropy = coefficients(
+            units, hyper, tensors, span, logp.to(dtype), entropy.to(dtype), scale
+        )
+        total += value
+        sums += torch.stack([metrics[k] for k in spec.metrics]) if spec.metrics else 0
+        begin = 0
+        for chunk, part in zip(chunks, parts) if train else ():
+            end = begin + len(part)
+            h = None if g_entropy is None else g_entropy[begin:end].contiguous()
+            dx = run.backward(chunk, part, g[begin:end].contiguous(), h, grads, held)
+            if dhidden is not None and dx is not None:
+                scatter_rows(dx, chunk, dhidden)
+            begin = end
+    state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
+    logp, entropy, _, _, mean_logit, correct = read_state(state, head.targets[kept], run.vocab)
+    size = len(head.targets)
+    fields = [
+        scatter(v, kept, size, d)
+        for v, d in ((logp, dtype), (entropy, dtype), (mean_logit, dtype), (correct, torch.bool))
+    ]
+    return total, sums, *fields, [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish(head))]
+
+
+# -- autograd -----------------------------------------------------------------------------------------------------
+class Logprobs(torch.autograd.Function):
+    """`logprobs_forward` and `logprobs_backward` as one differentiable function of the head's tensors."""
+
+    @staticmethod
+    def forward(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
+        return logprobs_forward(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.settings = inputs[-1]
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(*inputs[:-1], *output[6:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp, g_entropy, *_):
+        return _logprobs_backward(ctx, logprobs_backward, g_logp, g_entropy)
+
+
+def _logprobs_backward(ctx, run: Callable[..., list[Tensor]], g_logp: Tensor | None, g_entropy: Tensor | None):
+    if g_logp is None and g_entropy is None:
+        return (None,) * 8
+    dhidden, dweight, dbias, dA, dB = _needed(run(g_logp, g_entropy, *ctx.saved_tensors, ctx.settings), ctx.settings)
+    return dhidden, dweight, None, dbias, None, dA, dB, None
+
+
+class FusedLoss(torch.autograd.Function):
+    """`loss_forward`, whose gradients are computed in the forward and given away once."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, temperature, lora_A, lora_B, num_items, loss, settings, *side):
+        total, *rest, grads = loss_forward(
+            hidden, weight, targets, bias, temperature, lora_A, lora_B, list(side), num_items, loss, settings
+        )
+        ctx.mark_non_differentiable(*rest)
+        ctx.save_for_backward(*grads)
+        ctx.settings, ctx.sides, ctx.spent = settings, len(side), False
+        return total, *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        if ctx.spent:
+            raise RuntimeError(
+                "the gradients of this fused loss were handed out already: they are computed in the forward and given "
+                "away once. Call the loss again instead of running backward through it twice."
+            )
+        ctx.spent = True
+        # a factor of one, the usual case, must not cost a pass over dW; reading it is free on a CPU alone
+        same = grad.device.type == "cpu" and grad.item() == 1.0
+        dhidden, dweight, dbias, dA, dB = (
+            g if g is None or same else g.mul_(grad) for g in _needed(ctx.saved_tensors, ctx.settings)
+        )
+        return dhidden, dweight, None, dbias, None, dA, dB, None, None, None, *(None,) * ctx.sides
+
+
+def _needed(grads: Sequence[Tensor], settings: str) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, decode_settings(settings)[1])]
+
+
+# -- entry points -------------------------------------------------------------------------------------------------
+def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
+    h = head
+    return Logprobs.apply(
+        h.hidden, h.weight, h.targets, h.bias, h.temperature, h.lora_A, h.lora_B, encode_settings(settings, needs)
+    )
+
+
+def loss(
+    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings, needs: Needs
+) -> tuple[Tensor, ...]:
+    h, encoded = head, encode_settings(settings, needs)
+    return FusedLoss.apply(
+        h.hidden, h.weight, targets, h.bias, h.temperature, h.lora_A, h.lora_B, num_items, text, encoded, *side
+    )
+
+
+def loss_eager(
+    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings, needs: Needs
+) -> tuple[Tensor, ...]:
+    """What `loss` returns, on whole logits and autograd."""
+    name, hyper = json.loads(text)
+    spec = LOSSES[name]
+    units = Units(spec, targets, settings.ignore_index)
+    logp, entropy, _, _, mean_logit, correct = logprobs_eager(head, settings)
+    span = (0, units.count, 0, len(units.kept))
+    values, metrics = unit_values(units, hyper, dict(zip(spec.side, side)), span, logp[units.kept], entropy[units.kept])
+    sums = torch.stack([metrics[k].sum() for k in spec.metrics]) if spec.metrics else logp.new_zeros(0)
+    return values.sum() / num_items, sums.detach(), logp.detach(), entropy.detach(), mean_logit, correct

@@ -1,0 +1,156 @@
+"""The settings of an LM head, in one object, checked once.
+
+Shape letters: N rows (positions), V vocabulary, D hidden size, R rank of a LoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogitGradClamp(NamedTuple):
+    """Limit on the gradient that one logit receives from the log-prob term.
+
+    With the residual r[t, v] = 1[v = y_t] - p[t, v], every entry with p[t, v] > `prob_above` has r clipped to
+    [-limit, +limit] before it is multiplied by g_t = dL/dlogp_t (`units="residual"`: independent of the batch size and
+    of beta), or has g_t * r clipped (`units="gradient"`). It acts after temperature and before softcap's and scale's
+    chain factors. The forward value is unchanged and an entropy term is not clamped. It is the gradient of no scalar.
+
+    Args:
+        limit: largest absolute value, > 0.
+        prob_above: only entries whose probability exceeds this are clipped, in [0, 1). Default 0.0: all entries.
+        units: "residual" (default) or "gradient".
+    """
+
+    limit: float
+    prob_above: float = 0.0
+    units: Literal["residual", "gradient"] = "residual"
+
+    def check(self) -> LogitGradClamp:
+        if not (self.limit > 0 and math.isfinite(self.limit)):
+            raise ValueError(f"grad_clamp.limit must be a finite number above 0, got {self.limit}")
+        if not 0 <= self.prob_above < 1:
+            raise ValueError(f"grad_clamp.prob_above must lie in [0, 1), got {self.prob_above}")
+        if self.units not in ("residual", "gradient"):
+            raise ValueError(f'grad_clamp.units must be "residual" or "gradient", got {self.units!r}')
+        return self
+
+
+class LoRA(NamedTuple):
+    """A low-rank update of the head: logits += scaling * (hidden @ A.T) @ B.T. The weight stays frozen."""
+
+    A: Tensor  # (R, D)
+    B: Tensor  # (V, R)
+    scaling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What stands between the GEMM and the softmax: logits = softcap(logit_scale * (z + bias)) / temperature."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0  # a per-row temperature travels as a tensor beside it
+
+    def check(self) -> Transform:
+        if not (math.isfinite(self.logit_scale) and self.logit_scale != 0):
+            raise ValueError(f"logit_scale must be finite and not 0, got {self.logit_scale}")
+        if self.softcap is not None and not (self.softcap > 0 and math.isfinite(self.softcap)):
+            raise ValueError(f"softcap must be a finite number above 0 or None, got {self.softcap}")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature must be a finite number above 0, got {self.temperature}")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything about a call that is not a tensor. Travels through torch.library as its `repr`."""
+
+    transform: Transform = Transform()
+    clamp: LogitGradClamp | None = None
+    lora_scaling: float = 1.0
+    drop_mass: float = 0.0
+    ignore_index: int = -100
+    impl: str = "auto"
+    workspace: int | None = None
+    tp_group: str | None = None
+
+    def check(self) -> Settings:
+        self.transform.check()
+        if self.clamp is not None:
+            self.clamp.check()
+        if not 0.0 <= self.drop_mass < 1.0:
+            raise ValueError(f"drop_mass must lie in [0, 1), got {self.drop_mass}")
+        if self.workspace is not None and self.workspace <= 0:
+            raise ValueError(f"workspace is a limit in bytes and must be above 0, got {self.workspace}")
+        return self
+
+
+class Head(NamedTuple):
+    """The tensors of one call, flattened: what the schedules work on."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N,) int64
+    bias: Tensor | None  # (V,)
+    temperature: Tensor | None  # (N,) float32, replaces Transform.temperature
+    lora_A: Tensor | None  # (R, D)
+    lora_B: Tensor | None  # (V, R)
+
+
+def flatten(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    lora: tuple[Tensor, Tensor, float] | None,
+    ignore_index: int,
+) -> tuple[Head, float]:
+    """Check shapes and dtypes and flatten the leading dimensions.
+
+    Returns the head and the scalar temperature (1.0 where a tensor took its place).
+    """
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden [..., D] and weight [V, D] do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets must have hidden's leading shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64, got {targets.dtype}")
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if x.device != targets.device:
+            raise ValueError(f"{name} is on {x.device}, targets on {targets.device}: move them to one device")
+    vocab = weight.shape[0]
+    if bias is not None and bias.shape != (vocab,):
+        raise ValueError(f"bias must have shape ({vocab},), got {tuple(bias.shape)}")
+    rows = None
+    scalar = 1.0
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature carries no gradient: pass temperature.detach()")
+        if temperature.shape != targets.shape:
+            raise ValueError(
+                f"temperature must be a float or one per row {tuple(targets.shape)}, got {tuple(temperature.shape)}"
+            )
+        rows = temperature.reshape(-1).float()
+    else:
+        scalar = float(temperature)
+    lora_A = lora_B = None
+    if lora is not None:
+        lora_A, lora_B, _ = lora
+        if lora_A.dim() != 2 or lora_A.shape[1] != weight.shape[1] or lora_B.shape != (vocab, lora_A.shape[0]):
+            raise ValueError(
+                f"lora=(A [R, {weight.shape[1]}], B [{vocab}, R], scaling), got A {tuple(lora_A.shape)}, B {tuple(lora_B.shape)}"
+            )
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, rows, lora_A, lora_B), scalar

@@ -1,0 +1,124 @@
+"""Which schedule a call takes, in which chunks, and why.
+
+All schedules run over the same tiles: rows are cut into chunks, the columns of a chunk into tiles; a tile of logits is
+made by one GEMM and read by the row kernel while it is still in cache. They differ in what is kept between the forward
+and the backward of a chunk:
+
+    forward      log-probs only                                                  2NVD
+    frozen       no gradient for the head: dX without its factor g, kept         4NVD
+    one pass     the loss closes inside a chunk: g is known while the logits are 6NVD, head frozen 4NVD
+    keep         all logits fit in the workspace and wait for g                  6NVD, head frozen 4NVD
+    recompute    the logits are made again when g arrives                        8NVD, head frozen 6NVD
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+MIB = 1 << 20
+
+
+class Profile(NamedTuple):
+    """What a device likes. Rows per chunk trade the traffic of W and dW against the size of the kept logits."""
+
+    tile_bytes: int  # a tile of logits that stays in cache between the GEMM and the row kernel
+    min_rows: int  # below this many rows a chunk, making the logits twice is cheaper than streaming dW again
+    max_rows: int  # more rows a chunk gain nothing
+    workspace: int  # default limit in bytes
+
+
+PROFILES = {
+    "cpu": Profile(tile_bytes=4 * MIB, min_rows=96, max_rows=1024, workspace=160 * MIB),
+    "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, workspace=2048 * MIB),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a call takes. `str(plan)` says it in words."""
+
+    schedule: str
+    backend: str
+    rows: int  # kept rows
+    vocab: int  # columns on this rank
+    width: int  # D
+    chunk_rows: int
+    tile_cols: int
+    workspace: int  # bytes that the kept logits and the scratch tile take
+    passes: int  # GEMMs over (rows, vocab, width)
+    why: str
+
+    @property
+    def gemm_flops(self) -> int:
+        return 2 * self.passes * self.rows * self.vocab * self.width
+
+    def __str__(self) -> str:
+        chunks = -(-self.rows // self.chunk_rows) if self.rows else 0
+        return (
+            f"schedule {self.schedule}: {self.why}\n"
+            f"backend {self.backend}, {self.rows} rows x {self.vocab} columns x {self.width}: {chunks} chunk(s) of "
+            f"{self.chunk_rows} rows, tiles of {self.tile_cols} columns\n"
+            f"workspace {self.workspace / MIB:.1f} MiB, {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP in GEMMs"
+        )
+
+
+def plan(
+    *,
+    rows: int,
+    vocab: int,
+    width: int,
+    itemsize: int,
+    device: str,
+    backend: str,
+    workspace: int | None,
+    needs_input: bool,
+    needs_head: bool,
+    late: bool,
+    scale_free: bool = True,
+    largest_unit: int = 1,
+) -> Plan:
+    """Pick the schedule.
+
+    Args:
+        rows, vocab, width: N kept rows, V columns on this rank, D.
+        itemsize: bytes of one logit as it is kept.
+        device: "cpu" or "cuda" (other devices are treated as "cuda").
+        workspace: limit in bytes; None takes the device's default.
+        needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.
+        late: g = dL/dlogp arrives after the forward has returned (log-probs handed to any loss).
+        scale_free: the gradient is g times something that does not depend on g (no clamp in gradient units).
+        largest_unit: rows of the longest token, sequence, pair or batch at which the loss may be cut.
+    """
+    profile = PROFILES.get(device, PROFILES["cuda"])
+    limit = workspace or profile.workspace
+    per_row = max(vocab * itemsize, 1)
+
+    def make(schedule: str, chunk: int, passes: int, why: str) -> Plan:
+        chunk = max(min(chunk, rows), 1)
+        kept = chunk * per_row if schedule in ("one pass", "frozen", "keep") else 0
+        columns = min(profile.tile_bytes, max(limit - kept, limit // 8)) // (chunk * itemsize)
+        tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
+        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept + chunk * tile * itemsize, passes, why)
+
+    if not (needs_input or needs_head):
+        return make("forward", profile.max_rows, 1, "nothing needs a gradient")
+    once = 1 + needs_input + needs_head  # GEMMs when no logits are made twice
+    room = int(limit * 0.95) // per_row  # rows of logits that may be kept, a tile of scratch left free
+    wide_enough = room >= min(rows, profile.min_rows if needs_head else profile.min_rows // 2)
+    chunk = min(room, profile.max_rows)
+    size = f"{rows * per_row / MIB:.0f} MiB of logits"
+    if late and scale_free and wide_enough and not needs_head:
+        return make("frozen", chunk, once, "the head is frozen, so dX is kept without its factor g")
+    if late and rows <= room:
+        return make("keep", rows, once, f"{size} fit and wait for g")
+    if late:
+        return make(
+            "recompute", profile.max_rows, once + 1, f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"
+        )
+    if wide_enough and largest_unit <= room:
+        return make("one pass", chunk, once, "the loss closes inside a chunk, so g is known while its logits are there")
+    cause = f"a unit has {largest_unit} rows and" if largest_unit > room else "too few for the GEMMs:"
+    return make(
+        "recompute", profile.max_rows, once + 1, f"{cause} {limit / MIB:.0f} MiB keep the logits of {room} rows"
+    )

@@ -1,0 +1,319 @@
+"""Tiles of logits between two GEMMs: what every schedule is made of.
+
+Letters: n rows of a chunk, c columns of a tile, V vocabulary on this rank, D hidden size, R rank of a LoRA.
+Nothing here knows a loss; nothing here is differentiated: `functions.py` wraps it for autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from align_kernels.dispatch import BACKENDS, pick
+from align_kernels.head import Head, Settings
+from align_kernels.planner import plan
+
+EMPTY_STATE = (-torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0)
+
+
+class Needs(NamedTuple):
+    """Which tensors of the head need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_A: bool
+    lora_B: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias or self.lora_A or self.lora_B
+
+
+class Chunk(NamedTuple):
+    """The rows that one GEMM sees."""
+
+    rows: Tensor | slice  # where they lie in the flat batch
+    x: Tensor  # (n, D), in the dtype of the GEMMs
+    xa: Tensor | None  # (n, R): scaling * x @ A.T
+    targets: Tensor  # (n,)
+    temperature: Tensor | float
+
+    def select(self, index: Tensor) -> Chunk:
+        """The chunk of some of its rows. `rows` no longer apply: the caller scatters."""
+        t = self.temperature
+        return Chunk(
+            slice(0, 0),
+            self.x[index],
+            None if self.xa is None else self.xa[index],
+            self.targets[index],
+            t[index] if isinstance(t, Tensor) else t,
+        )
+
+
+class Grads:
+    """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to."""
+
+    def __init__(self, head: Head, needs: Needs) -> None:
+        def like(x: Tensor | None, needed: bool) -> Tensor | None:
+            if x is None or not needed:
+                return None
+            return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+
+        self.weight = like(head.weight, needs.weight)
+        self.bias = like(head.bias, needs.bias)
+        self.lora_A = like(head.lora_A, needs.lora_A)
+        self.lora_B = like(head.lora_B, needs.lora_B)
+        self.started = False
+
+    def finish(self, head: Head) -> list[Tensor | None]:
+        """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
+        out = []
+        for grad, of in (
+            (self.weight, head.weight),
+            (self.bias, head.bias),
+            (self.lora_A, head.lora_A),
+            (self.lora_B, head.lora_B),
+        ):
+            if grad is not None and not self.started:
+                grad.zero_()
+            out.append(None if grad is None or of is None else grad.to(of.dtype))
+        return out
+
+
+def _product(acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """acc (+)= a @ b, the sum in acc's dtype."""
+    if a.dtype == acc.dtype:
+        torch.addmm(acc, a, b, out=acc) if add else torch.mm(a, b, out=acc)
+    elif add:
+        acc.add_(torch.mm(a, b))
+    else:
+        acc.copy_(torch.mm(a, b))
+
+
+class Runner:
+    """One call: the head's tensors, the plan and the backend, with the scratch that its tiles share."""
+
+    def __init__(
+        self, head: Head, settings: Settings, needs: Needs, kept: Tensor, *, late: bool, largest_unit: int = 1
+    ) -> None:
+        self.head, self.settings, self.needs = head, settings, needs
+        self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
+        self.dtype = gemm_dtype(head)
+        self.group = None if settings.tp_group is None else _group(settings.tp_group)
+        self.offset, widest, self.vocab = _shard(head.weight.shape[0], self.group, head.weight.device)
+        name = pick(settings.impl, head.weight.device, self.dtype)
+        self.backend = BACKENDS[name]
+        self.plan = plan(
+            rows=len(kept),
+            vocab=widest,
+            width=head.weight.shape[1],
+            itemsize=self.dtype.itemsize,
+            device=head.weight.device.type,
+            backend=name,
+            workspace=settings.workspace,
+            needs_input=needs.hidden,
+            needs_head=needs.head,
+            late=late,
+            scale_free=settings.clamp is None or settings.clamp.units == "residual",
+            largest_unit=largest_unit,
+        )
+        size = self.plan.chunk_rows * self.plan.tile_cols
+        self._z = torch.empty(size, dtype=self.dtype, device=head.weight.device)
+        self._w: Tensor | None = None
+        self._bias = None if head.bias is None else head.bias.to(torch.promote_types(head.bias.dtype, torch.float32))
+
+    # -- pieces ------------------------------------------------------------------------------------------------
+    def chunk(self, begin: int, end: int) -> Chunk:
+        """Rows begin .. end of the kept rows."""
+        h = self.head
+        index: Tensor | slice = self.kept[begin:end]
+        if len(self.kept) == len(h.targets):
+            index = slice(begin, end)
+        x = h.hidden[index].to(self.dtype)
+        xa = None
+        if h.lora_A is not None:
+            xa = x @ h.lora_A.to(self.dtype).T * self.settings.lora_scaling
+        temperature = (
+            self.settings.transform.temperature if h.temperature is None else h.temperature[index].contiguous()
+        )
+        return Chunk(index, x, xa, h.targets[index].contiguous(), temperature)
+
+    def chunks(self, begin: int, end: int) -> Iterator[Chunk]:
+        """Rows begin .. end in the fewest chunks, all of about one size."""
+        count = -(-(end - begin) // self.plan.chunk_rows)
+        for i in range(count):
+            yield self.chunk(begin + (end - begin) * i // count, begin + (end - begin) * (i + 1) // count)
+
+    def tiles(self) -> Iterator[tuple[int, int]]:
+        V = self.head.weight.shape[0]
+        for v in range(0, V, self.plan.tile_cols):
+            yield v, min(v + self.plan.tile_cols, V)
+
+    def store(self, n: int) -> Tensor:
+        """Room for all logits of n rows, tile after tile."""
+        return torch.empty(n * self.head.weight.shape[0], dtype=self.dtype, device=self.head.weight.device)
+
+    def _tile_of(self, store: Tensor | None, n: int, v0: int, v1: int) -> Tensor:
+        if store is None:
+            return self._z[: n * (v1 - v0)].view(n, v1 - v0)
+        return store[n * v0 : n * v1].view(n, v1 - v0)
+
+    def _weight(self, v0: int, v1: int) -> Tensor:
+        w = self.head.weight[v0:v1]
+        if w.dtype == self.dtype:
+            return w
+        if self._w is None:
+            shape = (self.plan.tile_cols, w.shape[1])
+            self._w = torch.empty(shape, dtype=self.dtype, device=w.device)
+        return self._w[: v1 - v0].copy_(w)
+
+    def _logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
+        torch.mm(chunk.x, w.T, out=out)
+        if chunk.xa is not None and self.head.lora_B is not None:
+            out.addmm_(chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T)
+        return out
+
+    def _common(self, chunk: Chunk, v0: int, v1: int) -> dict:
+        t = self.settings.transform
+        return dict(
+            offset=self.offset + v0,
+            vocab=self.vocab,
+            bias=None if self._bias is None else self._bias[v0:v1],
+            scale=t.logit_scale,
+            softcap=t.softcap,
+            temperature=chunk.temperature,
+        )
+
+    # -- the two passes ----------------------------------------------------------------------------------------
+    def forward(self, chunk: Chunk, store: Tensor | None = None) -> Tensor:
+        """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
+        n = len(chunk.targets)
+        state = torch.tensor(EMPTY_STATE, dtype=torch.float64, device=chunk.x.device).repeat(n, 1)
+        for v0, v1 in self.tiles():
+            z = self._logits(chunk, self._weight(v0, v1), v0, v1, self._tile_of(store, n, v0, v1))
+            self.backend.forward(z, state, chunk.targets, **self._common(chunk, v0, v1))
+        return state if self.group is None else _merge(state, self.group)
+
+    def backward(
+        self,
+        chunk: Chunk,
+        state: Tensor,
+        g: Tensor,
+        g_entropy: Tensor | None,
+        grads: Grads,
+        store: Tensor | None = None,
+    ) -> Tensor | None:
+        """Add this chunk's share to `grads` and return its dX [n, D] (None where hidden needs none).
+
+        Rows without a coefficient are dropped before any GEMM. Logits come from `store`, or are made again.
+        """
+        n, live = len(g), None
+        if not bool((active := _active(g, g_entropy)).all()):
+            live = active.nonzero()[:, 0]
+            chunk, state, g = chunk.select(live), state[live], g[live]
+            g_entropy = None if g_entropy is None else g_entropy[live]
+        h, needs, clamp = self.head, self.needs, self.settings.clamp
+        acc = torch.promote_types(self.dtype, torch.float32)
+        m = len(g)
+        dx = torch.zeros(m, h.weight.shape[1], dtype=acc, device=g.device) if needs.hidden else None
+        dxa = None
+        if chunk.xa is not None and (needs.hidden or needs.lora_A):
+            dxa = torch.zeros(chunk.xa.shape, dtype=acc, device=g.device)
+        for v0, v1 in self.tiles() if m else ():
+            w = self._weight(v0, v1) if store is None or needs.hidden else None
+            if store is None:
+                assert w is not None
+                z = self._logits(chunk, w, v0, v1, self._tile_of(None, m, v0, v1))
+            else:
+                z = self._tile_of(store, n, v0, v1)
+                z = z if live is None else z[live]
+            dz = self._tile_of(None, m, v0, v1)
+            self.backend.backward(
+                z, state, chunk.targets, g, g_entropy, clamp=clamp, out=dz, **self._common(chunk, v0, v1)
+            )
+            if dx is not None:
+                assert w is not None
+                _product(dx, dz, w, add=True)
+            if grads.weight is not None:
+                _product(grads.weight[v0:v1], dz.T, chunk.x, add=grads.started)
+            if grads.bias is not None:
+                total = dz.sum(0, dtype=grads.bias.dtype)
+                grads.bias[v0:v1] = grads.bias[v0:v1] + total if grads.started else total
+            if dxa is not None and h.lora_B is not None:
+                _product(dxa, dz, h.lora_B[v0:v1].to(self.dtype), add=True)
+            if grads.lora_B is not None and chunk.xa is not None:
+                _product(grads.lora_B[v0:v1], dz.T, chunk.xa, add=grads.started)
+        if dxa is not None and h.lora_A is not None:
+            dxa = dxa * self.settings.lora_scaling
+            if dx is not None:
+                dx += dxa @ h.lora_A.to(acc)
+            if grads.lora_A is not None:
+                da = dxa.T @ chunk.x.to(acc)
+                grads.lora_A.copy_(grads.lora_A + da if grads.started else da)
+        grads.started |= m > 0
+        if dx is None:
+            return None
+        if self.group is not None:
+            dist.all_reduce(dx, group=self.group)
+        if live is not None:
+            dx = torch.zeros(n, dx.shape[1], dtype=acc, device=dx.device).index_copy_(0, live, dx)
+        return dx
+
+
+def gemm_dtype(head: Head) -> torch.dtype:
+    """The dtype in which logits are made.
+
+    The wider of hidden and weight. A CPU has no GEMM with narrow inputs and a float32 output, so 16-bit storage is
+    widened tile by tile there.
+    """
+    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
+    return torch.promote_types(dtype, torch.float32) if head.weight.device.type == "cpu" else dtype
+
+
+def _active(g: Tensor, g_entropy: Tensor | None) -> Tensor:
+    return g != 0 if g_entropy is None else (g != 0) | (g_entropy != 0)
+
+
+# -- vocabulary-parallel: the weight is sharded along V, hidden and targets are the same on every rank ------------
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _shard(columns: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int, int]:
+    """The first column of this rank, the columns of the widest rank (ranks must take one plan), and of all."""
+    if group is None:
+        return 0, columns, columns
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+    sizes[dist.get_rank(group)] = columns
+    dist.all_reduce(sizes, group=group)
+    return int(sizes[: dist.get_rank(group)].sum()), int(sizes.max()), int(sizes.sum())
+
+
+def _merge(state: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The state of the whole vocabulary from the states of its shards, the same bits on every rank."""
+    parts = torch.empty(dist.get_world_size(group), *state.shape, dtype=state.dtype, device=state.device)
+    dist.all_gather_into_tensor(parts, state, group=group)
+    m = parts[:, :, 0].max(0).values
+    shift = torch.where(parts[:, :, 1] > 0, parts[:, :, 0] - m, 0.0)
+    factor = shift.exp()
+    s = parts[:, :, 1]
+    first = (parts[:, :, 0] == m).int().argmax(0, keepdim=True)
+    argmax = parts[:, :, 6].gather(0, first)[0]
+    return torch.stack(
+        (
+            m,
+            (factor * s).sum(0),
+            (factor * (parts[:, :, 2] + s * shift)).sum(0),
+            (factor * factor * parts[:, :, 3]).sum(0),
+            parts[:, :, 4].sum(0),
+            parts[:, :, 5].sum(0),
+            argmax,
+            torch.zeros_like(m),
+        ),
+        dim=1,
+    )
