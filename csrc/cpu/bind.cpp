@@ -1,0 +1,62 @@
+// Python sees raw addresses and sizes; align_kernels/backends/cpu.py turns tensors into them.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "tile.h"
+
+namespace py = pybind11;
+using namespace align;
+
+template <class T>
+static T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "CPU kernels of align_kernels. Addresses are integers, 0 for an absent tensor; dtype codes: 0 float32, 1 bfloat16.";
+
+  py::class_<Logits>(m, "Logits", "A checked-on-use description of a tile of raw logits and of the head's transform.")
+      .def(py::init([](uintptr_t z, int dtype, int64_t rows, int64_t cols, int64_t stride, uintptr_t targets, int64_t offset,
+                       int64_t vocab, uintptr_t bias, double scale, double softcap, double temperature,
+                       uintptr_t row_temperature) {
+             return Logits{at<void>(z), Storage(dtype), rows, cols, stride, at<int64_t>(targets), offset, vocab,
+                           at<float>(bias), scale, softcap, temperature, at<float>(row_temperature)};
+           }),
+           py::arg("z"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("targets"),
+           py::arg("offset"), py::arg("vocab"), py::arg("bias"), py::arg("scale"), py::arg("softcap"),
+           py::arg("temperature"), py::arg("row_temperature"));
+
+  m.def(
+      "forward",
+      [](const Logits& logits, uintptr_t state, int threads) { forward(logits, at<State>(state), threads); },
+      "Fold a tile into the state of its rows.", py::arg("logits"), py::arg("state"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "backward",
+      [](const Logits& logits, uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, double limit, double prob_above,
+         bool limit_is_residual, uintptr_t out, int dtype, int64_t stride, int threads) {
+        backward(logits,
+                 Gradient{at<State>(state), at<float>(g_logp), at<float>(g_entropy), limit, prob_above, limit_is_residual,
+                          at<void>(out), Storage(dtype), stride},
+                 threads);
+      },
+      "Write dL/dz of a tile; limit = inf for no clamp.", py::arg("logits"), py::arg("state"), py::arg("g_logp"),
+      py::arg("g_entropy"), py::arg("limit"), py::arg("prob_above"), py::arg("limit_is_residual"), py::arg("out"),
+      py::arg("dtype"), py::arg("stride"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def("isa", &isa_name, "The instruction set in use.");
+  m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
+        "Use this instruction set in the whole process. ValueError unless it is one of available_isas().");
+  m.def("available_isas",
+        [] {
+          std::vector<std::string> names;
+          for (const Isa* const* isa = available_isas(); *isa; isa++) names.emplace_back((*isa)->name);
+          return names;
+        },
+        "The instruction sets of this machine, ascending.");
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
+        "Ask for huge pages in the whole pages of this range. False where the system has none or refuses.");
+}

@@ -1,0 +1,221 @@
+// Checks, threads and the choice of the instruction set: the kernels behind it trust what they get.
+#include "tile.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __x86_64__
+#include <xmmintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace align {
+namespace {
+
+// -- instruction sets ------------------------------------------------------------------------------------------------
+const std::vector<const Isa*>& isas() {
+  static const std::vector<const Isa*> list = [] {
+    std::vector<const Isa*> found{&baseline_isa};
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+      found.push_back(&avx2_isa);
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+        found.push_back(&avx512_isa);
+    }
+#endif
+    found.push_back(nullptr);
+    return found;
+  }();
+  return list;
+}
+
+std::atomic<const Isa*>& chosen() {
+  static std::atomic<const Isa*> isa{isas()[isas().size() - 2]};
+  return isa;
+}
+
+// Denormal results cost more than a hundred cycles each, and exp(l - m)^2 meets them on every peaked row.
+class FlushDenormals {
+#ifdef __x86_64__
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// -- checks ----------------------------------------------------------------------------------------------------------
+template <class... Parts>
+void require(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+int64_t size_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
+
+void check_pointer(const char* name, const void* p, int64_t alignment) {
+  require(p != nullptr, name, " must not be null");
+  require(reinterpret_cast<uintptr_t>(p) % uintptr_t(alignment) == 0, name, " must be aligned to ", alignment,
+          " bytes, got address ", p);
+}
+
+void check_storage(const char* name, Storage storage) {
+  require(storage == Storage::f32 || storage == Storage::bf16, name, " dtype code must be 0 (float32) or 1 (bfloat16), got ",
+          int(storage));
+}
+
+// Whether there is anything to do.
+bool check(const Logits& in, const State* state, int threads) {
+  check_storage("z", in.storage);
+  require(in.rows >= 0 && in.cols >= 0, "z must have sizes >= 0, got ", in.rows, " x ", in.cols);
+  require(in.offset >= 0 && in.vocab >= 0 && in.cols <= in.vocab && in.offset <= in.vocab - in.cols,
+          "columns offset .. offset + cols must lie in [0, vocab), got offset ", in.offset, ", cols ", in.cols, ", vocab ",
+          in.vocab);
+  require(std::isfinite(in.scale), "scale must be finite, got ", in.scale);
+  require(std::isfinite(in.softcap) && in.softcap >= 0, "softcap must be finite and > 0 (0 for none), got ", in.softcap);
+  require(threads >= 1, "threads must be >= 1, got ", threads);
+  if (!in.row_temperature)
+    require(std::isfinite(in.temperature) && in.temperature > 0, "temperature must be finite and > 0, got ", in.temperature);
+  if (in.rows == 0 || in.cols == 0) return false;
+  require(in.rows == 1 || in.stride >= in.cols, "z must have a row stride >= its ", in.cols, " columns, got ", in.stride);
+  check_pointer("z", in.z, size_of(in.storage));
+  check_pointer("state", state, 8);
+  check_pointer("targets", in.targets, 8);
+  if (in.bias) check_pointer("bias", in.bias, 4);
+  for (int64_t i = 0; i < in.rows; i++)
+    require(in.targets[i] >= 0 && in.targets[i] < in.vocab, "targets must lie in [0, ", in.vocab, "), got ", in.targets[i],
+            " at row ", i);
+  if (in.row_temperature) {
+    check_pointer("temperature", in.row_temperature, 4);
+    for (int64_t i = 0; i < in.rows; i++)
+      require(std::isfinite(in.row_temperature[i]) && in.row_temperature[i] > 0, "temperature must be finite and > 0, got ",
+              in.row_temperature[i], " at row ", i);
+  }
+  return true;
+}
+
+bool check(const Logits& in, const Gradient& grad, int threads) {
+  check_storage("out", grad.storage);
+  require(grad.limit >= 0, "clamp limit must be >= 0, got ", grad.limit);
+  require(grad.prob_above >= 0 && grad.prob_above <= 1, "clamp prob_above must lie in [0, 1], got ", grad.prob_above);
+  if (!check(in, grad.state, threads)) return false;
+  require(in.rows == 1 || grad.stride >= in.cols, "out must have a row stride >= its ", in.cols, " columns, got ",
+          grad.stride);
+  check_pointer("out", grad.out, size_of(grad.storage));
+  check_pointer("g_logp", grad.g_logp, 4);
+  if (grad.g_entropy) check_pointer("g_entropy", grad.g_entropy, 4);
+  auto z = reinterpret_cast<uintptr_t>(in.z), out = reinterpret_cast<uintptr_t>(grad.out);
+  auto z_end = z + uintptr_t(((in.rows - 1) * in.stride + in.cols) * size_of(in.storage));
+  auto out_end = out + uintptr_t(((in.rows - 1) * grad.stride + in.cols) * size_of(grad.storage));
+  bool same = z == out && in.storage == grad.storage && (in.rows == 1 || in.stride == grad.stride);
+  require(same || out_end <= z || z_end <= out, "out must be z itself or not overlap it");
+  return true;
+}
+
+// -- the state -------------------------------------------------------------------------------------------------------
+void rescale(State& state, double max) {
+  if (state.max == max || state.sum == 0) return;  // an empty sum has no max to shift
+  double shift = state.max - max, factor = std::exp(shift);
+  state.sum_x = factor == 0 ? factor * state.sum : (state.sum_x + shift * state.sum) * factor;
+  state.sum_sq *= factor * factor;
+  state.sum *= factor;
+}
+
+void merge(State& into, State part) {
+  if (part.max > into.max || (part.max == into.max && (into.argmax < 0 || part.argmax < into.argmax)))
+    into.argmax = part.argmax;
+  double max = std::max(into.max, part.max);
+  rescale(into, max);
+  rescale(part, max);
+  into.sum += part.sum;
+  into.sum_x += part.sum_x;
+  into.sum_sq += part.sum_sq;
+  into.total += part.total;
+  into.target += part.target;
+  into.max = std::isnan(into.sum) ? into.sum : max;
+}
+
+// -- work items ------------------------------------------------------------------------------------------------------
+int64_t blocks_of(const Logits& in) { return (in.cols + kBlock - 1) / kBlock; }
+int64_t end_of(const Logits& in, int64_t block) { return std::min(in.cols, (block + 1) * kBlock); }
+
+// A thread that gets less than this many logits costs more to wake than it saves.
+int worthwhile(const Logits& in, int threads) {
+  constexpr int64_t kLogitsPerThread = 8192;
+  int64_t most = in.rows * blocks_of(in);
+  return int(std::clamp<int64_t>(in.rows * in.cols / kLogitsPerThread, 1, std::min<int64_t>(threads, most)));
+}
+
+}  // namespace
+
+void forward(const Logits& in, State* state, int threads) {
+  if (!check(in, state, threads)) return;
+  const Isa& isa = *chosen().load();
+  const int64_t blocks = blocks_of(in), items = in.rows * blocks;
+  std::vector<State> parts(static_cast<size_t>(items));
+#pragma omp parallel num_threads(worthwhile(in, threads))
+  {
+    FlushDenormals guard;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; item++)
+      parts[item] = isa.forward(in, item / blocks, item % blocks * kBlock, end_of(in, item % blocks));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < in.rows; row++)
+      for (int64_t block = 0; block < blocks; block++) merge(state[row], parts[row * blocks + block]);
+  }
+}
+
+void backward(const Logits& in, const Gradient& grad, int threads) {
+  if (!check(in, grad, threads)) return;
+  const Isa& isa = *chosen().load();
+  const int64_t blocks = blocks_of(in), items = in.rows * blocks;
+#pragma omp parallel num_threads(worthwhile(in, threads))
+  {
+    FlushDenormals guard;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < items; item++)
+      isa.backward(in, grad, item / blocks, item % blocks * kBlock, end_of(in, item % blocks));
+  }
+}
+
+const char* isa_name() { return chosen().load()->name; }
+
+const Isa* const* available_isas() { return isas().data(); }
+
+void set_isa(const char* name) {
+  std::string known;
+  for (const Isa* const* isa = available_isas(); *isa; isa++) {
+    if (std::strcmp((*isa)->name, name) == 0) return chosen().store(*isa);
+    known += std::string(known.empty() ? "" : ", ") + (*isa)->name;
+  }
+  require(false, "isa must be one of ", known, " on this machine, got \"", name, "\"");
+}
+
+bool advise_huge_pages(uintptr_t address, uint64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  (void)address, (void)bytes;
+  return false;
+#endif
+}
+
+}  // namespace align

@@ -1,0 +1,152 @@
+"""The two primitives in C++ (`align_kernels._C`), vectorised and threaded, for float32 and bfloat16 on the CPU.
+
+Same signatures and state as `torch_ops`; arithmetic is float32 within a tile, the state is float64, and the result does
+not depend on the number of threads. Every argument is checked: here what a tensor knows, in C++ what its numbers say.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+try:
+    from align_kernels import _C
+except ImportError as error:
+    _C = None
+    _MISSING = f"the extension align_kernels._C is not built or does not load ({error}); reinstall with a C++17 compiler"
+
+_CODES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where logits of this device and dtype are served, else the reason in one sentence."""
+    if _C is None:
+        return _MISSING
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if dtype not in _CODES:
+        return f"it serves float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def forward(
+    z: Tensor,  # (n, c) float32 | bfloat16
+    state: Tensor,  # (n, 8) float64, updated in place
+    targets: Tensor,  # (n,) int64
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,  # (c,) float32
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,  # (n,) float32
+) -> None:
+    """Fold one tile of logits into the running state of its rows.
+
+    Raises:
+        ValueError: a tensor of the wrong device, dtype, shape or layout, a target outside [0, vocab), or a scale, softcap
+            or temperature that is not finite or not positive, naming the value; nothing was written then.
+    """
+    logits = _logits(z, targets, offset, vocab, bias, scale, softcap, temperature)
+    _check("state", state, torch.float64, (z.shape[0], 8))
+    _C.forward(logits, state.data_ptr(), torch.get_num_threads())
+
+
+def backward(
+    z: Tensor,  # (n, c) float32 | bfloat16
+    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+    targets: Tensor,  # (n,) int64
+    g_logp: Tensor,  # (n,) float32
+    g_entropy: Tensor | None,  # (n,) float32
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,  # (c,) float32
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,  # (n,) float32
+    clamp: tuple[float, float, str] | None,  # limit, prob_above, "residual" | "gradient"
+    out: Tensor,  # (n, c) float32 | bfloat16, may be z
+) -> None:
+    """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
+
+    Raises:
+        ValueError: as in `forward`, and an `out` that overlaps z without being z.
+    """
+    logits = _logits(z, targets, offset, vocab, bias, scale, softcap, temperature)
+    n = z.shape[0]
+    _check("state", state, torch.float64, (n, 8))
+    _check("g_logp", g_logp, torch.float32, (n,))
+    if g_entropy is not None:
+        _check("g_entropy", g_entropy, torch.float32, (n,))
+    limit, prob_above, units = (math.inf, 0.0, "residual") if clamp is None else clamp
+    if units not in ("residual", "gradient"):
+        raise ValueError(f'clamp units must be "residual" or "gradient", got {units!r}')
+    out_code = _check_tile("out", out)
+    if out.shape != z.shape:
+        raise ValueError(f"out must have z's shape {tuple(z.shape)}, got {tuple(out.shape)}")
+    _C.backward(
+        logits,
+        state.data_ptr(),
+        g_logp.data_ptr(),
+        _address(g_entropy),
+        limit,
+        prob_above,
+        units == "residual",
+        out.data_ptr(),
+        out_code,
+        out.stride(0),
+        torch.get_num_threads(),
+    )
+
+
+def _logits(
+    z: Tensor,
+    targets: Tensor,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,
+) -> _C.Logits:
+    code = _check_tile("z", z)
+    n, c = z.shape
+    _check("targets", targets, torch.int64, (n,))
+    if bias is not None:
+        _check("bias", bias, torch.float32, (c,))
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be finite and > 0 or None, got {softcap}")
+    scalar, rows = 1.0, None
+    if isinstance(temperature, Tensor):
+        _check("temperature", temperature, torch.float32, (n,))
+        rows = temperature
+    else:
+        scalar = temperature
+    return _C.Logits(
+        z.data_ptr(), code, n, c, z.stride(0), targets.data_ptr(), offset, vocab,
+        _address(bias), scale, softcap or 0.0, scalar, _address(rows),
+    )  # fmt: skip
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _check_tile(name: str, x: Tensor) -> int:
+    """The dtype code of a tile."""
+    if x.device.type != "cpu" or x.dtype not in _CODES:
+        raise ValueError(f"{name} must be float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
+    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"{name} must be (n, c) with unit column stride, got {tuple(x.shape)} with strides {x.stride()}")
+    return _CODES[x.dtype]
+
+
+def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if x.device.type != "cpu" or x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous {str(dtype).removeprefix('torch.')} tensor {shape} on the CPU, "
+            f"got {x.dtype} {tuple(x.shape)} with strides {x.stride()} on {x.device}"
+        )
