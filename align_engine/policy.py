@@ -23,7 +23,9 @@ from align_engine.errors import BadInput
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
 
-HeadFunction = Callable[[Tensor, dict[str, Any]], Tensor]  # (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
+HeadFunction = Callable[
+    [Tensor, dict[str, Any]], Tensor
+]  # (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
 
 # Where transformers' models keep what they do to the head's output: attribute -> (keyword of linear_logprobs, its value).
 LOGIT_ATTRIBUTES: dict[str, tuple[str, Callable[[float], float]]] = {
@@ -97,7 +99,9 @@ def head_weights(module: nn.Module) -> dict[str, Any]:
         lora = _lora(module)
         module = module.get_base_layer()
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        raise BadInput(f"the LM head is a {type(module).__name__}, not a plain linear layer: the fused loss cannot stand in")
+        raise BadInput(
+            f"the LM head is a {type(module).__name__}, not a plain linear layer: the fused loss cannot stand in"
+        )
     keywords = {"weight": module.weight, "bias": module.bias}
     return keywords if lora is None else {**keywords, "lora": lora}
 
@@ -116,7 +120,9 @@ def _lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
     }
     for what, present in refused.items():
         if present:
-            raise BadInput(f"LoRA on the LM head with {what}: the fused loss takes one plain LoRA without dropout there")
+            raise BadInput(
+                f"LoRA on the LM head with {what}: the fused loss takes one plain LoRA without dropout there"
+            )
     return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
 
 
@@ -145,12 +151,6 @@ def _head_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Ite
             module.__dict__["forward"] = before
 
 
-def _as_autocast_does(value: Any, device: str) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_as_autocast_does(item, device) for item in value)
-    return value.to(torch.get_autocast_dtype(device)) if isinstance(value, Tensor) else value
-
-
 @contextlib.contextmanager
 def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
     """For the calls of `model` inside the block, `fn(hidden, head)` stands in for the LM head and all that follows it.
@@ -158,7 +158,7 @@ def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
     Args:
         model: a causal LM of transformers, bare or wrapped (DDP, FSDP2, peft LoRA).
         fn: gets hidden [B, T, D] and `head`, the keywords weight, bias, logit_scale, softcap, lora of linear_logprobs;
-            whatever tensor it returns is the model's `.logits`. Under autocast both come in the autocast dtype.
+            whatever tensor it returns is the model's `.logits`.
     Raises:
         BadInput: a head that is not exactly what linear_logprobs computes (see `head_weights`).
     """
@@ -168,12 +168,8 @@ def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
     head_weights(module)
 
     def forward(hidden: Tensor) -> Tensor:
-        head = {**head_weights(module), **keywords}  # read here: under FSDP the weight is whole only inside the call
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            hidden = _as_autocast_does(hidden, device)
-            head = {name: _as_autocast_does(value, device) for name, value in head.items()}
-        return fn(hidden, head)
+        # the weights are read here: under FSDP they are whole only inside the call
+        return fn(hidden, {**head_weights(module), **keywords})
 
     with _attributes(places), _head_forward(module, forward):
         yield

@@ -53,17 +53,15 @@ class DataSection:
     dataset_test_split: str | None = None
     """Split of the evaluation dataset (of dataset_name, when eval_dataset_name is not given)."""
     max_length: int = 1024
-    """Longest sequence in tokens, prompt and completion together; a longer one loses the end of its completion."""
-    max_prompt_length: int = 512
-    """Longest prompt in tokens; of a longer one the last max_prompt_length tokens are kept."""
-
-
-@dataclass
-class SftLoss:
-    """Loss."""
-
-    completion_only_loss: bool | None = None
-    """Learn from the completion alone (None: yes where the rows have a prompt, the whole text elsewhere)."""
+    """Longest sequence in tokens, prompt and completion together."""
+    max_prompt_length: int | None = None
+    """Longest prompt in tokens (None: what max_length leaves)."""
+    overlong: Literal["truncate", "drop", "error"] = "truncate"
+    """What to do with rows over these limits. truncate: cut the prompt at its left, then the completion at its end."""
+    bad_rows: Literal["error", "drop"] = "error"
+    """What to do with rows that cannot be used (no `chosen`, chosen equal to rejected, an empty answer, ...)."""
+    dataset_num_proc: int | None = None
+    """Processes that tokenise."""
 
 
 @dataclass
@@ -155,11 +153,10 @@ class KernelSection:
 
 @dataclass
 class Recipe:
-    """What every algorithm has; subclasses add the section `loss`."""
+    """What every algorithm has; those with settings of their own add a section `loss`."""
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
-    loss: Any = None
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     output: OutputSection = field(default_factory=OutputSection)
@@ -169,8 +166,6 @@ class Recipe:
 @dataclass
 class SftRecipe(Recipe):
     """Supervised fine-tuning: maximise the log-probability of the completions."""
-
-    loss: SftLoss = field(default_factory=SftLoss)
 
 
 @dataclass
@@ -257,7 +252,7 @@ def check(recipe: Recipe) -> None:
     rules += [
         (name, values[name] >= low, f"must be at least {low}")
         for name, low in {
-            "max_length": 2, "max_prompt_length": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1, "lora_r": 1, "lora_alpha": 1,
             "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
         }.items()
@@ -265,10 +260,10 @@ def check(recipe: Recipe) -> None:
     rules += [(name, values[name] > 0, "must be above 0") for name in ("learning_rate", "beta") if name in values]
     rules += [
         (name, values[name] is None or values[name] >= 1, "must be at least 1 (or left out)")
-        for name in ("eval_steps", "save_total_limit", "workspace")
+        for name in ("eval_steps", "save_total_limit", "workspace", "max_prompt_length", "dataset_num_proc")
     ]
     rules += [
-        ("max_prompt_length", values["max_prompt_length"] < values["max_length"],
+        ("max_prompt_length", (values["max_prompt_length"] or 0) < values["max_length"],
          f"must leave room for a completion: below max_length = {values['max_length']}"),
         ("max_steps", values["max_steps"] > 0 or values["max_steps"] == -1, "must be above 0, or -1 for whole epochs"),
         ("num_train_epochs", values["num_train_epochs"] > 0 or values["max_steps"] > 0, "must be above 0"),
@@ -278,7 +273,9 @@ def check(recipe: Recipe) -> None:
     if "label_smoothing" in values:
         rules.append(("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "must lie in [0, 0.5)"))
     if values.get("reference") == "adapter-off":
-        rules.append(("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off"))
+        rules.append(
+            ("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off")
+        )
     broken = [f"{name} = {values[name]!r} {rule}" for name, holds, rule in rules if not holds]
     if broken:
         raise BadInput("; ".join(broken))

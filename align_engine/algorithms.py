@@ -1,0 +1,72 @@
+"""The table of algorithms. A row says what an algorithm learns from, what it counts, and its loss; loops do the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from align_kernels import LossOutput, dpo_loss, sft_loss
+from torch import Tensor
+
+from align_engine.data import Batch, collate_pairs, collate_sft
+from align_engine.data.batches import IGNORE
+from align_engine.recipe import DpoRecipe, Recipe, SftRecipe
+
+Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table."""
+
+    name: str
+    recipe: type[Recipe]
+    kind: str  # of rows, as align_engine.data.prepare names it
+    collate: Callable[..., Batch]
+    unit: str  # what the loss is a mean over
+    count: Callable[[Batch], int]  # units in a batch
+    loss: Loss
+    reference: bool  # whether batches need ref_logps
+    dropout: bool  # whether the model's dropout stays on in training
+
+
+def _sft(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: SftRecipe, num_items: float) -> LossOutput:
+    return sft_loss(hidden, targets=batch.targets, num_items=num_items, **head)
+
+
+def _dpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DpoRecipe, num_items: float) -> LossOutput:
+    return dpo_loss(
+        hidden,
+        targets=batch.targets,
+        ref_logps=batch.ref_logps,
+        beta=recipe.loss.beta,
+        loss_type=recipe.loss.loss_type,
+        label_smoothing=recipe.loss.label_smoothing,
+        num_items=num_items,
+        **head,
+    )
+
+
+def _pairs(batch: Batch) -> int:
+    return len(batch.targets) // 2
+
+
+ALGORITHMS = {
+    row.name: row
+    for row in (
+        #         name   recipe     rows          collate        unit     units in a batch                loss  ref    dropout
+        Algorithm("sft", SftRecipe, "sft",        collate_sft,   "token", lambda batch: batch.num_tokens, _sft, False, True),
+        Algorithm("dpo", DpoRecipe, "preference", collate_pairs, "pair",  _pairs,                         _dpo, True,  False),
+    )
+}  # fmt: skip
+
+
+def metric_weight(name: str, batch: Batch, units: int) -> int:
+    """What a metric of a batch is a mean over: its tokens, the tokens of its chosen or rejected half, or its units."""
+    if name in ("entropy", "mean_token_accuracy"):
+        return batch.num_tokens
+    if name in ("logits/chosen", "logits/rejected"):
+        half = batch.targets.chunk(2)[name == "logits/rejected"]
+        return int((half != IGNORE).sum())
+    return units

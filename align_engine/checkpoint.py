@@ -1,0 +1,191 @@
+"""The folder of a run: what lies in it, and how nothing in it is ever half written.
+
+    run.json              what the run is: algorithm, recipe, data, number of processes; and whether it has finished
+    recipe.yaml           the whole recipe, as `--recipe` reads it
+    metrics.jsonl         one line per logged step
+    reference-*.safetensors   log-probs of a precomputed reference
+    checkpoint-000050/    everything needed to go on after step 50
+    final/                the trained model and its tokenizer
+    report.html, plots/   the curves
+
+Folders and files are written under a name that ends in `.tmp`, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from align_engine.errors import BadInput, RunFailed
+
+OWN = ("run.json", "recipe.yaml", "metrics.jsonl", "reference-*", "checkpoint-*", "final*", "report.html", "plots")
+
+
+class RunFolder:
+    """One output folder.
+
+    Args:
+        path: the folder; made when the run begins.
+        identity: whatever must be equal for a later call to be the same run, as a flat dict of JSON values.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.identity = json.loads(json.dumps(identity))
+        self.metrics = self.path / "metrics.jsonl"
+        self.final = self.path / "final"
+
+    def inspect(self, overwrite: bool) -> str:
+        """Look, change nothing: "new", "resume" or "finished".
+
+        Raises:
+            BadInput: the folder holds foreign files, or another run, naming what differs; not with `overwrite`.
+        """
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return "new"
+        if not self.path.is_dir():
+            raise BadInput(f"output_dir = {str(self.path)!r} is a file")
+        if overwrite:
+            return "new"
+        record = self.path / "run.json"
+        if not record.exists():
+            names = sorted(entry.name for entry in self.path.iterdir())
+            raise BadInput(
+                f"output_dir = {str(self.path)!r} holds files that are no run of ours ({', '.join(names[:3])}"
+                f"{', ...' if len(names) > 3 else ''}); give an empty or new folder"
+            )
+        held = json.loads(record.read_text())
+        there = held["identity"]
+        changed = [
+            f"{name}: {there.get(name)!r} there, {self.identity.get(name)!r} now"
+            for name in {**there, **self.identity}
+            if name in there and name in self.identity and there[name] != self.identity[name]
+        ]
+        if changed:
+            raise BadInput(
+                f"output_dir = {str(self.path)!r} holds another run ({'; '.join(changed)}); give another folder, or "
+                "--overwrite to delete that run"
+            )
+        return "finished" if held["finished"] else "resume"
+
+    def begin(self, overwrite: bool, facts: dict[str, Any]) -> None:
+        """Make the folder, or check that `facts` (found while loading, e.g. the data's hash) still hold in it.
+
+        Raises:
+            BadInput: as `inspect`.
+        """
+        if overwrite:
+            for pattern in OWN:
+                for entry in self.path.glob(pattern):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.identity |= json.loads(json.dumps(facts))
+        if (self.path / "run.json").exists():
+            self.inspect(overwrite=False)
+            for stale in self.path.glob("*.tmp"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._record(finished=False)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._record(finished=True)
+
+    def _record(self, finished: bool) -> None:
+        content = json.dumps({"finished": finished, "identity": self.identity}, indent=2)
+        with self.written("run.json") as path:
+            path.write_text(content)
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self.path.glob("checkpoint-*") if path.suffix != ".tmp")
+
+    def keep(self, limit: int | None) -> None:
+        """Delete all but the latest `limit` checkpoints."""
+        for path in self.checkpoints()[: -limit if limit else None] if limit else []:
+            shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def written(self, name: str) -> Iterator[Path]:
+        """A path to write a file or a folder to; afterwards it bears `name`, whole and on the disk, or not at all.
+
+        Raises:
+            RunFailed: the disk is full or refuses; what bore `name` before is untouched.
+        """
+        target, side = self.path / name, self.path / f"{name}.tmp"
+        remove(side)
+        try:
+            yield side
+            settle(side, target)
+        except WRITE_ERRORS as error:
+            if not is_write_error(error):
+                raise
+            remove(side)
+            left = [path.name for path in self.checkpoints()]
+            raise RunFailed(
+                f"cannot write {target}: {reason(error)}. Nothing earlier was touched"
+                + (f"; the last checkpoint is {left[-1]}. " if left else ". ")
+                + "Make room and run the same command again: it goes on from there"
+            ) from error
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines after `step` (and a last line cut by a crash)."""
+        if not self.metrics.exists():
+            return
+        kept = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in kept if json.loads(line)["step"] <= step]
+        with self.written("metrics.jsonl") as path:
+            path.write_text("".join(line + "\n" for line in kept))
+
+
+WRITE_ERRORS = (OSError, RuntimeError)  # torch.save and safetensors turn what the system says into RuntimeErrors
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether an error is the disk's (and not, say, CUDA's out of memory, which is a RuntimeError too)."""
+    kind = f"{type(error).__module__}.{type(error).__name__}"
+    marks = ("PytorchStreamWriter", "unexpected pos", "No space left", "I/O error", "File too large")
+    return isinstance(error, OSError) or "SafetensorError" in kind or any(mark in str(error) for mark in marks)
+
+
+def reason(error: BaseException) -> str:
+    """What the system said, without torch's C++ trace."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0]
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def settle(side: Path, target: Path) -> None:
+    """Flush what lies at `side` to the disk and give it the name `target`."""
+    for path in [*side.rglob("*"), side] if side.is_dir() else [side]:
+        _sync(path)
+    if target.is_dir():
+        old = target.with_name(f"{target.name}.old.tmp")
+        remove(old)
+        os.replace(target, old)
+        os.replace(side, target)
+        remove(old)
+    else:
+        os.replace(side, target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,220 @@
+"""The verbs of training: forward_backward, step, evaluate, save, restore. Loops call them; nothing here loops over steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from align_engine.algorithms import Algorithm, metric_weight
+from align_engine.checkpoint import RunFolder
+from align_engine.data import Batch
+from align_engine.errors import RunFailed
+from align_engine.metrics import Sums
+from align_engine.policy import fused_head
+from align_engine.recipe import Recipe
+from align_engine.source import Micro, Source
+
+
+class Progress:
+    """Where a run stands; saved with every checkpoint."""
+
+    def __init__(self) -> None:
+        self.step = 0  # optimiser steps done
+        self.num_tokens = 0.0  # tokens seen, prompts included
+        self.sums = Sums()  # since the last logged step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "num_tokens": self.num_tokens, "sums": self.sums.totals}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.num_tokens, self.sums = state["step"], state["num_tokens"], Sums(state["sums"])
+
+
+class Engine:
+    """A policy with its optimiser on accelerate's devices.
+
+    Args:
+        model: a causal LM of transformers, bare or with LoRA.
+        algorithm: row of the table.
+        recipe: its settings.
+        total_steps: length of the learning-rate schedule.
+        accelerator: device, precision, processes and trackers.
+        reference: fills `ref_logps` of a batch ([B] float32); None where batches carry them or need none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        algorithm: Algorithm,
+        recipe: Recipe,
+        total_steps: int,
+        accelerator: Accelerator,
+        reference: Callable[[Batch], Tensor] | None = None,
+    ) -> None:
+        from transformers import get_scheduler
+
+        train = recipe.train
+        self.algorithm, self.recipe, self.accelerator, self.reference = algorithm, recipe, accelerator, reference
+        self.head_options = head_options(recipe)
+        self.progress = Progress()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=train.learning_rate)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.scheduler = get_scheduler(
+            train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
+        )
+        accelerator.register_for_checkpointing(self.scheduler, self.progress)
+        if recipe.model.use_peft:
+            save_trained_weights_alone(accelerator)
+        self._sums = Sums()
+
+    def forward(self, batch: Batch, num_items: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """One forward pass with the fused loss.
+
+        Returns:
+            (loss, metrics): the sum over the batch's units over `num_items`, and the metrics of the loss.
+        """
+        if self.reference is not None:
+            batch.ref_logps = self.reference(batch)
+        metrics: dict[str, Tensor] = {}
+
+        def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
+            out = self.algorithm.loss(hidden, head | self.head_options, batch, self.recipe, num_items)
+            metrics.update(out.metrics)
+            return out.loss
+
+        with fused_head(self.model, fn):
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            loss = self.model(**inputs, use_cache=False).logits
+        return loss, metrics
+
+    def units(self, window: list[Micro]) -> float:
+        """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch."""
+        mine = sum(self.algorithm.count(micro.batch) for micro in window if micro.real)
+        return self.total(float(mine))
+
+    def total(self, value: float) -> float:
+        """The sum of a number over all ranks."""
+        return self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum").item()
+
+    def forward_backward(self, micro: Micro, units: float, last: bool) -> None:
+        """Add one micro-batch's share to the gradients and to the sums of the step.
+
+        Args:
+            micro: this rank's rows.
+            units: of the whole window; gradients are averaged over ranks, so each rank divides by units / ranks.
+            last: of its window; ranks meet there and not before.
+        """
+        batch = micro.batch.to(self.accelerator.device)
+        meet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with meet:
+            loss, metrics = self.forward(batch, units / self.accelerator.num_processes)
+            self.accelerator.backward(loss if micro.real else loss * 0.0)
+        share = loss * (units / self.accelerator.num_processes)  # the sum over this batch's units
+        self._add(self._sums, share, metrics, batch, micro.real)
+
+    def _add(self, sums: Sums, loss_sum: Tensor, metrics: dict[str, Tensor], batch: Batch, real: bool) -> None:
+        units = self.algorithm.count(batch) * real
+        sums.add("loss", loss_sum / max(units, 1), units)
+        for name, value in metrics.items():
+            sums.add(name, value, metric_weight(name, batch, units) * real)
+        sums.add("num_tokens", float(batch.attention_mask.sum()), real)
+
+    def step(self) -> Sums:
+        """Clip, check and take the optimiser step.
+
+        Returns:
+            the sums of the window over all ranks; "num_tokens" in it is a plain sum.
+        Raises:
+            RunFailed: the loss or the gradient is not finite; the weights have not been touched.
+        """
+        limit = self.recipe.train.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        sums, self._sums = self._sums.reduced(self.accelerator), Sums()
+        loss, norm = sums.means()["loss"], float(norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailed(
+                f"step {self.progress.step + 1}: the loss is {loss} and the gradient norm {norm}, so the step was not "
+                "taken. Lower learning_rate or max_grad_norm, lengthen warmup_ratio, or look for broken rows"
+            )
+        sums.add("grad_norm", norm, 1)
+        sums.add("learning_rate", self.scheduler.get_last_lr()[0], 1)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
+        return sums
+
+    @torch.no_grad()
+    def evaluate(self, source: Source) -> dict[str, float]:
+        """Loss and metrics over all rows of a source, named with eval_ in front."""
+        sums, training = Sums(), self.model.training
+        self.model.eval()
+        for batch, real in source.share(list(range(len(source)))):
+            batch = batch.to(self.accelerator.device)
+            loss, metrics = self.forward(batch, 1.0)
+            self._add(sums, loss, metrics, batch, real)
+        self.model.train(training)
+        means = sums.reduced(self.accelerator).means()
+        del means["num_tokens"]
+        return {f"eval_{name}": value for name, value in means.items()}
+
+    def save(self, folder: RunFolder) -> None:
+        """Write a checkpoint of everything that the next step depends on."""
+        name = f"checkpoint-{self.progress.step:06d}"
+        side = folder.written(name) if self.accelerator.is_main_process else contextlib.nullcontext()
+        with side as path:
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(path or folder.path / f"{name}.tmp"))
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, path: Path) -> None:
+        """Go back to a checkpoint."""
+        self.accelerator.load_state(str(path))
+
+    def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
+        """Write the trained model (or its adapter) and the tokenizer, for transformers (or peft) to load."""
+        state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            with folder.written("final") as path:
+                self.accelerator.unwrap_model(self.model).save_pretrained(path, state_dict=state)
+                tokenizer.save_pretrained(path)
+        self.accelerator.wait_for_everyone()
+
+
+def head_options(recipe: Recipe) -> dict[str, Any]:
+    """The recipe's settings for the fused loss, as keywords of linear_logprobs."""
+    return {"impl": recipe.kernels.impl, "workspace": recipe.kernels.workspace}
+
+
+def save_trained_weights_alone(accelerator: Accelerator) -> None:
+    """Checkpoints without the frozen weights: with LoRA they are read from the model's own folder again."""
+    from safetensors.torch import load_file
+
+    def trained(model: nn.Module) -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:
+        for model, state in zip(models, weights):
+            names = trained(model)
+            for name in [name for name in state if name not in names]:
+                del state[name]
+
+    def load(models: list[nn.Module], path: str) -> None:
+        while models:
+            models.pop().load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,123 @@
+"""Numbers of a run: summed as (sum, count) on the device, reduced over ranks once, written to file, tracker and screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Sums:
+    """Weighted means in the making. Every rank must add the same names (weight 0 where it has no data)."""
+
+    def __init__(self, totals: dict[str, tuple[float, float]] | None = None) -> None:
+        self.totals: dict[str, Any] = dict(totals or {})  # name -> (sum, count)
+
+    def add(self, name: str, value: Tensor | float, weight: float) -> None:
+        """Add a mean `value` over `weight` units. Weight 0 adds nothing, whatever the value."""
+        total, count = self.totals.get(name, (0.0, 0.0))
+        if weight:
+            value = value.detach().double() if isinstance(value, Tensor) else value
+            total = total + value * weight
+        self.totals[name] = (total, count + weight)
+
+    def merge(self, other: Sums) -> None:
+        """Add the sums and counts of another."""
+        for name, (total, count) in other.totals.items():
+            mine = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = (mine[0] + total, mine[1] + count)
+
+    def reduced(self, accelerator: Any) -> Sums:
+        """The same over all ranks, as floats: one collective."""
+        if not self.totals:
+            return Sums()
+        flat = [torch.as_tensor(x, dtype=torch.float64).cpu() for pair in self.totals.values() for x in pair]
+        pairs = accelerator.reduce(torch.stack(flat).to(accelerator.device), "sum").view(-1, 2).tolist()
+        return Sums({name: (pair[0], pair[1]) for name, pair in zip(self.totals, pairs)})
+
+    def means(self) -> dict[str, float]:
+        """name -> sum / count; names without units are left out."""
+        return {name: total / count for name, (total, count) in self.totals.items() if count}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory used so far: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Journal:
+    """Where the numbers go: a line of metrics.jsonl, accelerate's trackers, a line or a progress bar on the screen."""
+
+    def __init__(self, path: Path, accelerator: Any, total_steps: int, first_step: int, title: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.path, self.accelerator = path, accelerator
+        self.console = Console(quiet=not accelerator.is_main_process)
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task(title, total=total_steps, completed=first_step, numbers="")
+        self.tokens, self.clock = 0.0, time.perf_counter()
+
+    def __enter__(self) -> Journal:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def advance(self, tokens: float) -> None:
+        """One step is done, over so many tokens."""
+        self.tokens += tokens
+        self.bar.advance(self.task)
+
+    def throughput(self) -> dict[str, float]:
+        """Tokens per second since the last call, and peak memory."""
+        now = time.perf_counter()
+        rate, self.tokens, self.clock = self.tokens / max(now - self.clock, 1e-9), 0.0, now
+        return {"tokens_per_second": rate, "peak_memory_mib": peak_memory_mib(self.accelerator.device)}
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """Append a line for `step`. The first process alone writes it."""
+        self.accelerator.log(record, step=step)
+        if not self.accelerator.is_main_process:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+        numbers = "  ".join(f"{name} {_short(record[name])}" for name in SHOWN if name in record)
+        if self.console.is_terminal:
+            self.bar.update(self.task, numbers=numbers)
+        else:
+            self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
+
+
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
+         "eval_loss", "eval_rewards/accuracies", "eval_mean_token_accuracy", "tokens_per_second")  # fmt: skip
+
+
+def _short(value: float) -> str:
+    if value and math.isfinite(value) and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.2e}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,130 @@
+"""Log-probs of the reference model, one way or another: a function that fills `batch.ref_logps`.
+
+frozen       a second copy of the model, evaluated at every step: one more model in memory, one more forward per step.
+adapter-off  the policy itself with its LoRA adapters turned off: no memory, one more forward per step.
+precomputed  one pass over the rows that the run will see, before the first step, kept on disk beside the run: no memory
+             while training, one forward per row however many epochs. What `auto` takes where there is no adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from align_kernels import linear_logprobs, sequence_logprobs
+from torch import Tensor, nn
+
+from align_engine import source as sources
+from align_engine.checkpoint import RunFolder
+from align_engine.data import Batch
+from align_engine.errors import BadInput
+from align_engine.policy import fused_head
+from align_engine.source import Source
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+SPOT_ROWS = 4
+SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
+
+
+def choose(asked: str, peft: bool, own_reference: bool) -> tuple[str, str]:
+    """What `auto` takes, and the sentence that says why.
+
+    Args:
+        asked: the recipe's `reference`.
+        peft: the policy trains LoRA adapters.
+        own_reference: the recipe names another model as the reference.
+    """
+    if asked != "auto":
+        return asked, "as the recipe says"
+    if peft and not own_reference:
+        return "adapter-off", "the model without its adapters is the reference, at no memory"
+    return "precomputed", "one pass before the first step instead of a second model in memory"
+
+
+@torch.no_grad()
+def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any]) -> Tensor:
+    """Summed log-probs of the completions under `model`: [B] float32."""
+
+    def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
+        logps = linear_logprobs(hidden, targets=batch.targets, **head, **head_options).logp
+        return sequence_logprobs(logps, batch.targets)
+
+    with fused_head(model, fn):
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of every tensor's name, shape, sum and first values."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().flatten()
+        part = [values.double().sum().item(), *values[:8].double().tolist()]
+        digest.update(f"{name}{tuple(tensor.shape)}{part}".encode())
+    return digest.hexdigest()[:16]
+
+
+def precompute(
+    model: nn.Module,
+    source: Source,
+    rows: list[int],
+    name: str,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    head_options: dict[str, Any],
+) -> bool:
+    """Add the columns ref_chosen_logps and ref_rejected_logps to the source, from the folder's file where it fits.
+
+    Args:
+        model: the reference, prepared by accelerate, in eval mode.
+        source: rows of preference data.
+        rows: which of them are needed; the others read NaN.
+        name: of the file in the run folder, "reference-<name>.safetensors".
+    Returns:
+        whether an earlier file served.
+    Raises:
+        BadInput: the file bears the right fingerprint but its values are not this model's.
+    """
+    stamp = f"{weights_fingerprint(accelerator.unwrap_model(model))}-{source.fingerprint()}-{len(rows)}"
+    path = folder.path / f"reference-{name}.safetensors"
+    stored = _read(path, stamp)
+    passes = source.share(rows[:SPOT_ROWS] if stored is not None else rows)
+    position = {int(index): row for row, index in enumerate(source.rows["index"])}
+    table = torch.zeros(len(source), 2, dtype=torch.float64)
+    for batch, real in passes:
+        logps = reference_logps(model, batch.to(accelerator.device), head_options).double().cpu()
+        if real:
+            table[[position[int(index)] for index in batch.index]] = logps.view(2, -1).T
+    table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+    if stored is not None:
+        spot = torch.tensor(rows[:SPOT_ROWS])
+        if not torch.allclose(stored[spot], table[spot], rtol=SPOT_TOLERANCE, atol=SPOT_TOLERANCE):
+            raise BadInput(f"{path} does not hold this model's log-probs (rows {spot.tolist()} differ); delete it")
+        table = stored
+    else:
+        unseen = torch.ones(len(source), dtype=torch.bool)
+        unseen[rows] = False
+        table[unseen] = torch.nan
+        if accelerator.is_main_process:
+            _write(folder, path.name, table, stamp)
+    sources.columns(source, ref_chosen_logps=table[:, 0].numpy(), ref_rejected_logps=table[:, 1].numpy())
+    return stored is not None
+
+
+def _read(path: Path, stamp: str) -> Tensor | None:
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("logps") if file.metadata().get("fingerprint") == stamp else None
+
+
+def _write(folder: RunFolder, name: str, table: Tensor, stamp: str) -> None:
+    from safetensors.torch import save_file
+
+    with folder.written(name) as path:
+        save_file({"logps": table}, path, metadata={"fingerprint": stamp})

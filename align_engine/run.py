@@ -1,0 +1,204 @@
+"""One training run, from a recipe to a folder with a model: load, check, train, save, report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from align_engine import policy
+from align_engine import recipe as recipes
+from align_engine import reference as references
+from align_engine.algorithms import ALGORITHMS, Algorithm
+from align_engine.checkpoint import RunFolder
+from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
+from align_engine.engine import Engine, head_options
+from align_engine.errors import BadInput
+from align_engine.loops import offline
+from align_engine.metrics import Journal
+from align_engine.recipe import Recipe
+from align_engine.source import Source, rows_seen, total_steps
+
+
+def train(name: str, recipe: Recipe) -> RunFolder:
+    """Run the algorithm `name` as the recipe says; go on where an earlier call with the same recipe stopped.
+
+    Returns:
+        the run's folder, with the trained model in `final`.
+    Raises:
+        BadInput: before anything is computed. RunFailed: later; the last checkpoint is whole.
+    """
+    recipes.check(recipe)
+    algorithm = ALGORITHMS[name]
+    accelerator = make_accelerator(recipe)
+    processes = accelerator.num_processes
+    folder = RunFolder(
+        recipe.output.output_dir, {"algorithm": name, "processes": processes, **recipes.identity(recipe)}
+    )
+    if folder.inspect(recipe.output.overwrite) == "finished":
+        accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
+        return folder
+
+    tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path)
+    data = recipe.data
+    source = load_source(data.dataset_name, data.dataset_train_split, recipe, algorithm, tokenizer, accelerator)
+    evaluation = None
+    if data.eval_dataset_name or data.dataset_test_split:
+        where = data.eval_dataset_name or data.dataset_name
+        evaluation = load_source(
+            where, data.dataset_test_split, recipe, algorithm, tokenizer, accelerator, training=False
+        )
+    steps = total_steps(source, recipe.train.num_train_epochs, recipe.train.max_steps)
+
+    set_seed(recipe.train.seed)
+    model = load_policy(recipe, algorithm)
+    for rows in filter(None, (source, evaluation)):
+        check_vocab(rows.rows, model.get_input_embeddings().num_embeddings)
+    with accelerator.main_process_first():
+        folder.begin(recipe.output.overwrite, {"data": source.fingerprint()})
+    recipes.save(recipe, folder.path / "recipe.yaml")
+    set_seed(recipe.train.seed, device_specific=True)
+    engine = Engine(model, algorithm, recipe, steps, accelerator)
+    policy.check_head(engine.model)
+    if algorithm.reference:
+        add_reference(engine, source, evaluation, rows_seen(source, steps), folder)
+    if checkpoints := folder.checkpoints():
+        engine.restore(checkpoints[-1])
+        accelerator.print(f"going on from {checkpoints[-1]}")
+    if accelerator.is_main_process:
+        folder.truncate_metrics(engine.progress.step)
+    accelerator.init_trackers("align", config={k: str(v) for k, v in recipes.flat(recipe).items()})
+    accelerator.print(summary(engine, source, steps))
+    with Journal(folder.metrics, accelerator, steps, engine.progress.step, name) as journal:
+        offline(engine, source, evaluation, folder, journal, steps)
+    engine.save_model(folder, tokenizer)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        from align_engine.report import write_report
+
+        write_report(folder, name, recipe)
+        folder.finish()
+    accelerator.wait_for_everyone()
+    accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
+    return folder
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Device, precision and trackers; refuses a tracker that is not installed."""
+    from accelerate.tracking import get_available_trackers
+
+    available = [str(tracker.value) for tracker in get_available_trackers()]
+    if missing := [tracker for tracker in recipe.output.report_to if tracker not in available]:
+        raise BadInput(
+            f"report_to = {missing[0]!r} is not installed or unknown; here: {', '.join(available) or 'none'}"
+        )
+    bf16 = recipe.train.bf16
+    if bf16 is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return Accelerator(
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=recipe.output.report_to or None,
+        project_dir=recipe.output.output_dir,
+    )
+
+
+def load_source(
+    where: str, split: str | None, recipe: Recipe, algorithm: Algorithm, tokenizer: Any, accelerator: Accelerator,
+    training: bool = True,
+) -> Source:  # fmt: skip
+    """Rows from file to token ids, with what was dropped or cut said once."""
+    data, train = recipe.data, recipe.train
+    try:
+        with accelerator.main_process_first():
+            rows, report = prepare(
+                load_rows(where, split),
+                tokenizer,
+                algorithm.kind,
+                max_length=data.max_length,
+                max_prompt_length=data.max_prompt_length,
+                overlong=data.overlong,
+                bad_rows=data.bad_rows,
+                num_proc=data.dataset_num_proc,
+            )
+    except (ValueError, FileNotFoundError) as error:
+        raise BadInput(f"{where}: {error}") from error
+    accelerator.print(f"{where}: {describe(report)}")
+    return Source(
+        rows,
+        algorithm.collate,
+        tokenizer.pad_token_id,
+        train.per_device_train_batch_size if training else recipe.eval.per_device_eval_batch_size,
+        train.gradient_accumulation_steps if training else 1,
+        accelerator.process_index,
+        accelerator.num_processes,
+        train.seed,
+    )
+
+
+def load_policy(recipe: Recipe, algorithm: Algorithm) -> nn.Module:
+    """The model to train: adapters, checkpointing and dropout as the recipe and the algorithm say."""
+    model = policy.load_model(recipe.model.model_name_or_path, recipe.model)
+    if recipe.model.use_peft:
+        model = policy.add_adapters(model, recipe.model)
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not algorithm.dropout:
+        policy.disable_dropout(model)
+    return model
+
+
+def add_reference(
+    engine: Engine, source: Source, evaluation: Source | None, rows: list[int], folder: RunFolder
+) -> None:
+    """Give batches their `ref_logps`, in the way the recipe names."""
+    recipe, accelerator = engine.recipe, engine.accelerator
+    own = recipe.loss.ref_model_name_or_path
+    kind, why = references.choose(recipe.loss.reference, recipe.model.use_peft, own is not None)
+    accelerator.print(f"reference {kind}: {why}")
+    if kind == "adapter-off":
+        if own:
+            raise BadInput(f"reference = 'adapter-off' with ref_model_name_or_path = {own!r}: choose one of them")
+        adapters = accelerator.unwrap_model(engine.model)
+
+        def without_adapter(batch: Batch) -> torch.Tensor:
+            with adapters.disable_adapter():
+                return references.reference_logps(engine.model, batch, engine.head_options)
+
+        engine.reference = without_adapter
+        return
+    model = engine.model
+    if own or kind == "frozen":
+        model = policy.load_model(own or recipe.model.model_name_or_path, recipe.model).requires_grad_(False)
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        policy.check_head(model)
+    training = model.training
+    model.eval()
+    if kind == "frozen":
+        engine.reference = lambda batch: references.reference_logps(model, batch, engine.head_options)
+        return
+    for name, part, needed in (("train", source, rows), ("eval", evaluation, None)):
+        if part is not None:
+            needed = list(range(len(part))) if needed is None else needed
+            served = references.precompute(model, part, needed, name, folder, accelerator, engine.head_options)
+            accelerator.print(
+                f"reference log-probs of {len(needed)} {name} rows {'read again' if served else 'computed'}"
+            )
+    model.train(training)
+
+
+def summary(engine: Engine, source: Source, steps: int) -> str:
+    """What is about to run, in one line."""
+    trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in engine.model.parameters())
+    processes = engine.accelerator.num_processes
+    return (
+        f"{engine.algorithm.name}: {trained:,} of {everything:,} weights trained, {len(source):,} rows, {steps} steps of "
+        f"{source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, {engine.accelerator.device}, "
+        f"{engine.accelerator.mixed_precision} mixed precision)"
+    )
+
+
+__all__ = ["head_options", "train"]

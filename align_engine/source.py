@@ -1,0 +1,112 @@
+"""Rows in the order of training, as a pure function of (seed, step): nothing to save, nothing to replay on resume.
+
+A window is what one optimiser step sees: per_device_train_batch_size x gradient_accumulation_steps x processes rows of the
+epoch's permutation. It does not depend on how those three share it out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from align_engine.data import Batch, epoch_order, split_order
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Micro(NamedTuple):
+    """One forward pass. A rank that has no rows left repeats one with `real` False, so that all run the same collectives."""
+
+    batch: Batch
+    real: bool
+
+
+class Source:
+    """Tokenised rows, cut for one rank.
+
+    Args:
+        rows: what `align_engine.data.prepare` returns.
+        collate: rows, pad id -> Batch.
+        pad_id: id to pad with (masks alone say what is padding).
+        batch_size: rows of one forward pass on one device.
+        accumulation: forward passes per optimiser step.
+        rank, world: this process, and how many there are.
+        seed: of the epochs' permutations.
+    """
+
+    def __init__(
+        self,
+        rows: Dataset,
+        collate: Callable[..., Batch],
+        pad_id: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.rows, self.collate = rows, partial(collate, pad_id=pad_id)
+        self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
+        self.window_size = batch_size * accumulation * world
+        self.steps_per_epoch = math.ceil(len(rows) / self.window_size)
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def window_rows(self, step: int) -> list[int]:
+        """Numbers of the rows that optimiser step `step` (from 0) sees, over all ranks."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, split_order(epoch_order(len(self.rows), self.seed, epoch), self.window_size)
+        return self._epoch[1][place]
+
+    def window(self, step: int) -> list[Micro]:
+        """This rank's share of a window."""
+        return list(self.share(self.window_rows(step)))
+
+    def share(self, rows: list[int]) -> Iterator[Micro]:
+        """This rank's forward passes over `rows`; every rank yields equally many."""
+        for piece in split_order(rows, self.batch_size * self.world):
+            mine = np.array_split(piece, self.world)[self.rank].tolist()
+            yield Micro(self.batch(mine or piece[:1]), bool(mine))
+
+    def batch(self, rows: list[int]) -> Batch:
+        """The rows of these numbers, collated."""
+        columns = self.rows[rows]
+        return self.collate([dict(zip(columns, values)) for values in zip(*columns.values())])
+
+    def fingerprint(self) -> str:
+        """Hash of the token ids of all rows."""
+        digest = hashlib.sha256()
+        for part in self.rows.with_format("arrow").iter(batch_size=10_000):
+            for name in sorted(part.column_names):
+                column = part[name].combine_chunks()
+                if name.endswith("_ids"):
+                    digest.update(np.asarray(column.value_lengths()).tobytes())
+                    digest.update(np.asarray(column.flatten()).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def total_steps(source: Source, epochs: float, max_steps: int) -> int:
+    """Optimiser steps of a run, as transformers counts them."""
+    return max_steps if max_steps > 0 else max(math.ceil(epochs * source.steps_per_epoch), 1)
+
+
+def rows_seen(source: Source, steps: int) -> list[int]:
+    """Numbers of the rows that the first `steps` steps see, each once, in order."""
+    if steps >= source.steps_per_epoch:
+        return list(range(len(source)))
+    return sorted({row for step in range(steps) for row in source.window_rows(step)})
+
+
+def columns(source: Source, **values: Any) -> None:
+    """Add columns (one value per row) to the rows, so that batches carry them."""
+    for name, value in values.items():
+        source.rows = source.rows.add_column(name, value)
