@@ -156,7 +156,7 @@ int64_t blocks_of(const Logits& in) { return (in.cols + kBlock - 1) / kBlock; }
 int64_t end_of(const Logits& in, int64_t block) { return std::min(in.cols, (block + 1) * kBlock); }
 
 // A thread that gets less than this many logits costs more to wake than it saves.
-int worthwhile(const Logits& in, int threads) {
+[[maybe_unused]] int worthwhile(const Logits& in, int threads) {
   constexpr int64_t kLogitsPerThread = 8192;
   int64_t most = in.rows * blocks_of(in);
   return int(std::clamp<int64_t>(in.rows * in.cols / kLogitsPerThread, 1, std::min<int64_t>(threads, most)));
@@ -171,7 +171,7 @@ void forward(const Logits& in, State* state, int threads) {
   std::vector<State> parts(static_cast<size_t>(items));
 #pragma omp parallel num_threads(worthwhile(in, threads))
   {
-    FlushDenormals guard;
+    [[maybe_unused]] FlushDenormals guard;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < items; item++)
       parts[item] = isa.forward(in, item / blocks, item % blocks * kBlock, end_of(in, item % blocks));
@@ -187,7 +187,7 @@ void backward(const Logits& in, const Gradient& grad, int threads) {
   const int64_t blocks = blocks_of(in), items = in.rows * blocks;
 #pragma omp parallel num_threads(worthwhile(in, threads))
   {
-    FlushDenormals guard;
+    [[maybe_unused]] FlushDenormals guard;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < items; item++)
       isa.backward(in, grad, item / blocks, item % blocks * kBlock, end_of(in, item % blocks));

@@ -13,16 +13,19 @@ from torch import Tensor
 
 try:
     from align_kernels import _C
+
+    _MISSING = None
 except ImportError as error:
-    _C = None
-    _MISSING = f"the extension align_kernels._C is not built or does not load ({error}); reinstall with a C++17 compiler"
+    _MISSING = (
+        f"the extension align_kernels._C is not built or does not load ({error}): reinstall with a C++17 compiler"
+    )
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where logits of this device and dtype are served, else the reason in one sentence."""
-    if _C is None:
+    if _MISSING is not None:
         return _MISSING
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device}"
@@ -46,8 +49,9 @@ def forward(
     """Fold one tile of logits into the running state of its rows.
 
     Raises:
-        ValueError: a tensor of the wrong device, dtype, shape or layout, a target outside [0, vocab), or a scale, softcap
-            or temperature that is not finite or not positive, naming the value; nothing was written then.
+        ValueError: a tensor of the wrong device, dtype, shape or layout, a target outside [0, vocab), a scale that is not
+            finite, or a softcap or temperature that is not finite and positive. It names the value; nothing was written.
+        RuntimeError: the extension is not built.
     """
     logits = _logits(z, targets, offset, vocab, bias, scale, softcap, temperature)
     _check("state", state, torch.float64, (z.shape[0], 8))
@@ -112,6 +116,8 @@ def _logits(
     softcap: float | None,
     temperature: float | Tensor,
 ) -> _C.Logits:
+    if _MISSING is not None:
+        raise RuntimeError(_MISSING)
     code = _check_tile("z", z)
     n, c = z.shape
     _check("targets", targets, torch.int64, (n,))
@@ -140,7 +146,9 @@ def _check_tile(name: str, x: Tensor) -> int:
     if x.device.type != "cpu" or x.dtype not in _CODES:
         raise ValueError(f"{name} must be float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"{name} must be (n, c) with unit column stride, got {tuple(x.shape)} with strides {x.stride()}")
+        raise ValueError(
+            f"{name} must be (n, c) with unit column stride, got {tuple(x.shape)} with strides {x.stride()}"
+        )
     return _CODES[x.dtype]
 
 

@@ -1,0 +1,38 @@
+"""The compiled extension (csrc/cpu). Tensors travel as addresses, 0 for an absent one; dtype codes: 0 float32, 1 bfloat16."""
+
+class Logits:
+    def __init__(
+        self,
+        z: int,
+        dtype: int,
+        rows: int,
+        cols: int,
+        stride: int,
+        targets: int,
+        offset: int,
+        vocab: int,
+        bias: int,
+        scale: float,
+        softcap: float,
+        temperature: float,
+        row_temperature: int,
+    ) -> None: ...
+
+def forward(logits: Logits, state: int, threads: int) -> None: ...
+def backward(
+    logits: Logits,
+    state: int,
+    g_logp: int,
+    g_entropy: int,
+    limit: float,
+    prob_above: float,
+    limit_is_residual: bool,
+    out: int,
+    dtype: int,
+    stride: int,
+    threads: int,
+) -> None: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def available_isas() -> list[str]: ...
+def advise_huge_pages(address: int, bytes: int) -> bool: ...
