@@ -16,14 +16,17 @@ static T* at(uintptr_t address) {
 }
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "CPU kernels of align_kernels. Addresses are integers, 0 for an absent tensor; dtype codes: 0 float32, 1 bfloat16.";
+  m.doc() = "CPU kernels. Tensors are addresses, 0 for an absent one; dtype 0 is float32, 1 bfloat16.";
 
-  py::class_<Logits>(m, "Logits", "A checked-on-use description of a tile of raw logits and of the head's transform.")
-      .def(py::init([](uintptr_t z, int dtype, int64_t rows, int64_t cols, int64_t stride, uintptr_t targets, int64_t offset,
-                       int64_t vocab, uintptr_t bias, double scale, double softcap, double temperature,
+  py::class_<Logits>(m, "Logits", "A tile of raw logits and the head's transform; checked where it is used.")
+      .def(py::init([](uintptr_t z, int dtype, int64_t rows, int64_t cols, int64_t stride, uintptr_t targets,
+                       int64_t offset, int64_t vocab, uintptr_t bias, double scale, double softcap, double temperature,
                        uintptr_t row_temperature) {
-             return Logits{at<void>(z), Storage(dtype), rows, cols, stride, at<int64_t>(targets), offset, vocab,
-                           at<float>(bias), scale, softcap, temperature, at<float>(row_temperature)};
+             Logits logits{at<void>(z), Storage(dtype), rows, cols, stride};
+             logits.targets = at<int64_t>(targets), logits.offset = offset, logits.vocab = vocab;
+             logits.bias = at<float>(bias), logits.scale = scale, logits.softcap = softcap;
+             logits.temperature = temperature, logits.row_temperature = at<float>(row_temperature);
+             return logits;
            }),
            py::arg("z"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("targets"),
            py::arg("offset"), py::arg("vocab"), py::arg("bias"), py::arg("scale"), py::arg("softcap"),
@@ -38,10 +41,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "backward",
       [](const Logits& logits, uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, double limit, double prob_above,
          bool limit_is_residual, uintptr_t out, int dtype, int64_t stride, int threads) {
-        backward(logits,
-                 Gradient{at<State>(state), at<float>(g_logp), at<float>(g_entropy), limit, prob_above, limit_is_residual,
-                          at<void>(out), Storage(dtype), stride},
-                 threads);
+        Gradient gradient{at<State>(state), at<float>(g_logp), at<float>(g_entropy), limit, prob_above,
+                          limit_is_residual, at<void>(out), Storage(dtype), stride};
+        backward(logits, gradient, threads);
       },
       "Write dL/dz of a tile; limit = inf for no clamp.", py::arg("logits"), py::arg("state"), py::arg("g_logp"),
       py::arg("g_entropy"), py::arg("limit"), py::arg("prob_above"), py::arg("limit_is_residual"), py::arg("out"),

@@ -48,13 +48,15 @@ std::atomic<const Isa*>& chosen() {
 
 // Denormal results cost more than a hundred cycles each, and exp(l - m)^2 meets them on every peaked row.
 class FlushDenormals {
-#ifdef __x86_64__
  public:
+#ifdef __x86_64__
   FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000); }
   ~FlushDenormals() { _mm_setcsr(saved_); }
 
  private:
   unsigned saved_;
+#else
+  ~FlushDenormals() {}  // other processors take denormals at full speed
 #endif
 };
 
@@ -76,38 +78,47 @@ void check_pointer(const char* name, const void* p, int64_t alignment) {
 }
 
 void check_storage(const char* name, Storage storage) {
-  require(storage == Storage::f32 || storage == Storage::bf16, name, " dtype code must be 0 (float32) or 1 (bfloat16), got ",
-          int(storage));
+  require(storage == Storage::f32 || storage == Storage::bf16, name,
+          " dtype code must be 0 (float32) or 1 (bfloat16), got ", int(storage));
+}
+
+template <class... Where>
+void check_temperature(double temperature, const Where&... where) {
+  require(std::isfinite(temperature) && temperature > 0, "temperature must be finite and > 0, got ", temperature,
+          where...);
 }
 
 // Whether there is anything to do.
 bool check(const Logits& in, const State* state, int threads) {
+  const int64_t n = in.rows, c = in.cols;
   check_storage("z", in.storage);
-  require(in.rows >= 0 && in.cols >= 0, "z must have sizes >= 0, got ", in.rows, " x ", in.cols);
-  require(in.offset >= 0 && in.vocab >= 0 && in.cols <= in.vocab && in.offset <= in.vocab - in.cols,
-          "columns offset .. offset + cols must lie in [0, vocab), got offset ", in.offset, ", cols ", in.cols, ", vocab ",
+  require(n >= 0 && c >= 0, "z must have sizes >= 0, got ", n, " x ", c);
+  require(in.offset >= 0 && c <= in.vocab && in.offset <= in.vocab - c,
+          "columns offset .. offset + cols must lie in [0, vocab), got offset ", in.offset, ", cols ", c, ", vocab ",
           in.vocab);
   require(std::isfinite(in.scale), "scale must be finite, got ", in.scale);
-  require(std::isfinite(in.softcap) && in.softcap >= 0, "softcap must be finite and > 0 (0 for none), got ", in.softcap);
+  require(std::isfinite(in.softcap) && in.softcap >= 0, "softcap must be finite and > 0, got ", in.softcap);
   require(threads >= 1, "threads must be >= 1, got ", threads);
-  if (!in.row_temperature)
-    require(std::isfinite(in.temperature) && in.temperature > 0, "temperature must be finite and > 0, got ", in.temperature);
-  if (in.rows == 0 || in.cols == 0) return false;
-  require(in.rows == 1 || in.stride >= in.cols, "z must have a row stride >= its ", in.cols, " columns, got ", in.stride);
+  if (!in.row_temperature) check_temperature(in.temperature);
+  if (n == 0 || c == 0) return false;
+  require(n == 1 || in.stride >= c, "z must have a row stride >= its ", c, " columns, got ", in.stride);
   check_pointer("z", in.z, size_of(in.storage));
   check_pointer("state", state, 8);
   check_pointer("targets", in.targets, 8);
+  for (int64_t i = 0; i < n; i++)
+    require(in.targets[i] >= 0 && in.targets[i] < in.vocab, "targets must lie in [0, ", in.vocab, "), got ",
+            in.targets[i], " at row ", i);
   if (in.bias) check_pointer("bias", in.bias, 4);
-  for (int64_t i = 0; i < in.rows; i++)
-    require(in.targets[i] >= 0 && in.targets[i] < in.vocab, "targets must lie in [0, ", in.vocab, "), got ", in.targets[i],
-            " at row ", i);
   if (in.row_temperature) {
     check_pointer("temperature", in.row_temperature, 4);
-    for (int64_t i = 0; i < in.rows; i++)
-      require(std::isfinite(in.row_temperature[i]) && in.row_temperature[i] > 0, "temperature must be finite and > 0, got ",
-              in.row_temperature[i], " at row ", i);
+    for (int64_t i = 0; i < n; i++) check_temperature(in.row_temperature[i], " at row ", i);
   }
   return true;
+}
+
+// The first address behind a tile.
+uintptr_t end_of(uintptr_t begin, const Logits& in, int64_t stride, Storage storage) {
+  return begin + uintptr_t(((in.rows - 1) * stride + in.cols) * size_of(storage));
 }
 
 bool check(const Logits& in, const Gradient& grad, int threads) {
@@ -120,11 +131,10 @@ bool check(const Logits& in, const Gradient& grad, int threads) {
   check_pointer("out", grad.out, size_of(grad.storage));
   check_pointer("g_logp", grad.g_logp, 4);
   if (grad.g_entropy) check_pointer("g_entropy", grad.g_entropy, 4);
-  auto z = reinterpret_cast<uintptr_t>(in.z), out = reinterpret_cast<uintptr_t>(grad.out);
-  auto z_end = z + uintptr_t(((in.rows - 1) * in.stride + in.cols) * size_of(in.storage));
-  auto out_end = out + uintptr_t(((in.rows - 1) * grad.stride + in.cols) * size_of(grad.storage));
-  bool same = z == out && in.storage == grad.storage && (in.rows == 1 || in.stride == grad.stride);
-  require(same || out_end <= z || z_end <= out, "out must be z itself or not overlap it");
+  const auto z = reinterpret_cast<uintptr_t>(in.z), out = reinterpret_cast<uintptr_t>(grad.out);
+  const bool apart = end_of(out, in, grad.stride, grad.storage) <= z || end_of(z, in, in.stride, in.storage) <= out;
+  const bool same = z == out && in.storage == grad.storage && (in.rows == 1 || in.stride == grad.stride);
+  require(apart || same, "out must be z itself or not overlap it");
   return true;
 }
 
@@ -153,7 +163,6 @@ void merge(State& into, State part) {
 
 // -- work items ------------------------------------------------------------------------------------------------------
 int64_t blocks_of(const Logits& in) { return (in.cols + kBlock - 1) / kBlock; }
-int64_t end_of(const Logits& in, int64_t block) { return std::min(in.cols, (block + 1) * kBlock); }
 
 // A thread that gets less than this many logits costs more to wake than it saves.
 [[maybe_unused]] int worthwhile(const Logits& in, int threads) {
@@ -168,29 +177,36 @@ void forward(const Logits& in, State* state, int threads) {
   if (!check(in, state, threads)) return;
   const Isa& isa = *chosen().load();
   const int64_t blocks = blocks_of(in), items = in.rows * blocks;
-  std::vector<State> parts(static_cast<size_t>(items));
-#pragma omp parallel num_threads(worthwhile(in, threads))
-  {
-    [[maybe_unused]] FlushDenormals guard;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; item++)
-      parts[item] = isa.forward(in, item / blocks, item % blocks * kBlock, end_of(in, item % blocks));
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < in.rows; row++)
-      for (int64_t block = 0; block < blocks; block++) merge(state[row], parts[row * blocks + block]);
+  auto part = [&](int64_t row, int64_t block) {
+    return isa.forward(in, row, block * kBlock, std::min(in.cols, (block + 1) * kBlock));
+  };
+  if (in.rows >= 4 * threads || blocks == 1) {
+#pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
+    for (int64_t row = 0; row < in.rows; row++) {
+      FlushDenormals guard;
+      for (int64_t block = 0; block < blocks; block++) merge(state[row], part(row, block));
+    }
+    return;
   }
+  std::vector<State> parts(static_cast<size_t>(items));  // few long rows: the same sums, merged in the same order
+#pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
+  for (int64_t item = 0; item < items; item++) {
+    FlushDenormals guard;
+    parts[item] = part(item / blocks, item % blocks);
+  }
+  FlushDenormals guard;
+  for (int64_t item = 0; item < items; item++) merge(state[item / blocks], parts[item]);
 }
 
 void backward(const Logits& in, const Gradient& grad, int threads) {
   if (!check(in, grad, threads)) return;
   const Isa& isa = *chosen().load();
   const int64_t blocks = blocks_of(in), items = in.rows * blocks;
-#pragma omp parallel num_threads(worthwhile(in, threads))
-  {
-    [[maybe_unused]] FlushDenormals guard;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < items; item++)
-      isa.backward(in, grad, item / blocks, item % blocks * kBlock, end_of(in, item % blocks));
+#pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
+  for (int64_t item = 0; item < items; item++) {
+    FlushDenormals guard;
+    const int64_t begin = item % blocks * kBlock;
+    isa.backward(in, grad, item / blocks, begin, std::min(in.cols, begin + kBlock));
   }
 }
 

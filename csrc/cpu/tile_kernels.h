@@ -214,7 +214,7 @@ struct Sums {
   }
 };
 
-// Add whole vectors begin .. end to `body`, in strips: the rounding error grows with the strip and the number of strips.
+// Add whole vectors begin .. end to `body`, in strips: the rounding error grows with a strip and their number.
 INLINE void add_vectors(Sums& body, const float* x, int64_t begin, int64_t end, float k, float m) {
   constexpr int64_t kStrip = 32 * W;
   for (int64_t strip = begin; strip < end; strip += kStrip) {

@@ -1,4 +1,4 @@
-"""The compiled extension (csrc/cpu). Tensors travel as addresses, 0 for an absent one; dtype codes: 0 float32, 1 bfloat16."""
+"""The compiled extension (csrc/cpu). Tensors are addresses, 0 for an absent one; dtype 0 is float32, 1 bfloat16."""
 
 class Logits:
     def __init__(

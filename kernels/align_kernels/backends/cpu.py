@@ -17,7 +17,7 @@ try:
     _MISSING = None
 except ImportError as error:
     _MISSING = (
-        f"the extension align_kernels._C is not built or does not load ({error}): reinstall with a C++17 compiler"
+        f"the extension align_kernels._C is not built or fails to load ({error}): reinstall with a C++17 compiler"
     )
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -49,8 +49,8 @@ def forward(
     """Fold one tile of logits into the running state of its rows.
 
     Raises:
-        ValueError: a tensor of the wrong device, dtype, shape or layout, a target outside [0, vocab), a scale that is not
-            finite, or a softcap or temperature that is not finite and positive. It names the value; nothing was written.
+        ValueError: naming the value, before anything is written: a tensor of the wrong device, dtype, shape or layout,
+            a target outside [0, vocab), a scale that is not finite, a softcap or temperature not finite and > 0.
         RuntimeError: the extension is not built.
     """
     logits = _logits(z, targets, offset, vocab, bias, scale, softcap, temperature)
