@@ -1,4 +1,4 @@
-"""The table of algorithms. A row says what an algorithm learns from, what it counts, and its loss; loops do the rest."""
+"""The table of algorithms: what each learns from, what it counts, and its loss. The loops do the rest."""
 
 from __future__ import annotations
 
@@ -48,18 +48,20 @@ def _dpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DpoRecipe, 
     )
 
 
+def _tokens(batch: Batch) -> int:
+    return batch.num_tokens
+
+
 def _pairs(batch: Batch) -> int:
     return len(batch.targets) // 2
 
 
-ALGORITHMS = {
-    row.name: row
-    for row in (
-        #         name   recipe     rows          collate        unit     units in a batch                loss  ref    dropout
-        Algorithm("sft", SftRecipe, "sft",        collate_sft,   "token", lambda batch: batch.num_tokens, _sft, False, True),
-        Algorithm("dpo", DpoRecipe, "preference", collate_pairs, "pair",  _pairs,                         _dpo, True,  False),
-    )
-}  # fmt: skip
+ROWS = (
+    #         name   recipe     rows          collate        unit     units in a batch  loss  reference dropout
+    Algorithm("sft", SftRecipe, "sft",        collate_sft,   "token", _tokens,          _sft, False,    True),
+    Algorithm("dpo", DpoRecipe, "preference", collate_pairs, "pair",  _pairs,           _dpo, True,     False),
+)  # fmt: skip
+ALGORITHMS = {row.name: row for row in ROWS}
 
 
 def metric_weight(name: str, batch: Batch, units: int) -> int:

@@ -156,8 +156,8 @@ def demo(name: str, arguments: list[str]) -> None:
 
         output_dir: Path = Path("runs/demo")
         """Folder for data, runs and index.html."""
-        seeds: tuple[int, ...] = (0,)
-        """One run of the whole demo per seed; several give mean and spread."""
+        seeds: tuple[int, ...] = (0, 1, 2)
+        """The whole demo runs once per seed; several give mean and spread."""
         debug: bool = False
         """Show the traceback of an error."""
 

@@ -1,4 +1,4 @@
-"""The verbs of training: forward_backward, step, evaluate, save, restore. Loops call them; nothing here loops over steps."""
+"""The verbs of training: forward_backward, step, evaluate, save, restore. Loops over steps call them."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ class Engine:
             train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
         )
         accelerator.register_for_checkpointing(self.scheduler, self.progress)
-        if recipe.model.use_peft:
-            save_trained_weights_alone(accelerator)
+        save_trained_weights_alone(accelerator)
         self._sums = Sums()
 
     def forward(self, batch: Batch, num_items: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -200,16 +199,15 @@ def head_options(recipe: Recipe) -> dict[str, Any]:
 
 
 def save_trained_weights_alone(accelerator: Accelerator) -> None:
-    """Checkpoints without the frozen weights: with LoRA they are read from the model's own folder again."""
+    """Checkpoints hold each trained weight once: no frozen ones (with LoRA they are read from the model's own folder
+    again), and of tied ones the first name."""
     from safetensors.torch import load_file
-
-    def trained(model: nn.Module) -> set[str]:
-        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:
         for model, state in zip(models, weights):
-            names = trained(model)
-            for name in [name for name in state if name not in names]:
+            kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            kept |= {name for name, _ in model.named_buffers()}
+            for name in [name for name in state if name not in kept]:
                 del state[name]
 
     def load(models: list[nn.Module], path: str) -> None:

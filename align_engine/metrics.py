@@ -1,4 +1,4 @@
-"""Numbers of a run: summed as (sum, count) on the device, reduced over ranks once, written to file, tracker and screen."""
+"""Numbers of a run: (sum, count) pairs, reduced over ranks once, written to file, trackers and screen."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The model, and its LM head inside its own forward.
 
-`fused_head` swaps the head's `forward` for a function of the hidden states during one call, so the model runs as it always
-does (through DDP, FSDP, adapters, checkpointing) and what the function returns comes back in `.logits`:
+`fused_head` swaps the head's `forward` for a function of the hidden states during one call, so the model runs as it
+always does (through DDP, FSDP, adapters, checkpointing) and what the function returns comes back in `.logits`:
 
     with fused_head(model, lambda hidden, head: dpo_loss(hidden, targets=targets, ref_logps=ref, **head).loss):
         loss = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -27,7 +27,7 @@ HeadFunction = Callable[
     [Tensor, dict[str, Any]], Tensor
 ]  # (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
 
-# Where transformers' models keep what they do to the head's output: attribute -> (keyword of linear_logprobs, its value).
+# Where transformers' models keep what they do to the head's output: attribute -> (keyword of linear_logprobs, value).
 LOGIT_ATTRIBUTES: dict[str, tuple[str, Callable[[float], float]]] = {
     "final_logit_softcapping": ("softcap", float),
     "logits_soft_cap": ("softcap", float),
@@ -48,8 +48,8 @@ def causal_model(model: nn.Module) -> nn.Module:
         return model
     if model.active_peft_config.is_prompt_learning:
         raise BadInput(
-            f"adapter of type {model.active_peft_config.peft_type}: it adds virtual tokens, so that the head's positions "
-            "are not those of the targets; use LoRA"
+            f"adapter of type {model.active_peft_config.peft_type}: it adds virtual tokens, so that the head's "
+            "positions are not those of the targets; use LoRA"
         )
     return model.get_base_model()
 
@@ -66,8 +66,8 @@ def logit_transform(model: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, s
     """What the model does to its logits after the head.
 
     Returns:
-        (keywords, places): `logit_scale` and `softcap` for linear_logprobs, and (owner, attribute, neutral value) of each
-        setting found, whose neutral value makes the model hand on the head's output untouched.
+        (keywords, places): `logit_scale` and `softcap` for linear_logprobs, and (owner, attribute, neutral value) of
+        each setting found, whose neutral value makes the model hand on the head's output untouched.
     """
     keywords: dict[str, Any] = {}
     places = []
@@ -81,8 +81,8 @@ def logit_transform(model: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, s
 
 
 def head_weights(module: nn.Module) -> dict[str, Any]:
-    """The head's tensors as keywords of linear_logprobs: weight [V, D], bias [V] or None, and `lora` (A [r, D], B [V, r],
-    scaling) where peft put an adapter on it.
+    """The head's tensors as keywords of linear_logprobs: weight [V, D], bias [V] or None, and `lora` (A [r, D],
+    B [V, r], scaling) where peft put an adapter on it.
 
     Raises:
         BadInput: a head whose product is not hidden @ weight.T (+ bias) (+ one plain LoRA), naming what it is.
@@ -200,8 +200,8 @@ def check_head(model: nn.Module) -> None:
     for got, want in ((untouched, probe), (transformed, expected)):
         if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-2, atol=1e-2):
             raise BadInput(
-                f"{type(causal).__name__} changes its logits after the LM head in a way that the fused loss does not know "
-                f"(read from it: {transform or 'nothing'}); it cannot be trained here"
+                f"{type(causal).__name__} changes its logits after the LM head in a way that the fused loss does not "
+                f"know (read from it: {transform or 'nothing'}); it cannot be trained here"
             )
 
 

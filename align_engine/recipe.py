@@ -1,7 +1,7 @@
 """The recipe of a run: one tree of dataclasses, read from YAML and overridden by flags.
 
-Names and defaults are TRL's. A field's name is unique over the whole tree, so YAML may hold it at the top level or under
-its section, and its flag bears no prefix.
+Names and defaults are TRL's. A field's name is unique over the whole tree, so YAML may hold it at the top level or
+under its section, and its flag bears no prefix.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ModelSection:
     lora_dropout: float = 0.05
     """Dropout inside the adapters (sft; the preference methods run without dropout)."""
     lora_target_modules: list[str] | None = None
-    """Names of the modules that get adapters, `lm_head` included if you like (None: every linear layer but the head)."""
+    """Modules that get adapters, `lm_head` included if you like (None: every linear layer but the head)."""
 
 
 @dataclass
@@ -127,8 +127,8 @@ class OutputSection:
     """Output."""
 
     output_dir: str = ""
-    """Folder of the run: metrics.jsonl, checkpoints, report.html, and the trained model in `final`. The same command with
-    the same folder goes on where it stopped."""
+    """Folder of the run: metrics.jsonl, checkpoints, report.html, and the trained model in `final`. The same command
+    with the same folder goes on where it stopped."""
     overwrite: bool = False
     """Delete the run that output_dir holds and start afresh."""
     logging_steps: int = 10
@@ -146,7 +146,7 @@ class KernelSection:
     """Kernels."""
 
     impl: str = "auto"
-    """Backend of the fused loss: auto, eager, cpu, ...; see `align env`. A backend asked for by name never falls back."""
+    """Backend of the fused loss: auto, eager, cpu, ... (see `align env`). One asked for by name never falls back."""
     workspace: int | None = None
     """Bytes that the fused loss may use for logits at a time (None: the kernels decide)."""
 

@@ -195,8 +195,8 @@ def summary(engine: Engine, source: Source, steps: int) -> str:
     everything = sum(p.numel() for p in engine.model.parameters())
     processes = engine.accelerator.num_processes
     return (
-        f"{engine.algorithm.name}: {trained:,} of {everything:,} weights trained, {len(source):,} rows, {steps} steps of "
-        f"{source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, {engine.accelerator.device}, "
+        f"{engine.algorithm.name}: {trained:,} of {everything:,} weights trained, {len(source):,} rows, {steps} steps "
+        f"of {source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, {engine.accelerator.device}, "
         f"{engine.accelerator.mixed_precision} mixed precision)"
     )
 

@@ -1,7 +1,7 @@
 """Rows in the order of training, as a pure function of (seed, step): nothing to save, nothing to replay on resume.
 
-A window is what one optimiser step sees: per_device_train_batch_size x gradient_accumulation_steps x processes rows of the
-epoch's permutation. It does not depend on how those three share it out.
+A window is what one optimiser step sees: per_device_train_batch_size x gradient_accumulation_steps x processes rows of
+the epoch's permutation. It does not depend on how those three share it out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Micro(NamedTuple):
-    """One forward pass. A rank that has no rows left repeats one with `real` False, so that all run the same collectives."""
+    """One forward pass. A rank without rows repeats one with `real` False, so that all run the same collectives."""
 
     batch: Batch
     real: bool
