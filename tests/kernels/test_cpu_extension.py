@@ -237,6 +237,10 @@ def test_ties_take_the_first_column():
     assert (case.z == 2.0).sum(1).min() > 1
     for cuts in ((), (17, 2048, 2100)):
         assert torch.equal(case.state(cuts=cuts)[:, 6].long(), (case.z == 2.0).int().argmax(1))
+    state = empty_state(64)
+    for begin, end in ((2048, 5000), (0, 2048)):  # tiles may come in any order
+        cpu.forward(case.z[:, begin:end], state, case.targets, **case.options(begin, end))
+    assert torch.equal(state[:, 6].long(), (case.z == 2.0).int().argmax(1))
     case.z.fill_(-torch.inf)
     assert (case.state()[:, 6] == 0).all()
 
@@ -267,6 +271,12 @@ def test_nan_is_never_swallowed(column: int, softcap: float | None, dtype: torch
     gradient = case.gradient(dtype=dtype)
     assert gradient[1:3].isnan().all()
     assert torch.equal(gradient[[0, 3]], clean_gradient[[0, 3]])
+
+
+def test_every_nan_survives_rounding_to_bfloat16():
+    case = Case(2, 40)
+    case.z.view(torch.int32)[0] = -1  # all bits set: adding to its low half would carry into the sign
+    assert case.gradient(dtype=torch.bfloat16)[0].isnan().all()
 
 
 def test_minus_infinity_is_an_absent_column():
