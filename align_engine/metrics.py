@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_engine.errors import RunFailed
+
 
 class Sums:
     """Weighted means in the making. Every rank must add the same names (weight 0 where it has no data)."""
@@ -99,8 +101,14 @@ class Journal:
         self.accelerator.log(record, step=step)
         if not self.accelerator.is_main_process:
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **record}) + "\n")
+        except OSError as error:
+            raise RunFailed(
+                f"cannot write {self.path}: {error.strerror}. The checkpoints are whole; make room and run "
+                "the same command again"
+            ) from error
         numbers = "  ".join(f"{name} {_short(record[name])}" for name in SHOWN if name in record)
         if self.console.is_terminal:
             self.bar.update(self.task, numbers=numbers)

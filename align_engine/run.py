@@ -15,7 +15,7 @@ from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm
 from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
-from align_engine.engine import Engine, head_options
+from align_engine.engine import Engine
 from align_engine.errors import BadInput
 from align_engine.loops import offline
 from align_engine.metrics import Journal
@@ -55,8 +55,8 @@ def train(name: str, recipe: Recipe) -> RunFolder:
 
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm)
-    for rows in filter(None, (source, evaluation)):
-        check_vocab(rows.rows, model.get_input_embeddings().num_embeddings)
+    for part in filter(None, (source, evaluation)):
+        check_source(part, model, recipe)
     with accelerator.main_process_first():
         folder.begin(recipe.output.overwrite, {"data": source.fingerprint()})
     recipes.save(recipe, folder.path / "recipe.yaml")
@@ -138,6 +138,14 @@ def load_source(
     )
 
 
+def check_source(source: Source, model: nn.Module, recipe: Recipe) -> None:
+    """Refuse rows with token ids that the model has no embedding for."""
+    try:
+        check_vocab(source.rows, policy.head_module(policy.causal_model(model)).weight.shape[0])
+    except ValueError as error:
+        raise BadInput(f"{recipe.model.model_name_or_path}: {error}") from error
+
+
 def load_policy(recipe: Recipe, algorithm: Algorithm) -> nn.Module:
     """The model to train: adapters, checkpointing and dropout as the recipe and the algorithm say."""
     model = policy.load_model(recipe.model.model_name_or_path, recipe.model)
@@ -196,9 +204,6 @@ def summary(engine: Engine, source: Source, steps: int) -> str:
     processes = engine.accelerator.num_processes
     return (
         f"{engine.algorithm.name}: {trained:,} of {everything:,} weights trained, {len(source):,} rows, {steps} steps "
-        f"of {source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, {engine.accelerator.device}, "
-        f"{engine.accelerator.mixed_precision} mixed precision)"
+        f"of {source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, "
+        f"{engine.accelerator.device}, {engine.accelerator.mixed_precision} mixed precision)"
     )
-
-
-__all__ = ["head_options", "train"]

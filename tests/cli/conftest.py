@@ -1,0 +1,24 @@
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Folder of a tiny model with its tokenizer."""
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory):
+    """Another tiny model, for a reference that is not the policy."""
+    return tiny.write_model(tmp_path_factory.mktemp("other"), seed=7)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return tiny.write_rows(tmp_path / "pairs.jsonl", tiny.preference_rows(8))
+
+
+@pytest.fixture
+def completions(tmp_path):
+    return tiny.write_rows(tmp_path / "sft.jsonl", tiny.sft_rows(8))

@@ -1,0 +1,74 @@
+"""A model, a tokenizer and data that train in milliseconds, and the recipe that goes with them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from align_engine.recipe import DpoRecipe, Recipe, SftRecipe, flat
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def write_model(path: Path, seed: int = 0, vocab: int = 64, **config: Any) -> Path:
+    """A Qwen2 of 64 tokens with its tokenizer; pad equals eos, as many tokenizers have it."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}, "<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    ).save_pretrained(path)
+    torch.manual_seed(seed)
+    settings = dict(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None,
+                    eos_token_id=1, pad_token_id=1, tie_word_embeddings=True)  # fmt: skip
+    model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **config}))
+    model.save_pretrained(path)
+    return path
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def sentence(rng: random.Random, most: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
+
+
+def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    return [
+        {"prompt": sentence(rng, 6), "chosen": f"w1 {sentence(rng, 5)}", "rejected": f"w2 {sentence(rng, 9)}"}
+        for _ in range(count)
+    ]
+
+
+def sft_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(count, seed)]
+
+
+def recipe(kind: type[Recipe], model: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
+    """A small recipe; `settings` are fields by their bare names."""
+    made = kind()
+    settings = dict(model_name_or_path=str(model), dataset_name=str(rows), output_dir=str(out), max_steps=3,
+                    learning_rate=1e-3, logging_steps=1, bf16=False) | settings  # fmt: skip
+    unknown = set(settings) - set(flat(made))
+    assert not unknown, unknown
+    for section in vars(made).values():
+        for name in set(vars(section)) & set(settings):
+            setattr(section, name, settings[name])
+    return made
+
+
+def dpo(*paths: Path, **settings: Any) -> DpoRecipe:
+    return recipe(DpoRecipe, *paths, **settings)
+
+
+def sft(*paths: Path, **settings: Any) -> SftRecipe:
+    return recipe(SftRecipe, *paths, **settings)
