@@ -5,13 +5,12 @@ Shape letters: B sequences, T positions, P pairs, V vocabulary, D hidden size, R
 
 from __future__ import annotations
 
-import json
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from align_kernels import functions
+from align_kernels import functions, ops
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, flatten
 from align_kernels.losses.dpo import LOSS_TYPES
@@ -121,7 +120,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
     if settings.impl == "eager":
         fields = logprobs_eager(h, settings)
     else:
-        fields = functions.logprobs(h, settings, _needs(h))
+        fields = ops.logprobs(h, settings, _needs(h))
     shape = targets.shape
     logp, entropy, *rest = (x.reshape(shape) for x in fields[:6])
     return LogProbs(logp, entropy, *(x.detach() for x in rest))
@@ -178,25 +177,21 @@ def _loss(
     if spec.unit != "token" and targets.dim() != 2:
         raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
     h, settings = _head(hidden, weight, targets, **head)
-    units = {"token": (targets != settings.ignore_index).sum(), "pair": targets.shape[0] // 2}.get(
-        spec.unit, targets.shape[0]
-    )
-    counted = torch.as_tensor(units, device=hidden.device)
-    items = counted if num_items is None else torch.as_tensor(num_items, device=hidden.device)
-    items = (
-        items.to(functions.float_dtype(hidden)).clamp(min=1)
-        if num_items is None
-        else items.to(functions.float_dtype(hidden))
-    )
-    text = json.dumps([name, hyper])
-    run = functions.loss_eager if settings.impl == "eager" else functions.loss
+    tokens = (targets != settings.ignore_index).sum()
+    units = tokens if spec.unit == "token" else targets.shape[0] // (2 if spec.unit == "pair" else 1)
+    counted = torch.as_tensor(units, device=hidden.device).clamp(min=1)
+    items = torch.as_tensor(counted if num_items is None else num_items, device=hidden.device)
+    items = items.to(functions.float_dtype(hidden))
+    text, sides = repr((name, hyper)), list(side.values())
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
-    total, sums, logp, entropy, mean_logit, correct = run(
-        h, shaped, list(side.values()), items, text, settings, _needs(h)
-    )
+    if settings.impl == "eager":
+        fields = functions.loss_eager(h, shaped, sides, items, text, settings)
+    else:
+        fields = ops.loss(h, shaped, sides, items, text, settings, _needs(h))
+    total, sums, logp, entropy, mean_logit, correct = fields
     mask = targets != settings.ignore_index
-    tokens = mask.sum().clamp(min=1)
-    metrics = dict(zip(spec.metrics, sums / counted.clamp(min=1)))
+    tokens = tokens.clamp(min=1)
+    metrics = dict(zip(spec.metrics, sums / counted))
     metrics["entropy"] = entropy.sum() / tokens
     metrics["mean_token_accuracy"] = correct.sum() / tokens
     logps = logp.reshape(targets.shape)
@@ -219,7 +214,7 @@ def sft_loss(
 
     Args:
         hidden: [..., D]; weight: [V, D]; targets: [...] int64, already shifted, -100 where ignored.
-        num_items: the normaliser, the same on every micro-batch of a window. Default None: the kept tokens of this call.
+        num_items: the normaliser, one for all micro-batches of a window. Default None: the kept tokens of this call.
         **head: every keyword of `linear_logprobs`.
 
     Returns:

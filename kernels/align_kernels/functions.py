@@ -7,7 +7,7 @@ tensors the same functions run as `torch.library` operators.
 
 from __future__ import annotations
 
-import json
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -24,21 +24,22 @@ FIELDS = ("logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "correct")
 
 
 # -- settings as text ---------------------------------------------------------------------------------------------
+# repr and literal_eval rather than JSON: torch.compile traces repr of constants
 def encode_settings(settings: Settings, needs: Needs) -> str:
     s, t = settings, settings.transform
-    return json.dumps(
-        [
-            [t.logit_scale, t.softcap, t.temperature],
-            None if s.clamp is None else list(s.clamp),
-            [s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group],
-            list(needs),
-        ]
+    return repr(
+        (
+            (t.logit_scale, t.softcap, t.temperature),
+            None if s.clamp is None else (s.clamp.limit, s.clamp.prob_above, s.clamp.units),
+            (s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group),
+            (needs.hidden, needs.weight, needs.bias, needs.lora_A, needs.lora_B),
+        )
     )
 
 
 @lru_cache(maxsize=256)
 def decode_settings(text: str) -> tuple[Settings, Needs]:
-    transform, clamp, rest, needs = json.loads(text)
+    transform, clamp, rest, needs = literal_eval(text)
     clamp = None if clamp is None else LogitGradClamp(*clamp)
     return Settings(Transform(*transform), clamp, *rest), Needs(*needs)
 
@@ -85,7 +86,7 @@ def logprobs_forward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     settings: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The six fields [N], then what the backward needs: kept rows, their states, and logits or unscaled dX."""
     head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
     options, needs = decode_settings(settings)
@@ -101,15 +102,17 @@ def logprobs_forward(
             one = torch.ones(n, dtype=float_dtype(hidden), device=hidden.device)
             dx = run.backward(chunk, state, one, None, Grads(head, needs), store)
             assert dx is not None
-            saved.append(dx.to(hidden.dtype))
+            saved.append(dx.to(run.dtype).view(-1))
         elif store is not None:
             saved.append(store)
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
-    payload = (torch.cat(saved) if len(saved) > 1 else saved[0]) if saved else _empty(hidden)
+    payload = (torch.cat(saved) if len(saved) > 1 else saved[0]) if saved else hidden.new_empty(0, dtype=run.dtype)
     values = read_state(state, targets[kept], run.vocab)
     dtypes = [float_dtype(hidden)] * 5 + [torch.bool]
     fields = [scatter(v, kept, len(targets), d) for v, d in zip(values, dtypes)]
-    return (*fields, kept, state, payload)  # type: ignore[return-value]
+    if not (needs.hidden or needs.head):
+        kept, state = kept.new_empty(0), state.new_empty(0, 8)
+    return (*fields, kept, state, payload)
 
 
 def logprobs_backward(
@@ -136,7 +139,7 @@ def logprobs_backward(
     if run.plan.schedule == "frozen" and g_entropy is None:
         assert dhidden is not None
         if g_logp is not None:
-            dhidden.index_copy_(0, kept, (payload * g_logp[kept][:, None]).to(hidden.dtype))
+            dhidden.index_copy_(0, kept, (payload.view(len(kept), -1) * g_logp[kept][:, None]).to(hidden.dtype))
     else:
         store = payload if run.plan.schedule == "keep" else None
         begin = 0
@@ -283,7 +286,7 @@ def loss_forward(
 
     `hidden` [N, D], `targets` [B, T] or [N]; a gradient that is not needed is an empty tensor.
     """
-    name, hyper = json.loads(loss)
+    name, hyper = literal_eval(loss)
     spec = LOSSES[name]
     options, needs = decode_settings(settings)
     head = Head(hidden, weight, targets.reshape(-1), bias, temperature, lora_A, lora_B)
@@ -349,13 +352,13 @@ class Logprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_logp, g_entropy, *_):
-        return _logprobs_backward(ctx, logprobs_backward, g_logp, g_entropy)
+        return late_backward(ctx, logprobs_backward, g_logp, g_entropy)
 
 
-def _logprobs_backward(ctx, run: Callable[..., list[Tensor]], g_logp: Tensor | None, g_entropy: Tensor | None):
+def late_backward(ctx, run: Callable[..., list[Tensor]], g_logp: Tensor | None, g_entropy: Tensor | None, *_):
     if g_logp is None and g_entropy is None:
         return (None,) * 8
-    dhidden, dweight, dbias, dA, dB = _needed(run(g_logp, g_entropy, *ctx.saved_tensors, ctx.settings), ctx.settings)
+    dhidden, dweight, dbias, dA, dB = needed(run(g_logp, g_entropy, *ctx.saved_tensors, ctx.settings), ctx.settings)
     return dhidden, dweight, None, dbias, None, dA, dB, None
 
 
@@ -384,37 +387,21 @@ class FusedLoss(torch.autograd.Function):
         # a factor of one, the usual case, must not cost a pass over dW; reading it is free on a CPU alone
         same = grad.device.type == "cpu" and grad.item() == 1.0
         dhidden, dweight, dbias, dA, dB = (
-            g if g is None or same else g.mul_(grad) for g in _needed(ctx.saved_tensors, ctx.settings)
+            g if g is None or same else g.mul_(grad) for g in needed(ctx.saved_tensors, ctx.settings)
         )
         return dhidden, dweight, None, dbias, None, dA, dB, None, None, None, *(None,) * ctx.sides
 
 
-def _needed(grads: Sequence[Tensor], settings: str) -> list[Tensor | None]:
+def needed(grads: Sequence[Tensor], settings: str) -> list[Tensor | None]:
     return [grad if needed else None for grad, needed in zip(grads, decode_settings(settings)[1])]
 
 
 # -- entry points -------------------------------------------------------------------------------------------------
-def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
-    h = head
-    return Logprobs.apply(
-        h.hidden, h.weight, h.targets, h.bias, h.temperature, h.lora_A, h.lora_B, encode_settings(settings, needs)
-    )
-
-
-def loss(
-    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings, needs: Needs
-) -> tuple[Tensor, ...]:
-    h, encoded = head, encode_settings(settings, needs)
-    return FusedLoss.apply(
-        h.hidden, h.weight, targets, h.bias, h.temperature, h.lora_A, h.lora_B, num_items, text, encoded, *side
-    )
-
-
 def loss_eager(
-    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings, needs: Needs
+    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings
 ) -> tuple[Tensor, ...]:
     """What `loss` returns, on whole logits and autograd."""
-    name, hyper = json.loads(text)
+    name, hyper = literal_eval(text)
     spec = LOSSES[name]
     units = Units(spec, targets, settings.ignore_index)
     logp, entropy, _, _, mean_logit, correct = logprobs_eager(head, settings)

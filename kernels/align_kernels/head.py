@@ -151,6 +151,7 @@ def flatten(
         lora_A, lora_B, _ = lora
         if lora_A.dim() != 2 or lora_A.shape[1] != weight.shape[1] or lora_B.shape != (vocab, lora_A.shape[0]):
             raise ValueError(
-                f"lora=(A [R, {weight.shape[1]}], B [{vocab}, R], scaling), got A {tuple(lora_A.shape)}, B {tuple(lora_B.shape)}"
+                f"lora=(A [R, {weight.shape[1]}], B [{vocab}, R], scaling), got A {tuple(lora_A.shape)} and "
+                f"B {tuple(lora_B.shape)}"
             )
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, rows, lora_A, lora_B), scalar

@@ -59,7 +59,7 @@ class Plan:
             f"schedule {self.schedule}: {self.why}\n"
             f"backend {self.backend}, {self.rows} rows x {self.vocab} columns x {self.width}: {chunks} chunk(s) of "
             f"{self.chunk_rows} rows, tiles of {self.tile_cols} columns\n"
-            f"workspace {self.workspace / MIB:.1f} MiB, {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP in GEMMs"
+            f"workspace {self.workspace / MIB:.1f} MiB, GEMMs {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP"
         )
 
 
