@@ -2,29 +2,34 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: install demo test check bench clean
+.PHONY: demo test check bench clean
 
-install: $(INSTALLED)
-
-$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+# `align` and what it needs
+$(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
-demo: $(INSTALLED)
+# and the peers, test and bench tools
+$(VENV)/.installed-dev: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(VENV)/.installed $@
+
+demo: $(VENV)/.installed
 	$(BIN)/align demo
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests
 
-check: $(INSTALLED)
+check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(INSTALLED)
+bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benches --benchmark-only
 
 clean:
