@@ -58,31 +58,25 @@ def _is_blank(path: Path) -> bool:
 
 
 def _diagnosis(path: Path) -> str | None:
-    """What is wrong with a .jsonl file, by reading it line by line: broken JSON, or a key whose type changes."""
+    """The first line of a .jsonl file that is not a JSON object."""
     if path.suffix != ".jsonl":
         return None
-    first_type: dict[str, tuple[str, int]] = {}
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
                 return f"line {number} is not JSON ({error.msg} at column {error.colno})"
             if not isinstance(row, dict):
                 return f"line {number} is a JSON {type(row).__name__}, expected an object"
-            for key, value in row.items():
-                if value is None:
-                    continue
-                kind, where = first_type.setdefault(key, (type(value).__name__, number))
-                if kind != type(value).__name__:
-                    return f"line {number}: '{key}' is of type {type(value).__name__}, but {kind} in line {where}"
     return None
 
 
 def _from_folder(path: Path, split: str | None) -> datasets.Dataset:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        for state in path.rglob("state.json"):
+            if not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:  # `datasets` cannot load it
+                raise DataError(f"'{state.parent}' has no rows")
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             return _pick_split(saved, split, str(path))

@@ -28,18 +28,16 @@ def make_demo(
     sft.jsonl          prompt, completion: what the team wrote, good and bad
     preference.jsonl   prompt, chosen, rejected: two of the team's answers, the better one by the checker is chosen
     heldout.jsonl      prompt, completion (the careful answer), chosen, rejected; form and answer for `check`
-    tokenizer/, model/ for `from_pretrained`: a byte-level BPE with a chat template, a small untrained Qwen2
+    tokenizer/         a byte-level BPE with a chat template, for `from_pretrained`
+    model/             a small untrained Qwen2, with the tokenizer
 
     No prompt stands twice, in one file or in two.
     """
     rng, out = random.Random(seed), Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     questions = distinct_questions(sft_rows + preference_rows + heldout_rows, rng)
-    heldout, sft, preference = (
-        questions[:heldout_rows],
-        questions[heldout_rows : heldout_rows + sft_rows],
-        questions[heldout_rows + sft_rows :],
-    )
+    heldout, sft = questions[:heldout_rows], questions[heldout_rows : heldout_rows + sft_rows]
+    preference = questions[heldout_rows + sft_rows :]
     rows = {
         "sft": [{"prompt": q.row()["prompt"], "completion": message(write(q, rng))} for q in sft],
         "preference": [{"prompt": q.row()["prompt"], **pair(q, rng)} for q in preference],
@@ -50,7 +48,8 @@ def make_demo(
     turns = (turn for row in rows["sft"] for turn in row["prompt"] + row["completion"])
     texts = [f"{turn['role']}\n{turn['content']}" for turn in turns]
     tokenizer = make_tokenizer(texts)
-    tokenizer.save_pretrained(out / "tokenizer")
+    for folder in ("tokenizer", "model"):
+        tokenizer.save_pretrained(out / folder)
     make_model(tokenizer, seed).save_pretrained(out / "model")
     return out
 

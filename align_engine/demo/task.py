@@ -1,7 +1,7 @@
 """The demo's task: short instructions with one right answer, a demanded form, and a checker that grades any answer.
 
-A prompt asks something small about known words and numbers, and says in which form to answer. The answers come from a team
-of four writers, as good and as bad as a real team's: most are chatty, some are careless with the form, some are wrong.
+A prompt asks something small about known words and numbers, and says in which form to answer. The answers come from a
+team of four writers, as good and as bad as a real team's: most are chatty, some careless with the form, some wrong.
 A model that imitates all of them is mediocre; pairs of their answers, ordered by the checker, say what is better.
 """
 

@@ -1,0 +1,479 @@
+"""Data against expectations written by hand. The tokenizers are tiny and made here: merges are chosen, not learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from align_engine.data import (
+    DataError,
+    DataNotFound,
+    check_vocab,
+    collate_pairs,
+    collate_prompts,
+    collate_sft,
+    describe,
+    epoch_order,
+    load_rows,
+    prepare,
+    split_order,
+)
+from align_engine.errors import BadInput
+
+TEMPLATE = (
+    "{% if tools %}[{% for tool in tools %}{{ tool.name }}{% endfor %}]{% endif %}{{ mark }}"
+    "{% for m in messages %}<|{{ m.role[0] }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+SPECIAL = ["<|bos|>", "<|end|>", "<|u|>", "<|a|>", "<|s|>"]
+
+
+def byte_tokenizer(bos: bool = False, merges: tuple[str, ...] = ("b c",), pad: str = "<|end|>") -> Any:
+    """One token per byte but for the merges. ASCII text: id = 5 + its place in the alphabet below."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*SPECIAL, *alphabet, *("".join(merge.split()) for merge in merges)]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [tuple(merge.split()) for merge in merges]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    if bos:
+        core.post_processor = processors.TemplateProcessing("<|bos|> $A", "<|bos|> $A $B", [("<|bos|>", 0)])
+    core.add_special_tokens(SPECIAL)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|bos|>", eos_token="<|end|>", pad_token=pad)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def tokens(tokenizer: Any, ids: list[int]) -> str:
+    """The tokens, a bar between them."""
+    return "|".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def prepared(rows: list[dict[str, Any]], kind: str, tokenizer: Any = None, **settings: Any) -> tuple[Any, list, dict]:
+    tokenizer = tokenizer or byte_tokenizer()
+    dataset, report = prepare(datasets.Dataset.from_list(rows), tokenizer, kind, **settings)  # type: ignore[arg-type]
+    return tokenizer, dataset.to_list(), report
+
+
+# --- formats and boundaries -------------------------------------------------------------------------------------
+
+
+def test_prompt_completion_is_concatenated_where_tokens_would_merge() -> None:
+    tokenizer, (row,), _ = prepared([{"prompt": "ab", "completion": "cbc"}], "sft")
+    assert tokens(tokenizer, tokenizer("abcbc")["input_ids"]) == "a|bc|bc"  # the whole would have lost the boundary
+    assert tokens(tokenizer, row["prompt_ids"]) == "a|b"
+    assert tokens(tokenizer, row["completion_ids"]) == "c|bc|<|end|>"
+    assert row["index"] == 0
+
+
+def test_conversation_is_split_at_the_generation_prompt() -> None:
+    rows = [{"prompt": [user("ab")], "completion": [answer("cd")]}]
+    tokenizer, (row,), _ = prepared(rows, "sft")
+    assert tokens(tokenizer, row["prompt_ids"]) == "<|u|>|a|b|<|end|>|<|a|>"
+    assert tokens(tokenizer, row["completion_ids"]) == "c|d|<|end|>"  # the template ends it: no second EOS
+
+
+def test_template_whose_boundary_would_merge() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ 'b' if m.role == 'assistant' else '' }}{{ m.content }}{% endfor %}{{ 'b' if add_generation_prompt else '' }}"  # noqa: E501
+    rows = [{"prompt": [user("a")], "completion": [answer("cd")]}]
+    _, (row,), report = prepared(rows, "sft", tokenizer)
+    assert tokens(tokenizer, row["prompt_ids"]) == "a|b"
+    assert tokens(tokenizer, row["completion_ids"]) == "c|d"
+    assert list(report["changed"].values()) == [1] and "merge" in describe(report)
+
+
+def test_generation_prompt_that_answers_do_not_repeat() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace("<|a|>{% endif %}", "<|a|>think{% endif %}")
+    _, (row,), report = prepared([{"prompt": [user("x")], "completion": [answer("y")]}], "sft", tokenizer)
+    assert tokens(tokenizer, row["prompt_ids"]) == "<|u|>|x|<|end|>|<|a|>"
+    assert tokens(tokenizer, row["completion_ids"]) == "y|<|end|>"
+    assert sum(report["changed"].values()) == 1
+
+
+def test_template_that_rewrites_the_prompt_is_refused() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match="writes the prompt differently"):
+        prepared([{"prompt": [user("x")], "completion": [answer("y")]}], "sft", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "abc"}, "a|bc|<|end|>"),
+        ({"messages": [user("x"), answer("y")]}, "<|u|>|x|<|end|>|<|a|>|y|<|end|>"),
+    ],
+)
+def test_language_modelling_trains_on_every_token(row: dict[str, Any], expected: str) -> None:
+    tokenizer, (out,), _ = prepared([row], "sft")
+    assert out["prompt_ids"] == []
+    assert tokens(tokenizer, out["completion_ids"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen", "rejected"),
+    [
+        ({"prompt": "p", "chosen": "x", "rejected": "y"}, "p", "x|<|end|>", "y|<|end|>"),
+        (  # TRL's own example: the space goes with the answer
+            {"chosen": "it is u", "rejected": "it is v"},
+            "i|t|Ġ|i|s",
+            "Ġ|u|<|end|>",
+            "Ġ|v|<|end|>",
+        ),
+        ({"chosen": "is ux", "rejected": "is uy"}, "i|s", "Ġ|u|x|<|end|>", "Ġ|u|y|<|end|>"),  # never inside a word
+        ({"chosen": "p x", "rejected": "p x y"}, "p", "Ġ|x|<|end|>", "Ġ|x|Ġ|y|<|end|>"),  # one begins the other
+        (
+            {"prompt": [user("p")], "chosen": [answer("x")], "rejected": [answer("y")]},
+            "<|u|>|p|<|end|>|<|a|>",
+            "x|<|end|>",
+            "y|<|end|>",
+        ),
+        (
+            {"chosen": [user("p"), answer("x")], "rejected": [user("p"), answer("y")]},
+            "<|u|>|p|<|end|>|<|a|>",
+            "x|<|end|>",
+            "y|<|end|>",
+        ),
+        (  # a string beside whole conversations
+            {"prompt": "p", "chosen": [user("p"), answer("x")], "rejected": [user("p"), answer("y")]},
+            "<|u|>|p|<|end|>|<|a|>",
+            "x|<|end|>",
+            "y|<|end|>",
+        ),
+    ],
+)
+def test_preference_layouts(row: dict[str, Any], prompt: str, chosen: str, rejected: str) -> None:
+    tokenizer, (out,), _ = prepared([row], "preference")
+    found = [tokens(tokenizer, out[f"{side}_ids"]) for side in ("prompt", "chosen", "rejected")]
+    assert found == [prompt, chosen, rejected]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "ab"}, "a|b"),
+        ({"prompt": [user("x")]}, "<|u|>|x|<|end|>|<|a|>"),
+        ({"prompt": [user("x"), answer("y")]}, "<|u|>|x|<|end|>|<|a|>|y"),  # the answer goes on
+    ],
+)
+def test_prompts_to_generate_from(row: dict[str, Any], expected: str) -> None:
+    tokenizer, (out,), _ = prepared([row], "prompt")
+    assert tokens(tokenizer, out["prompt_ids"]) == expected
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], json.dumps([{"name": "f"}])])
+def test_tools_and_template_arguments_reach_the_template(tools: Any) -> None:
+    rows = [{"prompt": [user("x")], "completion": [answer("y")], "tools": tools, "chat_template_kwargs": {"mark": "!"}}]
+    tokenizer, (row,), _ = prepared(rows, "sft")
+    assert tokens(tokenizer, row["prompt_ids"]).startswith("[|f|]|!|<|u|>")
+
+
+def test_exactly_one_bos_and_one_eos() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    rows = [{"prompt": "a", "completion": "x"}, {"prompt": "<|bos|>a", "completion": "x<|end|>"}]
+    _, out, _ = prepared(rows, "sft", tokenizer)
+    for row in out:
+        assert tokens(tokenizer, row["prompt_ids"] + row["completion_ids"]) == "<|bos|>|a|x|<|end|>"
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    _, (row,), _ = prepared([{"prompt": [user("a")], "completion": [answer("x")]}], "sft", tokenizer)
+    assert (row["prompt_ids"] + row["completion_ids"]).count(tokenizer.bos_token_id) == 1
+
+
+def test_space_that_sentencepiece_puts_first_is_not_put_into_the_middle() -> None:
+    names = ["<s>", "</s>", "▁", "a", "b", "▁a", "▁b", "\n", ":"]
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [("▁", "a"), ("▁", "b")]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    _, out, _ = prepared([{"prompt": "a:", "completion": "b"}, {"prompt": "a:", "completion": " b"}], "sft", tokenizer)
+    assert [tokens(tokenizer, row["completion_ids"]) for row in out] == ["b|</s>", "▁b|</s>"]
+
+
+# --- lengths --------------------------------------------------------------------------------------------------
+
+
+def test_prompt_is_cut_before_the_completion_and_keeps_its_bos() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    rows = [{"prompt": "mnopqrst", "completion": "xyz"}]
+    _, (row,), report = prepared(rows, "sft", tokenizer, max_length=8)
+    assert tokens(tokenizer, row["prompt_ids"]) == "<|bos|>|r|s|t"
+    assert tokens(tokenizer, row["completion_ids"]) == "x|y|z|<|end|>"
+    assert report["changed"] == {"prompt cut on its left": 1} and report["longest"] == 8
+    _, (row,), _ = prepared(rows, "sft", tokenizer, max_prompt_length=3)
+    assert tokens(tokenizer, row["prompt_ids"]) == "<|bos|>|s|t"
+
+
+def test_completion_is_cut_only_where_a_quarter_is_left_to_the_prompt() -> None:
+    tokenizer, (row,), report = prepared([{"prompt": "mnopqrst", "completion": "uvwxyz"}], "sft", max_length=8)
+    assert tokens(tokenizer, row["prompt_ids"]) == "s|t"
+    assert tokens(tokenizer, row["completion_ids"]) == "u|v|w|x|y|z"
+    assert set(report["changed"]) == {"prompt cut on its left", "completion cut at its end"}
+
+
+def test_both_sides_of_a_pair_keep_the_same_prompt() -> None:
+    tokenizer, (row,), _ = prepared([{"prompt": "mnop", "chosen": "xyz", "rejected": "x"}], "preference", max_length=6)
+    assert tokens(tokenizer, row["prompt_ids"]) == "o|p"
+    assert tokens(tokenizer, row["rejected_ids"]) == "x|<|end|>"
+
+
+def test_pair_that_truncation_makes_equal_is_dropped_and_counted() -> None:
+    rows = [{"prompt": "p", "chosen": "uvwxa", "rejected": "uvwxy"}, {"prompt": "p", "chosen": "u", "rejected": "v"}]
+    _, out, report = prepared(rows, "preference", max_length=4)
+    assert [row["index"] for row in out] == [1]
+    assert report["dropped"] == {"chosen and rejected are the same tokens after truncation": 1}
+
+
+def test_overlong_rows_are_dropped_or_refused_when_asked() -> None:
+    rows = [{"prompt": "mnopqrst", "completion": "x"}, {"prompt": "p", "completion": "x"}]
+    _, out, report = prepared(rows, "sft", max_length=5, overlong="drop")
+    assert [row["index"] for row in out] == [1]
+    assert report["kept"] == 1 and report["dropped"] == {"longer than max_length=5": 1}
+    assert "dropped 1: longer than max_length=5 (row 0" in describe(report)
+    with pytest.raises(DataError, match=r"longer than max_length=5 \(row 0"):
+        prepared(rows, "sft", max_length=5, overlong="error")
+
+
+def test_text_of_one_token_has_nothing_to_predict() -> None:
+    _, out, report = prepared([{"text": "<|end|>"}, {"text": "ab"}], "sft")
+    assert [row["index"] for row in out] == [1]
+    assert list(report["dropped"]) == ["no completion token is left to predict"]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"max_length": 1}, {"max_prompt_length": 0}, {"overlong": "cut"}, {"bad_rows": "x"}]
+)
+def test_bad_settings_are_named(setting: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=f"{next(iter(setting))}=.?{next(iter(setting.values()))}"):
+        prepared([{"text": "ab"}], "sft", **setting)
+
+
+# --- bad rows ---------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "p", "chosen": "x", "rejected": "y"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"prompt": "p", "chosen": None, "rejected": "y"}, "'chosen' is missing"),
+        ({"prompt": "p", "chosen": "x", "rejected": "x"}, "'chosen' equals 'rejected'"),
+        ({"prompt": "p", "chosen": "", "rejected": "y"}, "'chosen' is empty"),
+    ],
+)
+def test_bad_rows_are_named_or_dropped(bad: dict[str, Any], reason: str) -> None:
+    rows = [GOOD, bad, GOOD, bad]
+    with pytest.raises(DataError, match=rf"2 of 4 rows(?s:.*)2 x {reason} \(rows 1, 3, counted from 0") as error:
+        prepared(rows, "preference")
+    assert error.value.counts == {reason: 2}
+    _, out, report = prepared(rows, "preference", bad_rows="drop")
+    assert [row["index"] for row in out] == [0, 2] and report["dropped"] == {reason: 2}
+    with pytest.raises(DataError, match="none of 1 rows"):
+        prepared([bad], "preference", bad_rows="drop")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({"prompt": 3, "completion": "x"}, "sft", "'prompt' is of type int"),
+        ({"text": ["x"]}, "sft", "'text' is of type list, expected a string"),
+        ({"prompt": [user("p")], "completion": "x"}, "sft", "mix strings and lists"),
+        ({"prompt": [user("p")], "completion": [answer("")]}, "sft", "'completion' holds an empty answer"),
+        ({"prompt": [{"content": "p"}], "completion": [answer("x")]}, "sft", "expected messages with 'role'"),
+        ({"prompt": [{"role": "system", "content": "p"}], "completion": [answer("x")]}, "sft", "system message"),
+        ({"prompt": [], "completion": [answer("x")]}, "sft", "'prompt' is empty"),
+        ({"chosen": "abc", "rejected": "xyz"}, "preference", "share no beginning"),
+        ({"chosen": [user("p"), answer("x")], "rejected": [user("p"), answer("x")]}, "preference", "equals"),
+        ({"prompt": ""}, "prompt", "'prompt' is empty"),
+        ({"messages": [user("x")], "tools": "{"}, "sft", "'tools' is not JSON"),
+    ],
+)
+def test_each_fault_has_its_message(row: dict[str, Any], kind: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        prepared([row], kind)
+
+
+def test_missing_columns_are_named_with_a_hint() -> None:
+    with pytest.raises(DataError, match=r"'chosen' \+ 'rejected'.*\['completion', 'prompt'\].*look like sft data"):
+        prepared([{"prompt": "p", "completion": "x"}], "preference")
+
+
+def test_template_errors_and_missing_parts_of_the_tokenizer() -> None:
+    rows = [{"prompt": [user("p")], "completion": [answer("x")]}]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no users here') }}"
+    with pytest.raises(DataError, match="refuses the messages: no users here"):
+        prepared(rows, "sft", tokenizer)
+    tokenizer.chat_template = None
+    with pytest.raises(BadInput, match="no chat template"):
+        prepared(rows, "sft", tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="no eos_token"):
+        prepared([{"prompt": "p", "completion": "x"}], "sft", tokenizer)
+
+
+def test_vocabulary_smaller_than_a_token_id() -> None:
+    tokenizer = byte_tokenizer()
+    rows = datasets.Dataset.from_list([{"prompt": "a", "completion": "d"}, {"prompt": "a", "completion": "bc"}])
+    dataset, _ = prepare(rows, tokenizer, "sft")
+    merged = tokenizer.convert_tokens_to_ids("bc")
+    check_vocab(dataset, merged + 1)
+    with pytest.raises(BadInput, match=f"token id {merged} in 'completion_ids' of row 1 .*vocabulary of {merged}:"):
+        check_vocab(dataset, merged)
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+SFT = [
+    {"index": 7, "prompt_ids": [5, 6], "completion_ids": [8, 1]},
+    {"index": 2, "prompt_ids": [], "completion_ids": [9, 8, 1]},
+]
+
+
+def test_sft_batch_by_hand_with_pad_equal_to_eos() -> None:
+    batch = collate_sft(SFT, pad_id=1)
+    assert batch.input_ids.tolist() == [[5, 6, 8, 1], [9, 8, 1, 1]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]  # the EOS is seen, the pad is not
+    assert batch.targets.tolist() == [[-100, 8, 1, -100], [8, 1, -100, -100]]
+    assert batch.index.tolist() == [7, 2] and batch.num_tokens == 4 and batch.ref_logps is None
+    assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.targets, batch.index)} == {torch.int64}
+
+
+def test_pair_batch_has_the_chosen_half_first() -> None:
+    rows = [
+        {"index": 0, "prompt_ids": [5], "chosen_ids": [6, 1], "rejected_ids": [7], "extra": "ignored"},
+        {"index": 4, "prompt_ids": [8, 9], "chosen_ids": [6], "rejected_ids": [7, 7]},
+    ]
+    batch = collate_pairs(rows, pad_id=0, multiple_of=8)
+    assert batch.input_ids[:, :4].tolist() == [[5, 6, 1, 0], [8, 9, 6, 0], [5, 7, 0, 0], [8, 9, 7, 7]]
+    assert batch.input_ids.shape == (4, 8) and not batch.attention_mask[:, 4:].any()
+    assert batch.targets[:, :4].tolist() == [
+        [6, 1, -100, -100],
+        [-100, 6, -100, -100],
+        [7, -100, -100, -100],
+        [-100, 7, 7, -100],
+    ]
+    assert batch.index.tolist() == [0, 4]
+    with_reference = [row | {"ref_chosen_logps": -i, "ref_rejected_logps": -9.0 - i} for i, row in enumerate(rows)]
+    moved = collate_pairs(with_reference, pad_id=0).to("cpu")
+    assert moved.ref_logps is not None and moved.ref_logps.tolist() == [0.0, -1.0, -9.0, -10.0]
+
+
+def test_a_row_is_the_same_in_any_batch() -> None:
+    alone, together = collate_sft(SFT[:1], 1), collate_sft([SFT[1], SFT[0]], 1)
+    assert torch.equal(alone.targets[0], together.targets[1][: alone.targets.shape[1]])
+
+
+def test_prompts_are_padded_on_the_left() -> None:
+    input_ids, mask = collate_prompts([[5], [6, 7, 8]], pad_id=1)
+    assert input_ids.tolist() == [[1, 1, 5], [6, 7, 8]] and mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    order = epoch_order(50, seed=3, epoch=1)
+    assert sorted(order) == list(range(50)) and order == epoch_order(50, 3, 1)
+    assert order != epoch_order(50, 3, 2) and order != epoch_order(50, 4, 1)
+    pieces = split_order(order, 20)
+    assert [len(piece) for piece in pieces] == [20, 20, 10] and [i for piece in pieces for i in piece] == order
+
+
+# --- sources ------------------------------------------------------------------------------------------------------
+
+ROWS = [{"prompt": f"p{i}", "completion": "x"} for i in range(3)]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "saved", "saved_dict", "folder"])
+def test_every_source_gives_the_same_rows(form: str, tmp_path: Path) -> None:
+    dataset, path = datasets.Dataset.from_list(ROWS), tmp_path / f"rows.{form}"
+    if form == "jsonl":
+        write_jsonl(path, ROWS)
+    elif form == "json":
+        path.write_text(json.dumps(ROWS))
+    elif form == "parquet":
+        dataset.to_parquet(path)
+    elif form == "saved":
+        dataset.save_to_disk(path)
+    elif form == "saved_dict":
+        datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(path)
+        assert len(load_rows(path, "test")) == 1
+        with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
+            load_rows(path, "dev")
+    else:
+        path.mkdir()
+        write_jsonl(path / "train.jsonl", ROWS)
+        write_jsonl(path / "test.jsonl", ROWS[:1])
+        assert len(load_rows(path, "test")) == 1
+    assert load_rows(path).to_list() == ROWS
+
+
+def test_sources_that_are_not_there_or_empty(tmp_path: Path) -> None:
+    for name in ("none.jsonl", "folder/none.parquet", "none"):
+        with pytest.raises(DataNotFound, match=f"{name}"):
+            load_rows(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        load_rows(tmp_path)
+    for content in ("", " \n\n"):
+        (tmp_path / "empty.jsonl").write_text(content)
+        with pytest.raises(DataError, match=r"empty.jsonl' is empty"):
+            load_rows(tmp_path / "empty.jsonl")
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"unknown file type '\.csv'"):
+        load_rows(tmp_path / "rows.csv")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="has no rows"):
+        load_rows(tmp_path / "saved")
+    with pytest.raises(DataError, match="has no split 'test'"):
+        load_rows(write_jsonl(tmp_path / "rows.jsonl", ROWS), "test")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p", ', "line 4 is not JSON"),
+        ('["p", "x"]', "line 4 is a JSON list, expected an object"),
+    ],
+)
+def test_unreadable_line_is_named(line: str, message: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(DataError, match=message):
+        load_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "p", "rejected": "y"}, "'chosen' is missing"),
+        ({"prompt": "p", "chosen": 3, "rejected": "y"}, "'chosen' is of type int, expected a string"),
+    ],
+)
+def test_faults_of_a_file_name_the_row(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    rows = [GOOD, row]
+    with pytest.raises(DataError, match=rf"{message}.* \(row 1, counted from 0"):
+        prepare(load_rows(write_jsonl(tmp_path / "rows.jsonl", rows)), byte_tokenizer(), "preference")
+
+
+def test_several_processes_give_the_same_rows() -> None:
+    rows = datasets.Dataset.from_list(ROWS)
+    one, two = (prepare(rows, byte_tokenizer(), "sft", num_proc=n) for n in (None, 2))
+    assert one[0].to_list() == two[0].to_list() and one[1] == two[1]
