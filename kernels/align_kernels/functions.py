@@ -100,7 +100,7 @@ def logprobs_forward(
         states.append(state)
         if run.plan.schedule == "frozen":
             one = torch.ones(n, dtype=float_dtype(hidden), device=hidden.device)
-            dx = run.backward(chunk, state, one, None, Grads(head, needs), store)
+            dx = run.backward(chunk, state, one, None, Grads(run), store)
             assert dx is not None
             saved.append(dx.to(run.dtype).view(-1))
         elif store is not None:
@@ -134,7 +134,7 @@ def logprobs_backward(
     head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
     options, needs = decode_settings(settings)
     run = Runner(head, options, needs, kept, late=True)
-    grads = Grads(head, needs)
+    grads = Grads(run)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     if run.plan.schedule == "frozen" and g_entropy is None:
         assert dhidden is not None
@@ -155,7 +155,7 @@ def logprobs_backward(
             if dhidden is not None and dx is not None:
                 scatter_rows(dx, chunk, dhidden)
             begin += n
-    return [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish(head))]
+    return [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish())]
 
 
 # -- losses that close inside a chunk -----------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def loss_forward(
     kept = units.kept
     run = Runner(head, options, needs, kept, late=False, largest_unit=units.largest)
     train = needs.hidden or needs.head
-    grads = Grads(head, needs)
+    grads = Grads(run)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     dtype = float_dtype(hidden)
     capacity = run.plan.chunk_rows
@@ -331,7 +331,7 @@ def loss_forward(
         scatter(v, kept, size, d)
         for v, d in ((logp, dtype), (entropy, dtype), (mean_logit, dtype), (correct, torch.bool))
     ]
-    return total, sums, *fields, [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish(head))]
+    return total, sums, *fields, [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish())]
 
 
 # -- autograd -----------------------------------------------------------------------------------------------------

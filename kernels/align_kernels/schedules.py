@@ -58,21 +58,23 @@ class Chunk(NamedTuple):
 class Grads:
     """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to."""
 
-    def __init__(self, head: Head, needs: Needs) -> None:
+    def __init__(self, run: Runner) -> None:
         def like(x: Tensor | None, needed: bool) -> Tensor | None:
             if x is None or not needed:
                 return None
-            return torch.empty(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+            return run.empty(*x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
+        head, needs = run.head, run.needs
+        self.head = head
         self.weight = like(head.weight, needs.weight)
         self.bias = like(head.bias, needs.bias)
         self.lora_A = like(head.lora_A, needs.lora_A)
         self.lora_B = like(head.lora_B, needs.lora_B)
         self.started = False
 
-    def finish(self, head: Head) -> list[Tensor | None]:
+    def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
-        out = []
+        head, out = self.head, []
         for grad, of in (
             (self.weight, head.weight),
             (self.bias, head.bias),
@@ -122,10 +124,13 @@ class Runner:
             scale_free=settings.clamp is None or settings.clamp.units == "residual",
             largest_unit=largest_unit,
         )
-        size = self.plan.chunk_rows * self.plan.tile_cols
-        self._z = torch.empty(size, dtype=self.dtype, device=head.weight.device)
+        self._z: Tensor | None = None
         self._w: Tensor | None = None
         self._bias = None if head.bias is None else head.bias.to(torch.promote_types(head.bias.dtype, torch.float32))
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that is about to be written whole."""
+        return self.backend.empty(shape, dtype or self.dtype, self.head.weight.device)
 
     # -- pieces ------------------------------------------------------------------------------------------------
     def chunk(self, begin: int, end: int) -> Chunk:
@@ -156,10 +161,12 @@ class Runner:
 
     def store(self, n: int) -> Tensor:
         """Room for all logits of n rows, tile after tile."""
-        return torch.empty(n * self.head.weight.shape[0], dtype=self.dtype, device=self.head.weight.device)
+        return self.empty(n * self.head.weight.shape[0])
 
     def _tile_of(self, store: Tensor | None, n: int, v0: int, v1: int) -> Tensor:
         if store is None:
+            if self._z is None:
+                self._z = self.empty(self.plan.chunk_rows * self.plan.tile_cols)
             return self._z[: n * (v1 - v0)].view(n, v1 - v0)
         return store[n * v0 : n * v1].view(n, v1 - v0)
 
@@ -168,8 +175,7 @@ class Runner:
         if w.dtype == self.dtype:
             return w
         if self._w is None:
-            shape = (self.plan.tile_cols, w.shape[1])
-            self._w = torch.empty(shape, dtype=self.dtype, device=w.device)
+            self._w = self.empty(self.plan.tile_cols, w.shape[1])
         return self._w[: v1 - v0].copy_(w)
 
     def _logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
