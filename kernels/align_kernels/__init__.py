@@ -1,7 +1,8 @@
 """Fused operators from hidden states to log-probs and alignment losses, never holding the logits."""
 
-from align_kernels.api import LogProbs, LossOutput, dpo_loss, linear_logprobs, sequence_logprobs, sft_loss
+from align_kernels.api import LogProbs, linear_logprobs, sequence_logprobs
 from align_kernels.dispatch import backends_report
+from align_kernels.fused import LossOutput, dpo_loss, sft_loss
 from align_kernels.head import LogitGradClamp
 
 __all__ = [
