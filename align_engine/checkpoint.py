@@ -122,7 +122,7 @@ class RunFolder:
         try:
             yield side
             settle(side, target)
-        except WRITE_ERRORS as error:
+        except Exception as error:
             if not is_write_error(error):
                 raise
             remove(side)
@@ -143,11 +143,8 @@ class RunFolder:
             path.write_text("".join(line + "\n" for line in kept))
 
 
-WRITE_ERRORS = (OSError, RuntimeError)  # torch.save and safetensors turn what the system says into RuntimeErrors
-
-
 def is_write_error(error: BaseException) -> bool:
-    """Whether an error is the disk's (and not, say, CUDA's out of memory, which is a RuntimeError too)."""
+    """Whether an error is the disk's: torch.save and safetensors wrap what the system says in errors of their own."""
     kind = f"{type(error).__module__}.{type(error).__name__}"
     marks = ("PytorchStreamWriter", "unexpected pos", "No space left", "I/O error", "File too large")
     return isinstance(error, OSError) or "SafetensorError" in kind or any(mark in str(error) for mark in marks)

@@ -186,9 +186,11 @@ class Engine:
     def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
         """Write the trained model (or its adapter) and the tokenizer, for transformers (or peft) to load."""
         state = self.accelerator.get_state_dict(self.model)
+        # peft would put the whole embedding into an adapter of the head; the vocabulary never grows here
+        options = {"save_embedding_layers": False} if self.recipe.model.use_peft else {}
         if self.accelerator.is_main_process:
             with folder.written("final") as path:
-                self.accelerator.unwrap_model(self.model).save_pretrained(path, state_dict=state)
+                self.accelerator.unwrap_model(self.model).save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
         self.accelerator.wait_for_everyone()
 

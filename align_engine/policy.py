@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -205,10 +206,17 @@ def check_head(model: nn.Module) -> None:
             )
 
 
+def check_path(path: str) -> None:
+    """Refuse a path that is no folder here and cannot be a hub name, without asking the hub."""
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise BadInput(f"no model at {path!r}: no such folder")
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer saved beside a model; pad falls back to eos, as attention is by masks only."""
     from transformers import AutoTokenizer
 
+    check_path(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -222,6 +230,7 @@ def load_model(path: str, section: ModelSection) -> nn.Module:
     """A causal LM from a folder or hub name, in the dtype and with the attention that the recipe names."""
     from transformers import AutoModelForCausalLM
 
+    check_path(path)
     options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=section.dtype, **options)
@@ -244,6 +253,20 @@ def add_adapters(model: nn.Module, section: ModelSection) -> nn.Module:
         return get_peft_model(model, config)
     except ValueError as error:
         raise BadInput(f"lora_target_modules = {section.lora_target_modules}: {_first_line(error)}") from error
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recompute activations in the backward pass.
+
+    Raises:
+        BadInput: the architecture cannot.
+    """
+    causal = causal_model(model)
+    if not causal.supports_gradient_checkpointing:
+        raise BadInput(f"gradient_checkpointing = True: {type(causal).__name__} does not support it")
+    # transformers renamed the method; the old name warns where the new one exists
+    enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def disable_dropout(model: nn.Module) -> None:

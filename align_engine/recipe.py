@@ -226,7 +226,9 @@ def _into_sections(recipe: Recipe, content: dict[Any, Any], path: str | Path) ->
         is_section = hasattr(recipe, str(key))
         for name, inner in (value or {}).items() if is_section else [(key, value)]:
             owner = section_of.get(name)
-            if owner is None or (is_section and owner != key):
+            if owner is not None and is_section and owner != key:
+                raise BadInput(f"recipe {path}: `{name}` belongs under `{owner}`, not under `{key}`")
+            if owner is None:
                 close = difflib.get_close_matches(str(name), section_of, n=1, cutoff=0.4)
                 hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(section_of))}"
                 raise BadInput(f"recipe {path}: unknown key `{name}`; {hint}")

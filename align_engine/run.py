@@ -34,6 +34,7 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     recipes.check(recipe)
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
+    check_choices(recipe, accelerator.device)
     processes = accelerator.num_processes
     folder = RunFolder(
         recipe.output.output_dir, {"algorithm": name, "processes": processes, **recipes.identity(recipe)}
@@ -84,6 +85,25 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
     return folder
+
+
+def check_choices(recipe: Recipe, device: torch.device) -> None:
+    """Refuse names that the kernels or transformers do not know, before anything is loaded."""
+    from transformers import SchedulerType
+
+    from align_kernels.dispatch import IMPLS, pick
+    from align_kernels.losses.dpo import LOSS_TYPES
+
+    values = recipes.flat(recipe)
+    choices = {"impl": IMPLS, "loss_type": LOSS_TYPES, "lr_scheduler_type": [kind.value for kind in SchedulerType]}
+    for name, known in choices.items():
+        if name in values and values[name] not in known:
+            raise BadInput(f"{name} = {values[name]!r} is none of {', '.join(known)}")
+    if recipe.kernels.impl not in ("auto", "eager"):
+        try:
+            pick(recipe.kernels.impl, device, torch.float32)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -152,7 +172,7 @@ def load_policy(recipe: Recipe, algorithm: Algorithm) -> nn.Module:
     if recipe.model.use_peft:
         model = policy.add_adapters(model, recipe.model)
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.checkpoint_activations(model)
     if not algorithm.dropout:
         policy.disable_dropout(model)
     return model

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
 
 from align_engine.recipe import DpoRecipe, Recipe, SftRecipe, flat
 
@@ -17,7 +17,7 @@ WORDS = [f"w{i}" for i in range(60)]
 
 
 def write_model(path: Path, seed: int = 0, vocab: int = 64, **config: Any) -> Path:
-    """A Qwen2 of 64 tokens with its tokenizer; pad equals eos, as many tokenizers have it."""
+    """A Llama of 64 tokens with its tokenizer; pad equals eos, as many tokenizers have it."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
@@ -27,7 +27,7 @@ def write_model(path: Path, seed: int = 0, vocab: int = 64, **config: Any) -> Pa
     settings = dict(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None,
                     eos_token_id=1, pad_token_id=1, tie_word_embeddings=True)  # fmt: skip
-    model = Qwen2ForCausalLM(Qwen2Config(**{**settings, **config}))
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
     model.save_pretrained(path)
     return path
 

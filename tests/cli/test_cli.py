@@ -1,0 +1,200 @@
+"""The command line: what it prints, how it exits, and every bad input in one clear message."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from align_engine.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def align(capsys):
+    """Run a command in this process: (exit code, what it printed, what it complained)."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # of the flag parser
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def flags(model, rows, out, **more):
+    given = dict(model_name_or_path=model, dataset_name=rows, output_dir=out, max_steps=2) | more
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def test_sft_then_dpo_then_again(align, model, completions, pairs, tmp_path):
+    code, said, complaint = align("sft", *flags(model, completions, tmp_path / "sft"))
+    assert code == 0, complaint
+    assert "8 of 8 rows kept" in said
+    code, said, _ = align("dpo", *flags(tmp_path / "sft" / "final", pairs, tmp_path / "dpo"))
+    assert code == 0
+    assert "reference precomputed" in said
+    names = {path.name for path in (tmp_path / "dpo").iterdir()}
+    assert names >= {"run.json", "recipe.yaml", "metrics.jsonl", "checkpoint-000002", "final", "report.html", "plots"}
+    assert not [name for name in names if name.endswith(".tmp")]
+    code, said, _ = align("dpo", *flags(tmp_path / "sft" / "final", pairs, tmp_path / "dpo"))
+    assert code == 0 and "nothing to do" in said
+
+
+def test_recipe_file_flags_override_and_the_saved_recipe_repeats_the_run(align, model, pairs, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        f"model_name_or_path: {model}\ntrain:\n  max_steps: 2\n  learning_rate: 1e-4\nbeta: 0.5\n"
+    )
+    code, _, complaint = align("dpo", "--recipe", tmp_path / "r.yaml", "--dataset-name", pairs,
+                               "--output_dir", tmp_path / "run", "--beta", "0.25")  # fmt: skip
+    assert code == 0, complaint
+    saved = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert (saved["beta"], saved["learning_rate"], saved["max_steps"]) == (0.25, 1e-4, 2)
+    code, said, _ = align("dpo", "--recipe", tmp_path / "run" / "recipe.yaml")
+    assert code == 0 and "nothing to do" in said
+
+
+BAD = {  # name: (command, changes of the flags, what the message must hold)
+    "empty file": ("dpo", {"rows": ""}, ["rows.jsonl", "empty"]),
+    "no such file": ("dpo", {"dataset_name": "nowhere.jsonl"}, ["nowhere.jsonl"]),
+    "row without chosen": ("dpo", {"rows": [{"prompt": "w1", "chosen": None, "rejected": "w2"}]}, ["chosen", "row"]),
+    "no chosen at all": ("dpo", {"good": [], "rows": [{"prompt": "w1", "completion": "w2"}]}, ["chosen", "rejected", "sft"]),
+    "chosen equals rejected": (
+        "dpo", {"rows": [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}]}, ["'chosen' equals 'rejected'", "row 2"]),
+    "prompt longer than the limit": (
+        "dpo", {"rows": [{"prompt": "w1 " * 30, "chosen": "w2", "rejected": "w3"}], "max_length": 20,
+                "overlong": "error"}, ["longer than max_length=20", "row 2"]),
+    "vocabulary smaller than a target": ("dpo", {"vocab": 40}, ["token id", "vocabulary of 40"]),
+    "no model": ("sft", {"model_name_or_path": "./nowhere/model"}, ["./nowhere/model", "no such folder"]),
+    "unknown flag": ("dpo", {"learning_rat": 1}, ["--learning_rat", "--learning-rate"]),
+    "flag of another algorithm": ("sft", {"beta": 1}, ["--beta"]),
+    "value of the wrong type": ("dpo", {"max_steps": "many"}, ["many", "max-steps"]),
+    "value out of range": ("dpo", {"beta": -1, "warmup_ratio": 2}, ["beta = -1", "warmup_ratio = 2", "[0, 1]"]),
+    "unknown backend": ("dpo", {"impl": "warp"}, ["impl", "warp"]),
+    "unknown loss": ("dpo", {"loss_type": "sigmoyd"}, ["loss_type", "sigmoyd", "sigmoid"]),
+    "unknown schedule": ("dpo", {"lr_scheduler_type": "cosinus"}, ["lr_scheduler_type", "cosinus", "cosine"]),
+    "adapter-off without adapters": ("dpo", {"reference": "adapter-off"}, ["adapter-off", "use_peft"]),
+    "unknown module": ("dpo", {"lora_target_modules": "qq_proj", "use_peft": None}, ["qq_proj"]),
+    "unknown tracker": ("dpo", {"report_to": "paper"}, ["report_to", "paper"]),
+    "missing tracker": ("dpo", {"report_to": "wandb"}, ["report_to", "wandb"]),
+    "output is a file": ("dpo", {"output_dir": __file__}, ["output_dir", "is a file"]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_exit_code_2(case, align, model, tmp_path):
+    command, changes, wanted = BAD[case]
+    changes = dict(changes)
+    good = changes.pop("good", [{"prompt": "w1", "chosen": "w2", "rejected": "w3"}] * 2)
+    extra = changes.pop("rows", [])
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [] if extra == "" else good + extra)
+    if "vocab" in changes:
+        rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.preference_rows(8))
+        model = tiny.write_model(tmp_path / "small", vocab=changes.pop("vocab"))
+    arguments = flags(model, rows, tmp_path / "run", **changes)
+    began = time.perf_counter()
+    code, _, complaint = align(command, *[part for part in arguments if part is not None])
+    assert code == 2, complaint
+    assert time.perf_counter() - began < 5
+    for text in wanted:
+        assert text in complaint.replace("\n│", "").replace("  ", " "), complaint
+    assert "Traceback" not in complaint
+    assert not (tmp_path / "run").exists(), "nothing may be written before the input is checked"
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("learning_rat: 1", "unknown key `learning_rat`; did you mean `learning_rate`?"),
+        ("train:\n  betta: 1", "unknown key `betta`; did you mean `beta`?"),
+        ("train:\n  beta: 1", "`beta` belongs under `loss`"),
+        ("max_steps: many", "max_steps"),
+        ("reference: frozn", "reference"),
+        ("a: [", "not readable YAML"),
+        ("- 1\n- 2", "no `name: value` lines"),
+    ],
+)
+def test_bad_recipe_files(content, wanted, align, tmp_path):
+    (tmp_path / "r.yaml").write_text(content)
+    code, _, complaint = align("dpo", "--recipe", tmp_path / "r.yaml")
+    assert code == 2
+    assert wanted in complaint and "r.yaml" in complaint and "Traceback" not in complaint
+
+
+def test_no_recipe_file_no_command_no_argument(align):
+    assert "No such file" in align("dpo", "--recipe", "nowhere.yaml")[2]
+    code, _, complaint = align("dop")
+    assert code == 2 and "did you mean 'dpo'" in complaint
+    code, said, _ = align()
+    assert code == 2 and "usage: align" in said
+    assert align("--help")[0] == 0
+
+
+def test_another_run_in_the_folder(align, model, pairs, tmp_path):
+    assert align("dpo", *flags(model, pairs, tmp_path / "run"))[0] == 0
+    code, _, complaint = align("dpo", *flags(model, pairs, tmp_path / "run", seed=1))
+    assert code == 2 and "seed: 42 there, 1 now" in complaint and "--overwrite" in complaint
+
+
+def test_a_run_that_fails_exits_1_and_debug_shows_where(align, model, pairs, tmp_path):
+    arguments = flags(model, pairs, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, max_steps=5)
+    code, _, complaint = align("dpo", *arguments)
+    assert code == 1 and "step 2: the loss is" in complaint and "Traceback" not in complaint
+    from align_engine.errors import RunFailed
+
+    with pytest.raises(RunFailed):
+        main(["dpo", *map(str, arguments), "--debug"])
+
+
+def test_full_disk_exits_1(align, model, pairs, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        code, _, complaint = align("dpo", *flags(model, pairs, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "cannot write" in complaint and "File too large" in complaint and "Make room" in complaint
+
+
+def test_help_names_every_flag_with_a_sentence(align):
+    from align_engine.recipe import DpoRecipe, flat
+
+    code, said, _ = align("dpo", "--help")
+    assert code == 0
+    for name in flat(DpoRecipe()):
+        assert f"--{name.replace('_', '-')}" in said
+    assert said.count("(required)") == 3
+
+
+def test_env_says_which_backend_serves_and_why_not(align):
+    code, said, _ = align("env", "--json")
+    facts = json.loads(said)
+    assert code == 0
+    assert facts["packages"]["torch"]
+    assert facts["devices"][0].startswith("cpu")
+    for status in facts["backends"]:
+        assert status["available"] != bool(status["why_not"])
+    code, said, _ = align("env")
+    assert code == 0 and "taken by auto" in said
+
+
+def test_the_command_starts_without_torch():
+    """`align --help` and flag errors must not wait for torch."""
+    code = (
+        "import sys; from align_engine.cli import main; main(['--help']);"
+        "\ntry: main(['dpo', '--nonsense'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    done = subprocess.run([sys.executable, "-m", "align_engine"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: align" in done.stdout

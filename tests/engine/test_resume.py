@@ -1,0 +1,143 @@
+"""Runs that are killed, refused, or meet a full disk."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from align_engine import metrics
+from align_engine.errors import BadInput, RunFailed
+from align_engine.run import train
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+STEADY = ("loss", "rewards/margins", "grad_norm", "learning_rate", "num_tokens", "epoch", "eval_loss")
+
+
+def steady(folder):
+    """The metrics that must not depend on when they were computed."""
+    return [{name: r[name] for name in ("step", *STEADY) if name in r} for r in metrics.read(folder / "metrics.jsonl")]
+
+
+def same_bits(a, b):
+    a, b = load_file(a / "final" / "model.safetensors"), load_file(b / "final" / "model.safetensors")
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+
+
+def test_killed_and_run_again_ends_with_the_same_bits(model, pairs, tmp_path):
+    settings = dict(max_steps=40, per_device_train_batch_size=3, save_steps=7, logging_steps=3, warmup_ratio=0.2,
+                    lr_scheduler_type="cosine", save_total_limit=2, eval_dataset_name=str(pairs), eval_steps=10)  # fmt: skip
+    unbroken = tiny.dpo(model, pairs, tmp_path / "unbroken", **settings)
+    train("dpo", unbroken)
+    killed = tiny.dpo(model, pairs, tmp_path / "killed", **settings)
+    code = "import tiny, sys; from align_engine.run import train; train('dpo', tiny.dpo(*sys.argv[1:4], **eval(sys.argv[4])))"
+    command = [sys.executable, "-c", code, str(model), str(pairs), str(tmp_path / "killed"), repr(settings)]
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+    lines, journal = random.randint(3, 12), tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) >= lines):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run must not have ended by itself"
+    assert not (tmp_path / "killed" / "final").exists()
+
+    train("dpo", killed)
+    assert same_bits(tmp_path / "unbroken", tmp_path / "killed"), f"killed after {lines} lines"
+    assert steady(tmp_path / "killed") == steady(tmp_path / "unbroken")
+    kept = sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*"))
+    assert kept == ["checkpoint-000035", "checkpoint-000040"]
+
+
+def test_resume_with_dropout_and_lora(model, completions, tmp_path, monkeypatch):
+    """Dropout draws random numbers: their state must come back too."""
+    from align_engine import loops
+
+    settings = dict(max_steps=12, use_peft=True, lora_dropout=0.3, save_steps=5, learning_rate=1e-2,
+                    per_device_train_batch_size=2, gradient_accumulation_steps=2)  # fmt: skip
+    whole = train("sft", tiny.sft(model, completions, tmp_path / "whole", **settings))
+    save, recipe = loops.Engine.save, tiny.sft(model, completions, tmp_path / "cut", **settings)
+
+    def save_then_stop(engine, folder):
+        save(engine, folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loops.Engine, "save", save_then_stop)
+        train("sft", recipe)
+    cut = train("sft", recipe)
+    a, b = (load_file(folder.final / "adapter_model.safetensors") for folder in (whole, cut))
+    assert all(a[name].equal(b[name]) for name in a)
+    assert [r["loss"] for r in metrics.read(whole.metrics)] == [r["loss"] for r in metrics.read(cut.metrics)]
+
+
+def test_a_finished_run_is_not_run_again(model, pairs, tmp_path, capsys):
+    recipe = tiny.dpo(model, pairs, tmp_path / "run")
+    train("dpo", recipe)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    train("dpo", recipe)
+    assert "finished: nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(model, pairs, tmp_path):
+    train("dpo", tiny.dpo(model, pairs, tmp_path / "run", beta=0.1))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(BadInput, match=r"another run \(beta: 0\.1 there, 0\.2 now\)"):
+        train("dpo", tiny.dpo(model, pairs, tmp_path / "run", beta=0.2))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    train("dpo", tiny.dpo(model, pairs, tmp_path / "run", beta=0.2, overwrite=True, max_steps=2))
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-000002"]
+
+
+def test_changed_data_are_another_run(model, pairs, tmp_path):
+    recipe = tiny.dpo(model, pairs, tmp_path / "run")
+    train("dpo", recipe)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"finished": False}))
+    tiny.write_rows(pairs, tiny.preference_rows(8, seed=9))
+    with pytest.raises(BadInput, match="another run \\(data:"):
+        train("dpo", recipe)
+
+
+def test_foreign_files_are_refused_and_never_deleted(model, pairs, tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadInput, match=r"no run of ours \(thesis\.txt\)"):
+        train("dpo", tiny.dpo(model, pairs, tmp_path / "home"))
+    train("dpo", tiny.dpo(model, pairs, tmp_path / "home", overwrite=True))
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(model, pairs, tmp_path):
+    settings = dict(max_steps=6, save_steps=2)
+    recipe = tiny.dpo(model, pairs, tmp_path / "run", **settings)
+    reference = train("dpo", tiny.dpo(model, pairs, tmp_path / "unbroken", **settings))
+    from align_engine import loops
+
+    save, limits = loops.Engine.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def disk_full_at_4(engine, folder):
+        if engine.progress.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes: below the weights
+        save(engine, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loops.Engine, "save", disk_full_at_4)
+        with pytest.raises(RunFailed, match=r"checkpoint-000004: .*last checkpoint is checkpoint-000002"):
+            try:
+                train("dpo", recipe)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert names == ["checkpoint-000002"]
+    train("dpo", recipe)
+    assert same_bits(reference.path, tmp_path / "run")
