@@ -59,6 +59,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           return names;
         },
         "The instruction sets of this machine, ascending.");
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
-        "Ask for huge pages in the whole pages of this range. False where the system has none or refuses.");
 }

@@ -14,10 +14,6 @@
 #ifdef __x86_64__
 #include <xmmintrin.h>
 #endif
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 namespace align {
 namespace {
@@ -221,17 +217,6 @@ void set_isa(const char* name) {
     known += std::string(known.empty() ? "" : ", ") + (*isa)->name;
   }
   require(false, "isa must be one of ", known, " on this machine, got \"", name, "\"");
-}
-
-bool advise_huge_pages(uintptr_t address, uint64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
-#else
-  (void)address, (void)bytes;
-  return false;
-#endif
 }
 
 }  // namespace align

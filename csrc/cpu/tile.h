@@ -68,6 +68,4 @@ const char* isa_name();
 void set_isa(const char* name);
 const Isa* const* available_isas();  // ascending, ends with null
 
-bool advise_huge_pages(uintptr_t address, uint64_t bytes);
-
 }  // namespace align

@@ -130,7 +130,7 @@ class Runner:
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that is about to be written whole."""
-        return self.backend.empty(shape, dtype or self.dtype, self.head.weight.device)
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.head.weight.device)
 
     # -- pieces ------------------------------------------------------------------------------------------------
     def chunk(self, begin: int, end: int) -> Chunk:

@@ -404,9 +404,3 @@ def test_why_not_says_what_is_missing():
     assert "float64" in (cpu.why_not(device, torch.float64) or "")
     assert "not on cuda" in (cpu.why_not(torch.device("cuda"), torch.float32) or "")
 
-
-def test_advise_huge_pages_leaves_the_data():
-    x = torch.arange(2**20)
-    assert isinstance(_C.advise_huge_pages(x.data_ptr(), x.nbytes), bool)
-    assert torch.equal(x, torch.arange(2**20))
-    assert _C.advise_huge_pages(x.data_ptr(), 100) is False

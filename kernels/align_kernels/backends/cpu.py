@@ -20,7 +20,6 @@ except ImportError as error:
         f"the extension align_kernels._C is not built or fails to load ({error}): reinstall with a C++17 compiler"
     )
 
-_HUGE_PAGE = 2 << 20
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -33,14 +32,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in _CODES:
         return f"it serves float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for logits and accumulators, on huge pages: a gigabyte costs 500 page faults, not 260,000."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if out.nbytes >= _HUGE_PAGE:
-        _C.advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
 
 
 def forward(

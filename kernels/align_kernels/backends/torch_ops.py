@@ -20,11 +20,6 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for logits and accumulators."""
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
 def _transform(
     z: Tensor, dtype: torch.dtype, bias: Tensor | None, scale: float, softcap: float | None, temperature
 ) -> tuple[Tensor, Tensor | float]:
