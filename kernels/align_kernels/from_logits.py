@@ -1,0 +1,105 @@
+"""Log-probs for callers that hold logits: the same two primitives, without a GEMM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from align_kernels.api import LogProbs
+from align_kernels.dispatch import BACKENDS, pick
+from align_kernels.eager import logprobs_of
+from align_kernels.functions import float_dtype, read_state
+from align_kernels.head import LogitGradClamp, Settings, Transform
+from align_kernels.planner import PROFILES
+from align_kernels.schedules import EMPTY_STATE
+
+
+def _tiles(logits: Tensor) -> Iterator[tuple[int, int]]:
+    rows, vocab = logits.shape
+    profile = PROFILES.get(logits.device.type, PROFILES["cuda"])
+    columns = max(profile.tile_bytes // max(rows * logits.itemsize, 1), 1024)
+    for begin in range(0, vocab, columns):
+        yield begin, min(begin + columns, vocab)
+
+
+class FromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, temperature: Tensor | float, settings: Settings):
+        ctx.set_materialize_grads(False)
+        backend = BACKENDS[pick(settings.impl, logits.device, logits.dtype)]
+        mask = targets != settings.ignore_index
+        labels = targets.masked_fill(~mask, 0)
+        state = torch.tensor(EMPTY_STATE, dtype=torch.float64, device=logits.device).repeat(len(labels), 1)
+        ctx.call = dict(vocab=logits.shape[1], bias=None, scale=1.0, softcap=None, temperature=temperature)
+        for begin, end in _tiles(logits):
+            backend.forward(logits[:, begin:end], state, labels, offset=begin, **ctx.call)
+        *values, correct = read_state(state, labels, logits.shape[1])
+        fields = [v.masked_fill(~mask, 0.0).to(float_dtype(logits)) for v in values] + [correct & mask]
+        ctx.mark_non_differentiable(*fields[2:])
+        ctx.save_for_backward(logits, labels, mask, state)
+        ctx.backend, ctx.clamp = backend, settings.clamp
+        return tuple(fields)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_logp: Tensor | None, g_entropy: Tensor | None, *_):
+        logits, labels, mask, state = ctx.saved_tensors
+        if g_logp is None and g_entropy is None:
+            return None, None, None, None
+        zero = torch.zeros(len(labels), dtype=float_dtype(logits), device=logits.device)
+        g = zero if g_logp is None else g_logp.masked_fill(~mask, 0.0)
+        h = None if g_entropy is None else g_entropy.masked_fill(~mask, 0.0)
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        for begin, end in _tiles(logits):
+            z, dz = logits[:, begin:end], out[:, begin:end]
+            ctx.backend.backward(z, state, labels, g, h, offset=begin, clamp=ctx.clamp, out=dz, **ctx.call)
+        return out, None, None, None
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    grad_clamp: LogitGradClamp | None = None,
+    impl: str = "auto",
+) -> LogProbs:
+    """Log-prob, entropy and more of each target from logits, in one pass and without a float32 copy of them.
+
+    Args:
+        logits: [..., V] float; targets: [...] int64, already shifted.
+        temperature: a float or one per position [...]. Default 1.0.
+        ignore_index: positions with this target read 0 and receive no gradient. Default -100.
+        grad_clamp: `LogitGradClamp`. Default None.
+        impl: "auto", "eager", "torch", "cpu"; see `linear_logprobs`.
+
+    Returns:
+        LogProbs, each field [...]; logp and entropy are differentiable.
+
+    Raises:
+        ValueError: shapes or options that do not fit; a target outside [0, V).
+    """
+    if logits.dim() < 1 or targets.shape != logits.shape[:-1] or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets must be int64 with the leading shape of logits {tuple(logits.shape)}, got {targets.dtype} "
+            f"{tuple(targets.shape)}"
+        )
+    per_row = isinstance(temperature, Tensor)
+    if per_row and temperature.shape != targets.shape:
+        raise ValueError(f"temperature must be a float or one per position, got shape {tuple(temperature.shape)}")
+    scalar = 1.0 if per_row else float(temperature)
+    clamp = None if grad_clamp is None else LogitGradClamp(*grad_clamp)
+    settings = Settings(Transform(temperature=scalar), clamp, ignore_index=ignore_index, impl=impl).check()
+    flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+    divisor = temperature.detach().reshape(-1).float() if per_row else scalar
+    if impl == "eager" or torch.compiler.is_compiling():
+        scaled = flat.to(float_dtype(flat)) / (divisor[:, None] if isinstance(divisor, Tensor) else divisor)
+        fields = logprobs_of(scaled, labels, settings)
+    else:
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        fields = FromLogits.apply(flat, labels, divisor, settings)
+    return LogProbs(*(x.reshape(targets.shape) for x in fields))
