@@ -2,6 +2,7 @@
 
 from align_kernels.api import LogProbs, linear_logprobs, sequence_logprobs
 from align_kernels.dispatch import backends_report
+from align_kernels.explain import explain
 from align_kernels.from_logits import logprobs_from_logits
 from align_kernels.fused import LossOutput, dpo_loss, sft_loss
 from align_kernels.head import LogitGradClamp
@@ -12,6 +13,7 @@ __all__ = [
     "LossOutput",
     "backends_report",
     "dpo_loss",
+    "explain",
     "linear_logprobs",
     "logprobs_from_logits",
     "sequence_logprobs",

@@ -1,0 +1,37 @@
+"""What a call would take, before it is made."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from align_kernels.api import needs_of, read_head
+from align_kernels.functions import Units, keep_rows
+from align_kernels.losses.registry import LOSSES
+from align_kernels.planner import Plan
+from align_kernels.schedules import Runner
+
+
+def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None = None, **head) -> Plan:
+    """The plan of `linear_logprobs`, or of a fused loss, for these tensors; nothing is computed.
+
+        print(explain(hidden, weight, targets, loss="dpo"))
+
+    Args:
+        hidden: [..., D]; weight: [V, D]; targets: [...], as in the call.
+        loss: None for `linear_logprobs`, else a name of `align_kernels.losses.LOSSES` ("sft", "dpo", ...).
+        **head: every keyword of `linear_logprobs`.
+
+    Returns:
+        Plan: schedule, backend, kept rows, chunk rows, tile columns, workspace bytes, GEMM FLOPs and the reason;
+        `str(plan)` says it in words.
+
+    Raises:
+        ValueError: what the call itself would refuse; an unknown loss; impl="eager", which has no plan.
+    """
+    h, settings = read_head(hidden, weight, targets, **head)
+    if loss is None:
+        return Runner(h, settings, needs_of(h), keep_rows(h.targets, settings.ignore_index), late=True).plan
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    units = Units(LOSSES[loss], targets if targets.dim() == 2 else h.targets, settings.ignore_index)
+    return Runner(h, settings, needs_of(h), units.kept, late=False, largest_unit=units.largest).plan
