@@ -139,7 +139,7 @@ def logprobs_backward(
     if run.plan.schedule == "frozen" and g_entropy is None:
         assert dhidden is not None
         if g_logp is not None:
-            dhidden.index_copy_(0, kept, (payload.view(len(kept), -1) * g_logp[kept][:, None]).to(hidden.dtype))
+            dhidden.index_copy_(0, kept, (payload.view(-1, hidden.shape[1]) * g_logp[kept][:, None]).to(hidden.dtype))
     else:
         store = payload if run.plan.schedule == "keep" else None
         begin = 0
@@ -234,12 +234,16 @@ class Units:
 def unit_values(
     units: Units, hyper: dict, side: dict[str, Tensor], span: tuple[int, int, int, int], logp: Tensor, entropy: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each unit of a group and its metrics, from the log-probs [n] and entropies [n] of its rows."""
+    """The loss of each unit of a group (of each row, for losses that keep tokens apart) and its metrics, from the
+    log-probs [n] and entropies [n] of its rows."""
     loss, (u0, u1, r0, r1) = units.loss, span
     kwargs, ids, inputs = dict(hyper), None, [logp, entropy]
     if loss.unit != "token":
         ids, place = units.segments(u0, u1, r0, r1)
-        inputs = [logp.new_zeros(len(ids)).index_add(0, place, x) for x in inputs]
+        if loss.tokens:
+            kwargs["sequence"] = place
+        else:
+            inputs = [logp.new_zeros(len(ids)).index_add(0, place, x) for x in inputs]
         if loss.lengths:
             kwargs["lengths"] = torch.bincount(place, minlength=len(ids)).to(logp.dtype)
     if loss.entropy:
