@@ -11,7 +11,10 @@ and the *side* tensors it takes, each at a level: token, sequence, unit or batch
 """
 
 from align_kernels.losses.dpo import dpo
+from align_kernels.losses.grpo import grpo, gspo
+from align_kernels.losses.kto import kto
+from align_kernels.losses.ppo import ppo_clip, ppo_clip_entropy
 from align_kernels.losses.registry import LOSSES, Loss
 from align_kernels.losses.sft import sft
 
-__all__ = ["LOSSES", "Loss", "dpo", "sft"]
+__all__ = ["LOSSES", "Loss", "dpo", "grpo", "gspo", "kto", "ppo_clip", "ppo_clip_entropy", "sft"]

@@ -16,7 +16,8 @@ class Loss(NamedTuple):
 
     `fn(logps, **side, **hyper) -> (loss per unit, {metric: value per unit})`; with `entropy=True` it also takes
     `entropy=`, at the level of logps, and may be differentiated through it; with `lengths=True` the number of tokens of
-    each sequence.
+    each sequence; with `tokens=True` logps, values and metrics are one per token [n], and `sequence=` [n] says which of
+    the sequences a token belongs to.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Loss(NamedTuple):
     metrics: tuple[str, ...] = ()
     entropy: bool = False
     lengths: bool = False
+    tokens: bool = False
 
 
 def loss(unit: Unit, **traits) -> Callable:
