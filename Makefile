@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-peers clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -31,6 +31,10 @@ check: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benches --benchmark-only
+
+# the table of docs/LOG.md: align_kernels beside eager, TRL, Liger, torch.compile and Cut Cross-Entropy
+bench-peers: $(VENV)/.installed-dev
+	$(BIN)/python benches/peers.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/align_kernels/*.so
