@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from align_kernels import LossOutput, dpo_loss, sft_loss
 from torch import Tensor
 
 from align_engine.data import Batch, collate_pairs, collate_sft
 from align_engine.data.batches import IGNORE
 from align_engine.recipe import DpoRecipe, Recipe, SftRecipe
+from align_kernels import LossOutput, dpo_loss, sft_loss
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
 
@@ -22,7 +22,7 @@ class Algorithm:
 
     name: str
     recipe: type[Recipe]
-    kind: str  # of rows, as align_engine.data.prepare names it
+    kind: Literal["sft", "preference", "prompt"]  # of rows, as align_engine.data.prepare names it
     collate: Callable[..., Batch]
     unit: str  # what the loss is a mean over
     count: Callable[[Batch], int]  # units in a batch
@@ -36,6 +36,7 @@ def _sft(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: SftRecipe, 
 
 
 def _dpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DpoRecipe, num_items: float) -> LossOutput:
+    assert batch.ref_logps is not None, "the table says that batches need a reference"
     return dpo_loss(
         hidden,
         targets=batch.targets,

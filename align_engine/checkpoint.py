@@ -73,7 +73,7 @@ class RunFolder:
             )
         return "finished" if held["finished"] else "resume"
 
-    def begin(self, overwrite: bool, facts: dict[str, Any]) -> None:
+    def begin(self, facts: dict[str, Any], overwrite: bool) -> None:
         """Make the folder, or check that `facts` (found while loading, e.g. the data's hash) still hold in it.
 
         Raises:

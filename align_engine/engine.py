@@ -105,7 +105,8 @@ class Engine:
 
     def total(self, value: float) -> float:
         """The sum of a number over all ranks."""
-        return self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum").item()
+        summed: Any = self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum")
+        return summed.item()
 
     def forward_backward(self, micro: Micro, units: float, last: bool) -> None:
         """Add one micro-batch's share to the gradients and to the sums of the step.
@@ -139,7 +140,7 @@ class Engine:
             RunFailed: the loss or the gradient is not finite; the weights have not been touched.
         """
         limit = self.recipe.train.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         sums, self._sums = self._sums.reduced(self.accelerator), Sums()
         loss, norm = sums.means()["loss"], float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from align_engine.data import collate_prompts, prepare
 
@@ -23,7 +22,7 @@ class Score(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
@@ -72,7 +71,7 @@ def _by_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int
         yield order[start : start + size]
 
 
-def score(model: nn.Module, tokenizer: Any, rows: Any, check: Checker, **generation: Any) -> Score:
+def score(model: Any, tokenizer: Any, rows: Any, check: Checker, **generation: Any) -> Score:
     """Grade a model's answers to held-out prompts.
 
     Args:

@@ -40,7 +40,7 @@ LOGIT_ATTRIBUTES: dict[str, tuple[str, Callable[[float], float]]] = {
 NEUTRAL = {"softcap": None, "logit_scale": 1.0}
 
 
-def causal_model(model: nn.Module) -> nn.Module:
+def causal_model(model: Any) -> Any:
     """The transformers model inside DDP, FSDP, torch.compile and peft wrappers."""
     from accelerate.utils import extract_model_from_parallel
 
@@ -55,7 +55,7 @@ def causal_model(model: nn.Module) -> nn.Module:
     return model.get_base_model()
 
 
-def head_module(model: nn.Module) -> nn.Module:
+def head_module(model: Any) -> Any:
     """The output embedding of the model; raises BadInput where it has none."""
     module = model.get_output_embeddings()
     if module is None:
@@ -63,7 +63,7 @@ def head_module(model: nn.Module) -> nn.Module:
     return module
 
 
-def logit_transform(model: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, str, Any]]]:
+def logit_transform(model: Any) -> tuple[dict[str, Any], list[tuple[Any, str, Any]]]:
     """What the model does to its logits after the head.
 
     Returns:
@@ -81,7 +81,7 @@ def logit_transform(model: nn.Module) -> tuple[dict[str, Any], list[tuple[Any, s
     return keywords, places
 
 
-def head_weights(module: nn.Module) -> dict[str, Any]:
+def head_weights(module: Any) -> dict[str, Any]:
     """The head's tensors as keywords of linear_logprobs: weight [V, D], bias [V] or None, and `lora` (A [r, D],
     B [V, r], scaling) where peft put an adapter on it.
 
@@ -92,9 +92,10 @@ def head_weights(module: nn.Module) -> dict[str, Any]:
     from peft.utils import ModulesToSaveWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
-        name = module.active_adapters[0] if module.active_adapters else None
-        trained = name in module.modules_to_save and not module.disable_adapters
-        return head_weights(module.modules_to_save[name] if trained else module.original_module)
+        trained = [name for name in module.active_adapters if name in module.modules_to_save]
+        if module.disable_adapters or not trained:
+            return head_weights(module.original_module)
+        return head_weights(module.modules_to_save[trained[0]])
     lora = None
     if isinstance(module, LoraLayer):
         lora = _lora(module)
@@ -238,7 +239,7 @@ def load_model(path: str, section: ModelSection) -> nn.Module:
         raise BadInput(f"cannot load the model {path!r}: {_first_line(error)}") from error
 
 
-def add_adapters(model: nn.Module, section: ModelSection) -> nn.Module:
+def add_adapters(model: Any, section: ModelSection) -> nn.Module:
     """The model with fresh LoRA adapters, everything else frozen."""
     from peft import LoraConfig, get_peft_model
 
@@ -255,7 +256,7 @@ def add_adapters(model: nn.Module, section: ModelSection) -> nn.Module:
         raise BadInput(f"lora_target_modules = {section.lora_target_modules}: {_first_line(error)}") from error
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: Any) -> None:
     """Recompute activations in the backward pass.
 
     Raises:
@@ -271,10 +272,12 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 def disable_dropout(model: nn.Module) -> None:
     """Dropout off in training mode too (a preference loss compares two forward passes of one model)."""
-    for module in model.modules():
+    module: Any
+    modules: Any = model.modules()
+    for module in modules:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
+        elif isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
 
 

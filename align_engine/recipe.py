@@ -214,7 +214,8 @@ def load(kind: type[R], path: str | Path) -> R:
     defaults = OmegaConf.structured(kind())
     tree = _into_sections(kind(), content, path)
     try:
-        return OmegaConf.to_object(OmegaConf.merge(defaults, tree))
+        made: Any = OmegaConf.to_object(OmegaConf.merge(defaults, tree))
+        return made
     except OmegaConfBaseException as error:
         raise BadInput(f"recipe {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
 
@@ -275,9 +276,10 @@ def check(recipe: Recipe) -> None:
     if "label_smoothing" in values:
         rules.append(("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "must lie in [0, 0.5)"))
     if values.get("reference") == "adapter-off":
-        rules.append(
-            ("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off")
-        )
+        rules += [
+            ("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off"),
+            ("ref_model_name_or_path", not values["ref_model_name_or_path"], "is another reference than 'adapter-off'"),
+        ]
     broken = [f"{name} = {values[name]!r} {rule}" for name, holds, rule in rules if not holds]
     if broken:
         raise BadInput("; ".join(broken))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from align_kernels import linear_logprobs, sequence_logprobs
 from torch import Tensor, nn
 
 from align_engine import source as sources
@@ -22,6 +21,7 @@ from align_engine.data import Batch
 from align_engine.errors import BadInput
 from align_engine.policy import fused_head
 from align_engine.source import Source
+from align_kernels import linear_logprobs, sequence_logprobs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,7 +98,8 @@ def precompute(
         logps = reference_logps(model, batch.to(accelerator.device), head_options).double().cpu()
         if real:
             table[[position[int(index)] for index in batch.index]] = logps.view(2, -1).T
-    table = accelerator.reduce(table.to(accelerator.device), "sum").cpu()
+    summed: Any = accelerator.reduce(table.to(accelerator.device), "sum")
+    table = summed.cpu()
     if stored is not None:
         spot = torch.tensor(rows[:SPOT_ROWS])
         if not torch.allclose(stored[spot], table[spot], rtol=SPOT_TOLERANCE, atol=SPOT_TOLERANCE):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_engine import metrics
@@ -45,8 +45,8 @@ class Figure(NamedTuple):
     png: bytes
 
 
-def line_chart(title: str, curves: dict[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step") -> Figure:
-    """Curves by name, each (x, y). A curve of few points is drawn with dots."""
+def line_chart(title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Curves by name, each (steps, values). A curve of few points is drawn with dots."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -61,7 +61,7 @@ def line_chart(title: str, curves: dict[str, tuple[Sequence[float], Sequence[flo
             style = "o-" if len(x) <= 12 else "-"
             axes.plot(x, y, style, color=colour, linewidth=1.7, markersize=4, label=name)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.grid(color=GRID, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)

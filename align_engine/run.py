@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 
 from align_engine import policy
 from align_engine import recipe as recipes
@@ -58,12 +58,16 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     model = load_policy(recipe, algorithm)
     for part in filter(None, (source, evaluation)):
         check_source(part, model, recipe)
+    policy.check_head(model)
+    check_room(folder, model, recipe)
+    facts = {"data": source.fingerprint()}
     with accelerator.main_process_first():
-        folder.begin(recipe.output.overwrite, {"data": source.fingerprint()})
-    recipes.save(recipe, folder.path / "recipe.yaml")
+        folder.begin(facts, recipe.output.overwrite and accelerator.is_main_process)
+    if accelerator.is_main_process:
+        with folder.written("recipe.yaml") as path:
+            recipes.save(recipe, path)
     set_seed(recipe.train.seed, device_specific=True)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
-    policy.check_head(engine.model)
     if algorithm.reference:
         add_reference(engine, source, evaluation, rows_seen(source, steps), folder)
     if checkpoints := folder.checkpoints():
@@ -76,7 +80,6 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     with Journal(folder.metrics, accelerator, steps, engine.progress.step, name) as journal:
         offline(engine, source, evaluation, folder, journal, steps)
     engine.save_model(folder, tokenizer)
-    accelerator.end_training()
     if accelerator.is_main_process:
         from align_engine.report import write_report
 
@@ -84,6 +87,7 @@ def train(name: str, recipe: Recipe) -> RunFolder:
         folder.finish()
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
+    accelerator.end_training()
     return folder
 
 
@@ -95,6 +99,7 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     from align_kernels.losses.dpo import LOSS_TYPES
 
     values = recipes.flat(recipe)
+    policy.check_path(values.get("ref_model_name_or_path") or recipe.model.model_name_or_path)
     choices = {"impl": IMPLS, "loss_type": LOSS_TYPES, "lr_scheduler_type": [kind.value for kind in SchedulerType]}
     for name, known in choices.items():
         if name in values and values[name] not in known:
@@ -118,9 +123,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     bf16 = recipe.train.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    trackers: Any = recipe.output.report_to or None
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",
-        log_with=recipe.output.report_to or None,
+        log_with=trackers,
         project_dir=recipe.output.output_dir,
     )
 
@@ -158,15 +164,29 @@ def load_source(
     )
 
 
-def check_source(source: Source, model: nn.Module, recipe: Recipe) -> None:
+def check_source(source: Source, model: Any, recipe: Recipe) -> None:
     """Refuse rows with token ids that the model has no embedding for."""
     try:
-        check_vocab(source.rows, policy.head_module(policy.causal_model(model)).weight.shape[0])
+        check_vocab(source.rows, policy.head_module(policy.causal_model(model)).out_features)
     except ValueError as error:
         raise BadInput(f"{recipe.model.model_name_or_path}: {error}") from error
 
 
-def load_policy(recipe: Recipe, algorithm: Algorithm) -> nn.Module:
+def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
+    """Refuse a disk that cannot hold the checkpoints that the run keeps, one being written, and the final model."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    need = (1 + (recipe.output.save_total_limit or 1)) * 3 * weights + weights  # AdamW holds two more of each weight
+    place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise BadInput(
+            f"output_dir = {str(folder.path)!r}: {free / 2**30:.1f} GiB are free, and the checkpoints need about "
+            f"{need / 2**30:.1f} GiB; choose another disk, or a lower save_total_limit"
+        )
+
+
+def load_policy(recipe: Recipe, algorithm: Algorithm) -> Any:
     """The model to train: adapters, checkpointing and dropout as the recipe and the algorithm say."""
     model = policy.load_model(recipe.model.model_name_or_path, recipe.model)
     if recipe.model.use_peft:
@@ -175,20 +195,18 @@ def load_policy(recipe: Recipe, algorithm: Algorithm) -> nn.Module:
         policy.checkpoint_activations(model)
     if not algorithm.dropout:
         policy.disable_dropout(model)
-    return model
+    return model.train()
 
 
 def add_reference(
     engine: Engine, source: Source, evaluation: Source | None, rows: list[int], folder: RunFolder
 ) -> None:
     """Give batches their `ref_logps`, in the way the recipe names."""
-    recipe, accelerator = engine.recipe, engine.accelerator
-    own = recipe.loss.ref_model_name_or_path
-    kind, why = references.choose(recipe.loss.reference, recipe.model.use_peft, own is not None)
+    recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
+    own = values["ref_model_name_or_path"]
+    kind, why = references.choose(values["reference"], recipe.model.use_peft, own is not None)
     accelerator.print(f"reference {kind}: {why}")
     if kind == "adapter-off":
-        if own:
-            raise BadInput(f"reference = 'adapter-off' with ref_model_name_or_path = {own!r}: choose one of them")
         adapters = accelerator.unwrap_model(engine.model)
 
         def without_adapter(batch: Batch) -> torch.Tensor:

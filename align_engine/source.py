@@ -85,6 +85,7 @@ class Source:
     def fingerprint(self) -> str:
         """Hash of the token ids of all rows."""
         digest = hashlib.sha256()
+        part: Any
         for part in self.rows.with_format("arrow").iter(batch_size=10_000):
             for name in sorted(part.column_names):
                 column = part[name].combine_chunks()

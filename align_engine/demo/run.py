@@ -96,7 +96,7 @@ def score_rows(outcomes: Sequence[Outcome]) -> list[list[Any]]:
         for one in outcomes
     ]  # fmt: skip
     if len(outcomes) > 1:
-        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in map(summary(outcomes).get, STAGES)]
+        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in summary(outcomes).values()]
         gain = statistics.mean(one.points["DPO"] - one.points["SFT"] for one in outcomes)
         rows.append(["mean", *cells, f"{gain:+.1f}", f"{sum(one.seconds for one in outcomes):.0f} s"])
     return rows

@@ -66,7 +66,8 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
     "empty file": ("dpo", {"rows": ""}, ["rows.jsonl", "empty"]),
     "no such file": ("dpo", {"dataset_name": "nowhere.jsonl"}, ["nowhere.jsonl"]),
     "row without chosen": ("dpo", {"rows": [{"prompt": "w1", "chosen": None, "rejected": "w2"}]}, ["chosen", "row"]),
-    "no chosen at all": ("dpo", {"good": [], "rows": [{"prompt": "w1", "completion": "w2"}]}, ["chosen", "rejected", "sft"]),
+    "no chosen at all": (
+        "dpo", {"good": [], "rows": [{"prompt": "w1", "completion": "w2"}]}, ["chosen", "rejected", "sft"]),
     "chosen equals rejected": (
         "dpo", {"rows": [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}]}, ["'chosen' equals 'rejected'", "row 2"]),
     "prompt longer than the limit": (
@@ -82,6 +83,11 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
     "unknown loss": ("dpo", {"loss_type": "sigmoyd"}, ["loss_type", "sigmoyd", "sigmoid"]),
     "unknown schedule": ("dpo", {"lr_scheduler_type": "cosinus"}, ["lr_scheduler_type", "cosinus", "cosine"]),
     "adapter-off without adapters": ("dpo", {"reference": "adapter-off"}, ["adapter-off", "use_peft"]),
+    "two references": (
+        "dpo", {"reference": "adapter-off", "use_peft": None, "ref_model_name_or_path": "a/b"}, ["a/b", "adapter-off"]),
+    "dropout on an adapted head": (
+        "sft", {"good": [{"prompt": "w1", "completion": "w2"}], "use_peft": None, "lora_target_modules": "lm_head"},
+        ["lora_dropout = 0.05"]),
     "unknown module": ("dpo", {"lora_target_modules": "qq_proj", "use_peft": None}, ["qq_proj"]),
     "unknown tracker": ("dpo", {"report_to": "paper"}, ["report_to", "paper"]),
     "missing tracker": ("dpo", {"report_to": "wandb"}, ["report_to", "wandb"]),
@@ -90,6 +96,7 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+@pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_message_and_exit_code_2(case, align, model, tmp_path):
     command, changes, wanted = BAD[case]

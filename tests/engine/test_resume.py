@@ -34,12 +34,12 @@ def same_bits(a, b):
 
 
 def test_killed_and_run_again_ends_with_the_same_bits(model, pairs, tmp_path):
-    settings = dict(max_steps=40, per_device_train_batch_size=3, save_steps=7, logging_steps=3, warmup_ratio=0.2,
-                    lr_scheduler_type="cosine", save_total_limit=2, eval_dataset_name=str(pairs), eval_steps=10)  # fmt: skip
+    settings = dict(max_steps=40, per_device_train_batch_size=3, save_steps=7, logging_steps=3, save_total_limit=2,
+                    lr_scheduler_type="cosine", eval_dataset_name=str(pairs), eval_steps=10)  # fmt: skip
     unbroken = tiny.dpo(model, pairs, tmp_path / "unbroken", **settings)
     train("dpo", unbroken)
     killed = tiny.dpo(model, pairs, tmp_path / "killed", **settings)
-    code = "import tiny, sys; from align_engine.run import train; train('dpo', tiny.dpo(*sys.argv[1:4], **eval(sys.argv[4])))"
+    code = "import sys, tiny, align_engine.run as run; run.train('dpo', tiny.dpo(*sys.argv[1:4], **eval(sys.argv[4])))"
     command = [sys.executable, "-c", code, str(model), str(pairs), str(tmp_path / "killed"), repr(settings)]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)

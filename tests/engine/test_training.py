@@ -84,8 +84,10 @@ def test_dpo_loss_rewards_and_gradient_norm_equal_the_formula(model, other_model
 
 
 def test_sft_loss_is_the_mean_over_completion_tokens(model, completions, tmp_path):
-    recipe = tiny.sft(model, completions, tmp_path / "run", per_device_train_batch_size=3, gradient_accumulation_steps=3,
-                      max_steps=1, eval_dataset_name=str(completions), per_device_eval_batch_size=3)  # fmt: skip
+    settings = dict(
+        per_device_train_batch_size=3, gradient_accumulation_steps=3, max_steps=1, per_device_eval_batch_size=3
+    )
+    recipe = tiny.sft(model, completions, tmp_path / "run", eval_dataset_name=str(completions), **settings)
     folder = train("sft", recipe)
     _, logps = plain_logps(model, tiny.preference_rows(8), "chosen")
     assert numbers(folder)[0] == pytest.approx(-torch.cat(logps).mean().item(), abs=1e-5)
