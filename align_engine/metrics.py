@@ -71,11 +71,10 @@ class Journal:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[numbers]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task(title, total=total_steps, completed=first_step, numbers="")
+        self.task = self.bar.add_task(title, total=total_steps, completed=first_step)
         self.tokens, self.clock = 0.0, time.perf_counter()
 
     def __enter__(self) -> Journal:
@@ -110,10 +109,7 @@ class Journal:
                 "the same command again"
             ) from error
         numbers = "  ".join(f"{name} {_short(record[name])}" for name in SHOWN if name in record)
-        if self.console.is_terminal:
-            self.bar.update(self.task, numbers=numbers)
-        else:
-            self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
+        self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
 
 
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
