@@ -55,9 +55,9 @@ def read_head(
         None if grad_clamp is None else LogitGradClamp(*grad_clamp),
         1.0 if lora is None else float(lora[2]),
         float(drop_mass),
-        ignore_index,
+        int(ignore_index),
         impl,
-        workspace,
+        None if workspace is None else int(workspace),
         None if tp_group is None else tp_group.group_name,
     )
     return head, settings.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from align_kernels.head import Head, LogitGradClamp, Settings
+from align_kernels.head import Head, LogitGradClamp, Settings, check_rows
 
 
 class ClampLogitGrad(torch.autograd.Function):
@@ -47,7 +47,16 @@ def logits_of(head: Head, settings: Settings) -> Tensor:
 
 def logprobs_eager(head: Head, settings: Settings) -> tuple[Tensor, ...]:
     """logp, entropy, lse, log_sum_sq_probs, mean_logit, correct, each [N], ignored rows 0."""
-    return logprobs_of(logits_of(head, settings), head.targets, settings)
+    size, kept = len(head.targets), (head.targets != settings.ignore_index).nonzero()[:, 0]
+    t = head.temperature
+    head = head._replace(
+        hidden=head.hidden[kept], targets=head.targets[kept], temperature=None if t is None else t[kept]
+    )
+    check_rows(head.targets, head.temperature, head.weight.shape[0])
+    fields = logprobs_of(logits_of(head, settings), head.targets, settings)
+    dtype = torch.promote_types(head.hidden.dtype, torch.float32)
+    values = [x.new_zeros(size).index_copy(0, kept, x) for x in fields]
+    return *(x.to(dtype) for x in values[:-1]), values[-1]
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, settings: Settings) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from align_kernels.eager import logprobs_eager
-from align_kernels.head import Head, LogitGradClamp, Settings, Transform
+from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.losses.registry import LOSSES, Loss
 from align_kernels.schedules import Chunk, Grads, Needs, Runner
 
@@ -30,7 +30,7 @@ def encode_settings(settings: Settings, needs: Needs) -> str:
     return repr(
         (
             (t.logit_scale, t.softcap, t.temperature),
-            None if s.clamp is None else (s.clamp.limit, s.clamp.prob_above, s.clamp.units),
+            None if s.clamp is None else (float(s.clamp.limit), float(s.clamp.prob_above), s.clamp.units),
             (s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group),
             (needs.hidden, needs.weight, needs.bias, needs.lora_A, needs.lora_B),
         )
@@ -92,6 +92,7 @@ def logprobs_forward(
     options, needs = decode_settings(settings)
     kept = keep_rows(targets, options.ignore_index)
     run = Runner(head, options, needs, kept, late=True)
+    check_rows(targets[kept], None if temperature is None else temperature[kept], run.vocab)
     states, saved = [], []
     for chunk in run.chunks(0, len(kept)):
         n = len(chunk.targets)
@@ -297,6 +298,7 @@ def loss_forward(
     units = Units(spec, targets, options.ignore_index)
     kept = units.kept
     run = Runner(head, options, needs, kept, late=False, largest_unit=units.largest)
+    check_rows(head.targets[kept], None if temperature is None else temperature[kept], run.vocab)
     train = needs.hidden or needs.head
     grads = Grads(run)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None

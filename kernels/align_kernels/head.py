@@ -82,6 +82,8 @@ class Settings:
 
     def check(self) -> Settings:
         self.transform.check()
+        if not math.isfinite(self.lora_scaling):
+            raise ValueError(f"lora's scaling must be finite, got {self.lora_scaling}")
         if self.clamp is not None:
             self.clamp.check()
         if not 0.0 <= self.drop_mass < 1.0:
@@ -98,7 +100,7 @@ class Head(NamedTuple):
     weight: Tensor  # (V, D)
     targets: Tensor  # (N,) int64
     bias: Tensor | None  # (V,)
-    temperature: Tensor | None  # (N,) float32, replaces Transform.temperature
+    temperature: Tensor | None  # (N,) float32 (float64 for float64 hidden), replaces Transform.temperature
     lora_A: Tensor | None  # (R, D)
     lora_B: Tensor | None  # (V, R)
 
@@ -143,7 +145,7 @@ def flatten(
             raise ValueError(
                 f"temperature must be a float or one per row {tuple(targets.shape)}, got {tuple(temperature.shape)}"
             )
-        rows = temperature.reshape(-1).float()
+        rows = temperature.reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))
     else:
         scalar = float(temperature)
     lora_A = lora_B = None
@@ -155,3 +157,15 @@ def flatten(
                 f"B {tuple(lora_B.shape)}"
             )
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, rows, lora_A, lora_B), scalar
+
+
+def check_rows(targets: Tensor, temperature: Tensor | None, vocab: int) -> None:
+    """Name the first kept row whose target [n] or temperature [n] cannot be served."""
+    wrong = (targets < 0) | (targets >= vocab)
+    if bool(wrong.any()):
+        raise ValueError(f"targets must lie in [0, {vocab}) or be ignore_index, got {int(targets[wrong][0])}")
+    if temperature is None:
+        return
+    wrong = ~((temperature > 0) & temperature.isfinite())
+    if bool(wrong.any()):
+        raise ValueError(f"temperature must be finite and above 0, got {float(temperature[wrong][0])}")
