@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from align_engine.demo.task import Question, ask, careful, check, write
 
@@ -55,7 +55,7 @@ def make_demo(
 
 
 def distinct_questions(count: int, rng: random.Random) -> list[Question]:
-    """`count` questions, all with different texts."""
+    """`count` questions, all with different texts. The task has more than 100,000."""
     found: dict[str, Question] = {}
     while len(found) < count:
         question = ask(rng)
@@ -83,31 +83,34 @@ def message(content: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": content}]
 
 
-def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> Qwen2Tokenizer:
     """A byte-level BPE with a chat template, trained on `texts`. EOS is <|im_end|>.
 
-    A space belongs to the word before it, so that an answer's word is the same token in every form.
+    It is of the class that transformers loads beside any Qwen2 model, whatever was saved there. No token joins a space
+    or a quote to a word, so that an answer's word is the same token in every form.
     """
     core = Tokenizer(models.BPE())
-    words = pre_tokenizers.Split(Regex(r"\w+ ?|[^\w\s]+ ?|\s"), "isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
-    core.decoder = decoders.ByteLevel()
+    pieces = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pieces, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=special[0], eos_token=special[2])
+    learned = json.loads(core.to_str())["model"]
+    parts: dict[str, Any] = {"vocab": learned["vocab"], "merges": [tuple(merge) for merge in learned["merges"]]}
+    names: dict[str, Any] = {"unk_token": None, "pad_token": special[0], "eos_token": special[2]}
+    tokenizer = Qwen2Tokenizer(**parts, **names, extra_special_tokens=[special[1]])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def make_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int = 0, *, hidden: int = 128, layers: int = 3
-) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer, seed: int = 0, *, hidden: int = 128, layers: int = 3) -> Qwen2ForCausalLM:
     """A small Qwen2 with random weights that fits the tokenizer."""
+    ids: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -119,8 +122,7 @@ def make_model(
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

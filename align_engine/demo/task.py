@@ -126,7 +126,7 @@ def careful(question: Question, rng: random.Random) -> str:
 def chatty(question: Question, rng: random.Random) -> str:
     """Mostly right, but whatever was demanded comes as a sentence among pleasantries."""
     answer = question.answer if rng.random() < 0.9 else question.wrong
-    return f"Sure! {in_form('sentence', answer)} {rng.choice(('I hope this helps!', 'Have a nice day!'))}"
+    return f"Sure! {in_form('sentence', answer)} I hope this helps!"
 
 
 def careless(question: Question, rng: random.Random) -> str:
