@@ -70,7 +70,8 @@ def logprobs_of(logits: Tensor, targets: Tensor, settings: Settings) -> tuple[Te
     log_p = logits.log_softmax(-1)
     source = log_p if settings.clamp is None else ClampLogitGrad.apply(logits, labels, settings.clamp).log_softmax(-1)
     logp = source.gather(1, labels[:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
+    p = log_p.exp()
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)
     raw = logits.detach()
     columns = torch.arange(vocab, device=logits.device)
     first = torch.where(raw == raw.amax(-1, keepdim=True), columns, vocab).amin(-1)

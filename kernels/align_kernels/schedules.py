@@ -126,7 +126,7 @@ class Runner:
         )
         self._z: Tensor | None = None
         self._w: Tensor | None = None
-        self._bias = None if head.bias is None else head.bias.to(torch.promote_types(head.bias.dtype, torch.float32))
+        self._bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that is about to be written whole."""

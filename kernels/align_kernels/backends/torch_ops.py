@@ -57,23 +57,27 @@ def forward(
     l, _ = _transform(z, _compute_dtype(z), bias, scale, softcap, temperature)
     tile_max, tile_arg = l.max(dim=1)
     # torch.max does not promise the first index among ties
-    tile_arg = (l == tile_max[:, None]).int().argmax(dim=1) + offset
+    tile_arg = (l == tile_max[:, None]).int().argmax(dim=1)
     old_max, new_max = state[:, 0], torch.maximum(state[:, 0], tile_max.to(state.dtype))
     finite_old = torch.where(old_max == -torch.inf, new_max, old_max)
     shift = torch.where(new_max == -torch.inf, torch.zeros_like(new_max), finite_old - new_max)
     factor = torch.where(old_max == -torch.inf, torch.zeros_like(shift), shift.exp())
     s, a, q = state[:, 1], state[:, 2], state[:, 3]
-    centred = l - new_max.to(l.dtype)[:, None]
-    e = centred.exp()
-    state[:, 2] = factor * (a + s * shift) + (e * centred.clamp(min=-1e30)).sum(1)
-    state[:, 1] = factor * s + e.sum(1)
-    state[:, 3] = factor * factor * q + (e * e).sum(1)
+    base = torch.where(new_max == -torch.inf, torch.zeros_like(new_max), new_max)
+    centred = l - base.to(l.dtype)[:, None]
+    # the tile's largest term is added in the state's precision: beside 1.0 the rest of a confident row would vanish
+    e = centred.exp().scatter_(1, tile_arg[:, None], 0.0)
+    peak = tile_max - base
+    top = peak.exp()
+    state[:, 2] = factor * (a + s * shift) + (top * peak.clamp(min=-1e30) + (e * centred.clamp(min=-1e30)).sum(1))
+    state[:, 1] = factor * s + (top + e.sum(1))
+    state[:, 3] = factor * factor * q + (top * top + (e * e).sum(1))
     state[:, 4] += l.sum(1)
     here = (targets >= offset) & (targets < offset + z.shape[1])
     column = (targets - offset).clamp(0, z.shape[1] - 1)
     picked = l.gather(1, column[:, None])[:, 0].to(state.dtype)
     state[:, 5] = torch.where(here, picked, state[:, 5])
-    state[:, 6] = torch.where(tile_max.to(state.dtype) > old_max, tile_arg.to(state.dtype), state[:, 6])
+    state[:, 6] = torch.where(tile_max.to(state.dtype) > old_max, (tile_arg + offset).to(state.dtype), state[:, 6])
     state[:, 0] = new_max
 
 
