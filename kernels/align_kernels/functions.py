@@ -101,7 +101,7 @@ def logprobs_forward(
         states.append(state)
         if run.plan.schedule == "frozen":
             one = torch.ones(n, dtype=float_dtype(hidden), device=hidden.device)
-            dx = run.backward(chunk, state, one, None, Grads(run), store)
+            dx = run.backward(chunk, state, one, None, Grads(run), store, consume=True)
             assert dx is not None
             saved.append(dx.to(run.dtype).view(-1))
         elif store is not None:
@@ -326,7 +326,7 @@ def loss_forward(
         for chunk, part in zip(chunks, parts) if train else ():
             end = begin + len(part)
             h = None if g_entropy is None else g_entropy[begin:end].contiguous()
-            dx = run.backward(chunk, part, g[begin:end].contiguous(), h, grads, held)
+            dx = run.backward(chunk, part, g[begin:end].contiguous(), h, grads, held, consume=True)
             if dhidden is not None and dx is not None:
                 scatter_rows(dx, chunk, dhidden)
             begin = end

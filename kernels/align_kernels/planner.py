@@ -29,7 +29,7 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
-    "cpu": Profile(tile_bytes=4 * MIB, min_rows=96, max_rows=1024, workspace=160 * MIB),
+    "cpu": Profile(tile_bytes=8 * MIB, min_rows=96, max_rows=1024, workspace=256 * MIB),
     "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, workspace=2048 * MIB),
 }
 
@@ -99,26 +99,29 @@ def plan(
         kept = chunk * per_row if schedule in ("one pass", "frozen", "keep") else 0
         columns = min(profile.tile_bytes, max(limit - kept, limit // 8)) // (chunk * itemsize)
         tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
-        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept + chunk * tile * itemsize, passes, why)
+        # the gradient of logits that are there for this pass alone takes their place; others need a tile beside
+        scratch = 0 if schedule in ("one pass", "frozen") else chunk * tile * itemsize
+        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept + scratch, passes, why)
 
     if not (needs_input or needs_head):
         return make("forward", profile.max_rows, 1, "nothing needs a gradient")
     once = 1 + needs_input + needs_head  # GEMMs when no logits are made twice
-    room = int(limit * 0.95) // per_row  # rows of logits that may be kept, a tile of scratch left free
-    wide_enough = room >= min(rows, profile.min_rows if needs_head else profile.min_rows // 2)
-    chunk = min(room, profile.max_rows)
+    room = limit // per_row  # rows of logits that may be kept
+    least = profile.min_rows if needs_head else profile.min_rows // 2
+    wide_enough = room >= min(rows, least)
+    # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole
+    chunk = room if workspace else min(room, max(-(-rows // 2), largest_unit, least))
+    chunk = min(chunk, max(profile.max_rows, largest_unit))
     size = f"{rows * per_row / MIB:.0f} MiB of logits"
     if late and scale_free and wide_enough and not needs_head:
         return make("frozen", chunk, once, "the head is frozen, so dX is kept without its factor g")
     if late and rows <= room:
         return make("keep", rows, once, f"{size} fit and wait for g")
     if late:
-        return make(
-            "recompute", profile.max_rows, once + 1, f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"
-        )
+        why = f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"
+        return make("recompute", profile.max_rows, once + 1, why)
     if wide_enough and largest_unit <= room:
         return make("one pass", chunk, once, "the loss closes inside a chunk, so g is known while its logits are there")
     cause = f"a unit has {largest_unit} rows and" if largest_unit > room else "too few for the GEMMs:"
-    return make(
-        "recompute", profile.max_rows, once + 1, f"{cause} {limit / MIB:.0f} MiB keep the logits of {room} rows"
-    )
+    why = f"{cause} {limit / MIB:.0f} MiB keep the logits of {room} rows"
+    return make("recompute", profile.max_rows, once + 1, why)

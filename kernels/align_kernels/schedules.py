@@ -213,10 +213,12 @@ class Runner:
         g_entropy: Tensor | None,
         grads: Grads,
         store: Tensor | None = None,
+        consume: bool = False,
     ) -> Tensor | None:
         """Add this chunk's share to `grads` and return its dX [n, D] (None where hidden needs none).
 
-        Rows without a coefficient are dropped before any GEMM. Logits come from `store`, or are made again.
+        Rows without a coefficient are dropped before any GEMM. Logits come from `store`, or are made again; with
+        `consume` the gradient of the logits may take their place there.
         """
         n, live = len(g), None
         if not bool((active := _active(g, g_entropy)).all()):
@@ -238,7 +240,7 @@ class Runner:
             else:
                 z = self._tile_of(store, n, v0, v1)
                 z = z if live is None else z[live]
-            dz = self._tile_of(None, m, v0, v1)
+            dz = z if consume or store is None else self._tile_of(None, m, v0, v1)
             self.backend.backward(
                 z, state, chunk.targets, g, g_entropy, clamp=clamp, out=dz, **self._common(chunk, v0, v1)
             )
