@@ -101,11 +101,7 @@ class Engine:
     def units(self, window: list[Micro]) -> float:
         """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch."""
         mine = sum(self.algorithm.count(micro.batch) for micro in window if micro.real)
-        return self.total(float(mine))
-
-    def total(self, value: float) -> float:
-        """The sum of a number over all ranks."""
-        summed: Any = self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device), "sum")
+        summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device), "sum")
         return summed.item()
 
     def forward_backward(self, micro: Micro, units: float, last: bool) -> None:
@@ -116,15 +112,16 @@ class Engine:
             units: of the whole window; gradients are averaged over ranks, so each rank divides by units / ranks.
             last: of its window; ranks meet there and not before.
         """
-        batch = micro.batch.to(self.accelerator.device)
         meet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with meet:
+            batch = micro.batch.to(self.accelerator.device)
             loss, metrics = self.forward(batch, units / self.accelerator.num_processes)
             self.accelerator.backward(loss if micro.real else loss * 0.0)
         share = loss * (units / self.accelerator.num_processes)  # the sum over this batch's units
-        self._add(self._sums, share, metrics, batch, micro.real)
+        self._add(self._sums, share, metrics, micro)
 
-    def _add(self, sums: Sums, loss_sum: Tensor, metrics: dict[str, Tensor], batch: Batch, real: bool) -> None:
+    def _add(self, sums: Sums, loss_sum: Tensor, metrics: dict[str, Tensor], micro: Micro) -> None:
+        batch, real = micro  # counted on the CPU: no wait for the device
         units = self.algorithm.count(batch) * real
         sums.add("loss", loss_sum / max(units, 1), units)
         for name, value in metrics.items():
@@ -161,10 +158,9 @@ class Engine:
         """Loss and metrics over all rows of a source, named with eval_ in front."""
         sums, training = Sums(), self.model.training
         self.model.eval()
-        for batch, real in source.share(list(range(len(source)))):
-            batch = batch.to(self.accelerator.device)
-            loss, metrics = self.forward(batch, 1.0)
-            self._add(sums, loss, metrics, batch, real)
+        for micro in source.share(list(range(len(source)))):
+            loss, metrics = self.forward(micro.batch.to(self.accelerator.device), 1.0)
+            self._add(sums, loss, metrics, micro)
         self.model.train(training)
         means = sums.reduced(self.accelerator).means()
         del means["num_tokens"]

@@ -40,8 +40,9 @@ class Sums:
         """The same over all ranks, as floats: one collective."""
         if not self.totals:
             return Sums()
-        flat = [torch.as_tensor(x, dtype=torch.float64).cpu() for pair in self.totals.values() for x in pair]
-        pairs = accelerator.reduce(torch.stack(flat).to(accelerator.device), "sum").view(-1, 2).tolist()
+        device = accelerator.device
+        flat = [torch.as_tensor(x, dtype=torch.float64, device=device) for pair in self.totals.values() for x in pair]
+        pairs = accelerator.reduce(torch.stack(flat), "sum").view(-1, 2).tolist()
         return Sums({name: (pair[0], pair[1]) for name, pair in zip(self.totals, pairs)})
 
     def means(self) -> dict[str, float]:

@@ -117,7 +117,7 @@ class EvalSection:
     """Evaluation."""
 
     per_device_eval_batch_size: int = 8
-    """Rows in one forward pass of the evaluation and of the precomputed reference."""
+    """Rows in one forward pass of the evaluation."""
     eval_steps: int | None = None
     """Evaluate every so many steps (None: at the end only)."""
 

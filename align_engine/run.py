@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from align_engine import policy
@@ -123,6 +124,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     bf16 = recipe.train.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     trackers: Any = recipe.output.report_to or None
     return Accelerator(
         mixed_precision="bf16" if bf16 else "no",

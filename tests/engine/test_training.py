@@ -154,6 +154,14 @@ def test_backends_and_checkpointing_give_the_same_losses(model, pairs, tmp_path)
         assert got == pytest.approx(base, abs=1e-5), settings
 
 
+def test_bfloat16_stays_close(model, other_model, pairs, tmp_path):
+    settings = dict(max_steps=3, ref_model_name_or_path=str(other_model))
+    full = numbers(train("dpo", tiny.dpo(model, pairs, tmp_path / "full", **settings)))
+    half = numbers(train("dpo", tiny.dpo(model, pairs, tmp_path / "half", bf16=True, **settings)))
+    assert half == pytest.approx(full, rel=0.03)
+    assert half != full
+
+
 def test_plain_transformers_loads_the_final_model(model, completions, tmp_path):
     folder = train("sft", tiny.sft(model, completions, tmp_path / "run", max_steps=30, learning_rate=1e-2))
     loaded = AutoModelForCausalLM.from_pretrained(folder.final)
