@@ -105,6 +105,8 @@ class Runner:
     ) -> None:
         self.head, self.settings, self.needs = head, settings, needs
         self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
+        # every position as it lies: rows are views, no copies (pairs are run pair by pair, in another order)
+        self.as_it_lies = len(kept) == len(head.targets) and bool((kept.diff() > 0).all())
         self.dtype = gemm_dtype(head)
         self.group = None if settings.tp_group is None else _group(settings.tp_group)
         self.offset, widest, self.vocab = _shard(head.weight.shape[0], self.group, head.weight.device)
@@ -137,7 +139,7 @@ class Runner:
         """Rows begin .. end of the kept rows."""
         h = self.head
         index: Tensor | slice = self.kept[begin:end]
-        if len(self.kept) == len(h.targets):
+        if self.as_it_lies:
             index = slice(begin, end)
         x = h.hidden[index].to(self.dtype)
         xa = None

@@ -1,4 +1,4 @@
-"""KTO, PPO and GRPO from hidden states against their formulas over whole float64 logits."""
+"""The fused losses from hidden states against their formulas over whole float64 logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from accuracy import check
 from torch import Tensor
 
-from align_kernels import LossOutput, grpo_loss, kto_loss, ppo_clip_loss
+from align_kernels import LossOutput, dpo_loss, grpo_loss, kto_loss, ppo_clip_loss, sft_loss
 
 B, T, V, D = 5, 7, 123, 19
 WAYS = [("eager", None), ("torch", None), ("cpu", None), ("cpu", 1 << 12)]
@@ -52,6 +52,56 @@ def compare(out: LossOutput, leaves: dict[str, Tensor], true: Tensor, twins: dic
 
 def double(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+
+
+# -- SFT and DPO --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("impl", "workspace"), WAYS)
+@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
+@pytest.mark.parametrize("num_items", [None, 40])
+def test_sft(num_items: int | None, train: tuple[str, ...], impl: str, workspace: int | None):
+    leaves, targets = data(train)
+    twins = double(leaves)
+    logp, entropy, mask = softmax(twins, targets)
+    out = sft_loss(
+        leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], num_items=num_items, impl=impl,
+        workspace=workspace,
+    )  # fmt: skip
+    compare(out, leaves, -logp.sum() / (num_items or mask.sum()), twins)
+    check("entropy", out.metrics["entropy"], (entropy.sum() / mask.sum()).detach())
+
+
+@pytest.mark.parametrize(("impl", "workspace"), WAYS)
+@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize(
+    ("loss_type", "e"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)]
+)
+def test_dpo(loss_type: str, e: float, ragged: bool, train: tuple[str, ...], impl: str, workspace: int | None):
+    """Two pairs of the five rows; with nothing ignored, rows are no longer run in the order in which they lie."""
+    leaves, targets = data(train)
+    leaves["hidden"] = leaves["hidden"].detach()[:4].requires_grad_()
+    targets = targets[:4] if ragged else torch.randint(0, V, (4, T), generator=torch.Generator().manual_seed(3))
+    twins = double(leaves)
+    logp, _, mask = softmax(twins, targets)
+    logps, lengths = logp.sum(1), mask.sum(1).clamp(min=1)
+    ref = near(logps, 4, 3.0)
+    out = dpo_loss(
+        leaves["hidden"], leaves["weight"], targets, ref, bias=leaves["bias"], beta=0.3, loss_type=loss_type,
+        label_smoothing=e, impl=impl, workspace=workspace,
+    )  # fmt: skip
+    d = logps - ref
+    z, mean = 0.3 * (d[:2] - d[2:]), d / lengths
+    won, lost = z.sigmoid().log(), (-z).sigmoid().log()
+    each = {
+        "sigmoid": -(1 - e) * won - e * lost,
+        "robust": (-(1 - e) * won + e * lost) / (1 - 2 * e),
+        "hinge": torch.relu(1 - z),
+        "ipo": (mean[:2] - mean[2:] - 1 / 0.6) ** 2,
+    }[loss_type]
+    compare(out, leaves, each.mean(), twins)
+    check("logps", out.logps, logps.detach())
+    check("margins", out.metrics["rewards/margins"], z.mean().detach(), scale=10.0)
+    assert out.metrics["rewards/accuracies"] == (z > 0).double().mean()
 
 
 # -- KTO ----------------------------------------------------------------------------------------------------------
