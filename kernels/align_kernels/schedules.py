@@ -307,7 +307,7 @@ def _shard(columns: int, group: dist.ProcessGroup | None, device: torch.device) 
 def _merge(state: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The state of the whole vocabulary from the states of its shards, the same bits on every rank."""
     parts = torch.empty(dist.get_world_size(group), *state.shape, dtype=state.dtype, device=state.device)
-    dist.all_gather_into_tensor(parts, state, group=group)
+    dist.all_gather(list(parts), state, group=group)
     m = parts[:, :, 0].max(0).values
     shift = torch.where(parts[:, :, 1] > 0, parts[:, :, 0] - m, 0.0)
     factor = shift.exp()
