@@ -231,7 +231,8 @@ def test_liger_dpo_logits():
     """Mean logits are Liger's where no position is ignored, and those of the completions where some are."""
     x, given = leaves(), reference()
     ours, peer = (dpo(m, x, FULL, given) for m in (compat.LigerFusedLinearDPOLoss, LigerFusedLinearDPOLoss))
-    same("outputs", ours[1], peer[1], scale=1.0)
+    same("loss and outputs", ours, peer, scale=1.0)
+    same_gradients(ours[0], peer[0], x)
     _, ours = dpo(compat.LigerFusedLinearDPOLoss, x, RAGGED, given)
     logits = (x["hidden"] @ x["weight"].T + x["bias"]).detach().mean(-1)
     for i, half in enumerate((slice(0, B // 2), slice(B // 2, B))):
@@ -289,6 +290,7 @@ def test_liger_kto_logits():
         kto(m, x, FULL, given, use_ref_model=True) for m in (compat.LigerFusedLinearKTOLoss, LigerFusedLinearKTOLoss)
     )
     same("outputs", ours[1], peer[1], scale=V)
+    same_gradients(ours[0], peer[0], x)
     _, ours = kto(compat.LigerFusedLinearKTOLoss, x, RAGGED, given, use_ref_model=True)
     logits = (x["hidden"] @ x["weight"].T + x["bias"]).detach().sum(-1)
     for i, rows in enumerate((MARKS, ~MARKS)):
