@@ -244,7 +244,9 @@ def unit_values(
         if loss.tokens:
             kwargs["sequence"] = place
         else:
-            inputs = [logp.new_zeros(len(ids)).index_add(0, place, x) for x in inputs]
+            # float64: a float32 running sum over a long completion loses what a loss of its exp sees
+            zero = logp.new_zeros(len(ids), dtype=torch.float64)
+            inputs = [zero.index_add(0, place, x.double()).to(x.dtype) for x in inputs]
         if loss.lengths:
             kwargs["lengths"] = torch.bincount(place, minlength=len(ids)).to(logp.dtype)
     if loss.entropy:
