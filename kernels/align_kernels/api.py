@@ -140,9 +140,12 @@ def sequence_logprobs(
             raise ValueError(f"logps must be [B, T] unless cu_seqlens is given, got shape {tuple(logps.shape)}")
         total, count = values.sum(-1), mask.sum(-1)
     else:
-        lengths = cu_seqlens.diff()
-        if logps.dim() != 1 or int(lengths.sum()) != len(logps):
-            raise ValueError(f"cu_seqlens covers {int(lengths.sum())} tokens, logps has shape {tuple(logps.shape)}")
+        edges, lengths = cu_seqlens.tolist(), cu_seqlens.diff()
+        if logps.dim() != 1 or edges != sorted(edges) or edges[:1] != [0] or edges[-1] != len(logps):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to the length of packed logps [N], got {edges[:1]} .. {edges[-1:]} for "
+                f"logps of shape {tuple(logps.shape)}"
+            )
         place = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths)
         total = values.new_zeros(len(lengths)).index_add(0, place, values)
         count = torch.zeros_like(lengths, dtype=torch.int64).index_add(0, place, mask.long())

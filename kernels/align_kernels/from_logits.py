@@ -6,12 +6,11 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from align_kernels.api import LogProbs
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.eager import logprobs_of
-from align_kernels.functions import float_dtype, read_state
+from align_kernels.functions import first_order, float_dtype, read_state
 from align_kernels.head import LogitGradClamp, Settings, Transform
 from align_kernels.planner import PROFILES
 from align_kernels.schedules import EMPTY_STATE
@@ -44,7 +43,7 @@ class FromLogits(torch.autograd.Function):
         return tuple(fields)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, g_logp: Tensor | None, g_entropy: Tensor | None, *_):
         logits, labels, mask, state = ctx.saved_tensors
         if g_logp is None and g_entropy is None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
+from math import isfinite
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
@@ -42,6 +42,15 @@ def decode_settings(text: str) -> tuple[Settings, Needs]:
     transform, clamp, rest, needs = literal_eval(text)
     clamp = None if clamp is None else LogitGradClamp(*clamp)
     return Settings(Transform(*transform), clamp, *rest), Needs(*needs)
+
+
+def encode_loss(name: str, hyper: dict) -> str:
+    """A loss and its hyper-parameters: words, flags and None as they are, anything else as a finite float."""
+    plain = {k: v if v is None or isinstance(v, str | bool) else float(v) for k, v in hyper.items()}
+    for key, value in plain.items():
+        if isinstance(value, float) and not isfinite(value):
+            raise ValueError(f"{key} must be finite, got {value}")
+    return repr((name, plain))
 
 
 # -- shared pieces ------------------------------------------------------------------------------------------------
@@ -74,6 +83,25 @@ def scatter_rows(rows: Tensor, chunk: Chunk, out: Tensor) -> None:
 
 def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
+
+
+def first_order(backward: Callable) -> Callable:
+    """A backward that must not be differentiated.
+
+    torch's own `once_differentiable` takes the first gradient for a constant where the upstream gradient is one.
+    """
+    message = b'cannot differentiate a fused operator twice: pass impl="eager" where second derivatives are needed'
+
+    @wraps(backward)
+    def run(ctx, *upstream):
+        with torch.no_grad():
+            grads = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return grads
+        refuse = torch._C._functions.DelayedError(message, len(grads))
+        return refuse(*(None if x is None else x.detach().requires_grad_() for x in grads))
+
+    return run
 
 
 # -- log-probs, their gradient arriving late ----------------------------------------------------------------------
@@ -358,7 +386,7 @@ class Logprobs(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:-1], *output[6:])
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, g_logp, g_entropy, *_):
         return late_backward(ctx, logprobs_backward, g_logp, g_entropy)
 
@@ -384,7 +412,7 @@ class FusedLoss(torch.autograd.Function):
         return total, *rest
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad, *_):
         if ctx.spent:
             raise RuntimeError(

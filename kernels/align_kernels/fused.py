@@ -63,7 +63,7 @@ def run_loss(
     else:
         counted = torch.tensor(max(targets.shape[0] // (2 if spec.unit == "pair" else 1), 1), device=hidden.device)
     items = torch.as_tensor(counted if num_items is None else num_items, device=hidden.device).to(dtype)
-    text = repr((name, hyper))
+    text = functions.encode_loss(name, hyper)
     sides = [x.detach().to(dtype) if x.is_floating_point() else x for x in side.values()]
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
     if settings.impl == "eager":
