@@ -6,7 +6,7 @@ The same lines run in the storage dtype give the eager error by which 16-bit res
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -63,6 +63,11 @@ class Case:
             grad_clamp=self.grad_clamp,
             lora=lora,
         )
+
+    def tensors_for_call(self) -> dict[str, Any]:
+        """Every argument of `linear_logprobs`, without gradients."""
+        t = self.tensors
+        return dict(hidden=t["hidden"], weight=t["weight"], targets=self.targets, **self.keywords(t))
 
 
 class Clamped(torch.autograd.Function):
@@ -185,6 +190,18 @@ def truth(case: Case, g: Tensor, h: Tensor | None, dtype: torch.dtype | None = t
     total = objective(case, logits, g, h)
     found = torch.autograd.grad(total, list(wanted.values()), materialize_grads=True)
     return Result(fields, dict(zip(wanted, found)), sizes)
+
+
+def loss_truth(
+    case: Case, formula: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype | None = torch.float64
+) -> tuple[Tensor, Result]:
+    """The loss `formula(logp, entropy)` of log-probs and entropies in the shape of the targets, and its `Result`."""
+    with torch.no_grad():
+        fields = statistics(case, transform(case, raw_logits(case, case.leaves(dtype))))
+    logp, entropy = fields["logp"].requires_grad_(), fields["entropy"].requires_grad_()
+    value = formula(logp, entropy)
+    g, h = torch.autograd.grad(value, (logp, entropy), allow_unused=True, materialize_grads=True)
+    return value.detach(), truth(case, g, h, dtype)
 
 
 def run(case: Case, g: Tensor | None, h: Tensor | None, **options: Any) -> Result:

@@ -1,313 +1,520 @@
-"""The fused losses from hidden states against their formulas over whole float64 logits."""
+"""Fused losses against formulas in float64: values, metrics, log-probs and gradients, however the batch is cut."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accuracy import check
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from align_kernels import LossOutput, dpo_loss, grpo_loss, kto_loss, ppo_clip_loss, sft_loss
-
-B, T, V, D = 5, 7, 123, 19
-WAYS = [("eager", None), ("torch", None), ("cpu", None), ("cpu", 1 << 12)]
-
-
-def normal(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def data(train: tuple[str, ...] = ("hidden", "weight", "bias")) -> tuple[dict[str, Tensor], Tensor]:
-    """Leaves and targets [B, T]: ragged rows, one of them without any token."""
-    leaves = {"hidden": normal(B, T, D, seed=0), "weight": normal(V, D, seed=1) * 0.5, "bias": normal(V, seed=2) * 0.3}
-    targets = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(3))
-    lengths = torch.tensor([7, 3, 0, 5, 1])
-    targets[torch.arange(T) >= lengths[:, None]] = -100
-    return {name: x.requires_grad_(name in train) for name, x in leaves.items()}, targets
-
-
-def softmax(leaves: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs and entropies of the targets [B, T], 0 where ignored, and the mask."""
-    log_p = (leaves["hidden"] @ leaves["weight"].T + leaves["bias"]).log_softmax(-1)
-    mask = targets != -100
-    logp = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * mask
-    return logp, -(log_p.exp() * log_p).sum(-1) * mask, mask
-
-
-def near(logps: Tensor, seed: int, spread: float = 0.4) -> Tensor:
-    """Log-probs of another policy, not far away."""
-    return logps.detach().float() + spread * normal(*logps.shape, seed=seed)
-
-
-def compare(out: LossOutput, leaves: dict[str, Tensor], true: Tensor, twins: dict[str, Tensor]) -> None:
-    check("loss", out.loss.detach(), true.detach(), scale=1.0)
-    wanted = [name for name, x in leaves.items() if x.requires_grad]
-    got = torch.autograd.grad(out.loss, [leaves[name] for name in wanted])
-    expected = torch.autograd.grad(true, [twins[name] for name in wanted])
-    for name, a, b in zip(wanted, got, expected):
-        check(f"gradient of {name}", a, b)
-
-
-def double(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
-
-
-# -- SFT and DPO --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("impl", "workspace"), WAYS)
-@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
-@pytest.mark.parametrize("num_items", [None, 40])
-def test_sft(num_items: int | None, train: tuple[str, ...], impl: str, workspace: int | None):
-    leaves, targets = data(train)
-    twins = double(leaves)
-    logp, entropy, mask = softmax(twins, targets)
-    out = sft_loss(
-        leaves["hidden"], leaves["weight"], targets, bias=leaves["bias"], num_items=num_items, impl=impl,
-        workspace=workspace,
-    )  # fmt: skip
-    compare(out, leaves, -logp.sum() / (num_items or mask.sum()), twins)
-    check("entropy", out.metrics["entropy"], (entropy.sum() / mask.sum()).detach())
-
-
-@pytest.mark.parametrize(("impl", "workspace"), WAYS)
-@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
-@pytest.mark.parametrize("ragged", [True, False])
-@pytest.mark.parametrize(
-    ("loss_type", "e"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)]
+from align_kernels import (
+    LogitGradClamp,
+    LossOutput,
+    dpo_loss,
+    explain,
+    grpo_loss,
+    kto_loss,
+    linear_logprobs,
+    planner,
+    ppo_clip_loss,
+    sequence_logprobs,
+    sft_loss,
 )
-def test_dpo(loss_type: str, e: float, ragged: bool, train: tuple[str, ...], impl: str, workspace: int | None):
-    """Two pairs of the five rows; with nothing ignored, rows are no longer run in the order in which they lie."""
-    leaves, targets = data(train)
-    leaves["hidden"] = leaves["hidden"].detach()[:4].requires_grad_()
-    targets = targets[:4] if ragged else torch.randint(0, V, (4, T), generator=torch.Generator().manual_seed(3))
-    twins = double(leaves)
-    logp, _, mask = softmax(twins, targets)
-    logps, lengths = logp.sum(1), mask.sum(1).clamp(min=1)
-    ref = near(logps, 4, 3.0)
-    out = dpo_loss(
-        leaves["hidden"], leaves["weight"], targets, ref, bias=leaves["bias"], beta=0.3, loss_type=loss_type,
-        label_smoothing=e, impl=impl, workspace=workspace,
-    )  # fmt: skip
-    d = logps - ref
-    z, mean = 0.3 * (d[:2] - d[2:]), d / lengths
-    won, lost = z.sigmoid().log(), (-z).sigmoid().log()
-    each = {
-        "sigmoid": -(1 - e) * won - e * lost,
-        "robust": (-(1 - e) * won + e * lost) / (1 - 2 * e),
-        "hinge": torch.relu(1 - z),
-        "ipo": (mean[:2] - mean[2:] - 1 / 0.6) ** 2,
-    }[loss_type]
-    compare(out, leaves, each.mean(), twins)
-    check("logps", out.logps, logps.detach())
-    check("margins", out.metrics["rewards/margins"], z.mean().detach(), scale=10.0)
-    assert out.metrics["rewards/accuracies"] == (z > 0).double().mean()
+
+from .oracle import Case, Result, judge, loss_truth
+
+V, D = 211, 17
 
 
-# -- KTO ----------------------------------------------------------------------------------------------------------
-DESIRABLE = {"both": [1, 0, 1, 0, 0], "desirable alone": [1] * 5, "undesirable alone": [0] * 5}
+# -- batches ------------------------------------------------------------------------------------------------------
+def batch(lengths: list[int], *, prompt: int = 3, holes: bool = False, seed: int = 0, **options) -> Case:
+    """One sequence per length: a prompt, that many kept tokens, padding. `holes` drops some of them again."""
+    rng = torch.Generator().manual_seed(seed)
+    B, T = len(lengths), max(lengths, default=0) + prompt
+    targets = torch.full((B, T), -100)
+    for row, n in enumerate(lengths):
+        targets[row, prompt : prompt + n] = torch.randint(0, V, (n,), generator=rng)
+    if holes:
+        targets[torch.rand(B, T, generator=rng) < 0.4] = -100
+    hidden = torch.randn(B, T, D, generator=rng).masked_fill((targets == -100)[..., None], torch.nan)
+    tensors = dict(hidden=hidden, weight=torch.randn(V, D, generator=rng) * 0.5)
+    if options.pop("bias", False):
+        tensors["bias"] = torch.randn(V, generator=rng)
+    if rank := options.pop("rank", 0):
+        tensors["lora_A"] = torch.randn(rank, D, generator=rng) * 0.3
+        tensors["lora_B"] = torch.randn(V, rank, generator=rng)
+        options.setdefault("train", frozenset({"hidden", "lora_A", "lora_B"}))
+    if dtype := options.pop("dtype", None):
+        tensors = {name: x.to(dtype) for name, x in tensors.items()}
+    return Case(tensors, targets, **options)
 
 
-@pytest.mark.parametrize(("impl", "workspace"), WAYS)
-@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
-@pytest.mark.parametrize("kl", ["none", "number", "per sequence"])
-@pytest.mark.parametrize("marks", DESIRABLE)
-def test_kto(marks: str, kl: str, train: tuple[str, ...], impl: str, workspace: int | None):
-    leaves, targets = data(train)
-    twins = double(leaves)
-    logp, entropy, mask = softmax(twins, targets)
-    logps = logp.sum(1)
-    ref = near(logps, 4, 3.0)
-    good = torch.tensor(DESIRABLE[marks]).bool()
-    z0 = {"none": torch.zeros(()), "number": torch.tensor(0.7), "per sequence": normal(B, seed=5).abs()}[kl]
-    out = kto_loss(
-        leaves["hidden"], leaves["weight"], targets, ref, good, z0.tolist() if kl == "none" else z0,
-        bias=leaves["bias"], beta=0.3, desirable_weight=1.3, undesirable_weight=0.6, impl=impl, workspace=workspace,
-    )  # fmt: skip
-    d = logps - ref
-    each = torch.where(good, 1.3 * (1 - (0.3 * (d - z0)).sigmoid()), 0.6 * (1 - (0.3 * (z0 - d)).sigmoid()))
-    compare(out, leaves, each.mean(), twins)
-    check("logps", out.logps, logps.detach())
-    for word, rows in (("chosen", good), ("rejected", ~good)):
-        count = int(rows.sum())
-        assert out.metrics[f"count/{word}"] == count
-        zero = torch.zeros((), dtype=torch.float64)
-        rewards, mean = (0.3 * d[rows].mean(), logps[rows].mean()) if count else (zero, zero)
-        check("rewards", out.metrics[f"rewards/{word}"], rewards.detach(), scale=10.0)
-        check("logps", out.metrics[f"logps/{word}"], mean.detach(), scale=10.0)
-    check("entropy", out.metrics["entropy"], (entropy.sum() / mask.sum()).detach())
-    margin = out.metrics["rewards/chosen"] - out.metrics["rewards/rejected"]
-    assert out.metrics["rewards/margins"] == margin
-    assert out.metrics["kl"] == pytest.approx(float(z0.mean()))
-
-
-def test_kto_refuses():
-    leaves, targets = data()
-    call = lambda **k: kto_loss(  # noqa: E731
-        leaves["hidden"], leaves["weight"], targets,
-        **{"ref_logps": torch.zeros(B), "desirable": torch.ones(B, dtype=torch.bool), "kl": 0.0} | k,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="beta must be above 0, got 0"):
-        call(beta=0.0)
-    with pytest.raises(ValueError, match="desirable must be bool, got torch"):
-        call(desirable=torch.ones(B, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"ref_logps must have shape \(5,\), got \(4,\)"):
-        call(ref_logps=torch.zeros(4))
-    with pytest.raises(ValueError, match=r"kl must have shape \(\) or \(5,\), got \(2,\)"):
-        call(kl=torch.zeros(2))
-
-
-# -- PPO ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("impl", "workspace"), WAYS)
-@pytest.mark.parametrize("train", [("hidden", "weight", "bias"), ("hidden",)], ids=str)
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
-def test_ppo(entropy_coef: float, train: tuple[str, ...], impl: str, workspace: int | None):
-    leaves, targets = data(train)
-    twins = double(leaves)
-    logp, entropy, mask = softmax(twins, targets)
-    old, advantages = near(logp, 6), normal(B, T, seed=7)
-    out = ppo_clip_loss(
-        leaves["hidden"], leaves["weight"], targets, old, advantages,
-        bias=leaves["bias"], cliprange=0.15, entropy_coef=entropy_coef, impl=impl, workspace=workspace,
-    )  # fmt: skip
-    r = (logp - old).exp()
-    worse = torch.maximum(-advantages * r, -advantages * r.clamp(0.85, 1.15))
-    true = ((worse - entropy_coef * entropy) * mask).sum() / mask.sum()
-    compare(out, leaves, true, twins)
-    mean = lambda x: ((x * mask).sum() / mask.sum()).detach()  # noqa: E731
-    clipped = -advantages * r.clamp(0.85, 1.15) > -advantages * r
-    assert 0 < mean(clipped) < 1
-    check("clipfrac", out.metrics["policy/clipfrac_avg"], mean(clipped.double()))
-    check("approxkl", out.metrics["policy/approxkl_avg"], mean(0.5 * (logp - old) ** 2))
-    check("ratio", out.metrics["val/ratio"], mean(r))
-    check("logps", out.logps, logp.detach())
-
-
-def test_ppo_refuses():
-    leaves, targets = data()
-    with pytest.raises(ValueError, match="cliprange must be above 0, got 0"):
-        ppo_clip_loss(leaves["hidden"], leaves["weight"], targets, torch.zeros(B, T), torch.zeros(B, T), cliprange=0)
-    with pytest.raises(ValueError, match=r"advantages must have shape \(5, 7\), got \(5,\)"):
-        ppo_clip_loss(leaves["hidden"], leaves["weight"], targets, torch.zeros(B, T), torch.zeros(B))
-
-
-# -- GRPO ---------------------------------------------------------------------------------------------------------
-OPTIONS: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "everything": dict(epsilon=0.1, epsilon_high=0.28, delta=1.5, beta=0.04),
-    "delta below the clip": dict(delta=1.05),
-    "kl alone": dict(beta=0.5),
+BATCHES: dict[str, Callable[[], Case]] = {
+    "even": lambda: batch([9, 9, 9, 9]),
+    "pairs of very different length": lambda: batch([41, 2, 1, 13, 1, 30, 40, 2]),
+    "holes": lambda: batch([20, 11, 17, 30], holes=True),
+    "empty completions": lambda: batch([5, 0, 0, 0, 7, 4]),
+    "one pair": lambda: batch([33, 12], prompt=0),
+    "all masked": lambda: batch([0, 0, 0, 0]),
+    "no sequences": lambda: batch([]),
+    "no positions": lambda: batch([0, 0], prompt=0),
+    "frozen head": lambda: batch([9, 21, 14, 3], train=frozenset({"hidden"})),
+    "frozen hidden": lambda: batch([9, 21, 14, 3], train=frozenset({"weight"})),
+    "nothing trained": lambda: batch([9, 21, 14, 3], train=frozenset()),
+    "lora": lambda: batch([9, 21, 14, 3], rank=3),
+    "every option": lambda: batch([9, 21, 14, 3], rank=2, bias=True, softcap=9.0, logit_scale=1.5, temperature=0.8),
+    "clamp": lambda: batch([9, 21, 14, 3], grad_clamp=LogitGradClamp(0.04)),
+    "clamp of the gradient": lambda: batch([9, 21, 14, 3], grad_clamp=LogitGradClamp(0.001, 0.01, "gradient")),
+    "bfloat16": lambda: batch([9, 21, 14, 3], dtype=torch.bfloat16, bias=True),
+}
+ROOM = 8 * V * 4  # bytes: keeps the logits of a few rows, fewer than most pairs have
+WAYS = {  # impl, workspace, rows per chunk
+    "torch": ("torch", None, None),
+    "cpu": ("cpu", None, None),
+    "cpu, small chunks": ("cpu", None, 16),
+    "cpu, small chunks and workspace": ("cpu", ROOM, 4),
+    "torch, tiny workspace": ("torch", 1024, 5),
+    "eager": ("eager", None, None),
 }
 
 
-def grpo_truth(
-    logp: Tensor, mask: Tensor, old: Tensor | None, advantages: Tensor, ref: Tensor,
-    loss_type: str, level: str, epsilon: float = 0.2, epsilon_high: float | None = None, delta: float | None = None,
-    beta: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The lines that a GRPO trainer runs on [B, T] log-probs, and its metrics."""
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    log_ratio = logp - (logp.detach() if old is None else old)
-    if level == "sequence":
-        log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None]
-    r = log_ratio.exp()
-    low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
-    capped = r if delta is None else r.clamp(max=delta)
-    each = -torch.minimum(capped * advantages, r.clamp(low, high) * advantages)
-    kl = (ref - logp).exp() - (ref - logp) - 1
-    each = (each + beta * kl) * mask
-    total = {
-        "grpo": (each.sum(1) / mask.sum(1).clamp(min=1)).mean(),
-        "bnpo": each.sum() / mask.sum(),
-        "dr_grpo": each.sum() / (B * 11),
-        "dapo": each.sum() / mask.sum(),
-    }[loss_type]
-    is_low, is_high = (r < low) & (advantages < 0), (r > high) & (advantages > 0)
-    found = {"kl": kl, "clip_ratio/low_mean": is_low, "clip_ratio/high_mean": is_high}
-    found["clip_ratio/region_mean"] = is_low | is_high
-    return total, {name: ((x * mask).sum() / mask.sum()).detach().double() for name, x in found.items()}
+@pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
+def way(request, monkeypatch) -> dict[str, Any]:
+    impl, workspace, chunk = request.param
+    if chunk is not None:
+        small = planner.PROFILES["cpu"]._replace(max_rows=chunk, min_rows=4, tile_bytes=chunk * 64 * 4)
+        monkeypatch.setitem(planner.PROFILES, "cpu", small)
+    return dict(impl=impl, workspace=workspace)
 
 
-@pytest.mark.parametrize(("impl", "workspace"), WAYS)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-def test_grpo(loss_type: str, level: str, options: str, impl: str, workspace: int | None):
-    leaves, targets = data()
-    twins = double(leaves)
-    logp, entropy, mask = softmax(twins, targets)
-    old, ref, advantages = near(logp, 6), near(logp, 8), normal(B, seed=7)
-    out = grpo_loss(
-        leaves["hidden"], leaves["weight"], targets, old, advantages, bias=leaves["bias"], loss_type=loss_type,
-        importance_sampling_level=level, max_completion_length=11, ref_logps=ref, impl=impl, workspace=workspace,
-        **OPTIONS[options],
-    )  # fmt: skip
-    true, metrics = grpo_truth(logp, mask, old, advantages, ref, loss_type, level, **OPTIONS[options])
-    compare(out, leaves, true, twins)
-    if "beta" not in OPTIONS[options]:
-        assert "kl" not in out.metrics
-        del metrics["kl"]
-    for name, value in metrics.items():
-        check(name, out.metrics[name], value)
-    check("entropy", out.metrics["entropy"], (entropy.sum() / mask.sum()).detach())
-    check("logps", out.logps, logp.detach())
+# -- the losses, written again ------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Twin:
+    """A fused loss of a case and its formula."""
+
+    call: Callable[..., LossOutput]  # (hidden, weight, targets, **head)
+    formula: Callable[[Tensor, Tensor], Tensor]
+    metrics: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    logps: Callable[[Tensor], Tensor]
 
 
-@pytest.mark.parametrize("impl", ["eager", "cpu"])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize("per_token", [False, True])
-def test_grpo_on_policy(per_token: bool, level: str, impl: str):
-    """Without old log-probs the ratio is one and its gradient that of the log-prob; the head may be frozen."""
-    leaves, targets = data(("hidden",))
-    twins = double(leaves)
-    logp, _, mask = softmax(twins, targets)
-    advantages = normal(*((B, T) if per_token else (B,)), seed=7)
-    out = grpo_loss(
-        leaves["hidden"], leaves["weight"], targets, None, advantages, bias=leaves["bias"], loss_type="grpo",
-        importance_sampling_level=level, impl=impl,
-    )  # fmt: skip
-    true, _ = grpo_truth(logp, mask, None, advantages, logp.detach(), "grpo", level)
-    compare(out, leaves, true, twins)
+def mean(x: Tensor, of: Tensor) -> Tensor:
+    """Mean of x over the true entries of `of`, 0 where there is none."""
+    return x[of].sum() / max(int(of.sum()), 1)
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize(("loss_type", "num_items"), [("grpo", B), ("dr_grpo", B), ("dapo", 16)])
-def test_grpo_pieces_equal_the_whole(loss_type: str, num_items: int, level: str):
-    leaves, targets = data()
-    hidden, weight, bias = leaves.values()
-    old, advantages = -normal(B, T, seed=6).abs() - 4, normal(B, seed=7)
-    options: dict[str, Any] = dict(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9)
-    whole = grpo_loss(hidden, weight, targets, old, advantages, bias=bias, **options)
-    assert int((targets != -100).sum()) == 16
-    pieces = [
-        grpo_loss(hidden[r], weight, targets[r], old[r], advantages[r], bias=bias, num_items=num_items, **options).loss
-        for r in (slice(0, 2), slice(2, 3), slice(3, 5))
-    ]
-    torch.testing.assert_close(sum(pieces), whole.loss)
-    for a, b in zip(
-        torch.autograd.grad(sum(pieces), (hidden, weight, bias)),
-        torch.autograd.grad(whole.loss, (hidden, weight, bias)),
-    ):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+def token_metrics(case: Case, fields: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(
+        entropy=mean(fields["entropy"], case.mask), mean_token_accuracy=mean(fields["correct"].double(), case.mask)
+    )
+
+
+def sft(case: Case, num_items: float | None = None) -> Twin:
+    items = max(int(case.mask.sum()), 1) if num_items is None else num_items
+    return Twin(
+        lambda *args, **head: sft_loss(*args, num_items=num_items, **head),
+        lambda logp, entropy: -logp.sum() / items,
+        lambda fields: token_metrics(case, fields),
+        lambda logp: logp,
+    )
+
+
+def class_metrics(case: Case, fields: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    metrics = token_metrics(case, fields)
+    for word, rows in (("chosen", chosen), ("rejected", ~chosen)):
+        metrics[f"logps/{word}"] = mean(fields["logp"].sum(1), rows)
+        metrics[f"logits/{word}"] = mean(fields["mean_logit"], case.mask & rows[:, None])
+    return metrics
+
+
+def dpo(case: Case, *, beta=0.1, loss_type="sigmoid", label_smoothing=0.0, num_items: Any = None, seed=5) -> Twin:
+    B = len(case.targets)
+    P, e = B // 2, label_smoothing
+    ref = torch.randn(B, generator=torch.Generator().manual_seed(seed)) * 3 - 5.0 * case.mask.sum(1)
+    items = max(P, 1) if num_items is None else float(num_items)
+    counts = case.mask.sum(1).clamp(min=1).double()
+
+    def formula(logp: Tensor, entropy: Tensor) -> Tensor:
+        ratio = logp.sum(1) - ref.to(logp.dtype)
+        z = beta * (ratio[:P] - ratio[P:])
+        if loss_type == "hinge":
+            return (1 - z).clamp(min=0).sum() / items
+        if loss_type == "ipo":
+            average = ratio / counts
+            return ((average[:P] - average[P:] - 0.5 / beta) ** 2).sum() / items
+        good, bad = softplus(-z), softplus(z)
+        if loss_type == "robust":
+            return ((1 - e) * good - e * bad).sum() / (1 - 2 * e) / items
+        return ((1 - e) * good + e * bad).sum() / items
+
+    def metrics(fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        rewards = beta * (fields["logp"].sum(1) - ref.to(fields["logp"].dtype))
+        every, half = torch.ones(P, dtype=torch.bool), torch.arange(B) < P
+        return class_metrics(case, fields, half) | {
+            "rewards/chosen": mean(rewards[:P], every),
+            "rewards/rejected": mean(rewards[P:], every),
+            "rewards/margins": mean(rewards[:P] - rewards[P:], every),
+            "rewards/accuracies": mean((rewards[:P] > rewards[P:]).double(), every),
+        }
+
+    hyper = dict(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, num_items=num_items)
+    return Twin(lambda *args, **head: dpo_loss(*args, ref, **hyper, **head), formula, metrics, lambda logp: logp.sum(1))
+
+
+def kto(case: Case) -> Twin:
+    B, beta, kl = len(case.targets), 0.2, 0.7
+    near = torch.nan_to_num(linear_logprobs(**case.tensors_for_call(), impl="eager").logp).sum(1)
+    ref = near + 4 * torch.randn(B, generator=torch.Generator().manual_seed(4))
+    good = torch.arange(B) % 3 == 0
+
+    def formula(logp: Tensor, entropy: Tensor) -> Tensor:
+        z = beta * (logp.sum(1) - ref - kl)
+        return torch.where(good, 1.3 * (1 - torch.sigmoid(z)), 0.6 * (1 - torch.sigmoid(-z))).sum() / max(B, 1)
+
+    def metrics(fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        rewards = beta * (fields["logp"].sum(1) - ref)
+        chosen, rejected = mean(rewards, good), mean(rewards, ~good)
+        return class_metrics(case, fields, good) | {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "count/chosen": good.sum().double(),
+            "count/rejected": (~good).sum().double(),
+            "kl": torch.tensor(kl if B else torch.nan, dtype=torch.float64),
+        }
+
+    weights = dict(desirable_weight=1.3, undesirable_weight=0.6)
+    return Twin(
+        lambda *args, **head: kto_loss(*args, ref, good, kl, beta=beta, **weights, **head),
+        formula,
+        metrics,
+        lambda logp: logp.sum(1),
+    )
+
+
+def ppo(case: Case, entropy_coef: float = 0.0) -> Twin:
+    rng = torch.Generator().manual_seed(3)
+    advantages = torch.randn(case.targets.shape, generator=rng)
+    with torch.no_grad():
+        near = linear_logprobs(**case.tensors_for_call(), impl="eager").logp
+    old = near + 0.3 * torch.randn(case.targets.shape, generator=rng)
+    items, clip = max(int(case.mask.sum()), 1), 0.2
+
+    def formula(logp: Tensor, entropy: Tensor) -> Tensor:
+        ratio = (logp - old).exp()
+        gain = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) + entropy_coef * entropy
+        return -gain[case.mask].sum() / items
+
+    def metrics(fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        log_ratio = fields["logp"] - old
+        ratio = log_ratio.exp()
+        lost = ratio.clamp(1 - clip, 1 + clip) * advantages < ratio * advantages
+        return token_metrics(case, fields) | {
+            "policy/approxkl_avg": mean(0.5 * log_ratio**2, case.mask),
+            "policy/clipfrac_avg": mean(lost.double(), case.mask),
+            "val/ratio": mean(ratio, case.mask),
+        }
+
+    return Twin(
+        lambda *args, **head: ppo_clip_loss(*args, old, advantages, cliprange=clip, entropy_coef=entropy_coef, **head),
+        formula,
+        metrics,
+        lambda logp: logp,
+    )
+
+
+def grpo(case: Case, *, loss_type="dapo", level="token", beta=0.0, delta=None, on_policy=False) -> Twin:
+    rng = torch.Generator().manual_seed(3)
+    B, _ = case.targets.shape
+    advantages = torch.randn(B, generator=rng)
+    near = linear_logprobs(**case.tensors_for_call(), impl="eager").logp
+    old, ref = (near + 0.3 * torch.randn(case.targets.shape, generator=rng) for _ in range(2))
+    low, high, longest = 0.2, 0.3, 50
+    mask, lengths = case.mask, case.mask.sum(1, keepdim=True).clamp(min=1)
+
+    def ratios(logp: Tensor) -> Tensor:
+        log_ratio = torch.where(mask, logp - (logp.detach() if on_policy else old), 0.0)
+        if level == "sequence":
+            log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand(mask.shape)
+        return log_ratio.exp()
+
+    def kl(logp: Tensor) -> Tensor:
+        return (ref - logp).exp() - (ref - logp) - 1
+
+    def formula(logp: Tensor, entropy: Tensor) -> Tensor:
+        ratio, A = ratios(logp), advantages[:, None]
+        capped = ratio if delta is None else torch.clamp(ratio, max=delta)
+        token = -torch.min(capped * A, ratio.clamp(1 - low, 1 + high) * A) + (beta * kl(logp) if beta else 0.0)
+        token = torch.where(mask, token, 0.0)
+        if loss_type == "grpo":
+            return (token.sum(1) / lengths[:, 0]).sum() / max(B, 1)
+        return token.sum() / (max(B, 1) * longest if loss_type == "dr_grpo" else max(int(mask.sum()), 1))
+
+    def metrics(fields: dict[str, Tensor]) -> dict[str, Tensor]:
+        ratio, A = ratios(fields["logp"]), advantages[:, None].expand(mask.shape)
+        below, above = (ratio < 1 - low) & (A < 0), (ratio > 1 + high) & (A > 0)
+        found = {"low_mean": below, "high_mean": above, "region_mean": below | above}
+        out = token_metrics(case, fields) | {f"clip_ratio/{k}": mean(v.double(), mask) for k, v in found.items()}
+        return out | ({"kl": mean(kl(fields["logp"]), mask)} if beta else {})
+
+    hyper = dict(loss_type=loss_type, importance_sampling_level=level, beta=beta, delta=delta, epsilon=low)
+    hyper |= dict(epsilon_high=high, ref_logps=ref, max_completion_length=longest)
+    return Twin(
+        lambda *args, **head: grpo_loss(*args, None if on_policy else old, advantages, **hyper, **head),
+        formula,
+        metrics,
+        lambda logp: logp,
+    )
+
+
+def verify(case: Case, twin: Twin, way: dict[str, Any], factor: float = 1.0) -> None:
+    """Value, metrics, log-probs and gradients of the fused loss times `factor`."""
+    leaves = case.leaves()
+    out = twin.call(leaves["hidden"], leaves["weight"], case.targets, **case.keywords(leaves), **way)
+    value, true = loss_truth(case, lambda *x: factor * twin.formula(*x))
+    eager_value, eager = loss_truth(case, lambda *x: factor * twin.formula(*x), None) if case.narrow else (None, None)
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    grads = {}
+    if wanted:
+        grads = dict(zip(wanted, torch.autograd.grad(factor * out.loss, list(wanted.values()))))
+    assert out.loss.shape == () and not out.logps.requires_grad
+    assert not any(x.requires_grad for x in out.metrics.values())
+    logp = linear_logprobs(**case.tensors_for_call(), **way)
+    judge(case, Result(logp._asdict(), grads), true, eager)
+    size = 1.0 + float(true.fields["logp"].sum(-1).abs().amax()) if true.fields["logp"].numel() else 1.0
+    check("loss", factor * out.loss.detach(), value, eager_value, scale=size)
+    twins = None if eager is None else eager.fields
+    for_eager = None if twins is None else twin.logps(twins["logp"])
+    check("logps", out.logps, twin.logps(true.fields["logp"]), for_eager, scale=size)
+    metrics = twin.metrics(true.fields)
+    eager_metrics = None if twins is None else twin.metrics(twins)
+    assert set(out.metrics) == set(metrics)
+    for name, got in out.metrics.items():
+        assert got.shape == (), name
+        if eager_metrics is not None and ("accura" in name or "clip" in name):
+            continue  # counts of comparisons that rounding to bfloat16 may turn around
+        twin_metric = None if eager_metrics is None else eager_metrics[name].double()
+        check(name, got.detach().float(), metrics[name].double(), twin_metric, scale=size)
+
+
+# -- tests --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", BATCHES)
+def test_sft(name: str, way: dict):
+    case = BATCHES[name]()
+    verify(case, sft(case), way)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "hyper",
     [
-        (dict(loss_type="luspo"), "loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'luspo'"),
-        (dict(importance_sampling_level="word"), "importance_sampling_level must be token or sequence, got 'word'"),
-        (dict(epsilon=-0.1), "epsilon and epsilon_high must not be negative, got -0.1 and -0.1"),
-        (dict(delta=0.0), "delta must be above 0 or None, got 0.0"),
-        (dict(beta=0.04), r"beta=0.04 needs ref_logps \[B, T\]"),
-        (dict(loss_type="dr_grpo"), "needs max_completion_length above 0, got None"),
-        (dict(old_logps=torch.zeros(B)), r"old_logps must have shape \(5, 7\), got \(5,\)"),
-        (dict(advantages=torch.zeros(T)), r"advantages must have shape \(5, 7\) or \(5,\), got \(7,\)"),
-        (dict(beta=0.1, ref_logps=torch.zeros(B, 2)), r"ref_logps must have shape \(5, 7\), got \(5, 2\)"),
+        {},
+        dict(beta=0.5, label_smoothing=0.2),
+        dict(loss_type="hinge"),
+        dict(loss_type="ipo", beta=0.3),
+        dict(loss_type="robust", label_smoothing=0.3),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", BATCHES)
+def test_dpo(name: str, hyper: dict, way: dict):
+    case = BATCHES[name]()
+    verify(case, dpo(case, **hyper), way)
+
+
+@pytest.mark.parametrize("loss", [kto, ppo, lambda case: ppo(case, 0.1)], ids=["kto", "ppo", "ppo with entropy"])
+@pytest.mark.parametrize("name", [name for name in BATCHES if not name.startswith("no ")])
+def test_other_losses(name: str, loss: Callable, way: dict):
+    case = BATCHES[name]()
+    verify(case, loss(case), way)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("hyper", [{}, dict(beta=0.1, delta=1.5), dict(on_policy=True)], ids=str)
+@pytest.mark.parametrize("name", ["empty completions", "every option"])
+def test_grpo(name: str, hyper: dict, level: str, loss_type: str, way: dict):
+    case = BATCHES[name]()
+    verify(case, grpo(case, loss_type=loss_type, level=level, **hyper), way)
+
+
+def test_chunks_cut_between_pairs(way: dict):
+    """The small chunks of the ways above do cut the batch, and a pair too long for the workspace is made again."""
+    if way["impl"] == "eager":
+        return
+    case = BATCHES["pairs of very different length"]()
+    leaves = case.leaves()
+    plan = explain(leaves["hidden"], leaves["weight"], case.targets, loss="dpo", **way)
+    if planner.PROFILES["cpu"].max_rows < 1024:
+        assert plan.chunk_rows < 43 < plan.rows
+        assert plan.schedule == ("recompute" if way["workspace"] else "one pass")
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0, -2.5])
+@pytest.mark.parametrize("name", ["holes", "lora", "bfloat16"])
+def test_upstream_factor(name: str, factor: float, way: dict):
+    case = BATCHES[name]()
+    verify(case, sft(case), way, factor)
+    verify(case, dpo(case), way, factor)
+
+
+@pytest.mark.parametrize("items", [3, 0.5, torch.tensor(7), torch.tensor(2.5, dtype=torch.float64)], ids=str)
+def test_num_items(items: Any, way: dict):
+    case = BATCHES["holes"]()
+    verify(case, dpo(case, num_items=items), way)
+    verify(case, sft(case, num_items=items), way)
+
+
+def test_micro_batches_add_up_to_one_batch(way: dict):
+    """With one normaliser for the window, accumulation equals the whole batch."""
+    case = BATCHES["pairs of very different length"]()
+    ref = torch.full((8,), -60.0)
+    P = 4
+
+    def gradient(pairs: list[int]) -> Tensor:
+        rows = torch.tensor(pairs + [p + P for p in pairs])
+        weight = case.leaves()["weight"]
+        hidden = case.tensors["hidden"][rows]
+        dpo_loss(hidden, weight, case.targets[rows], ref[rows], num_items=P, **way).loss.backward()
+        assert weight.grad is not None
+        return weight.grad
+
+    whole = gradient([0, 1, 2, 3])
+    parts = gradient([0]) + gradient([3, 1]) + gradient([2])
+    check("accumulated gradient of weight", parts, whole.double())
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_a_long_completion_is_summed_without_loss(impl: str):
+    """The sum of 3000 log-probs of about -6 is known to a unit in the last place of float32, 2e-3."""
+    case = batch([3000, 2800], prompt=0)
+    value, _ = loss_truth(case, lambda logp, _: (logp.sum(1) * torch.tensor([1.0, -1.0], dtype=logp.dtype)).sum())
+    args = case.tensors["hidden"], case.tensors["weight"], case.targets
+    out = dpo_loss(*args, torch.zeros(2), beta=1.0, impl=impl)
+    assert abs(float(out.metrics["rewards/margins"] - value)) < 2e-3
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_a_second_backward_is_refused(impl: str, retain: bool):
+    case = BATCHES["holes"]()
+    leaves = case.leaves()
+    out = sft_loss(leaves["hidden"], leaves["weight"], case.targets, impl=impl)
+    out.loss.backward(retain_graph=retain)
+    with pytest.raises(RuntimeError, match=r"handed out already.*Call the loss again"):
+        out.loss.backward()
+
+
+@pytest.mark.parametrize("upstream", ["constant", "dependent"])
+@pytest.mark.parametrize("loss", ["sft", "dpo", "linear_logprobs"])
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+def test_a_double_backward_is_refused(impl: str, loss: str, upstream: str):
+    """First gradients may be asked for with create_graph; differentiating them again says what to do."""
+    case = BATCHES["even"]()
+    case.tensors["hidden"].nan_to_num_()
+    leaves = case.leaves()
+    args = leaves["hidden"], leaves["weight"], case.targets
+    if loss == "sft":
+        y = sft_loss(*args, impl=impl).loss
+    elif loss == "dpo":
+        y = dpo_loss(*args, torch.zeros(4), impl=impl).loss
+    else:
+        y = linear_logprobs(*args, impl=impl).logp.sum()
+    y = y if upstream == "constant" else y**2
+    (grad,) = torch.autograd.grad(y, leaves["hidden"], create_graph=True)
+    plain = sft_loss(*args, impl="eager").loss  # a penalty is added to a loss: the graph has another way to the leaves
+    with pytest.raises(RuntimeError, match=r'differentiate.* twice.*impl="eager"'):
+        (plain + grad.pow(2).sum()).backward()
+
+
+def test_a_double_backward_works_on_the_eager_path():
+    case = BATCHES["even"]()
+    case.tensors["hidden"].nan_to_num_()
+    leaves = {name: x.double() for name, x in case.leaves().items()}
+    y = linear_logprobs(leaves["hidden"], leaves["weight"], case.targets, impl="eager").logp.sum()
+    (grad,) = torch.autograd.grad(y, leaves["hidden"], create_graph=True)
+    (second,) = torch.autograd.grad(grad.pow(2).sum(), leaves["hidden"])
+    assert second.abs().max() > 0
+
+
+WRONG = [
+    (dict(targets=torch.zeros(3, 4, dtype=torch.int64), hidden=torch.zeros(3, 4, 5)), r"2P, T.* got shape \(3, 4\)"),
+    (dict(targets=torch.zeros(4, dtype=torch.int64), hidden=torch.zeros(4, 5)), r"2P, T.* got shape \(4,\)"),
+    (dict(loss_type="sigmoyd"), "loss_type must be one of sigmoid, .*got 'sigmoyd'"),
+    (dict(beta=0.0), "beta must be above 0, got 0.0"),
+    (dict(beta=float("nan")), "beta must be above 0, got nan"),
+    (dict(beta=float("inf")), "beta must be .*got inf"),
+    (dict(label_smoothing=0.5), r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
+    (dict(label_smoothing=-0.1), "label_smoothing .* got -0.1"),
+    (dict(ref_logps=torch.zeros(3)), r"ref_logps must have shape \(4,\), got \(3,\)"),
+    (dict(ref_logps=torch.zeros(4, 4)), r"ref_logps must have shape \(4,\), got \(4, 4\)"),
+    (dict(targets=torch.full((4, 4), 7)), r"targets must lie in \[0, 7\) or be ignore_index, got 7"),
+    (dict(softcap=-2.0), "softcap .* got -2.0"),
+    (dict(impl="cutlass"), "got 'cutlass'"),
+]
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpu", "eager"])
+@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_arguments_are_named(wrong: dict, message: str, impl: str):
+    names: dict = dict(hidden=torch.zeros(4, 4, 5), weight=torch.zeros(7, 5), ref_logps=torch.zeros(4), impl=impl)
+    names["targets"] = torch.zeros(4, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=message):
+        dpo_loss(**(names | wrong))
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    case = BATCHES["holes"]()
+    args = case.tensors["hidden"], case.tensors["weight"], case.targets, torch.zeros(4)
+    plain = dpo_loss(*args, beta=0.5, label_smoothing=0.25).loss
+    assert torch.equal(plain, dpo_loss(*args, beta=np.float64(0.5), label_smoothing=np.float32(0.25)).loss)
+    assert torch.equal(plain, dpo_loss(*args, beta=torch.tensor(0.5), label_smoothing=0.25).loss)  # type: ignore
+
+
+# -- sums over sequences ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("average", [False, True])
+def test_sequence_logprobs(average: bool):
+    case = BATCHES["empty completions"]()
+    rng = torch.Generator().manual_seed(1)
+    logps = torch.randn(case.targets.shape, generator=rng).requires_grad_()
+    g = torch.randn(len(case.targets), generator=rng)
+    counts = case.mask.sum(1).clamp(min=1) if average else torch.ones(len(case.targets))
+    expected = torch.stack([row[keep].double().sum() for row, keep in zip(logps, case.mask)]) / counts
+    rows = sequence_logprobs(logps, case.targets, average=average)
+    check("sums", rows, expected)
+    (grad,) = torch.autograd.grad(rows, logps, g)
+    check("gradient", grad, torch.where(case.mask, (g / counts).double()[:, None], 0.0))
+
+    edges = torch.arange(len(case.targets) + 1) * case.targets.shape[1]
+    packed = sequence_logprobs(logps.reshape(-1), case.targets.reshape(-1), cu_seqlens=edges, average=average)
+    check("sums of packed rows", packed, expected)
+
+    short = logps[case.mask]
+    edges = torch.cat((torch.zeros(1, dtype=torch.int32), case.mask.sum(1).cumsum(0).int()))
+    check("sums without targets", sequence_logprobs(short, cu_seqlens=edges, average=average), expected)
+    other = case.targets.masked_fill(~case.mask, 9999)
+    check("sums", sequence_logprobs(logps, other, average=average, ignore_index=9999), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (dict(targets=torch.zeros(2, 3, dtype=torch.int64)), r"targets \(2, 3\) .* logps \(2, 4\)"),
+        (dict(logps=torch.zeros(4)), r"must be \[B, T\] unless cu_seqlens is given, got shape \(4,\)"),
+        (
+            dict(logps=torch.zeros(4), cu_seqlens=torch.tensor([0, 2, 5])),
+            r"\[0\] .. \[5\] for logps of shape \(4,\)",
+        ),
+        (dict(cu_seqlens=torch.tensor([0, 8])), r"got \[0\] .. \[8\] for logps of shape \(2, 4\)"),
+        (dict(logps=torch.zeros(4), cu_seqlens=torch.tensor([1, 2, 5])), r"cu_seqlens must rise from 0 .*got \[1\]"),
+        (dict(logps=torch.zeros(4), cu_seqlens=torch.tensor([0, 5, 4])), "cu_seqlens must rise"),
     ],
 )
-def test_grpo_refuses(options: dict[str, Any], message: str):
-    leaves, targets = data()
-    options = {"old_logps": None, "advantages": torch.zeros(B)} | options
+def test_sequence_logprobs_names_what_does_not_fit(names: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        grpo_loss(leaves["hidden"], leaves["weight"], targets, **options)
+        sequence_logprobs(**(dict(logps=torch.zeros(2, 4)) | names))
