@@ -281,7 +281,8 @@ INLINE void backward_into(T* out, const Logits& in, const Gradient& grad, int64_
   if (here) {
     double d = state.target - state.max, log_p = d - log(state.sum), p = exp(log_p);
     at_target = -g * expm1(log_p);
-    if (p > grad.prob_above) at_target = fmax(-limit, fmin(limit, at_target));
+    if (p > grad.prob_above || grad.prob_above == 0)  // fmin and fmax would drop a NaN
+      at_target = at_target > limit ? limit : at_target < -limit ? -limit : at_target;
     if (grad.g_entropy) at_target -= g_entropy * p * (d - mean_x);
     at_target *= block.chain * (slope ? double(slope[target]) : 1.0);
   }

@@ -28,7 +28,7 @@ class ClampLogitGrad(torch.autograd.Function):
         g = torch.where(largest == 0, 0.0, grad.gather(1, index) / torch.where(largest == 0, 1.0, largest))
         limit, above, units = ctx.clamp
         clipped = g * r.clamp(-limit, limit) if units == "residual" else (g * r).clamp(-limit, limit)
-        return torch.where(p > above, clipped, grad), None, None
+        return torch.where(p > above, clipped, grad) if above else clipped, None, None
 
 
 def logits_of(head: Head, settings: Settings) -> Tensor:

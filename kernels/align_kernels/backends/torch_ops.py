@@ -30,8 +30,9 @@ def _transform(
     inverse = 1.0 / (temperature.to(dtype)[:, None] if isinstance(temperature, Tensor) else temperature)
     if softcap is None:
         return l * (scale * inverse), scale * inverse
-    t = torch.tanh(l * (scale / softcap))
-    return softcap * t * inverse, (1 - t * t) * (scale * inverse)
+    u = l * (scale / softcap)
+    e = torch.exp(-2 * u.abs())  # the slope 1 - tanh^2 without cancellation
+    return softcap * torch.tanh(u) * inverse, 4 * e / (1 + e) ** 2 * (scale * inverse)
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:
@@ -118,7 +119,7 @@ def backward(
     else:
         limit, prob_above, units = clamp
         clipped = g * r.clamp(-limit, limit) if units == "residual" else (g * r).clamp(-limit, limit)
-        d = torch.where(p > prob_above, clipped, g * r)
+        d = torch.where(p > prob_above, clipped, g * r) if prob_above else clipped
     if g_entropy is not None:
         entropy = (log_sum - state[:, 2] / state[:, 1]).to(dtype)[:, None]
         d = d - g_entropy.to(dtype)[:, None] * p * (log_p.clamp(min=-1e30) + entropy)
