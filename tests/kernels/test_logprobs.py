@@ -182,6 +182,17 @@ def test_clamp(clamp: LogitGradClamp, head: str, impl: str, workspace: int | Non
     verify(case, impl, which, workspace=workspace)
 
 
+@pytest.mark.parametrize(("impl", "workspace"), WAYS)
+@pytest.mark.parametrize("units", ["residual", "gradient"])
+def test_clamp_reaches_a_target_whose_probability_underflows(units: str, impl: str, workspace: int | None):
+    """`prob_above=0` means every entry, and this one most of all."""
+    case = make((9,), 64, 3, masked=0.0, grad_clamp=LogitGradClamp(0.01, units=units))
+    case.tensors |= dict(hidden=torch.ones(9, 3), weight=torch.zeros(64, 3))
+    case.tensors["weight"][7] = 400.0
+    case.targets[:] = torch.arange(9)
+    verify(case, impl, "logp", workspace=workspace)
+
+
 HALF = torch.bfloat16, torch.float16
 PAIRS = [(x, x) for x in (*HALF, torch.float64)] + [
     (torch.bfloat16, torch.float32),
@@ -267,6 +278,18 @@ def test_nan_is_never_swallowed(column: int, impl: str):
     out = linear_logprobs(case.tensors["hidden"], case.tensors["weight"], case.targets, impl=impl)
     for name in FIELDS[:-1]:
         assert out._asdict()[name].isnan().all(), name
+
+
+@pytest.mark.parametrize(("impl", "workspace"), WAYS)
+@pytest.mark.parametrize("clamp", [None, LogitGradClamp(0.1), LogitGradClamp(0.1, 0.01, "gradient")], ids=str)
+def test_a_nan_coefficient_is_never_swallowed(clamp: LogitGradClamp | None, impl: str, workspace: int | None):
+    case = make((6,), masked=0.0, grad_clamp=clamp)
+    g = torch.ones(6)
+    g[2] = torch.nan
+    grads = run(case, g, None, impl=impl, workspace=workspace).grads
+    assert grads["weight"].isnan().all()
+    assert grads["hidden"].isnan().any(1).tolist() == [False, False, True, False, False, False]
+    assert grads["hidden"][2].isnan().all()
 
 
 @pytest.mark.parametrize(("impl", "workspace"), WAYS)
