@@ -74,6 +74,7 @@ def plan(
     workspace: int | None,
     needs_input: bool,
     needs_head: bool,
+    needs_weight: bool,
     late: bool,
     scale_free: bool = True,
     largest_unit: int = 1,
@@ -86,6 +87,7 @@ def plan(
         device: "cpu" or "cuda" (other devices are treated as "cuda").
         workspace: limit in bytes; None takes the device's default.
         needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.
+        needs_weight: whether the weight does; a bias costs no GEMM and a LoRA two of its rank.
         late: g = dL/dlogp arrives after the forward has returned (log-probs handed to any loss).
         scale_free: the gradient is g times something that does not depend on g (no clamp in gradient units).
         largest_unit: rows of the longest token, sequence, pair or batch at which the loss may be cut.
@@ -105,7 +107,7 @@ def plan(
 
     if not (needs_input or needs_head):
         return make("forward", profile.max_rows, 1, "nothing needs a gradient")
-    once = 1 + needs_input + needs_head  # GEMMs when no logits are made twice
+    once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
     room = limit // per_row  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)

@@ -122,6 +122,7 @@ class Runner:
             workspace=settings.workspace,
             needs_input=needs.hidden,
             needs_head=needs.head,
+            needs_weight=needs.weight,
             late=late,
             scale_free=settings.clamp is None or settings.clamp.units == "residual",
             largest_unit=largest_unit,
