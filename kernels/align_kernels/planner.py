@@ -99,7 +99,7 @@ def plan(
     def make(schedule: str, chunk: int, passes: int, why: str) -> Plan:
         chunk = max(min(chunk, rows), 1)
         kept = chunk * per_row if schedule in ("one pass", "frozen", "keep") else 0
-        columns = min(profile.tile_bytes, max(limit - kept, limit // 8)) // (chunk * itemsize)
+        columns = min(profile.tile_bytes, max(limit - kept, limit // 16)) // (chunk * itemsize)
         tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
         # the gradient of logits that are there for this pass alone takes their place; others need a tile beside
         scratch = 0 if schedule in ("one pass", "frozen") else chunk * tile * itemsize
@@ -117,7 +117,7 @@ def plan(
     size = f"{rows * per_row / MIB:.0f} MiB of logits"
     if late and scale_free and wide_enough and not needs_head:
         return make("frozen", chunk, once, "the head is frozen, so dX is kept without its factor g")
-    if late and rows <= room:
+    if late and rows * per_row <= limit - limit // 16:  # the rest holds the gradient of a tile
         return make("keep", rows, once, f"{size} fit and wait for g")
     if late:
         why = f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"
