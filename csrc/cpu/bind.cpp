@@ -49,6 +49,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("g_entropy"), py::arg("limit"), py::arg("prob_above"), py::arg("limit_is_residual"), py::arg("out"),
       py::arg("dtype"), py::arg("stride"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
+  m.def(
+      "peaks",
+      [](const Logits& logits, uintptr_t state, uintptr_t rows, int64_t count, uintptr_t out, int threads) {
+        peaks(logits, Peaks{at<State>(state), at<int64_t>(rows), count, at<float>(out)}, threads);
+      },
+      "Write the largest log-prob of each column over some rows.", py::arg("logits"), py::arg("state"), py::arg("rows"),
+      py::arg("count"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
   m.def("isa", &isa_name, "The instruction set in use.");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
         "Use this instruction set in the whole process. ValueError unless it is one of available_isas().");

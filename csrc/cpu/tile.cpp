@@ -134,6 +134,16 @@ bool check(const Logits& in, const Gradient& grad, int threads) {
   return true;
 }
 
+bool check(const Logits& in, const Peaks& peaks, int threads) {
+  require(peaks.count >= 1, "rows must name at least one row, got ", peaks.count);
+  if (!check(in, peaks.state, threads)) return false;
+  check_pointer("out", peaks.out, 4);
+  check_pointer("rows", peaks.rows, 8);
+  for (int64_t i = 0; i < peaks.count; i++)
+    require(peaks.rows[i] >= 0 && peaks.rows[i] < in.rows, "rows must lie in [0, ", in.rows, "), got ", peaks.rows[i]);
+  return true;
+}
+
 // -- the state -------------------------------------------------------------------------------------------------------
 void rescale(State& state, double max) {
   if (state.max == max || state.sum == 0) return;  // an empty sum has no max to shift
@@ -203,6 +213,17 @@ void backward(const Logits& in, const Gradient& grad, int threads) {
     FlushDenormals guard;
     const int64_t begin = item % blocks * kBlock;
     isa.backward(in, grad, item / blocks, begin, std::min(in.cols, begin + kBlock));
+  }
+}
+
+void peaks(const Logits& in, const Peaks& peaks, int threads) {
+  if (!check(in, peaks, threads)) return;
+  const Isa& isa = *chosen().load();
+  const int64_t blocks = blocks_of(in);
+#pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
+  for (int64_t block = 0; block < blocks; block++) {
+    FlushDenormals guard;
+    isa.peaks(in, peaks, block * kBlock, std::min(in.cols, (block + 1) * kBlock));
   }
 }
 

@@ -1,4 +1,4 @@
-// The two primitives on a tile of logits. No torch header: raw pointers and sizes, checked in tile.cpp.
+// The primitives on a tile of logits. No torch header: raw pointers and sizes, checked in tile.cpp.
 //
 //   logit = softcap(scale * (z + bias)) / temperature        softcap(x) = cap * tanh(x / cap), or x when cap is 0
 #pragma once
@@ -49,11 +49,20 @@ struct Gradient {
 // Columns of one work item: its scratch stays in the first-level cache, and no sum depends on the number of threads.
 constexpr int64_t kBlock = 2048;
 
-// One instruction set: both primitives on columns begin .. end (at most kBlock) of one row.
+// Largest log-probs of columns over some rows.
+struct Peaks {
+  const State* state;   // [logits' rows], finished over the whole vocabulary
+  const int64_t* rows;  // [count]
+  int64_t count;
+  float* out;  // [cols]
+};
+
+// One instruction set: the primitives on columns begin .. end (at most kBlock), of one row or of the rows of `Peaks`.
 struct Isa {
   const char* name;
   State (*forward)(const Logits&, int64_t row, int64_t begin, int64_t end);
   void (*backward)(const Logits&, const Gradient&, int64_t row, int64_t begin, int64_t end);
+  void (*peaks)(const Logits&, const Peaks&, int64_t begin, int64_t end);
 };
 
 extern const Isa baseline_isa;
@@ -64,6 +73,7 @@ extern const Isa avx2_isa, avx512_isa;
 // All of these raise std::invalid_argument.
 void forward(const Logits&, State* state, int threads);
 void backward(const Logits&, const Gradient&, int threads);
+void peaks(const Logits&, const Peaks&, int threads);
 const char* isa_name();
 void set_isa(const char* name);
 const Isa* const* available_isas();  // ascending, ends with null

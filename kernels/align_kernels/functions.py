@@ -15,6 +15,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from align_kernels import compaction
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.losses.registry import LOSSES, Loss
@@ -115,16 +116,17 @@ def logprobs_forward(
     lora_B: Tensor | None,
     settings: str,
 ) -> tuple[Tensor, ...]:
-    """The six fields [N], then what the backward needs: kept rows, their states, and logits or unscaled dX."""
+    """The six fields [N], then what the backward needs: kept rows, their states, and logits or unscaled dX, with the
+    layout of compacted logits."""
     head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
     options, needs = decode_settings(settings)
     kept = keep_rows(targets, options.ignore_index)
     run = Runner(head, options, needs, kept, late=True)
     check_rows(targets[kept], None if temperature is None else temperature[kept], run.vocab)
-    states, saved = [], []
+    states, saved, held = [], [], []
     for chunk in run.chunks(0, len(kept)):
         n = len(chunk.targets)
-        store = run.store(n) if run.plan.schedule in ("frozen", "keep") else None
+        store = run.store(n) if run.plan.schedule in ("frozen", "keep", "compaction") else None
         state = run.forward(chunk, store)
         states.append(state)
         if run.plan.schedule == "frozen":
@@ -132,16 +134,22 @@ def logprobs_forward(
             dx = run.backward(chunk, state, one, None, Grads(run), store, consume=True)
             assert dx is not None
             saved.append(dx.to(run.dtype).view(-1))
+        elif run.plan.schedule == "compaction":
+            assert store is not None
+            held.append(compaction.hold(run, chunk, state, store, held, alone=n == len(kept)))
         elif store is not None:
             saved.append(store)
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
     payload = (torch.cat(saved) if len(saved) > 1 else saved[0]) if saved else hidden.new_empty(0, dtype=run.dtype)
+    layout = kept.new_empty(0)
+    if held:
+        payload, layout = compaction.pack(held, payload)
     values = read_state(state, targets[kept], run.vocab)
     dtypes = [float_dtype(hidden)] * 5 + [torch.bool]
     fields = [scatter(v, kept, len(targets), d) for v, d in zip(values, dtypes)]
     if not (needs.hidden or needs.head):
         kept, state = kept.new_empty(0), state.new_empty(0, 8)
-    return (*fields, kept, state, payload)
+    return (*fields, kept, state, payload, layout)
 
 
 def logprobs_backward(
@@ -157,6 +165,7 @@ def logprobs_backward(
     kept: Tensor,
     state: Tensor,
     payload: Tensor,
+    layout: Tensor,
     settings: str,
 ) -> list[Tensor]:
     """Gradients of hidden, weight, bias, lora_A, lora_B; an empty tensor where none is needed."""
@@ -171,6 +180,7 @@ def logprobs_backward(
             dhidden.index_copy_(0, kept, (payload.view(-1, hidden.shape[1]) * g_logp[kept][:, None]).to(hidden.dtype))
     else:
         store = payload if run.plan.schedule == "keep" else None
+        held = compaction.unpack(payload, layout, len(weight))
         begin = 0
         for chunk in run.chunks(0, len(kept)):
             n = len(chunk.targets)
@@ -180,7 +190,7 @@ def logprobs_backward(
                 else g_logp[chunk.rows].contiguous()
             )
             h = None if g_entropy is None else g_entropy[chunk.rows].contiguous()
-            dx = run.backward(chunk, state[begin : begin + n], g, h, grads, store)
+            dx = run.backward(chunk, state[begin : begin + n], g, h, grads, store, held=next(held, None))
             if dhidden is not None and dx is not None:
                 scatter_rows(dx, chunk, dhidden)
             begin += n
@@ -342,8 +352,15 @@ def loss_forward(
     tensors = dict(zip(spec.side, side))
     for span in units.groups(capacity):
         chunks = [] if span[2] == span[3] else list(run.chunks(span[2], span[3]))
-        held = store if len(chunks) == 1 else None
-        parts = [run.forward(chunk, held) for chunk in chunks]
+        parts, held = [], []
+        logits = store if len(chunks) == 1 else None
+        for chunk in chunks:
+            if run.plan.schedule == "compaction":
+                room = run.store(len(chunk.targets))
+                parts.append(run.forward(chunk, room))
+                held.append(compaction.hold(run, chunk, parts[-1], room, held, alone=len(chunks) == 1))
+            else:
+                parts.append(run.forward(chunk, logits))
         states += parts
         state = torch.cat(parts) if parts else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
         logp, entropy = read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab)[:2]
@@ -353,10 +370,13 @@ def loss_forward(
         total += value
         sums += torch.stack([metrics[k] for k in spec.metrics]) if spec.metrics else 0
         begin = 0
+        waiting = iter(held)
         for chunk, part in zip(chunks, parts) if train else ():
             end = begin + len(part)
             h = None if g_entropy is None else g_entropy[begin:end].contiguous()
-            dx = run.backward(chunk, part, g[begin:end].contiguous(), h, grads, held, consume=True)
+            dx = run.backward(
+                chunk, part, g[begin:end].contiguous(), h, grads, logits, consume=True, held=next(waiting, None)
+            )
             if dhidden is not None and dx is not None:
                 scatter_rows(dx, chunk, dhidden)
             begin = end

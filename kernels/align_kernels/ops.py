@@ -28,16 +28,16 @@ def logprobs_op(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     settings: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return functions.logprobs_forward(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings)  # type: ignore
 
 
 @logprobs_op.register_fake
 def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
-    kept = payload = 0
+    kept = payload = layout = 0
     if any(decode_settings(settings)[1]):
         context = torch.library.get_ctx()
-        kept, payload = context.new_dynamic_size(), context.new_dynamic_size()
+        kept, payload, layout = (context.new_dynamic_size() for _ in range(3))
     head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
     fields = [hidden.new_empty(targets.shape, dtype=float_dtype(hidden)) for _ in range(5)]
     return (
@@ -46,6 +46,7 @@ def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
         hidden.new_empty(kept, dtype=torch.int64),
         hidden.new_empty((kept, 8), dtype=torch.float64),
         hidden.new_empty(payload, dtype=gemm_dtype(head)),
+        hidden.new_empty(layout, dtype=torch.int64),
     )
 
 
@@ -63,11 +64,13 @@ def logprobs_backward_op(
     kept: Tensor,
     state: Tensor,
     payload: Tensor,
+    layout: Tensor,
     settings: str,
 ) -> list[Tensor]:
     return functions.logprobs_backward(
-        g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B, kept, state, payload, settings
-    )
+        g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B,
+        kept, state, payload, layout, settings,
+    )  # fmt: skip
 
 
 def _fake_grads(hidden, weight, bias, lora_A, lora_B, settings: str) -> list[Tensor]:
@@ -80,8 +83,8 @@ def _fake_grads(hidden, weight, bias, lora_A, lora_B, settings: str) -> list[Ten
 
 
 @logprobs_backward_op.register_fake
-def _(g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B, kept, state, payload, settings):
-    return _fake_grads(hidden, weight, bias, lora_A, lora_B, settings)
+def _(g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B, *rest):
+    return _fake_grads(hidden, weight, bias, lora_A, lora_B, rest[-1])
 
 
 logprobs_op.register_autograd(

@@ -9,12 +9,19 @@ and the backward of a chunk:
     one pass     the loss closes inside a chunk: g is known while the logits are 6NVD, head frozen 4NVD
     keep         all logits fit in the workspace and wait for g                  6NVD, head frozen 4NVD
     recompute    the logits are made again when g arrives                        8NVD, head frozen 6NVD
+    compaction   the columns that carry all but drop_mass wait for g             (2 + 4d)NVD, head frozen (2 + 2d)NVD
+
+With a drop_mass, `frozen` and `one pass` compact the columns too: d is the share that is kept. Rows whose softmax is
+too flat for it take every column.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
+
+from align_kernels.compaction import BLOCK_ROWS, MOST_COLUMNS
 
 MIB = 1 << 20
 
@@ -48,6 +55,8 @@ class Plan:
     workspace: int  # bytes that the kept logits and the scratch tile take
     passes: int  # GEMMs over (rows, vocab, width)
     why: str
+    compact: bool = False  # the backward may take fewer columns: see compaction.py
+    waiting: int = 0  # bytes of the workspace for compacted blocks that wait for g
 
     @property
     def gemm_flops(self) -> int:
@@ -60,6 +69,7 @@ class Plan:
             f"backend {self.backend}, {self.rows} rows x {self.vocab} columns x {self.width}: {chunks} chunk(s) of "
             f"{self.chunk_rows} rows, tiles of {self.tile_cols} columns\n"
             f"workspace {self.workspace / MIB:.1f} MiB, GEMMs {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP"
+            + (", with column compaction less by the share of columns that peaked rows drop" if self.compact else "")
         )
 
 
@@ -78,6 +88,7 @@ def plan(
     late: bool,
     scale_free: bool = True,
     largest_unit: int = 1,
+    drop_mass: float = 0.0,
 ) -> Plan:
     """Pick the schedule.
 
@@ -91,6 +102,7 @@ def plan(
         late: g = dL/dlogp arrives after the forward has returned (log-probs handed to any loss).
         scale_free: the gradient is g times something that does not depend on g (no clamp in gradient units).
         largest_unit: rows of the longest token, sequence, pair or batch at which the loss may be cut.
+        drop_mass: probability mass per row that the backward may leave out.
     """
     profile = PROFILES.get(device, PROFILES["cuda"])
     limit = workspace or profile.workspace
@@ -98,17 +110,22 @@ def plan(
 
     def make(schedule: str, chunk: int, passes: int, why: str) -> Plan:
         chunk = max(min(chunk, rows), 1)
-        kept = chunk * per_row if schedule in ("one pass", "frozen", "keep") else 0
+        keeps = schedule in ("one pass", "frozen", "keep", "compaction")
+        kept = chunk * per_row if keeps else 0
         columns = min(profile.tile_bytes, max(limit - kept, limit // 16)) // (chunk * itemsize)
         tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
+        compact = drop_mass > 0 and schedule in ("one pass", "frozen", "compaction")
         # the gradient of logits that are there for this pass alone takes their place; others need a tile beside
-        scratch = 0 if schedule in ("one pass", "frozen") else chunk * tile * itemsize
-        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept + scratch, passes, why)
+        scratch = 0 if schedule in ("one pass", "frozen") and not compact else chunk * tile * itemsize
+        waiting = max(limit - kept - scratch, 0) if schedule == "compaction" else 0
+        kept += scratch + waiting
+        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept, passes, why, compact, waiting)
 
     if not (needs_input or needs_head):
         return make("forward", profile.max_rows, 1, "nothing needs a gradient")
     once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
-    room = limit // per_row  # rows of logits that may be kept
+    beside = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, rows)) if drop_mass > 0 else 0  # a compacted block, in rows
+    room = max(limit // per_row - beside, 0)  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)
     # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole
@@ -117,7 +134,14 @@ def plan(
     size = f"{rows * per_row / MIB:.0f} MiB of logits"
     if late and scale_free and wide_enough and not needs_head:
         return make("frozen", chunk, once, "the head is frozen, so dX is kept without its factor g")
-    if late and rows * per_row <= limit - limit // 16:  # the rest holds the gradient of a tile
+    fits = rows * per_row <= limit - limit // 16  # the rest holds the gradient of a tile
+    if drop_mass > 0 and (late or largest_unit > room):
+        # half for the chunk in flight and half for the blocks that wait, unless one chunk holds all rows
+        wait = rows if fits else min(room // 2, profile.max_rows)
+        if wait >= min(rows, profile.min_rows // 2):
+            why = f"the columns that carry all but {drop_mass:.2g} of a row's probability wait for g"
+            return make("compaction", wait, once, why)
+    if late and fits:
         return make("keep", rows, once, f"{size} fit and wait for g")
     if late:
         why = f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"

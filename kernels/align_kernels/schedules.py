@@ -6,13 +6,15 @@ Nothing here knows a loss; nothing here is differentiated: `functions.py` wraps 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align_kernels import compaction
+from align_kernels.compaction import Held, Piece
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.head import Head, Settings
 from align_kernels.planner import plan
@@ -55,6 +57,19 @@ class Chunk(NamedTuple):
         )
 
 
+class Rows(NamedTuple):
+    """Rows of a chunk and their coefficients."""
+
+    chunk: Chunk
+    state: Tensor  # (m, 8) finished
+    g: Tensor  # (m,) dL/dlogp
+    g_entropy: Tensor | None  # (m,) dL/dentropy
+
+    def select(self, index: Tensor) -> Rows:
+        h = self.g_entropy
+        return Rows(self.chunk.select(index), self.state[index], self.g[index], None if h is None else h[index])
+
+
 class Grads:
     """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to."""
 
@@ -72,8 +87,24 @@ class Grads:
         self.lora_B = like(head.lora_B, needs.lora_B)
         self.started = False
 
+    def zero(self) -> None:
+        """Begin with zeros, for gradients that do not reach every column."""
+        if not self.started:
+            for grad in (self.weight, self.bias, self.lora_A, self.lora_B):
+                if grad is not None:
+                    grad.zero_()
+            self.started = True
+
+    def add(self, grad: Tensor, columns: slice | Tensor, a: Tensor, b: Tensor) -> None:
+        """grad[columns] += a [c, m] @ b [m, D]."""
+        if isinstance(columns, slice):
+            _product(grad[columns], a, b, add=self.started)
+        else:
+            grad.index_add_(0, columns, torch.mm(a, b).to(grad.dtype))
+
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
+        self.zero()
         head, out = self.head, []
         for grad, of in (
             (self.weight, head.weight),
@@ -81,8 +112,6 @@ class Grads:
             (self.lora_A, head.lora_A),
             (self.lora_B, head.lora_B),
         ):
-            if grad is not None and not self.started:
-                grad.zero_()
             out.append(None if grad is None or of is None else grad.to(of.dtype))
         return out
 
@@ -126,10 +155,11 @@ class Runner:
             late=late,
             scale_free=settings.clamp is None or settings.clamp.units == "residual",
             largest_unit=largest_unit,
+            drop_mass=settings.drop_mass,
         )
         self._z: Tensor | None = None
         self._w: Tensor | None = None
-        self._bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
+        self.bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory that is about to be written whole."""
@@ -166,20 +196,23 @@ class Runner:
         """Room for all logits of n rows, tile after tile."""
         return self.empty(n * self.head.weight.shape[0])
 
-    def _tile_of(self, store: Tensor | None, n: int, v0: int, v1: int) -> Tensor:
+    def new_state(self, n: int) -> Tensor:
+        return torch.tensor(EMPTY_STATE, dtype=torch.float64, device=self.head.weight.device).repeat(n, 1)
+
+    def tile_of(self, store: Tensor | None, n: int, v0: int, v1: int) -> Tensor:
         if store is None:
             if self._z is None:
                 self._z = self.empty(self.plan.chunk_rows * self.plan.tile_cols)
             return self._z[: n * (v1 - v0)].view(n, v1 - v0)
         return store[n * v0 : n * v1].view(n, v1 - v0)
 
-    def _weight(self, v0: int, v1: int) -> Tensor:
-        w = self.head.weight[v0:v1]
+    def weight(self, columns: slice | Tensor) -> Tensor:
+        w = self.head.weight[columns]
         if w.dtype == self.dtype:
             return w
         if self._w is None:
             self._w = self.empty(self.plan.tile_cols, w.shape[1])
-        return self._w[: v1 - v0].copy_(w)
+        return self._w[: len(w)].copy_(w)
 
     def _logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
         torch.mm(chunk.x, w.T, out=out)
@@ -187,12 +220,12 @@ class Runner:
             out.addmm_(chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T)
         return out
 
-    def _common(self, chunk: Chunk, v0: int, v1: int) -> dict:
+    def common(self, chunk: Chunk, v0: int, v1: int) -> dict:
         t = self.settings.transform
         return dict(
             offset=self.offset + v0,
             vocab=self.vocab,
-            bias=None if self._bias is None else self._bias[v0:v1],
+            bias=None if self.bias is None else self.bias[v0:v1],
             scale=t.logit_scale,
             softcap=t.softcap,
             temperature=chunk.temperature,
@@ -202,10 +235,10 @@ class Runner:
     def forward(self, chunk: Chunk, store: Tensor | None = None) -> Tensor:
         """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
         n = len(chunk.targets)
-        state = torch.tensor(EMPTY_STATE, dtype=torch.float64, device=chunk.x.device).repeat(n, 1)
+        state = self.new_state(n)
         for v0, v1 in self.tiles():
-            z = self._logits(chunk, self._weight(v0, v1), v0, v1, self._tile_of(store, n, v0, v1))
-            self.backend.forward(z, state, chunk.targets, **self._common(chunk, v0, v1))
+            z = self._logits(chunk, self.weight(slice(v0, v1)), v0, v1, self.tile_of(store, n, v0, v1))
+            self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
         return state if self.group is None else _merge(state, self.group)
 
     def backward(
@@ -217,48 +250,79 @@ class Runner:
         grads: Grads,
         store: Tensor | None = None,
         consume: bool = False,
+        held: Held | None = None,
     ) -> Tensor | None:
         """Add this chunk's share to `grads` and return its dX [n, D] (None where hidden needs none).
 
-        Rows without a coefficient are dropped before any GEMM. Logits come from `store`, or are made again; with
-        `consume` the gradient of the logits may take their place there.
+        Rows without a coefficient are dropped before any GEMM. Logits come from `store`, or from what compaction held
+        of them, or are made again; with `consume` their gradient may take their place in `store`.
         """
-        n, live = len(g), None
-        if not bool((active := _active(g, g_entropy)).all()):
-            live = active.nonzero()[:, 0]
-            chunk, state, g = chunk.select(live), state[live], g[live]
-            g_entropy = None if g_entropy is None else g_entropy[live]
-        h, needs, clamp = self.head, self.needs, self.settings.clamp
+        rows, active = Rows(chunk, state, g, g_entropy), _active(g, g_entropy)
+        live = None if bool(active.all()) else active.nonzero()[:, 0]
+        if held is not None:
+            dx = compaction.late_backward(self, rows, active, held, grads)
+        elif self.plan.compact and store is not None:
+            dx = compaction.backward(self, rows, live, store, consume, grads)
+        else:
+            dx = self.dense(rows, live, store, consume, grads)
+        if dx is None:
+            return None
+        if self.group is not None:
+            dist.all_reduce(dx, group=self.group)
+        if live is not None and len(dx) < len(g):
+            dx = torch.zeros(len(g), dx.shape[1], dtype=dx.dtype, device=dx.device).index_copy_(0, live, dx)
+        return dx
+
+    def dense(
+        self, rows: Rows, live: Tensor | None, store: Tensor | None, consume: bool, grads: Grads
+    ) -> Tensor | None:
+        """Every column of the `live` rows [m] (None: all n that `store` holds): `grads`, and this rank's dX [m, D]."""
+        n = len(rows.g)
+        rows = rows if live is None else rows.select(live)
+        m = len(rows.g)
+
+        def pieces() -> Iterator[Piece]:
+            for v0, v1 in self.tiles() if m else ():
+                w = self.weight(slice(v0, v1)) if store is None or self.needs.hidden else None
+                if store is None:
+                    assert w is not None
+                    z = self._logits(rows.chunk, w, v0, v1, self.tile_of(None, m, v0, v1))
+                else:
+                    z = self.tile_of(store, n, v0, v1)
+                    z = z if live is None else z[live]
+                out = z if consume or store is None else self.tile_of(None, m, v0, v1)
+                yield Piece(z, out, slice(v0, v1), w, self.common(rows.chunk, v0, v1))
+
+        return self.products(rows, pieces(), grads)
+
+    def products(self, rows: Rows, pieces: Iterable[Piece], grads: Grads) -> Tensor | None:
+        """Turn raw logits into their gradient, piece by piece, and multiply: `grads` and this rank's dX [m, D]."""
+        chunk, m = rows.chunk, len(rows.g)
+        h, needs = self.head, self.needs
         acc = torch.promote_types(self.dtype, torch.float32)
-        m = len(g)
-        dx = torch.zeros(m, h.weight.shape[1], dtype=acc, device=g.device) if needs.hidden else None
+        dx = torch.zeros(m, h.weight.shape[1], dtype=acc, device=rows.g.device) if needs.hidden else None
         dxa = None
         if chunk.xa is not None and (needs.hidden or needs.lora_A):
-            dxa = torch.zeros(chunk.xa.shape, dtype=acc, device=g.device)
-        for v0, v1 in self.tiles() if m else ():
-            w = self._weight(v0, v1) if store is None or needs.hidden else None
-            if store is None:
-                assert w is not None
-                z = self._logits(chunk, w, v0, v1, self._tile_of(None, m, v0, v1))
-            else:
-                z = self._tile_of(store, n, v0, v1)
-                z = z if live is None else z[live]
-            dz = z if consume or store is None else self._tile_of(None, m, v0, v1)
+            dxa = torch.zeros(chunk.xa.shape, dtype=acc, device=rows.g.device)
+        for z, dz, columns, w, common in pieces:
             self.backend.backward(
-                z, state, chunk.targets, g, g_entropy, clamp=clamp, out=dz, **self._common(chunk, v0, v1)
+                z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz, **common
             )
             if dx is not None:
                 assert w is not None
                 _product(dx, dz, w, add=True)
+            if dxa is not None and h.lora_B is not None:
+                _product(dxa, dz, h.lora_B[columns].to(self.dtype), add=True)
             if grads.weight is not None:
-                _product(grads.weight[v0:v1], dz.T, chunk.x, add=grads.started)
+                grads.add(grads.weight, columns, dz.T, chunk.x)
+            if grads.lora_B is not None and chunk.xa is not None:
+                grads.add(grads.lora_B, columns, dz.T, chunk.xa)
             if grads.bias is not None:
                 total = dz.sum(0, dtype=grads.bias.dtype)
-                grads.bias[v0:v1] = grads.bias[v0:v1] + total if grads.started else total
-            if dxa is not None and h.lora_B is not None:
-                _product(dxa, dz, h.lora_B[v0:v1].to(self.dtype), add=True)
-            if grads.lora_B is not None and chunk.xa is not None:
-                _product(grads.lora_B[v0:v1], dz.T, chunk.xa, add=grads.started)
+                if isinstance(columns, Tensor):
+                    grads.bias.index_add_(0, columns, total)
+                else:
+                    grads.bias[columns] = grads.bias[columns] + total if grads.started else total
         if dxa is not None and h.lora_A is not None:
             dxa = dxa * self.settings.lora_scaling
             if dx is not None:
@@ -267,12 +331,6 @@ class Runner:
                 da = dxa.T @ chunk.x.to(acc)
                 grads.lora_A.copy_(grads.lora_A + da if grads.started else da)
         grads.started |= m > 0
-        if dx is None:
-            return None
-        if self.group is not None:
-            dist.all_reduce(dx, group=self.group)
-        if live is not None:
-            dx = torch.zeros(n, dx.shape[1], dtype=acc, device=dx.device).index_copy_(0, live, dx)
         return dx
 
 

@@ -1,4 +1,4 @@
-"""The two primitives in C++ (`align_kernels._C`), vectorised and threaded, for float32 and bfloat16 on the CPU.
+"""The primitives in C++ (`align_kernels._C`), vectorised and threaded, for float32 and bfloat16 on the CPU.
 
 Same signatures and state as `torch_ops`; arithmetic is float32 within a tile, the state is float64, and the result does
 not depend on the number of threads. Every argument is checked: here what a tensor knows, in C++ what its numbers say.
@@ -104,6 +104,32 @@ def backward(
         out.stride(0),
         torch.get_num_threads(),
     )
+
+
+def peaks(
+    z: Tensor,  # (n, c) float32 | bfloat16
+    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+    targets: Tensor,  # (n,) int64
+    rows: Tensor,  # (m,) int64, m >= 1 of the n
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,  # (c,) float32
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,  # (n,) float32
+    out: Tensor,  # (c,) float32
+) -> None:
+    """Write the largest log-prob of each column over some rows.
+
+    Raises:
+        ValueError: as in `forward`, no row, or one outside [0, n).
+    """
+    logits = _logits(z, targets, offset, vocab, bias, scale, softcap, temperature)
+    _check("state", state, torch.float64, (z.shape[0], 8))
+    _check("rows", rows, torch.int64, (rows.numel(),))
+    _check("out", out, torch.float32, (z.shape[1],))
+    _C.peaks(logits, state.data_ptr(), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())
 
 
 def _logits(

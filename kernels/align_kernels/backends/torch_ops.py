@@ -1,6 +1,6 @@
-"""The two primitives in plain torch operations: runs on any device and dtype.
+"""The primitives in plain torch operations: runs on any device and dtype.
 
-Both work on a tile of raw logits z [n, c], the columns `offset .. offset + c` of a vocabulary of `vocab` columns, and
+All work on a tile of raw logits z [n, c], the columns `offset .. offset + c` of a vocabulary of `vocab` columns, and
 apply the head's transform themselves: l = softcap(scale * (z + bias)) / temperature.
 
 `state` [n, 8] holds, per row, what has been seen of its softmax so far:
@@ -124,3 +124,25 @@ def backward(
         entropy = (log_sum - state[:, 2] / state[:, 1]).to(dtype)[:, None]
         d = d - g_entropy.to(dtype)[:, None] * p * (log_p.clamp(min=-1e30) + entropy)
     out.copy_(d * chain)
+
+
+def peaks(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8), finished over the whole vocabulary
+    targets: Tensor,  # (n,) int64
+    rows: Tensor,  # (m,) int64, m >= 1 of the n
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,
+    out: Tensor,  # (c,) float32
+) -> None:
+    """Write the largest log-prob of each column over some rows."""
+    del targets, offset, vocab
+    t = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    l, _ = _transform(z[rows], _compute_dtype(z), bias, scale, softcap, t)
+    lse = state[rows, 0] + state[rows, 1].log()
+    out.copy_((l - lse.to(l.dtype)[:, None]).amax(0))

@@ -1,0 +1,78 @@
+"""What column compaction gains over the dense schedules on a peaked softmax.
+
+    pytest benches/bench_compaction.py --benchmark-only -s
+
+Synthetic rows of V = 151936 columns with 24 significant ones each, p falling as k^-1.5, drawn from a popular eighth of
+the vocabulary; 512 rows, D = 896, sum of the targets' log-probs, forward and backward. Dense and compacted calls take
+turns in one run, medians are compared: the ratio and the share of GEMM FLOPs stand in `extra_info` and are printed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from align_kernels import linear_logprobs, sft_loss
+from torch.utils.flop_counter import FlopCounterMode
+
+N, D, V = 512, 896, 151936
+SIGNIFICANT, POPULAR = 24, V // 8
+ROUNDS = 5
+
+
+@pytest.fixture(scope="module")
+def peaked():
+    rng = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, D, generator=rng) / D**0.5
+    weight[POPULAR:] *= 0.4
+    likely = torch.arange(1, POPULAR + 1).float() ** -0.5  # Zipf-like: rows share some of their columns
+    columns = torch.multinomial(likely.expand(N, -1), SIGNIFICANT, generator=rng)
+    logits = 30 - 1.5 * torch.arange(1, SIGNIFICANT + 1).log()
+    w = weight[columns]  # the smallest hidden state with these logits
+    hidden = (w.mT @ torch.linalg.solve(w @ w.mT, logits.expand(N, -1)[..., None]))[..., 0]
+    choice = torch.multinomial(logits.softmax(0), N, replacement=True, generator=rng)
+    return hidden, weight, columns[torch.arange(N), choice]
+
+
+def call(peaked, schedule: str, train: bool, drop_mass: float) -> Callable[[], None]:
+    hidden, weight, targets = (x.detach() for x in peaked)
+    hidden.requires_grad_()
+    weight.requires_grad_(train)
+
+    def run() -> None:
+        if schedule == "one pass":
+            sft_loss(hidden, weight, targets, drop_mass=drop_mass).loss.backward()
+        else:
+            linear_logprobs(hidden, weight, targets, drop_mass=drop_mass).logp.sum().backward()
+        hidden.grad = weight.grad = None
+
+    return run
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["head trained", "head frozen"])
+@pytest.mark.parametrize("schedule", ["one pass", "late"])
+def test_compaction(benchmark, peaked, schedule, train):
+    calls = {tau: call(peaked, schedule, train, tau) for tau in (0.0, 2**-8, 2**-10, 2**-12)}
+    flops, seconds = {}, {tau: [] for tau in calls}
+    for tau, run in calls.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        flops[tau] = counter.get_total_flops()
+    for _ in range(ROUNDS):
+        for tau, run in calls.items():
+            start = time.process_time()  # of all threads: unlike the wall clock, little disturbed by other processes
+            run()
+            seconds[tau].append(time.process_time() - start)
+    median = {tau: statistics.median(s) for tau, s in seconds.items()}
+    for tau in calls:
+        if tau:
+            speedup, share = median[0.0] / median[tau], flops[tau] / flops[0.0]
+            benchmark.extra_info[f"drop_mass {tau}"] = {"speedup": round(speedup, 2), "flops": round(share, 3)}
+            print(
+                f"{schedule}, {'trained' if train else 'frozen'}, drop_mass {tau:.1e}: {speedup:.2f}x, {share:.0%} FLOP"
+            )
+    benchmark.group = f"{schedule}, {'head trained' if train else 'head frozen'}"
+    benchmark.pedantic(calls[2**-10], rounds=2)

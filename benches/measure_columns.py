@@ -1,0 +1,208 @@
+"""Which share of a softmax's columns do rows need that nobody tuned, and does column compaction pay there?
+
+    python benches/measure_columns.py train --minutes 8 --out model
+    python benches/measure_columns.py report --out model
+
+Trains a small Qwen2 on the Python standard library's own sources and the texts of its help (BPE of 32k, a twentieth of
+the files held out), then reports on held-out text: validation loss, entropy, the share of columns that survive per
+drop_mass, row block and band of entropy, and the time of an SFT step of the head against the exact schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+from align_kernels import compaction, linear_logprobs, sft_loss
+from align_kernels.api import needs_of, read_head
+from align_kernels.functions import keep_rows
+from align_kernels.schedules import Runner
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+VOCAB, LENGTH = 32000, 256
+ROWS = 4096
+TAUS = (2**-8, 2**-10, 2**-12)
+BLOCKS = (64, 128, 256)
+BANDS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, math.inf)
+
+
+# -- a model of real text -----------------------------------------------------------------------------------------
+def texts() -> list[str]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(p for p in root.rglob("*.py") if not {"site-packages", "lib2to3"} & set(p.parts))
+    return [p.read_text(encoding="utf-8", errors="ignore") for p in files]
+
+
+def tokens(out: Path) -> tuple[Tensor, Tensor]:
+    """Training and held-out ids; the tokenizer is trained once, on the training files."""
+    everything = texts()
+    held, rest = everything[::20], [t for i, t in enumerate(everything) if i % 20]
+    tokenizer = out / "vocab.json", out / "merges.txt"
+    if not tokenizer[0].exists():
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator(rest, vocab_size=VOCAB, min_frequency=2, special_tokens=["<end>"], show_progress=False)
+        bpe.save_model(str(out))
+    bpe = ByteLevelBPETokenizer(*map(str, tokenizer))
+
+    def encode(parts: list[str]) -> Tensor:
+        return torch.tensor([i for e in bpe.encode_batch(parts) for i in (*e.ids, 0)])
+
+    return encode(rest), encode(held)
+
+
+def train(out: Path, minutes: float) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    ids, _ = tokens(out)
+    config = Qwen2Config(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    start, step = time.perf_counter(), 0
+    while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1.0, step / 50) * (1 - done)
+        at = torch.randint(0, len(ids) - LENGTH, (4,))
+        batch = torch.stack([ids[i : i + LENGTH] for i in at.tolist()])
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=batch).last_hidden_state[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        if step % 50 == 0:
+            print(f"step {step}, {done:.0%}: loss {loss.item():.3f}", flush=True)
+    print(f"{step} steps, {step * batch.numel() / 1e6:.1f} M tokens of {len(ids) / 1e6:.1f} M")
+    model.save_pretrained(out)
+
+
+# -- what compaction finds on held-out text -----------------------------------------------------------------------
+@torch.no_grad()
+def rows(out: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [ROWS, D] in the middle of held-out sequences, the head's weight and the next tokens [ROWS]."""
+    model = Qwen2ForCausalLM.from_pretrained(out)
+    _, ids = tokens(out)
+    ids = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    ids = ids[torch.linspace(0, len(ids) - 1, 2 * ROWS // LENGTH).long()]
+    hidden = model.model(input_ids=ids).last_hidden_state
+    half = LENGTH // 2
+    return hidden[:, half - 1 : -1].flatten(0, 1), model.lm_head.weight.detach(), ids[:, half:].flatten()
+
+
+def shares(
+    hidden: Tensor, weight: Tensor, targets: Tensor, tau: float, entropy: bool
+) -> list[tuple[int, float, float]]:
+    """(rows, mean entropy, share of columns) of each block, however many columns it takes; 1.0 where nothing fits."""
+    hidden = hidden.detach().requires_grad_()
+    h, settings = read_head(hidden, weight, targets, drop_mass=tau)
+    run = Runner(h, settings, needs_of(h), keep_rows(targets, -100), late=False)
+    found = []
+    for chunk in run.chunks(0, len(targets)):
+        store = run.store(len(chunk.targets))
+        state = run.forward(chunk, store)
+        height = state[:, 1].log() - state[:, 2] / state[:, 1]
+        for block in compaction.cut(run, chunk, state, store, torch.arange(len(state)), entropy=entropy):
+            dense = isinstance(block, Tensor)
+            index = block if dense else block.rows
+            share = 1.0 if dense else len(block.columns) / len(weight)
+            found.append(
+                (len(index), float(height[index].mean()), share, float(height[index].exp().sum()) / len(weight))
+            )
+    return found
+
+
+def mean(found: list, keep=lambda f: True) -> str:
+    n = sum(f[0] for f in found if keep(f))
+    return f"{sum(f[0] * f[2] for f in found if keep(f)) / n:6.1%}" if n else "     -"
+
+
+def report(out: Path) -> None:
+    hidden, weight, targets = rows(out)
+    with torch.no_grad():
+        stats = linear_logprobs(hidden, weight, targets)
+    print(f"{len(targets)} held-out rows: loss {-stats.logp.mean():.2f}, entropy mean {stats.entropy.mean():.2f}, "
+          f"median {stats.entropy.median():.2f}")  # fmt: skip
+    counts = torch.histogram(stats.entropy, torch.tensor([*BANDS[:-1], 99.0])).hist
+    names = [f"{a:g}-{b:g}" for a, b in zip(BANDS, BANDS[1:])]
+    print("share of rows   ", " ".join(f"{n:>7}" for n in names))
+    print("                ", " ".join(f"{c / len(targets):7.1%}" for c in counts))
+    limits = compaction.MOST_COLUMNS, compaction.FLAT, compaction.BLOCK_ROWS
+    print("share of columns that survive, mean over rows, and by the block's mean entropy (no limit on the share)")
+    for entropy in (False, True):
+        for tau in TAUS:
+            for size in BLOCKS:
+                compaction.MOST_COLUMNS, compaction.FLAT, compaction.BLOCK_ROWS = 1.0, math.inf, size
+                found = shares(hidden, weight, targets, tau, entropy)
+                bands = [mean(found, lambda f, a=a, b=b: a <= f[1] < b) for a, b in zip(BANDS, BANDS[1:])]
+                print(
+                    f"{'entropy too, ' if entropy else ''}2^{math.log2(tau):.0f}, {size:3} rows: all {mean(found)} |",
+                    " ".join(bands),
+                    flush=True,
+                )
+                if size == 128 and tau == 2**-10:
+                    print(
+                        "   sum of exp(H) / V -> share:",
+                        ", ".join(f"{f[3]:.3f} -> {f[2]:.3f}" for f in sorted(found, key=lambda f: f[3])),
+                    )
+    compaction.MOST_COLUMNS, compaction.FLAT, compaction.BLOCK_ROWS = limits
+    print("one SFT step of the head, CPU seconds, medians of 5, in turn")
+    order = stats.entropy.argsort()
+    for name, index in (("all rows", order.sort().values), ("the peaked half", order[: ROWS // 2].sort().values)):
+        for trained in (True, False):
+            compare(
+                f"{name}, head {'trained' if trained else 'frozen'}", hidden[index], weight, targets[index], trained
+            )
+
+
+def compare(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, trained: bool) -> None:
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_(trained)
+
+    def step(tau: float) -> Tensor:
+        hidden.grad = weight.grad = None
+        sft_loss(hidden, weight, targets, drop_mass=tau).loss.backward()
+        return hidden.grad
+
+    seconds, flops, error = {}, {}, {}
+    exact = step(0.0).clone()
+    with torch.autocast("cpu", torch.bfloat16):  # the rounding that training in bfloat16 takes for granted
+        x = hidden.detach().requires_grad_()
+        torch.nn.functional.cross_entropy((x @ weight.T).float(), targets).backward()
+    eager = (x.grad - exact).norm() / exact.norm()
+    for tau in (0.0, *TAUS):
+        with FlopCounterMode(display=False) as counter:
+            error[tau] = (step(tau) - exact).norm() / exact.norm()
+        flops[tau] = counter.get_total_flops()
+    for _ in range(5):
+        for tau in (0.0, *TAUS):
+            start = time.process_time()
+            step(tau)
+            seconds.setdefault(tau, []).append(time.process_time() - start)
+    base = statistics.median(seconds[0.0])
+    for tau in TAUS:
+        took = statistics.median(seconds[tau])
+        print(f"{name}, 2^{math.log2(tau):.0f}: {base:.2f} -> {took:.2f} s, {base / took:.2f}x, FLOP {flops[tau] / flops[0.0]:.0%}, "
+              f"error of dX {error[tau]:.1e} (eager bfloat16 {eager:.1e})", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "report"])
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--out", type=Path, default=Path("columns-model"))
+    args = parser.parse_args()
+    if args.what == "train":
+        train(args.out, args.minutes)
+    else:
+        report(args.out)

@@ -1,0 +1,442 @@
+"""Column compaction: what `drop_mass` leaves out is bounded row by row, a flat softmax is not touched, and FLOPs drop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from align_kernels import LogitGradClamp, compaction, explain, linear_logprobs, planner, sft_loss
+from align_kernels.api import needs_of, read_head
+from align_kernels.functions import keep_rows
+from align_kernels.head import Head
+from align_kernels.planner import MIB
+from align_kernels.schedules import Runner
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .oracle import Case, objective, raw_logits, transform
+
+N, V, D = 150, 3001, 48
+TAU = 2**-6
+IMPLS = ("torch", "cpu")
+ROOM = 64 * MIB  # all logits in one chunk
+
+
+def weight(dtype: torch.dtype = torch.float32) -> Tensor:
+    w = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
+    return (w / w.norm(dim=1, keepdim=True)).to(dtype)
+
+
+def reach(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and a weight with (nearly) these logits [N, V]: their D leading directions."""
+    u, s, v = torch.linalg.svd(logits.double(), full_matrices=False)
+    return (u[:, :D] * s[:D].sqrt()).float(), (v[:D].T * s[:D].sqrt()).float()
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+def flat() -> tuple[Tensor, Tensor]:
+    return torch.randn(N, D, generator=rng()) * 0.3, weight()
+
+
+def heavy() -> tuple[Tensor, Tensor]:
+    """One column per row, no two alike, carries nearly everything."""
+    return 24.0 * weight()[torch.randperm(V, generator=rng())[:N]], weight()
+
+
+def spiked() -> tuple[Tensor, Tensor]:
+    """Two columns per row, one for all rows and one of its own, over a floor of about drop_mass."""
+    w = weight()
+    return 20.0 * (w[torch.randperm(V, generator=rng())[:N]] + w[7]), w
+
+
+def zipf() -> tuple[Tensor, Tensor]:
+    """p falls as rank^-2, rows rank the columns alike but for some noise."""
+    rank = torch.arange(1, V + 1).float()
+    noise = torch.randn(N, D, generator=rng()) @ weight().T
+    return reach(-2.0 * rank.log() + noise)
+
+
+def mixed() -> tuple[Tensor, Tensor]:
+    """Every second row is flat: half of the blocks run dense."""
+    hidden, w = heavy()
+    hidden[::2] = flat()[0][::2]
+    return hidden, w
+
+
+SHAPES: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "flat": flat, "heavy": heavy, "spiked": spiked, "zipf": zipf, "mixed": mixed,
+}  # fmt: skip
+OPTIONS: dict[str, dict] = {
+    "plain": {},
+    "bias": dict(bias=True),
+    "softcap": dict(softcap=30.0),
+    "scale and temperature": dict(logit_scale=1.5, temperature=0.8),
+    "temperature per row": dict(temperature="rows"),
+    "clamp": dict(grad_clamp=LogitGradClamp(0.3)),
+    "clamp in gradient units": dict(grad_clamp=LogitGradClamp(0.2, 0.01, "gradient")),
+    "lora": dict(rank=3),
+    "all": dict(bias=True, rank=2, softcap=40.0, logit_scale=1.2, temperature="rows", grad_clamp=LogitGradClamp(0.5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks, tiles and limits that fit the small sizes here."""
+    monkeypatch.setattr(compaction, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(planner, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(compaction, "STEP", 50)
+
+
+def make(shape: str, *, dtype=torch.float32, bias=False, rank=0, temperature=1.0, train=None, **options) -> Case:
+    hidden, w = SHAPES[shape]()
+    tensors = dict(hidden=hidden.to(dtype), weight=w.to(dtype))
+    if bias:
+        tensors["bias"] = torch.randn(V, generator=rng()).to(dtype)
+    if rank:
+        tensors["lora_A"] = (0.1 * torch.randn(rank, D, generator=rng())).to(dtype)
+        tensors["lora_B"] = (0.1 * torch.randn(V, rank, generator=rng())).to(dtype)
+    if temperature == "rows":
+        temperature = torch.rand(N, generator=rng()) * 0.4 + 0.8
+    case = Case(tensors, torch.zeros(N, dtype=torch.int64), temperature=temperature, **options)
+    logits = transform(case, raw_logits(case, case.leaves(torch.float64)))
+    case.targets = torch.multinomial(logits.detach().softmax(1), 1, generator=rng())[:, 0]
+    case.targets[::11] = torch.randint(0, V, case.targets[::11].shape, generator=rng())  # unlikely ones
+    case.targets[5::17] = -100
+    case.train = frozenset(train or tensors)
+    return case
+
+
+def coefficients(entropy: bool) -> tuple[Tensor, Tensor | None]:
+    g = torch.randn(N, generator=rng())
+    g[::7] = 0.0
+    return g, (torch.randn(N, generator=rng()).flip(0) if entropy else None)
+
+
+def gradients(case: Case, g: Tensor, h: Tensor | None, **options) -> dict[str, Tensor]:
+    leaves = case.leaves()
+    out = linear_logprobs(leaves["hidden"], leaves["weight"], case.targets, **case.keywords(leaves), **options)
+    wanted = {k: x for k, x in leaves.items() if x.requires_grad}
+    total = (out.logp * g).sum() + (0.0 if h is None else (out.entropy * h).sum())
+    return dict(zip(wanted, torch.autograd.grad(total, list(wanted.values()))))
+
+
+def truth(case: Case, g: Tensor, h: Tensor | None) -> tuple[dict[str, Tensor], Tensor]:
+    """The exact gradients in float64, and d(logits)/dz [rows, V]."""
+    leaves = case.leaves(torch.float64)
+    z = raw_logits(case, leaves)
+    logits = transform(case, z)
+    (slope,) = torch.autograd.grad(logits.sum(), z, retain_graph=True)
+    wanted = {k: x for k, x in leaves.items() if x.requires_grad}
+    found = torch.autograd.grad(objective(case, logits, g, h), list(wanted.values()))
+    return dict(zip(wanted, found)), slope.abs().amax(1)
+
+
+def check_bound(case: Case, g: Tensor, h: Tensor | None, tau: float, **options) -> dict[str, Tensor]:
+    """Rows of dX and entries of dW (and of a LoRA's B) err by no more than the dropped mass allows."""
+    got, (true, slope) = gradients(case, g, h, drop_mass=tau, **options), truth(case, g, h)
+    eager = gradients(case, g, h, impl="eager") if case.narrow else true
+    keep, size = case.mask, g.abs().double() + (0.0 if h is None else h.abs().double())
+    limit = size[keep] * tau * slope  # of the sum over columns of |error of dL/dz|, per row
+    t = {k: x.double() for k, x in case.tensors.items()}
+    effective = t["weight"] + (case.scaling * t["lora_B"] @ t["lora_A"] if "lora_A" in t else 0.0)
+
+    def allowed(name: str, bound: Tensor) -> Tensor:
+        noise = 2e-5 * true[name].abs().max() + 1.5 * (eager[name].double() - true[name]).abs().max()
+        return bound + noise * math.sqrt(D)
+
+    error = {k: got[k].double() - true[k] for k in got}
+    if "hidden" in error:
+        bound = limit * effective.norm(dim=1).max()
+        assert (error["hidden"][keep].norm(dim=1) <= allowed("hidden", bound)).all()
+        assert not got["hidden"][~keep].any()
+    # each column of dL/dz errs by at most the row's limit, and only once in all columns
+    x = t["hidden"][keep]
+    inputs = dict(weight=x, bias=torch.ones(len(x), 1), lora_B=case.scaling * x @ t["lora_A"].T if "lora_A" in t else x)
+    for name in error.keys() & inputs.keys():
+        total = error[name].reshape(V, -1).norm(dim=1).sum()
+        assert total <= (limit * inputs[name].norm(dim=1)).sum() + V * allowed(name, torch.zeros(())), name
+    return got
+
+
+def runner(case: Case, tau: float, impl: str, late: bool = False, workspace: int = ROOM) -> Runner:
+    leaves = case.leaves()
+    head, settings = read_head(leaves["hidden"], leaves["weight"], case.targets, drop_mass=tau, impl=impl,
+                               workspace=workspace, **case.keywords(leaves))  # fmt: skip
+    run = Runner(head, settings, needs_of(head), keep_rows(case.targets, -100), late=late)
+    run.head = Head(*(None if x is None else x.detach() for x in head))
+    return run
+
+
+# -- the columns --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("entropy", [False, True], ids=["mass", "entropy too"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tau", [2**-4, 2**-8, 2**-12])
+def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
+    case = make(shape, bias=True, temperature="rows", softcap=40.0)
+    run = runner(case, tau, impl)
+    p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
+    targets, seen = case.targets[case.mask], []
+    for chunk in run.chunks(0, len(run.kept)):
+        assert len(chunk.targets) == len(p)
+        store = run.store(len(p))
+        state = run.forward(chunk, store)
+        for block in compaction.cut(run, chunk, state, store, torch.arange(len(p)), entropy=entropy):
+            if isinstance(block, Tensor):
+                seen.append(block)
+                continue
+            seen.append(block.rows)
+            dropped = torch.ones(V, dtype=torch.bool)
+            dropped[block.columns] = False
+            q = p[block.rows]
+            assert q[:, dropped].sum(1).max() <= tau
+            assert not dropped[targets[block.rows]].any()
+            assert len(block.columns.unique()) == len(block.columns) <= compaction.MOST_COLUMNS * V
+            if entropy:
+                height = -(q * q.log()).sum(1, keepdim=True)
+                assert (q * (q.log() + height).abs())[:, dropped].sum(1).max() <= tau * 1.001
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(p)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_eps_is_the_largest_that_serves(impl: str):
+    """With twice the eps, or its columns alone, some row would lose more than drop_mass."""
+    case = make("spiked")
+    run = runner(case, TAU, impl)
+    (chunk,) = run.chunks(0, len(run.kept))
+    store = run.store(len(chunk.targets))
+    state = run.forward(chunk, store)
+    p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
+    for block in compaction.cut(run, chunk, state, store, torch.arange(len(p)), entropy=False):
+        assert not isinstance(block, Tensor)
+        q = p[block.rows]
+        peak = q.amax(0)
+        peak[chunk.targets[block.rows]] = 1.0
+        eps = peak[block.columns].min()
+        level = 2.0 ** math.ceil(math.log2(TAU / eps))
+        fewer = peak < TAU / level * 2
+        assert level < 2 or q[:, fewer].sum(1).max() > TAU * 0.999
+
+
+@pytest.mark.parametrize(
+    ("shape", "compacted"), [("flat", 0), ("heavy", N), ("spiked", N), ("zipf", N // 2), ("mixed", N // 3)]
+)
+def test_who_is_compacted(shape: str, compacted: int):
+    case = make(shape)
+    case.targets[case.targets < 0] = 0
+    run = runner(case, TAU, "torch")
+    (chunk,) = run.chunks(0, N)
+    store = run.store(N)
+    state = run.forward(chunk, store)
+    blocks = list(compaction.cut(run, chunk, state, store, torch.arange(N), entropy=False))
+    kept = sum(len(b.rows) for b in blocks if not isinstance(b, Tensor))
+    assert kept >= compacted > 0 or kept == compacted == 0
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("entropy", [False, True], ids=["logp", "entropy too"])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bound_on_gradients(shape: str, name: str, impl: str, entropy: bool):
+    check_bound(make(shape, **OPTIONS[name]), *coefficients(entropy), TAU, impl=impl)
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["logp", "entropy too"])
+@pytest.mark.parametrize(
+    "train", [("hidden",), ("weight", "bias"), ("bias",), ("hidden", "lora_A", "lora_B"), ("lora_A",)]
+)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_needs(impl: str, train: tuple[str, ...], entropy: bool):
+    case = make("mixed", bias=True, rank=2, train=train)
+    assert set(check_bound(case, *coefficients(entropy), TAU, impl=impl)) == set(train)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bound_in_bfloat16(shape: str, impl: str):
+    check_bound(make(shape, dtype=torch.bfloat16, bias=True), *coefficients(True), TAU, impl=impl)
+
+
+def test_bound_in_float64():
+    check_bound(make("heavy", dtype=torch.float64), *coefficients(True), TAU, impl="torch")
+
+
+@pytest.mark.parametrize("workspace", [200, 120, 20], ids="{} rows of logits".format)
+@pytest.mark.parametrize("shape", ["heavy", "mixed", "flat"])
+def test_small_workspaces(shape: str, workspace: int):
+    """Several chunks; where they do not fit, dense rows are made again."""
+    check_bound(make(shape, bias=True), *coefficients(True), TAU, workspace=workspace * V * 4)
+
+
+def test_all_rows_dropped():
+    case = make("heavy")
+    assert not any(x.any() for x in gradients(case, torch.zeros(N), None, drop_mass=TAU).values())
+
+
+def test_not_a_number_comes_through():
+    case = make("heavy")
+    case.tensors["hidden"][3] = torch.nan
+    found = gradients(case, torch.ones(N), None, drop_mass=TAU)
+    assert found["hidden"][3].isnan().all() and found["weight"].isnan().all()
+    assert found["hidden"][4].isfinite().all()
+
+
+@pytest.mark.parametrize("workspace", [None, 60 * V * 4], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_loss_equals_late(shape: str, workspace: int | None):
+    case = make(shape)
+    results = []
+    for fused in (True, False):
+        leaves = case.leaves()
+        args = leaves["hidden"], leaves["weight"], case.targets
+        if fused:
+            loss = sft_loss(*args, drop_mass=TAU, workspace=workspace).loss
+        else:
+            loss = -linear_logprobs(*args, drop_mass=TAU, workspace=workspace).logp.sum() / case.mask.sum()
+        results.append(torch.autograd.grad(loss, [leaves["hidden"], leaves["weight"]]))
+    exact, _ = truth(case, -case.mask.double() / case.mask.sum(), None)
+    for result in results:
+        error = result[0][case.mask].double() - exact["hidden"][case.mask]
+        longest = case.tensors["weight"].double().norm(dim=1).max()
+        assert error.norm(dim=1).max() <= TAU / case.mask.sum() * longest + 1e-6
+
+
+# -- stepping aside -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("train", [("hidden", "weight"), ("hidden",)], ids=["head trained", "head frozen"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_flat_runs_dense_to_the_bit(impl: str, train: tuple[str, ...]):
+    case, (g, h) = make("flat", train=train), coefficients(True)
+    for upstream in ((g, None), (g, h)):
+        dense = gradients(case, *upstream, impl=impl)
+        for name, x in gradients(case, *upstream, impl=impl, drop_mass=TAU).items():
+            assert torch.equal(x, dense[name]), name
+
+
+def test_a_flat_softmax_costs_no_pass(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("a flat block was looked at")
+
+    run = runner(make("flat"), TAU, "torch")
+    monkeypatch.setattr(run.backend, "peaks", never)
+    gradients(make("flat"), *coefficients(False), impl="torch", drop_mass=TAU)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_zero_is_the_exact_path(shape: str, impl: str, monkeypatch):
+    case, upstream = make(shape, bias=True), coefficients(True)
+    assert not explain_of(case, 0.0, impl).compact
+    before = gradients(case, *upstream, impl=impl)
+    monkeypatch.setattr(compaction, "cut", None)
+    monkeypatch.setattr(compaction, "hold", None)
+    after = gradients(case, *upstream, impl=impl, drop_mass=0.0)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_a_mass_below_rounding_keeps_every_column():
+    case, (g, h) = make("heavy"), coefficients(False)
+    dense = gradients(case, g, h)
+    assert all(torch.equal(x, dense[k]) for k, x in gradients(case, g, h, drop_mass=1e-7).items())
+
+
+def explain_of(case: Case, tau: float, impl: str = "auto", **options):
+    leaves = case.leaves()
+    return explain(leaves["hidden"], leaves["weight"], case.targets, drop_mass=tau, impl=impl, **options)
+
+
+def test_the_plan_says_so():
+    case = make("heavy")
+    assert "column compaction" in str(explain_of(case, TAU)) and explain_of(case, TAU).schedule == "compaction"
+    assert "column compaction" in str(explain_of(case, TAU, loss="sft"))
+    assert "compaction" not in str(explain_of(case, 0.0))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["one pass", "late"])
+@pytest.mark.parametrize("train", [("hidden", "weight"), ("hidden",)], ids=["head trained", "head frozen"])
+def test_flops(train: tuple[str, ...], fused: bool):
+    """2NVD, and 2NVD for each gradient times the share of columns kept."""
+    case = make("heavy", train=train)
+    case.targets[case.targets == -100] = 0
+    run = runner(case, TAU, "auto")
+    leaves = case.leaves()
+    args = leaves["hidden"], leaves["weight"], case.targets
+    (chunk,) = run.chunks(0, N)
+    store = run.store(N)
+    state = run.forward(chunk, store)
+    blocks = list(compaction.cut(run, chunk, state, store, torch.arange(N), entropy=not fused and len(train) > 1))
+    kept = sum(len(b.rows) * len(b.columns) for b in blocks)
+    assert kept < 0.1 * N * V
+    options = dict(drop_mass=TAU, workspace=ROOM)
+    with FlopCounterMode(display=False) as counter:
+        (sft_loss(*args, **options).loss if fused else linear_logprobs(*args, **options).logp.sum()).backward()
+    assert counter.get_total_flops() == 2 * D * (N * V + len(train) * kept)
+
+
+# -- what waits ---------------------------------------------------------------------------------------------------
+def test_what_waits_is_small():
+    case = make("heavy")
+    run = runner(case, TAU, "cpu", late=True)
+    (chunk,) = run.chunks(0, len(run.kept))
+    store = run.store(len(run.kept))
+    held = compaction.hold(run, chunk, run.forward(chunk, store), store, [], alone=True)
+    values, layout = compaction.pack([held], store)
+    assert len(values) < 0.1 * len(store) and len(values) + len(layout) < 0.2 * len(store)
+    (again,) = compaction.unpack(values, layout, V)
+    assert again.logits is not None and not len(again.logits) and torch.equal(again.dense, held.dense)
+    for a, b in zip(again.blocks, held.blocks, strict=True):
+        assert torch.equal(a.rows, b.rows) and torch.equal(a.columns, b.columns) and torch.equal(a.z, b.z)
+
+
+def test_the_workspace_holds():
+    case = make("mixed")
+    rows = 120
+    run = runner(case, TAU, "cpu", late=True, workspace=rows * V * 4)
+    assert run.plan.schedule == "compaction" and run.plan.workspace <= rows * V * 4
+    waiting: list[compaction.Held] = []
+    for chunk in run.chunks(0, len(run.kept)):
+        store = run.store(len(chunk.targets))
+        waiting.append(compaction.hold(run, chunk, run.forward(chunk, store), store, waiting, alone=False))
+    assert len(waiting) > 1
+    values, _ = compaction.pack(waiting, store)
+    assert values.nbytes + store.nbytes <= rows * V * 4
+
+
+def test_a_graph_serves_twice():
+    case, (g, _) = make("mixed"), coefficients(False)
+    leaves = case.leaves()
+    out = linear_logprobs(leaves["hidden"], leaves["weight"], case.targets, drop_mass=TAU)
+    wanted = [leaves["hidden"], leaves["weight"]]
+    first = torch.autograd.grad((out.logp * g).sum(), wanted, retain_graph=True)
+    second = torch.autograd.grad((out.logp * g).sum(), wanted)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["one pass", "late"])
+def test_compiled(fused: bool):
+    case = make("mixed")
+
+    def loss(hidden: Tensor, w: Tensor) -> Tensor:
+        if fused:
+            return sft_loss(hidden, w, case.targets, drop_mass=TAU).loss
+        return linear_logprobs(hidden, w, case.targets, drop_mass=TAU).logp.sum()
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaves = case.leaves()
+        wanted = [leaves["hidden"], leaves["weight"]]
+        results.append(torch.autograd.grad(call(*wanted), wanted))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_refused_values():
+    case = make("heavy")
+    for tau in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match="drop_mass"):
+            gradients(case, *coefficients(False), drop_mass=tau)
+    assert explain_of(case, TAU).workspace <= 256 * MIB
