@@ -1,0 +1,89 @@
+"""Peak memory of a call at the vocabulary of Qwen: workspace + 4VD where the head is trained + 2ND bytes, no logits.
+
+One process of its own measures all calls: the kernel's high-water mark of resident memory, reset before each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from align_kernels import dpo_loss, linear_logprobs, sft_loss
+
+MIB = 1 << 20
+V, D, B, T = 152_064, 64, 4, 64
+N = B * T
+SLACK = 6 * MIB  # packing buffers of the GEMM, softmax states, the interpreter
+CASES = [  # loss, trained tensors, storage, workspace in MiB
+    ("sft", "hidden weight", "float32", 48),
+    ("dpo", "hidden weight", "float32", 100),
+    ("dpo", "hidden weight", "float32", 8),
+    ("dpo", "hidden", "float32", 48),
+    ("sft", "hidden", "bfloat16", 48),
+    ("sft", "hidden weight", "bfloat16", 48),
+    ("logprobs", "hidden weight", "float32", 176),
+    ("logprobs", "hidden", "float32", 48),
+    ("logprobs", "", "float32", 16),
+    ("logprobs", "hidden weight", "bfloat16", 8),
+]
+
+
+def high_water() -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
+
+
+def call(loss: str, train: str, storage: str, workspace: int, rows: int) -> int:
+    """Bytes that forward and backward take beside the inputs at their peak; gradients count."""
+    dtype, rng = getattr(torch, storage), torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, rows, D, generator=rng).to(dtype).requires_grad_("hidden" in train)
+    weight = (torch.randn(V, D, generator=rng) * 0.2).to(dtype).requires_grad_("weight" in train)
+    targets = torch.randint(0, V, (B, rows), generator=rng)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    if loss == "sft":
+        y = sft_loss(hidden, weight, targets, workspace=workspace).loss
+    elif loss == "dpo":
+        y = dpo_loss(hidden, weight, targets, torch.zeros(B), workspace=workspace).loss
+    else:
+        y = linear_logprobs(hidden, weight, targets, workspace=workspace).logp.sum() * 0.5
+    if train:
+        y.backward()
+    return high_water() - before
+
+
+def measure() -> None:
+    for loss in ("sft", "logprobs"):  # threads, GEMM buffers, lazy imports
+        call(loss, "hidden weight", "bfloat16", MIB, 4)
+    print(json.dumps([call(*case[:3], case[3] * MIB, T) for case in CASES]))
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[tuple, int]:
+    paths = [str(Path(__file__).parents[2] / "kernels"), *sys.path]
+    # every block of 64 KiB goes back to the system when freed, so that none is there before a call
+    env = os.environ | dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", PYTHONPATH=":".join(paths))
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, json.loads(done.stdout)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark can be reset on Linux alone")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case)))
+def test_peak(case: tuple, peaks: dict[tuple, int]):
+    _, train, storage, workspace = case
+    size = getattr(torch, storage).itemsize
+    allowed = workspace * MIB + 2 * N * D * size + SLACK
+    if "weight" in train:
+        allowed += 4 * V * D + (V * D * size if size < 4 else 0)  # the float32 sum, and its copy in a narrow dtype
+    assert peaks[case] <= allowed, f"{peaks[case] / MIB:.1f} MiB, allowed {allowed / MIB:.1f} MiB"
+
+
+if __name__ == "__main__":
+    measure()
