@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align_kernels import ops
+from align_kernels.dtensor import local, local_head
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, flatten
 from align_kernels.schedules import Needs
@@ -45,11 +46,13 @@ def read_head(
     workspace: int | None = None,
 ) -> tuple[Head, Settings]:
     """Every keyword of `linear_logprobs`, checked."""
+    hidden, targets = local("hidden", hidden), local("targets", targets)
+    weight, bias, lora, tp_group = local_head(weight, bias, lora, tp_group)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head, scalar = flatten(hidden, weight, targets, bias, temperature, lora, ignore_index)
+    head, scalar = flatten(hidden, weight, targets, bias, local("temperature", temperature), lora, ignore_index)
     settings = Settings(
         Transform(float(logit_scale), None if softcap is None else float(softcap), scalar),
         None if grad_clamp is None else LogitGradClamp(*grad_clamp),
@@ -83,7 +86,8 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
 
     Args:
         hidden: [..., D] float.
-        weight: [V, D] float, may differ from hidden in dtype.
+        weight: [V, D] float, may differ from hidden in dtype. A DTensor placed Replicate() or Shard(0) serves too;
+            hidden and targets must then be the same on every rank of its mesh.
         targets: [...] int64, already shifted: position i of hidden predicts targets[i].
         bias: [V]. Default None.
         logit_scale: factor on the raw logits (Cohere; Granite: 1 / logits_scaling). Default 1.0.
@@ -93,7 +97,8 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
         grad_clamp: `LogitGradClamp`. Default None.
         drop_mass: probability mass per row that the backward may leave out. Default 0.0: exact.
         lora: (A [R, D], B [V, R], scaling), an update of a frozen weight. Default None.
-        tp_group: process group over which weight is sharded along V. Default None.
+        tp_group: process group over which weight (bias, lora's B) is sharded along V in the order of its ranks; hidden
+            and targets are the same on every rank. Default None.
         impl: "auto", "eager" (whole logits, autograd), "torch", "cpu". A backend asked for by name serves or raises.
         workspace: limit in bytes for kept logits and scratch. Default None: by device.
 

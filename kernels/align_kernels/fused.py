@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align_kernels import functions, ops
 from align_kernels.api import needs_of, read_head
+from align_kernels.dtensor import local
 from align_kernels.losses.dpo import LOSS_TYPES
 from align_kernels.losses.grpo import AVERAGES, token_weights
 from align_kernels.losses.registry import LOSSES
@@ -52,6 +53,7 @@ def run_loss(
 ) -> Fused:
     """The registered loss `name` summed over its units and divided by `num_items` (default: the units of this call)."""
     spec = LOSSES[name]
+    hidden, targets = local("hidden", hidden), local("targets", targets)
     if spec.unit != "token" and targets.dim() != 2:
         raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
     h, settings = read_head(hidden, weight, targets, **head)

@@ -82,6 +82,8 @@ class Settings:
 
     def check(self) -> Settings:
         self.transform.check()
+        if self.impl == "eager" and self.tp_group is not None:
+            raise ValueError('impl="eager" makes whole rows of logits and cannot serve a tp_group: pass impl="auto"')
         if not math.isfinite(self.lora_scaling):
             raise ValueError(f"lora's scaling must be finite, got {self.lora_scaling}")
         if self.clamp is not None:

@@ -80,7 +80,7 @@ class Grads:
             return run.empty(*x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
         head, needs = run.head, run.needs
-        self.head = head
+        self.head, self.group = head, run.group
         self.weight = like(head.weight, needs.weight)
         self.bias = like(head.bias, needs.bias)
         self.lora_A = like(head.lora_A, needs.lora_A)
@@ -105,6 +105,8 @@ class Grads:
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
         self.zero()
+        if self.lora_A is not None and self.group is not None:  # the one that every rank has whole
+            dist.all_reduce(self.lora_A, group=self.group)
         head, out = self.head, []
         for grad, of in (
             (self.weight, head.weight),
@@ -138,7 +140,7 @@ class Runner:
         self.as_it_lies = len(kept) == len(head.targets) and bool((kept.diff() > 0).all())
         self.dtype = gemm_dtype(head)
         self.group = None if settings.tp_group is None else _group(settings.tp_group)
-        self.offset, widest, self.vocab = _shard(head.weight.shape[0], self.group, head.weight.device)
+        self.offset, widest, self.vocab = _shard(head.weight.shape[0], head.targets[kept], self.group)
         name = pick(settings.impl, head.weight.device, self.dtype)
         self.backend = BACKENDS[name]
         self.plan = plan(
@@ -353,14 +355,21 @@ def _group(name: str) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def _shard(columns: int, group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int, int]:
+def _shard(columns: int, targets: Tensor, group: dist.ProcessGroup | None) -> tuple[int, int, int]:
     """The first column of this rank, the columns of the widest rank (ranks must take one plan), and of all."""
     if group is None:
         return 0, columns, columns
-    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
-    sizes[dist.get_rank(group)] = columns
-    dist.all_reduce(sizes, group=group)
-    return int(sizes[: dist.get_rank(group)].sum()), int(sizes.max()), int(sizes.sum())
+    rank, checksum = dist.get_rank(group), (targets * torch.arange(1, len(targets) + 1, device=targets.device)).sum()
+    shards = torch.zeros(dist.get_world_size(group), 3, dtype=torch.int64, device=targets.device)
+    shards[rank] = torch.tensor([columns, len(targets), int(checksum)])
+    dist.all_reduce(shards, group=group)
+    sizes, rows, checksums = zip(*shards.tolist())
+    if len(set(rows)) > 1 or len(set(checksums)) > 1:
+        raise ValueError(
+            f"the ranks that share the vocabulary hold different targets ({rows} kept): give each of them the same "
+            "hidden and targets, or give each the whole weight"
+        )
+    return sum(sizes[:rank]), max(sizes), sum(sizes)
 
 
 def _merge(state: Tensor, group: dist.ProcessGroup) -> Tensor:
