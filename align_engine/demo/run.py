@@ -15,7 +15,6 @@ from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
 from align_engine.evals import Score, score
 from align_engine.metrics import read
-from align_engine.policy import load_tokenizer
 from align_engine.recipe import DpoRecipe, Recipe, SftRecipe
 from align_engine.report import Table, bar_chart, page, run_figures
 from align_engine.run import train
@@ -38,6 +37,10 @@ def run(output_dir: Path, seeds: Sequence[int]) -> list[Outcome]:
 
     Seeds that are already there are not trained again: their runs are finished.
     """
+    import torch
+
+    # a model this small gains nothing from a second thread, and loses tenfold when another process holds that core
+    torch.set_num_threads(1)
     outcomes = [run_seed(output_dir / f"seed-{seed}", seed) for seed in seeds]
     print_table(outcomes)
     write_index(output_dir, outcomes)
@@ -50,7 +53,6 @@ def run_seed(folder: Path, seed: int) -> Outcome:
     began, data = time.perf_counter(), folder / "data"
     if not (data / "model").exists():
         make_demo(data, seed)
-        load_tokenizer(str(data / "tokenizer")).save_pretrained(data / "model")
     models = {"baseline": data / "model"}
     for stage, kind, rows in (("SFT", SftRecipe, "sft"), ("DPO", DpoRecipe, "preference")):
         print(f"\nseed {seed}: {stage}")
