@@ -15,6 +15,7 @@ from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
 from align_engine.evals import Score, score
 from align_engine.metrics import read
+from align_engine.policy import load_tokenizer
 from align_engine.recipe import DpoRecipe, Recipe, SftRecipe
 from align_engine.report import Table, bar_chart, page, run_figures
 from align_engine.run import train
