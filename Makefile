@@ -8,13 +8,13 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 # and the peers, test and bench tools
 $(VENV)/.installed-dev: $(SOURCES)
-	$(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(VENV)/.installed $@
 
