@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from align_kernels import compaction
-from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.losses.registry import LOSSES, Loss
 from align_kernels.schedules import Chunk, Grads, Needs, Runner
@@ -86,12 +85,14 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
+TWICE = 'cannot differentiate a fused operator twice: pass impl="eager" where second derivatives are needed'
+
+
 def first_order(backward: Callable) -> Callable:
     """A backward that must not be differentiated.
 
     torch's own `once_differentiable` takes the first gradient for a constant where the upstream gradient is one.
     """
-    message = b'cannot differentiate a fused operator twice: pass impl="eager" where second derivatives are needed'
 
     @wraps(backward)
     def run(ctx, *upstream):
@@ -99,13 +100,26 @@ def first_order(backward: Callable) -> Callable:
             grads = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return grads
-        refuse = torch._C._functions.DelayedError(message, len(grads))
+        refuse = torch._C._functions.DelayedError(TWICE.encode(), len(grads))
         return refuse(*(None if x is None else x.detach().requires_grad_() for x in grads))
 
     return run
 
 
+def without_autocast(run: Callable) -> Callable:
+    """Autocast rounds the inputs at the door (`api.read_head`); inside, dtypes are as they are written."""
+
+    @wraps(run)
+    def plain(*args):
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return plain
+
+
 # -- log-probs, their gradient arriving late ----------------------------------------------------------------------
+@without_autocast
 def logprobs_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -152,6 +166,7 @@ def logprobs_forward(
     return (*fields, kept, state, payload, layout)
 
 
+@without_autocast
 def logprobs_backward(
     g_logp: Tensor | None,
     g_entropy: Tensor | None,
@@ -302,18 +317,21 @@ def coefficients(
     logp: Tensor,
     entropy: Tensor,
     scale: Tensor,
+    train: bool,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """A group's loss, its metrics' sums, and g = dL/dlogp, dL/dentropy of its rows: the one derivative, on n floats."""
-    with torch.enable_grad():
-        leaves = [logp.detach().requires_grad_(), entropy.detach().requires_grad_(units.loss.entropy)]
+    derive = train and len(logp) > 0
+    with torch.set_grad_enabled(derive):
+        leaves = [logp.detach().requires_grad_(derive), entropy.detach().requires_grad_(derive and units.loss.entropy)]
         values, metrics = unit_values(units, hyper, side, span, *leaves)
         total = values.sum() * scale
         wanted = leaves if units.loss.entropy else leaves[:1]
-        found = torch.autograd.grad(total, wanted) if len(logp) else tuple(torch.zeros_like(x) for x in wanted)
+        found = torch.autograd.grad(total, wanted) if derive else tuple(torch.zeros_like(x) for x in wanted)
     sums = {k: v.detach().sum() for k, v in metrics.items()}
     return total.detach(), sums, found[0], found[1] if units.loss.entropy else None
 
 
+@without_autocast
 def loss_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -365,7 +383,7 @@ def loss_forward(
         state = torch.cat(parts) if parts else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
         logp, entropy = read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab)[:2]
         value, metrics, g, g_entropy = coefficients(
-            units, hyper, tensors, span, logp.to(dtype), entropy.to(dtype), scale
+            units, hyper, tensors, span, logp.to(dtype), entropy.to(dtype), scale, train
         )
         total += value
         sums += torch.stack([metrics[k] for k in spec.metrics]) if spec.metrics else 0
@@ -406,12 +424,27 @@ class Logprobs(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:-1], *output[6:])
 
     @staticmethod
-    @first_order
     def backward(ctx, g_logp, g_entropy, *_):
-        return late_backward(ctx, logprobs_backward, g_logp, g_entropy)
+        return late_backward(ctx, LogprobsBackward.apply, g_logp, g_entropy)
 
 
-def late_backward(ctx, run: Callable[..., list[Tensor]], g_logp: Tensor | None, g_entropy: Tensor | None, *_):
+class LogprobsBackward(torch.autograd.Function):
+    """`logprobs_backward`, a function of its own so that torch.func sees through it."""
+
+    @staticmethod
+    def forward(*args):
+        return tuple(logprobs_backward(*args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(TWICE)
+
+
+def late_backward(ctx, run: Callable[..., Sequence[Tensor]], g_logp: Tensor | None, g_entropy: Tensor | None, *_):
     if g_logp is None and g_entropy is None:
         return (None,) * 8
     dhidden, dweight, dbias, dA, dB = needed(run(g_logp, g_entropy, *ctx.saved_tensors, ctx.settings), ctx.settings)
@@ -453,14 +486,14 @@ def needed(grads: Sequence[Tensor], settings: str) -> list[Tensor | None]:
 
 
 # -- entry points -------------------------------------------------------------------------------------------------
-def loss_eager(
-    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings
+def loss_late(
+    fields: Sequence[Tensor], targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings
 ) -> tuple[Tensor, ...]:
-    """What `loss` returns, on whole logits and autograd."""
+    """What `loss` returns, from the fields of log-probs, by autograd."""
     name, hyper = literal_eval(text)
     spec = LOSSES[name]
     units = Units(spec, targets, settings.ignore_index)
-    logp, entropy, _, _, mean_logit, correct = logprobs_eager(head, settings)
+    logp, entropy, _, _, mean_logit, correct = fields[:6]
     span = (0, units.count, 0, len(units.kept))
     values, metrics = unit_values(units, hyper, dict(zip(spec.side, side)), span, logp[units.kept], entropy[units.kept])
     sums = torch.stack([metrics[k].sum() for k in spec.metrics]) if spec.metrics else logp.new_zeros(0)

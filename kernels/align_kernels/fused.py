@@ -13,6 +13,7 @@ from torch import Tensor
 from align_kernels import functions, ops
 from align_kernels.api import needs_of, read_head
 from align_kernels.dtensor import local
+from align_kernels.eager import logprobs_eager
 from align_kernels.losses.dpo import LOSS_TYPES
 from align_kernels.losses.grpo import AVERAGES, token_weights
 from align_kernels.losses.registry import LOSSES
@@ -69,7 +70,7 @@ def run_loss(
     sides = [x.detach().to(dtype) if x.is_floating_point() else x for x in side.values()]
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
     if settings.impl == "eager":
-        fields = functions.loss_eager(h, shaped, sides, items, text, settings)
+        fields = functions.loss_late(logprobs_eager(h, settings), shaped, sides, items, text, settings)
     else:
         fields = ops.loss(h, shaped, sides, items, text, settings, needs_of(h))
     loss, sums, logp, entropy, mean_logit, correct = fields
@@ -90,7 +91,7 @@ def class_metrics(out: Fused, chosen: Tensor) -> dict[str, Tensor]:
 
 
 def check_shape(name: str, x: Tensor, *shapes: torch.Size) -> None:
-    if x.shape not in shapes:
+    if not any(tuple(x.shape) == tuple(s) for s in shapes):
         wanted = " or ".join(str(tuple(s)) for s in shapes)
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
 
