@@ -37,6 +37,11 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[Any]]
 
+    @property
+    def prose(self) -> bool:
+        """Whether it holds text that must wrap, rather than numbers to align."""
+        return any(len(cell) > 30 for row in self.rows for cell in row if isinstance(cell, str))
+
 
 class Figure(NamedTuple):
     """A picture of the page."""
