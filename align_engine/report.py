@@ -111,10 +111,10 @@ def curves_of(records: list[dict[str, Any]], names: Sequence[str]) -> dict[str, 
     return {name: (list(x), list(y)) for name, found in points.items() if found for x, y in [zip(*found)]}
 
 
-def run_figures(records: list[dict[str, Any]]) -> dict[str, Figure]:
-    """The panels that the records have points for, by file name."""
+def run_figures(records: list[dict[str, Any]], prefix: str = "") -> dict[str, Figure]:
+    """The panels that the records have points for, by file name; `prefix` stands before their titles."""
     drawn = {name: (title, curves_of(records, wanted)) for name, (title, wanted) in PANELS.items()}
-    return {name: line_chart(title, curves) for name, (title, curves) in drawn.items() if curves}
+    return {name: line_chart(prefix + title, curves) for name, (title, curves) in drawn.items() if curves}
 
 
 def page(

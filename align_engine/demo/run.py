@@ -132,8 +132,8 @@ def write_index(output_dir: Path, outcomes: Sequence[Outcome]) -> None:
     first = output_dir / f"seed-{outcomes[0].seed}"
     figures = [bar_chart("Held-out points by stage", summary(outcomes), "points of 100")]
     for name, wanted in (("sft", ("loss", "token-accuracy")), ("dpo", ("loss", "accuracies", "margins", "logps"))):
-        drawn = run_figures(read(first / name / "metrics.jsonl"))
-        figures += [drawn[panel]._replace(title=f"{name.upper()}: {drawn[panel].title}") for panel in wanted]
+        drawn = run_figures(read(first / name / "metrics.jsonl"), f"{name.upper()}: ")
+        figures += [drawn[panel] for panel in wanted]
     heldout = load_rows(first / "data" / "heldout.jsonl")
     asked = [heldout[i] for i in range(SHOWN)]
     answers = [
