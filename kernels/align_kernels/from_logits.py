@@ -11,7 +11,7 @@ from align_kernels.api import LogProbs
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.eager import logprobs_of
 from align_kernels.functions import first_order, float_dtype, read_state
-from align_kernels.head import LogitGradClamp, Settings, Transform
+from align_kernels.head import LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.planner import PROFILES
 from align_kernels.schedules import EMPTY_STATE
 
@@ -87,18 +87,25 @@ def logprobs_from_logits(
             f"targets must be int64 with the leading shape of logits {tuple(logits.shape)}, got {targets.dtype} "
             f"{tuple(targets.shape)}"
         )
+    if not logits.dtype.is_floating_point:
+        raise ValueError(f"logits must be floating point, got {logits.dtype}")
     per_row = isinstance(temperature, Tensor)
     if per_row and temperature.shape != targets.shape:
         raise ValueError(f"temperature must be a float or one per position, got shape {tuple(temperature.shape)}")
+    if per_row and temperature.requires_grad:
+        raise ValueError("temperature carries no gradient: pass temperature.detach()")
     scalar = 1.0 if per_row else float(temperature)
     clamp = None if grad_clamp is None else LogitGradClamp(*grad_clamp)
     settings = Settings(Transform(temperature=scalar), clamp, ignore_index=ignore_index, impl=impl).check()
     flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    divisor = temperature.detach().reshape(-1).float() if per_row else scalar
+    divisor = temperature.reshape(-1).to(float_dtype(flat)) if per_row else scalar
+    if not torch.compiler.is_compiling():
+        kept = labels != ignore_index
+        check_rows(labels[kept], divisor[kept] if isinstance(divisor, Tensor) else None, flat.shape[1])
     if impl == "eager" or torch.compiler.is_compiling():
         scaled = flat.to(float_dtype(flat)) / (divisor[:, None] if isinstance(divisor, Tensor) else divisor)
         fields = logprobs_of(scaled, labels, settings)
     else:
-        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        flat = flat if flat.stride(1) == 1 and flat.stride(0) >= flat.shape[1] else flat.contiguous()
         fields = FromLogits.apply(flat, labels, divisor, settings)
     return LogProbs(*(x.reshape(targets.shape) for x in fields))
