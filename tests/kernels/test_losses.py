@@ -44,6 +44,7 @@ def batch(lengths: list[int], *, prompt: int = 3, holes: bool = False, seed: int
 
 BATCHES: dict[str, Callable[[], Case]] = {
     "even": lambda: batch([9, 9, 9, 9]),
+    "nothing masked": lambda: batch([7, 7, 7, 7, 7, 7], prompt=0),
     "pairs of very different length": lambda: batch([41, 2, 1, 13, 1, 30, 40, 2]),
     "holes": lambda: batch([20, 11, 17, 30], holes=True),
     "empty completions": lambda: batch([5, 0, 0, 0, 7, 4]),
