@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from align_kernels.backends import cpu, torch_ops
 
 SHAPES = {"tile 256x2048": (256, 2048), "rows 64x151936": (64, 151936)}

@@ -8,8 +8,9 @@ import shutil
 
 import pytest
 import torch
-from align_kernels.backends import cpu
 from torch import Tensor
+
+from align_kernels.backends import cpu
 
 MISSING = cpu.why_not(torch.device("cpu"), torch.float32)
 if MISSING is not None and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -403,4 +404,3 @@ def test_why_not_says_what_is_missing():
     assert "float16" in (cpu.why_not(device, torch.float16) or "")
     assert "float64" in (cpu.why_not(device, torch.float64) or "")
     assert "not on cuda" in (cpu.why_not(torch.device("cuda"), torch.float32) or "")
-
