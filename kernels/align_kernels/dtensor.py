@@ -25,9 +25,9 @@ def local(name: str, x: Any) -> Any:
 
 
 def local_head(
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: tuple[Tensor, Tensor, float] | None,
+    weight: Any,  # a tensor or DTensor, as bias and lora's may be
+    bias: Any,
+    lora: Any,
     tp_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, float] | None, ProcessGroup | None]:
     """The head's local tensors, and the group over which a weight placed `Shard(0)` is cut.

@@ -100,7 +100,7 @@ def first_order(backward: Callable) -> Callable:
             grads = backward(ctx, *upstream)
         if not torch.is_grad_enabled():
             return grads
-        refuse = torch._C._functions.DelayedError(TWICE.encode(), len(grads))
+        refuse = torch._C._functions.DelayedError(TWICE.encode(), len(grads))  # pyright: ignore
         return refuse(*(None if x is None else x.detach().requires_grad_() for x in grads))
 
     return run
@@ -405,7 +405,8 @@ def loss_forward(
         scatter(v, kept, size, d)
         for v, d in ((logp, dtype), (entropy, dtype), (mean_logit, dtype), (correct, torch.bool))
     ]
-    return total, sums, *fields, [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish())]
+    found = [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish())]
+    return total, sums, fields[0], fields[1], fields[2], fields[3], found
 
 
 # -- autograd -----------------------------------------------------------------------------------------------------

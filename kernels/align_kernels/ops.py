@@ -156,7 +156,8 @@ def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]
 def loss(
     head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings, needs: Needs
 ) -> tuple[Tensor, ...]:
-    if torch._C._functorch.maybe_current_level() is not None:  # it must see the gradient made in the backward
+    # torch.func must see the gradient made in the backward
+    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
         return functions.loss_late(logprobs(head, settings, needs), targets, side, num_items, text, settings)
     tensors, encoded = head._replace(targets=targets), encode_settings(settings, needs)
     if _opaque(head.hidden):
