@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from align_kernels import linear_logprobs, sft_loss
 from torch.utils.flop_counter import FlopCounterMode
+
+from align_kernels import compaction, linear_logprobs, sft_loss
 
 N, D, V = 512, 896, 151936
 SIGNIFICANT, POPULAR = 24, V // 8
@@ -76,3 +77,34 @@ def test_compaction(benchmark, peaked, schedule, train):
             )
     benchmark.group = f"{schedule}, {'head trained' if train else 'head frozen'}"
     benchmark.pedantic(calls[2**-10], rounds=2)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["head trained", "head frozen"])
+def test_break_even(benchmark, peaked, train, monkeypatch):
+    """The speedup where every block keeps a given share of the columns, needed or not: 256 rows, one pass."""
+
+    def largest(run, chunk, state, store, rows, entropy):
+        n, peak = len(chunk.targets), run.empty(V, dtype=torch.float32)
+        for v0, v1 in run.tiles():
+            z = run.tile_of(store, n, v0, v1)
+            run.backend.peaks(z, state, chunk.targets, rows, out=peak[v0:v1], **run.common(chunk, v0, v1))
+        peak[chunk.targets[rows]] = 0.0
+        columns = peak.topk(int(share * V)).indices.sort().values
+        return compaction.Block(rows, columns, compaction._gather(run, store, n, rows, columns))
+
+    monkeypatch.setattr(compaction, "_select", largest)
+    half = [x[:256] if len(x) == N else x for x in peaked]
+    dense, compacted = call(half, "one pass", train, 0.0), call(half, "one pass", train, 2**-10)
+    seconds: dict[float, list[float]] = {}
+    for _ in range(3):
+        for share in (0.0, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8):
+            start = time.process_time()
+            (compacted if share else dense)()
+            seconds.setdefault(share, []).append(time.process_time() - start)
+    median = {share: statistics.median(s) for share, s in seconds.items()}
+    speedup = {share: round(median[0.0] / s, 2) for share, s in median.items()}
+    benchmark.extra_info["speedup by share of columns"] = speedup
+    print(f"{'trained' if train else 'frozen'}, speedup by share of columns: {speedup}")
+    share = 0.02
+    benchmark.group = "break even"
+    benchmark.pedantic(compacted, rounds=1)

@@ -1,6 +1,6 @@
 """Which share of a softmax's columns do rows need that nobody tuned, and does column compaction pay there?
 
-    python benches/measure_columns.py train --minutes 8 --out model
+    nice -n 19 python benches/measure_columns.py train --minutes 8 --out model      # again: goes on from there
     python benches/measure_columns.py report --out model
 
 Trains a small Qwen2 on the Python standard library's own sources and the texts of its help (BPE of 32k, a twentieth of
@@ -15,17 +15,20 @@ import math
 import statistics
 import sysconfig
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from align_kernels import compaction, linear_logprobs, sft_loss
-from align_kernels.api import needs_of, read_head
-from align_kernels.functions import keep_rows
-from align_kernels.schedules import Runner
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from align_kernels import compaction, linear_logprobs, sft_loss
+from align_kernels.api import needs_of, read_head
+from align_kernels.functions import keep_rows
+from align_kernels.head import Head
+from align_kernels.schedules import Runner
 
 VOCAB, LENGTH = 32000, 256
 ROWS = 4096
@@ -60,14 +63,14 @@ def tokens(out: Path) -> tuple[Tensor, Tensor]:
 
 def train(out: Path, minutes: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
+    torch.manual_seed((out / "config.json").exists())
     ids, _ = tokens(out)
     config = Qwen2Config(
         vocab_size=VOCAB, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    model = Qwen2ForCausalLM.from_pretrained(out) if (out / "config.json").exists() else Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     start, step = time.perf_counter(), 0
     while (done := (time.perf_counter() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
@@ -103,11 +106,12 @@ def rows(out: Path) -> tuple[Tensor, Tensor, Tensor]:
 
 def shares(
     hidden: Tensor, weight: Tensor, targets: Tensor, tau: float, entropy: bool
-) -> list[tuple[int, float, float]]:
-    """(rows, mean entropy, share of columns) of each block, however many columns it takes; 1.0 where nothing fits."""
+) -> list[tuple[int, float, float, float]]:
+    """Of each block, however many columns it takes: rows, mean entropy, share of columns, sum of exp(entropy) / V."""
     hidden = hidden.detach().requires_grad_()
     h, settings = read_head(hidden, weight, targets, drop_mass=tau)
     run = Runner(h, settings, needs_of(h), keep_rows(targets, -100), late=False)
+    run.head = Head(*(None if x is None else x.detach() for x in h))
     found = []
     for chunk in run.chunks(0, len(targets)):
         store = run.store(len(chunk.targets))
@@ -135,7 +139,7 @@ def report(out: Path) -> None:
     print(f"{len(targets)} held-out rows: loss {-stats.logp.mean():.2f}, entropy mean {stats.entropy.mean():.2f}, "
           f"median {stats.entropy.median():.2f}")  # fmt: skip
     counts = torch.histogram(stats.entropy, torch.tensor([*BANDS[:-1], 99.0])).hist
-    names = [f"{a:g}-{b:g}" for a, b in zip(BANDS, BANDS[1:])]
+    names = [f"{a:g}-{b:g}" for a, b in pairwise(BANDS)]
     print("share of rows   ", " ".join(f"{n:>7}" for n in names))
     print("                ", " ".join(f"{c / len(targets):7.1%}" for c in counts))
     limits = compaction.MOST_COLUMNS, compaction.FLAT, compaction.BLOCK_ROWS
@@ -145,7 +149,7 @@ def report(out: Path) -> None:
             for size in BLOCKS:
                 compaction.MOST_COLUMNS, compaction.FLAT, compaction.BLOCK_ROWS = 1.0, math.inf, size
                 found = shares(hidden, weight, targets, tau, entropy)
-                bands = [mean(found, lambda f, a=a, b=b: a <= f[1] < b) for a, b in zip(BANDS, BANDS[1:])]
+                bands = [mean(found, lambda f, a=a, b=b: a <= f[1] < b) for a, b in pairwise(BANDS)]
                 print(
                     f"{'entropy too, ' if entropy else ''}2^{math.log2(tau):.0f}, {size:3} rows: all {mean(found)} |",
                     " ".join(bands),
@@ -192,8 +196,11 @@ def compare(name: str, hidden: Tensor, weight: Tensor, targets: Tensor, trained:
     base = statistics.median(seconds[0.0])
     for tau in TAUS:
         took = statistics.median(seconds[tau])
-        print(f"{name}, 2^{math.log2(tau):.0f}: {base:.2f} -> {took:.2f} s, {base / took:.2f}x, FLOP {flops[tau] / flops[0.0]:.0%}, "
-              f"error of dX {error[tau]:.1e} (eager bfloat16 {eager:.1e})", flush=True)  # fmt: skip
+        print(
+            f"{name}, 2^{math.log2(tau):.0f}: {base:.2f} -> {took:.2f} s, {base / took:.2f}x, "
+            f"FLOP {flops[tau] / flops[0.0]:.0%}, error of dX {error[tau]:.1e} (eager bfloat16 {eager:.1e})",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from align_kernels.schedules import Chunk, Grads, Rows, Runner
 
 BLOCK_ROWS = 128
-MOST_COLUMNS = 0.4  # of the vocabulary: with more, dense GEMMs are cheaper than gather, GEMM and scatter
-FLAT = 0.1  # of the vocabulary: a block whose exp(entropy) sum to more would keep too many columns to be worth a look
+MOST_COLUMNS = 0.3  # of the vocabulary: with more, dense GEMMs are cheaper (docs/LOG.md)
+FLAT = 0.01  # of the vocabulary: measured blocks whose exp(entropy) sum to more kept nearly every column (docs/LOG.md)
+PROBES = 8  # rows of a block that are tried first
 HALVINGS = 20  # of eps, before a block is given up
 STEP = 1024  # columns of one gather, GEMM and scatter
 ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
@@ -95,16 +96,31 @@ def _select(run: Runner, chunk: Chunk, state: Tensor, store: Tensor, rows: Tenso
     columns = (level < depth).nonzero()[:, 0]
     columns = columns[level[columns].sort(stable=True).indices]
 
-    part, begin, segments = chunk.select(rows), 0, []
-    whole, kept = state[rows], run.new_state(len(rows))
-    part = part._replace(targets=torch.zeros_like(rows))
-    for j, end in enumerate(sizes[:depth].tolist()):
+    ends = sizes[:depth].tolist()
+
+    def fold(rows: Tensor, begin: int, end: int, kept: Tensor) -> Tensor:
+        """Add columns begin .. end to the states of some rows; their raw logits."""
+        part = chunk.select(rows)
         z = _gather(run, store, n, rows, columns[begin:end])
-        run.backend.forward(z, kept, part.targets, **_common(run, part, columns, begin, end))
-        segments.append(z)
+        run.backend.forward(z, kept, torch.zeros_like(rows), **_common(run, part, columns, begin, end))
+        return z
+
+    # a few rows tell for less whether there is a chance, and from which eps on
+    begin, start = 0, len(ends)
+    few = rows[:: max(len(rows) // PROBES, 1)]
+    kept = run.new_state(len(few))
+    for j, end in enumerate(ends):
+        fold(few, begin, end, kept)
         begin = end
-        if _suffices(run, whole, kept, tau, tau / 2**j, entropy):
-            return Block(rows, columns[:end].clone(), torch.cat(segments, 1))
+        if _suffices(run, state[few], kept, tau, tau / 2**j, entropy):
+            start = j
+            break
+    begin, kept, segments = 0, run.new_state(len(rows)), []
+    for j in range(start, len(ends)):
+        segments.append(fold(rows, begin, ends[j], kept))
+        begin = ends[j]
+        if _suffices(run, state[rows], kept, tau, tau / 2**j, entropy):
+            return Block(rows, columns[:begin].clone(), torch.cat(segments, 1))
     return None
 
 
@@ -242,7 +258,9 @@ def hold(run: Runner, chunk: Chunk, state: Tensor, store: Tensor, waiting: list[
         return Held(blocks, rows, None)
     if not fits or len(rows) == n:
         return Held([], every, store)
-    logits = torch.cat([run.tile_of(store, n, v0, v1)[rows].view(-1) for v0, v1 in run.tiles()])
+    logits = run.store(len(rows))
+    for v0, v1 in run.tiles():
+        torch.index_select(run.tile_of(store, n, v0, v1), 0, rows, out=run.tile_of(logits, len(rows), v0, v1))
     return Held(blocks, rows, logits)
 
 

@@ -1,20 +1,25 @@
-"""Column compaction: what `drop_mass` leaves out is bounded row by row, a flat softmax is not touched, and FLOPs drop."""
+"""Column compaction: what `drop_mass` leaves out is bounded per row, a flat softmax is not touched, and FLOPs drop."""
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
 from align_kernels import LogitGradClamp, compaction, explain, linear_logprobs, planner, sft_loss
 from align_kernels.api import needs_of, read_head
 from align_kernels.functions import keep_rows
 from align_kernels.head import Head
 from align_kernels.planner import MIB
 from align_kernels.schedules import Runner
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from .oracle import Case, objective, raw_logits, transform
 
@@ -90,6 +95,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(compaction, "BLOCK_ROWS", 32)
     monkeypatch.setattr(planner, "BLOCK_ROWS", 32)
     monkeypatch.setattr(compaction, "STEP", 50)
+    monkeypatch.setattr(compaction, "FLAT", 0.1)
 
 
 def make(shape: str, *, dtype=torch.float32, bias=False, rank=0, temperature=1.0, train=None, **options) -> Case:
@@ -440,3 +446,61 @@ def test_refused_values():
         with pytest.raises(ValueError, match="drop_mass"):
             gradients(case, *coefficients(False), drop_mass=tau)
     assert explain_of(case, TAU).workspace <= 256 * MIB
+
+
+# -- vocabulary-parallel ------------------------------------------------------------------------------------------
+RANK_CODE = """
+import sys, torch, torch.distributed as dist
+from align_kernels import compaction, linear_logprobs, planner, sft_loss
+compaction.BLOCK_ROWS = planner.BLOCK_ROWS = 32
+compaction.FLAT = 0.1
+folder, rank, world, tau, workspace = sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]), int(sys.argv[5])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+hidden, weight, targets, g, h, edges = torch.load(f"{folder}/inputs.pt")
+hidden, weight = hidden.requires_grad_(), weight[edges[rank] : edges[rank + 1]].clone().requires_grad_()
+options = dict(drop_mass=tau, workspace=workspace, tp_group=dist.group.WORLD)
+out = linear_logprobs(hidden, weight, targets, **options)
+late = torch.autograd.grad((out.logp * g).sum() + (out.entropy * h).sum(), [hidden, weight])
+fused = torch.autograd.grad(sft_loss(hidden, weight, targets, **options).loss, [hidden, weight])
+torch.save([late, fused], f"{folder}/{rank}.pt")
+dist.barrier()  # a rank that leaves early may abort in the others' clean-up
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("workspace", [ROOM, 120 * V * 2], ids=["roomy", "small"])
+@pytest.mark.parametrize(
+    "edges", [(0, 1200, V), (0, 7, 1700, V), (0, 1700, 1700, V)], ids=["2 ranks", "3 ranks", "empty"]
+)
+def test_vocabulary_parallel(tmp_path, edges: tuple[int, ...], workspace: int):
+    """Ranks that share the vocabulary choose columns together: what one process gives."""
+    case, (g, h), world = make("mixed"), coefficients(True), len(edges) - 1
+    hidden, w = case.tensors["hidden"], case.tensors["weight"]
+    torch.save([hidden, w, case.targets, g, h, edges], tmp_path / "inputs.pt")
+    paths = os.pathsep.join(map(str, [Path(__file__).parents[2] / "kernels"]))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_CODE, str(tmp_path), str(rank), str(world), str(TAU), str(workspace)],
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    output = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0] * world, "\n".join(output)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+
+    options = dict(drop_mass=TAU, workspace=ROOM)
+    one = gradients(case, g, h, **options), {}
+    leaves = case.leaves()
+    loss = sft_loss(leaves["hidden"], leaves["weight"], case.targets, **options).loss
+    one[1].update(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
+    exact = gradients(case, g, h)
+    longest, size = w.norm(dim=1).max(), g.abs() + h.abs()
+    for i, true in enumerate(one):
+        dx, dw = parts[0][i][0], torch.cat([part[i][1] for part in parts])
+        assert all(torch.equal(part[i][0], dx) for part in parts), "ranks differ"
+        if workspace == ROOM:
+            assert torch.allclose(dx, true["hidden"], atol=1e-5 * true["hidden"].abs().max())
+            assert torch.allclose(dw, true["weight"], atol=1e-5 * true["weight"].abs().max())
+        elif i == 0:
+            assert ((dx - exact["hidden"]).norm(dim=1) <= size * TAU * longest + 1e-4).all()
