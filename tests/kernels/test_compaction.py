@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from align_kernels import LogitGradClamp, compaction, explain, linear_logprobs, planner, sft_loss
 from align_kernels.api import needs_of, read_head
+from align_kernels.backends import cpu, torch_ops
 from align_kernels.functions import keep_rows
 from align_kernels.head import Head
 from align_kernels.planner import MIB
@@ -26,6 +27,7 @@ from .oracle import Case, objective, raw_logits, transform
 N, V, D = 150, 3001, 48
 TAU = 2**-6
 IMPLS = ("torch", "cpu")
+MISSING = cpu.why_not(torch.device("cpu"), torch.float32)
 ROOM = 64 * MIB  # all logits in one chunk
 
 
@@ -227,6 +229,44 @@ def test_eps_is_the_largest_that_serves(impl: str):
         level = 2.0 ** math.ceil(math.log2(TAU / eps))
         fewer = peak < TAU / level * 2
         assert level < 2 or q[:, fewer].sum(1).max() > TAU * 0.999
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(softcap=9.0), dict(scale=-1.5)], ids=["plain", "softcap", "negative scale"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["torch_ops", *(cpu._C.available_isas() if MISSING is None else ())])
+def test_peaks(impl: str, dtype: torch.dtype, options: dict):
+    """The largest log-prob of each column over some rows, of odd widths, for every instruction set."""
+    for c in (1, 63, 2049, 5000):
+        z = torch.full((9, c + 3), torch.nan, dtype=dtype)[:, :c]
+        z.copy_(torch.randn(9, c, generator=rng()) * 4)
+        bias, temperature = torch.randn(c, generator=rng()), torch.rand(9, generator=rng()) + 0.5
+        common = dict(offset=0, vocab=c, bias=bias, scale=1.0, softcap=None, temperature=temperature) | options
+        targets, state = torch.zeros(9, dtype=torch.int64), runner(make("flat"), TAU, "torch").new_state(9)
+        torch_ops.forward(z.double(), state, targets, **common)
+        l = common["scale"] * (z.double() + bias)
+        l = l if common["softcap"] is None else 9.0 * torch.tanh(l / 9.0)
+        rows, out = torch.tensor([7, 0, 4]), torch.full((c + 2,), torch.nan)
+        if impl != "torch_ops":
+            before = cpu._C.isa()
+            cpu._C.set_isa(impl)
+        backend = torch_ops if impl == "torch_ops" else cpu
+        backend.peaks(z, state, targets, rows, out=out[1:-1], **common)
+        if impl != "torch_ops":
+            cpu._C.set_isa(before)
+        true = (l / temperature.double()[:, None]).log_softmax(1)[rows].amax(0)
+        assert (out[1:-1] - true).abs().max() < 2e-5 * true.abs().max().clamp(min=1.0)
+        assert out[0].isnan() and out[-1].isnan()
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+@pytest.mark.parametrize("rows", [[], [0, 5], [-1]], ids=str)
+def test_peaks_refuses_rows(rows: list[int]):
+    common = dict(offset=0, vocab=3, bias=None, scale=1.0, softcap=None, temperature=1.0)
+    z, state, targets = torch.zeros(5, 3), torch.ones(5, 8, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="rows must"):
+        cpu.peaks(z, state, targets, torch.tensor(rows, dtype=torch.int64), out=torch.zeros(3), **common)
 
 
 @pytest.mark.parametrize(
