@@ -2,7 +2,7 @@
 
 One process runs all methods in turn, round after round; the table gives medians in seconds, the ratio of each peer to
 align_kernels, our share of the GEMM ceiling (torch.mm over the kept rows: three with the head trained, two frozen, one
-forward only), and peak memory above inputs and gradients, measured in a process of its own.
+forward only), and, with the head trained, peak memory above inputs and gradients, measured in a process of its own.
 
     python benches/peers.py [--shapes 0 1 2 3] [--rounds 3] [--json results.json]
 """
@@ -152,10 +152,13 @@ def peak_kib() -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def memory(shape: tuple[int, int, int], trained: bool, method: str) -> float:
-    """Peak MB above inputs and gradients of one step; to be run in a fresh process. A small case warms up first."""
-    step(Case((128, 64, 512), trained), method)
-    case = Case(shape, trained)
+def memory(shape: tuple[int, int, int], method: str) -> float:
+    """Peak MB above inputs and gradients of one step with the head trained; to be run in a fresh process.
+
+    A small case warms up first.
+    """
+    step(Case((128, 64, 512), trained=True), method)
+    case = Case(shape, trained=True)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_kib()
     step(case, method)
@@ -163,8 +166,8 @@ def memory(shape: tuple[int, int, int], trained: bool, method: str) -> float:
     return (peak_kib() - before) * 1024 / 1e6 - grads / 1e6
 
 
-def measure_memory(shape: int, trained: bool, method: str) -> float:
-    args = [sys.executable, __file__, "--memory", method, "--shapes", str(shape)] + ([] if trained else ["--frozen"])
+def measure_memory(shape: int, method: str) -> float:
+    args = [sys.executable, __file__, "--memory", method, "--shapes", str(shape)]
     done = subprocess.run(args, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
@@ -195,7 +198,7 @@ def table(shape: int, trained: bool, rounds: int, skip: tuple[str, ...]) -> dict
         "trained": trained,
         "seconds": medians,
         "plan": str(plan),
-        "memory_mb": {m: measure_memory(shape, trained, m) for m in METHODS if m not in skip},
+        "memory_mb": {m: measure_memory(shape, m) for m in METHODS if m not in skip} if trained else {},
     }
 
 
@@ -221,10 +224,9 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS), help="methods to leave out")
     parser.add_argument("--json", type=Path, help="write the figures here, with versions")
     parser.add_argument("--memory", choices=list(METHODS), help=argparse.SUPPRESS)
-    parser.add_argument("--frozen", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
-        print(memory(SHAPES[args.shapes[0]], not args.frozen, args.memory))
+        print(memory(SHAPES[args.shapes[0]], args.memory))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     results = []
