@@ -137,7 +137,11 @@ def logprobs_forward(
     kept = keep_rows(targets, options.ignore_index)
     run = Runner(head, options, needs, kept, late=True)
     check_rows(targets[kept], None if temperature is None else temperature[kept], run.vocab)
-    states, saved, held = [], [], []
+    states, held = [], []
+    payload = hidden.new_empty(0, dtype=run.dtype)
+    if run.plan.schedule == "frozen":
+        payload = hidden.new_empty(len(kept) * hidden.shape[1], dtype=run.dtype)
+    begin = 0
     for chunk in run.chunks(0, len(kept)):
         n = len(chunk.targets)
         store = run.store(n) if run.plan.schedule in ("frozen", "keep", "compaction") else None
@@ -147,14 +151,14 @@ def logprobs_forward(
             one = torch.ones(n, dtype=float_dtype(hidden), device=hidden.device)
             dx = run.backward(chunk, state, one, None, Grads(run), store, consume=True)
             assert dx is not None
-            saved.append(dx.to(run.dtype).view(-1))
+            payload.view(-1, hidden.shape[1])[begin : begin + n] = dx
         elif run.plan.schedule == "compaction":
             assert store is not None
             held.append(compaction.hold(run, chunk, state, store, held, alone=n == len(kept)))
-        elif store is not None:
-            saved.append(store)
+        elif store is not None:  # "keep" has one chunk
+            payload = store
+        begin += n
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
-    payload = (torch.cat(saved) if len(saved) > 1 else saved[0]) if saved else hidden.new_empty(0, dtype=run.dtype)
     layout = kept.new_empty(0)
     if held:
         payload, layout = compaction.pack(held, payload)
@@ -192,7 +196,9 @@ def logprobs_backward(
     if run.plan.schedule == "frozen" and g_entropy is None:
         assert dhidden is not None
         if g_logp is not None:
-            dhidden.index_copy_(0, kept, (payload.view(-1, hidden.shape[1]) * g_logp[kept][:, None]).to(hidden.dtype))
+            n = run.plan.chunk_rows
+            for rows, dx in zip(kept.split(n), payload.view(-1, hidden.shape[1]).split(n)):
+                dhidden.index_copy_(0, rows, (dx * g_logp[rows][:, None]).to(hidden.dtype))
     else:
         store = payload if run.plan.schedule == "keep" else None
         held = compaction.unpack(payload, layout, len(weight))
