@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from align_kernels.api import needs_of, read_head
-from align_kernels.functions import Units, keep_rows
 from align_kernels.losses.registry import LOSSES
 from align_kernels.planner import Plan
 from align_kernels.schedules import Runner
+from align_kernels.units import Units, keep_rows
 
 
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None = None, **head) -> Plan:

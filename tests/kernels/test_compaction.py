@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from align_kernels import LogitGradClamp, compaction, explain, linear_logprobs, planner, sft_loss
 from align_kernels.api import needs_of, read_head
 from align_kernels.backends import cpu, torch_ops
-from align_kernels.functions import keep_rows
 from align_kernels.head import Head
 from align_kernels.planner import MIB
 from align_kernels.schedules import Runner
+from align_kernels.units import keep_rows
 
 from .oracle import Case, objective, raw_logits, transform
 
