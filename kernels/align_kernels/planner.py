@@ -36,7 +36,7 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
-    "cpu": Profile(tile_bytes=8 * MIB, min_rows=96, max_rows=1024, workspace=256 * MIB),
+    "cpu": Profile(tile_bytes=16 * MIB, min_rows=96, max_rows=1024, workspace=256 * MIB),
     "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, workspace=2048 * MIB),
 }
 
