@@ -1,4 +1,4 @@
-"""DPO of the demo with whole logits (impl=eager) and with the fused kernels (impl=auto): losses and peak memory.
+"""DPO of the demo with whole logits (impl=eager) and with the fused kernels (impl=cpu): losses and peak memory.
 
 align demo --seeds 0 && python benches/demo_impls.py
 """
@@ -25,7 +25,7 @@ def run(impl: str, folder: Path) -> list[dict]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        runs = {impl: run(impl, Path(folder) / impl) for impl in ("eager", "auto")}
+        runs = {impl: run(impl, Path(folder) / impl) for impl in ("eager", "cpu")}
     largest = max(abs(a["loss"] - b["loss"]) for a, b in zip(*runs.values(), strict=True))
     print(f"{len(runs['auto'])} steps, largest difference between the losses of a step: {largest:.1e}")
     for impl, records in runs.items():
