@@ -27,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = {impl: run(impl, Path(folder) / impl) for impl in ("eager", "cpu")}
     largest = max(abs(a["loss"] - b["loss"]) for a, b in zip(*runs.values(), strict=True))
-    print(f"{len(runs['auto'])} steps, largest difference between the losses of a step: {largest:.1e}")
+    print(f"{len(runs['cpu'])} steps, largest difference between the losses of a step: {largest:.1e}")
     for impl, records in runs.items():
         peak, speed = records[-1]["peak_memory_mib"], sorted(r["tokens_per_second"] for r in records)[len(records) // 2]
         print(f"impl={impl:6} peak process memory {peak:7.1f} MiB, median {speed:,.0f} tokens per second")
