@@ -132,13 +132,15 @@ def logprobs_forward(
     run = Runner(head, options, needs, kept, late=True)
     check_rows(targets[kept], None if temperature is None else temperature[kept], run.vocab)
     states, held = [], []
-    payload = hidden.new_empty(0, dtype=run.dtype)
+    payload, store = hidden.new_empty(0, dtype=run.dtype), None
     if run.plan.schedule == "frozen":
         payload = hidden.new_empty(len(kept) * hidden.shape[1], dtype=run.dtype)
+        store = run.store(min(run.plan.chunk_rows, len(kept)))
     begin = 0
     for chunk in run.chunks(0, len(kept)):
         n = len(chunk.targets)
-        store = run.store(n) if run.plan.schedule in ("frozen", "keep", "compaction") else None
+        if run.plan.schedule in ("keep", "compaction"):
+            store = run.store(n)
         state = run.forward(chunk, store)
         states.append(state)
         if run.plan.schedule == "frozen":
