@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from align_engine.data import Batch, collate_pairs, collate_sft
 from align_engine.data.batches import IGNORE
-from align_engine.recipe import DpoRecipe, Recipe, SftRecipe
+from align_engine.recipe import DpoRecipe, Recipe, RmRecipe, SftRecipe
 from align_kernels import LossOutput, dpo_loss, sft_loss
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
@@ -29,6 +31,7 @@ class Algorithm:
     loss: Loss
     reference: bool  # whether batches need ref_logps
     dropout: bool  # whether the model's dropout stays on in training
+    scalar: bool = False  # the model has a score head: the loss gets scores [B] in place of hidden states
 
 
 def _sft(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: SftRecipe, num_items: float) -> LossOutput:
@@ -49,6 +52,21 @@ def _dpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DpoRecipe, 
     )
 
 
+def _rm(scores: Tensor, head: dict[str, Any], batch: Batch, recipe: RmRecipe, num_items: float) -> LossOutput:
+    chosen, rejected = scores.chunk(2)
+    margin = batch.margin if batch.margin is not None else torch.zeros_like(chosen)
+    values = -F.logsigmoid(chosen - rejected - margin)
+    values = values + recipe.loss.center_rewards_coefficient * (chosen + rejected) ** 2
+    metrics = {
+        "mean_reward": scores.mean(),
+        "accuracy": (chosen > rejected).float().mean(),
+        "margin": (chosen - rejected).mean(),
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+    }
+    return LossOutput(values.sum() / num_items, metrics, scores)
+
+
 def _tokens(batch: Batch) -> int:
     return batch.num_tokens
 
@@ -58,8 +76,9 @@ def _pairs(batch: Batch) -> int:
 
 
 ROWS = (
-    #         name   recipe     rows          collate        unit     units in a batch  loss  reference dropout
+    #         name   recipe     rows          collate        unit     units in a batch  loss  reference dropout scalar
     Algorithm("sft", SftRecipe, "sft",        collate_sft,   "token", _tokens,          _sft, False,    True),
+    Algorithm("rm",  RmRecipe,  "preference", collate_pairs, "pair",  _pairs,           _rm,  False,    False, True),
     Algorithm("dpo", DpoRecipe, "preference", collate_pairs, "pair",  _pairs,           _dpo, True,     False),
 )  # fmt: skip
 ALGORITHMS = {row.name: row for row in ROWS}

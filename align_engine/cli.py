@@ -29,7 +29,11 @@ align COMMAND --help lists the flags of a command. A recipe is a YAML file of th
   align dpo --recipe recipes/demo-dpo.yaml --learning_rate 1e-5
 Exit codes: 0 done, 1 the run failed, 2 bad input."""
 
-RECIPES: dict[str, type[recipes.Recipe]] = {"sft": recipes.SftRecipe, "dpo": recipes.DpoRecipe}
+RECIPES: dict[str, type[recipes.Recipe]] = {
+    "sft": recipes.SftRecipe,
+    "rm": recipes.RmRecipe,
+    "dpo": recipes.DpoRecipe,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,6 +174,7 @@ def demo(name: str, arguments: list[str]) -> None:
 
 COMMANDS = {
     "sft": Command(train, "supervised fine-tuning on prompts with completions, or on text"),
+    "rm": Command(train, "reward model on pairs of a chosen and a rejected answer, for transformers to load"),
     "dpo": Command(train, "direct preference optimisation on pairs of a chosen and a rejected answer"),
     "env": Command(environment, "versions, devices, and which backend each kernel takes here and why not another"),
     "demo": Command(demo, "make data, train SFT then DPO on this machine, score both on held-out prompts"),

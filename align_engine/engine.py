@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from align_engine import heads
 from align_engine.algorithms import Algorithm, metric_weight
 from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch
@@ -79,13 +80,17 @@ class Engine:
         self._sums = Sums()
 
     def forward(self, batch: Batch, num_items: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """One forward pass with the fused loss.
+        """One forward pass with the fused loss, or with the loss of the scores where the model has a score head.
 
         Returns:
             (loss, metrics): the sum over the batch's units over `num_items`, and the metrics of the loss.
         """
         if self.reference is not None:
             batch.ref_logps = self.reference(batch)
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self.algorithm.scalar:
+            out = self.algorithm.loss(heads.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
+            return out.loss, out.metrics
         metrics: dict[str, Tensor] = {}
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
@@ -94,7 +99,6 @@ class Engine:
             return out.loss
 
         with fused_head(self.model, fn):
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
             loss = self.model(**inputs, use_cache=False).logits
         return loss, metrics
 

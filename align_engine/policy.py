@@ -141,7 +141,8 @@ def _attributes(places: list[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _head_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside the block `forward` is what the module does."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -173,7 +174,7 @@ def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
         # the weights are read here: under FSDP they are whole only inside the call
         return fn(hidden, {**head_weights(module), **keywords})
 
-    with _attributes(places), _head_forward(module, forward):
+    with _attributes(places), head_forward(module, forward):
         yield
 
 
@@ -195,7 +196,7 @@ def check_head(model: nn.Module) -> None:
 
     with fused_head(model, lambda hidden, head: probe.to(hidden.dtype)):
         untouched = logits()
-    with _head_forward(module, lambda hidden: probe.to(hidden.dtype)):
+    with head_forward(module, lambda hidden: probe.to(hidden.dtype)):
         transformed = logits()
     scale, cap = transform.get("logit_scale", 1.0), transform.get("softcap")
     expected = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
@@ -213,8 +214,14 @@ def check_path(path: str) -> None:
         raise BadInput(f"no model at {path!r}: no such folder")
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer saved beside a model; pad falls back to eos, as attention is by masks only."""
+def load_tokenizer(path: str, distinct_pad: bool = False) -> Any:
+    """The tokenizer saved beside a model.
+
+    Args:
+        distinct_pad: a pad token other than EOS, where the vocabulary has a special one to spare: what a saved model
+            with a score head needs, for transformers' own forward finds its last token by the pad id. Default False:
+            pad falls back to EOS, as attention is by masks only.
+    """
     from transformers import AutoTokenizer
 
     check_path(path)
@@ -224,23 +231,33 @@ def load_tokenizer(path: str) -> Any:
         raise BadInput(f"model_name_or_path = {path!r}: no tokenizer there: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if distinct_pad and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        special = [tokenizer.unk_token, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)]
+        spare = [token for token in special if token not in (None, tokenizer.eos_token, tokenizer.bos_token)]
+        tokenizer.pad_token = (spare or [tokenizer.eos_token])[0]
     return tokenizer
 
 
-def load_model(path: str, section: ModelSection) -> nn.Module:
-    """A causal LM from a folder or hub name, in the dtype and with the attention that the recipe names."""
+def load_model(path: str, section: ModelSection, kind: Any = None, **options: Any) -> nn.Module:
+    """A model from a folder or hub name, in the dtype and with the attention that the recipe names.
+
+    Args:
+        kind: class of transformers to load it with. Default None: AutoModelForCausalLM.
+        **options: of its `from_pretrained`.
+    """
     from transformers import AutoModelForCausalLM
 
     check_path(path)
-    options = {} if section.attn_implementation is None else {"attn_implementation": section.attn_implementation}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=section.dtype, **options)
+        return (kind or AutoModelForCausalLM).from_pretrained(path, dtype=section.dtype, **options)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load the model {path!r}: {_first_line(error)}") from error
 
 
-def add_adapters(model: Any, section: ModelSection) -> nn.Module:
-    """The model with fresh LoRA adapters, everything else frozen."""
+def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM") -> nn.Module:
+    """The model with fresh LoRA adapters, the rest frozen; with task_type "SEQ_CLS" its score head trains too."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -248,7 +265,7 @@ def add_adapters(model: Any, section: ModelSection) -> nn.Module:
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,
         target_modules=section.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
     try:
         return get_peft_model(model, config)

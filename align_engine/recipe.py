@@ -83,6 +83,17 @@ class DpoLoss:
 
 
 @dataclass
+class RmLoss:
+    """Loss."""
+
+    center_rewards_coefficient: float = 0.0
+    """Weight of (chosen + rejected)^2, which keeps the mean score near 0 (0.01 is usual)."""
+    rank_margin: float = 0.0
+    """Margin per step between the columns `chosen_rank` and `rejected_rank` (rank 1 is the best; 0: no margin). A
+    column `margin` is used as it stands."""
+
+
+@dataclass
 class TrainSection:
     """Training."""
 
@@ -174,6 +185,15 @@ class DpoRecipe(Recipe):
 
     loss: DpoLoss = field(default_factory=DpoLoss)
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
+class RmRecipe(Recipe):
+    """Reward model: a score that is higher for the chosen completion than for the rejected one (Bradley-Terry)."""
+
+    loss: RmLoss = field(default_factory=RmLoss)
+    data: DataSection = field(default_factory=lambda: DataSection(overlong="drop"))
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-4))
 
 
 R = TypeVar("R", bound=Recipe)
@@ -273,6 +293,11 @@ def check(recipe: Recipe) -> None:
         ("warmup_ratio", 0 <= values["warmup_ratio"] <= 1, "must lie in [0, 1]"),
         ("lora_dropout", 0 <= values["lora_dropout"] < 1, "must lie in [0, 1)"),
     ]  # fmt: skip
+    rules += [
+        (name, values[name] >= 0, "must be at least 0")
+        for name in ("center_rewards_coefficient", "rank_margin")
+        if name in values
+    ]
     if "label_smoothing" in values:
         rules.append(("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "must lie in [0, 0.5)"))
     if values.get("reference") == "adapter-off":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from align_engine import policy
+from align_engine import heads, policy
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm
@@ -44,7 +45,9 @@ def train(name: str, recipe: Recipe) -> RunFolder:
         accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
         return folder
 
-    tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path)
+    tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path, distinct_pad=algorithm.scalar)
+    if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")
     data = recipe.data
     source = load_source(data.dataset_name, data.dataset_train_split, recipe, algorithm, tokenizer, accelerator)
     evaluation = None
@@ -56,10 +59,11 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     steps = total_steps(source, recipe.train.num_train_epochs, recipe.train.max_steps)
 
     set_seed(recipe.train.seed)
-    model = load_policy(recipe, algorithm)
+    model = load_policy(recipe, algorithm, tokenizer)
     for part in filter(None, (source, evaluation)):
         check_source(part, model, recipe)
-    policy.check_head(model)
+    if not algorithm.scalar:
+        policy.check_head(model)
     check_room(folder, model, recipe)
     facts = {"data": source.fingerprint()}
     with accelerator.main_process_first():
@@ -154,8 +158,9 @@ def load_source(
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"{where}: {error}") from error
     accelerator.print(f"{where}: {describe(report)}")
+    rank_margin = recipes.flat(recipe).get("rank_margin", 0.0)
     return Source(
-        rows,
+        with_margins(rows, rank_margin) if rank_margin else rows,
         algorithm.collate,
         tokenizer.pad_token_id,
         train.per_device_train_batch_size if training else recipe.eval.per_device_eval_batch_size,
@@ -166,10 +171,20 @@ def load_source(
     )
 
 
+def with_margins(rows: Any, per_rank: float) -> Any:
+    """A column `margin` from the ranks of the two answers, rank 1 being the best."""
+    if missing := {"chosen_rank", "rejected_rank"} - set(rows.column_names):
+        raise BadInput(f"rank_margin = {per_rank}: the rows have no column {' and no '.join(sorted(missing))}")
+    ranks = np.asarray(rows["rejected_rank"][:]) - np.asarray(rows["chosen_rank"][:])
+    if "margin" in rows.column_names:
+        raise BadInput(f"rank_margin = {per_rank}, and the rows have a column `margin` too: leave one of them out")
+    return rows.add_column("margin", per_rank * ranks.astype(np.float64))
+
+
 def check_source(source: Source, model: Any, recipe: Recipe) -> None:
     """Refuse rows with token ids that the model has no embedding for."""
     try:
-        check_vocab(source.rows, policy.head_module(policy.causal_model(model)).out_features)
+        check_vocab(source.rows, policy.causal_model(model).get_input_embeddings().num_embeddings)
     except ValueError as error:
         raise BadInput(f"{recipe.model.model_name_or_path}: {error}") from error
 
@@ -188,11 +203,15 @@ def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
         )
 
 
-def load_policy(recipe: Recipe, algorithm: Algorithm) -> Any:
-    """The model to train: adapters, checkpointing and dropout as the recipe and the algorithm say."""
-    model = policy.load_model(recipe.model.model_name_or_path, recipe.model)
-    if recipe.model.use_peft:
-        model = policy.add_adapters(model, recipe.model)
+def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
+    """The model to train: head, adapters, checkpointing and dropout as the recipe and the algorithm say."""
+    path, section = recipe.model.model_name_or_path, recipe.model
+    if algorithm.scalar:
+        model = heads.load_scalar_model(path, section, tokenizer.pad_token_id)
+    else:
+        model = policy.load_model(path, section)
+    if section.use_peft:
+        model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
     if recipe.train.gradient_checkpointing:
         policy.checkpoint_activations(model)
     if not algorithm.dropout:

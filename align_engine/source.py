@@ -83,7 +83,7 @@ class Source:
         return self.collate([dict(zip(columns, values)) for values in zip(*columns.values())])
 
     def fingerprint(self) -> str:
-        """Hash of the token ids of all rows."""
+        """Hash of the token ids of all rows, and of the numbers that they carry."""
         digest = hashlib.sha256()
         part: Any
         for part in self.rows.with_format("arrow").iter(batch_size=10_000):
@@ -92,6 +92,8 @@ class Source:
                 if name.endswith("_ids"):
                     digest.update(np.asarray(column.value_lengths()).tobytes())
                     digest.update(np.asarray(column.flatten()).tobytes())
+                elif name != "index":
+                    digest.update(np.asarray(column, dtype=np.float64).tobytes())
         return digest.hexdigest()[:16]
 
 

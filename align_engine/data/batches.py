@@ -26,6 +26,7 @@ class Batch:
     targets: Tensor  # [B, T] int64, already shifted: position i predicts targets[i]; -100 outside the completion
     index: Tensor  # [R] int64, number of each row in its source (R = B, or P for pairs)
     ref_logps: Tensor | None = None  # [B] float32, summed log-probs of the reference, where the rows carry them
+    margin: Tensor | None = None  # [P] float32, by how much the chosen answer is better, where the rows say
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -46,7 +47,8 @@ def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 
 def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
     """P rows of prompt_ids, chosen_ids, rejected_ids -> Batch with B = 2P, chosen first.
 
-    Rows with `ref_chosen_logps` and `ref_rejected_logps` (TRL's names) fill `ref_logps` [2P] in the same order.
+    Rows with `ref_chosen_logps` and `ref_rejected_logps` (TRL's names) fill `ref_logps` [2P] in the same order, rows
+    with `margin` fill `margin` [P].
     """
     sides = ("chosen", "rejected")
     batch = _batch(
@@ -56,6 +58,8 @@ def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int 
         batch.ref_logps = torch.tensor(
             [row[f"ref_{side}_logps"] for side in sides for row in rows], dtype=torch.float32
         )
+    if "margin" in rows[0]:
+        batch.margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
     return batch
 
 

@@ -16,6 +16,7 @@ from align_engine.data.limits import Limits, TooLong, fit
 from align_engine.errors import BadInput
 
 pc: Any = pyarrow.compute
+CARRIED = {"preference": ("margin", "chosen_rank", "rejected_rank")}  # columns of numbers that rows may have besides
 SIDES = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 
 
@@ -35,6 +36,7 @@ def prepare(
     Returns the data set and a report (see `describe`). Columns of the data set, ids as lists of int:
       sft: index, prompt_ids, completion_ids         preference: index, prompt_ids, chosen_ids, rejected_ids
       prompt: index, prompt_ids
+    and those of `CARRIED` that the rows have: margin, chosen_rank, rejected_rank of preference data.
     `index` is the row's number in `rows`, whatever was dropped. Texts without a prompt ("text", "messages") have an
     empty `prompt_ids`: every token is trained on.
 
@@ -76,6 +78,7 @@ def prepare(
     report = _report(status, done["notes"][:])
     _raise_where_asked(status, report, {"bad": bad_rows == "error", "long": overlong == "error"})
     kept = done.select([i for i, reason in enumerate(status) if not reason]).remove_columns(["status", "notes"])
+    kept = _carry(rows, kept, kind)
     report["longest"] = max(map(sum, zip(_lengths(kept, "prompt_ids"), _longest_side(kept, SIDES[kind]))))
     return kept, report
 
@@ -139,6 +142,17 @@ def _encode_row(
         return {**out, "status": "bad: 'prompt' is empty"}
     ids = {f"{side}_ids": completion for side, completion in zip(sides, completions)}
     return {**out, "prompt_ids": prompt, **ids, "notes": [*dict.fromkeys(notes), *cuts]}
+
+
+def _carry(rows: datasets.Dataset, kept: datasets.Dataset, kind: Kind) -> datasets.Dataset:
+    names = [name for name in CARRIED.get(kind, ()) if name in rows.column_names]
+    part = rows.select_columns(names).select(kept["index"][:]) if names else rows
+    for name in names:
+        column = part[name][:]
+        if wrong := [i for i, x in zip(kept["index"], column) if not isinstance(x, (int, float)) or x != x]:
+            raise DataError(f"'{name}' must be a number: row {wrong[0]} (counted from 0) has none")
+        kept = kept.add_column(name, column)
+    return kept
 
 
 def _report(status: list[str], notes: list[list[str]]) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""Models with one number per position where others have logits: reward models and value models.
+
+They are transformers' `AutoModelForSequenceClassification` with `num_labels=1`, so that a saved one loads anywhere. As
+`align_engine.policy` does with the LM head, the score head is swapped inside the model's own forward (DDP, FSDP,
+adapters and checkpointing run as ever): the last token is found by the attention mask. transformers looks for the last
+id that is not the pad id, and so reads the token before the EOS wherever pad and EOS are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from align_engine import policy
+from align_engine.errors import BadInput
+
+if TYPE_CHECKING:
+    from align_engine.recipe import ModelSection
+
+
+def load_scalar_model(path: str, section: ModelSection, pad_token_id: int) -> nn.Module:
+    """A model with a score head from a folder or hub name: a saved one, or a causal LM's body with a fresh head.
+
+    Raises:
+        BadInput: nothing there that transformers can load, or an architecture without a score head of one number.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model: Any = policy.load_model(path, section, AutoModelForSequenceClassification, num_labels=1)
+    model.config.get_text_config().pad_token_id = pad_token_id
+    score_module(model)
+    return model
+
+
+def score_module(model: Any) -> nn.Module:
+    """The head that reads hidden states; raises BadInput where the architecture has none."""
+    module = getattr(policy.causal_model(model), "score", None)
+    if module is None:
+        raise BadInput(f"{type(model).__name__} has no `score` head on its hidden states; take a causal architecture")
+    return module
+
+
+def scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """One number per sequence, read at its last token: [B] float32.
+
+    Args:
+        input_ids, attention_mask: [B, T], padded on either side.
+    """
+    places = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (places * attention_mask).argmax(1)
+    rows = torch.arange(len(last), device=last.device)
+    return _through(model, input_ids, attention_mask, lambda hidden: hidden[rows, last][:, None])[:, 0]
+
+
+def values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """One number per position: [B, T] float32. Position i has read tokens 0 .. i."""
+    return _through(model, input_ids, attention_mask, lambda hidden: hidden)
+
+
+def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+    module = score_module(model)
+    head, dtype = module.forward, next(module.parameters()).dtype
+
+    def forward(hidden: Tensor) -> Tensor:  # [B, T, D]
+        with torch.autocast(hidden.device.type, enabled=False):  # a score in bfloat16 has three digits
+            found = head(select(hidden).to(dtype)).squeeze(-1).float()  # [B, K]
+        # transformers picks one position of what comes back: each of them holds all
+        return found[:, None].expand(-1, hidden.shape[1], -1)
+
+    with policy.head_forward(module, forward):
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
