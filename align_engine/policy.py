@@ -12,6 +12,7 @@ Every fact about the head is read from the model, none is guessed: what cannot b
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from align_engine.errors import BadInput
+from align_engine.logits import read_logits
 
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
@@ -28,24 +30,14 @@ HeadFunction = Callable[
     [Tensor, dict[str, Any]], Tensor
 ]  # (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
 
-# Where transformers' models keep what they do to the head's output: attribute -> (keyword of linear_logprobs, value).
-LOGIT_ATTRIBUTES: dict[str, tuple[str, Callable[[float], float]]] = {
-    "final_logit_softcapping": ("softcap", float),
-    "logits_soft_cap": ("softcap", float),
-    "logit_scale": ("logit_scale", float),
-    "lm_head_multiplier": ("logit_scale", float),
-    "output_multiplier": ("logit_scale", float),
-    "logits_scaling": ("logit_scale", lambda divisor: 1.0 / divisor),
-}
-NEUTRAL = {"softcap": None, "logit_scale": 1.0}
-
 
 def causal_model(model: Any) -> Any:
     """The transformers model inside DDP, FSDP, torch.compile and peft wrappers."""
     from accelerate.utils import extract_model_from_parallel
+    from peft import PeftModel
 
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not hasattr(model, "peft_config"):
+    if not isinstance(model, PeftModel):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise BadInput(
@@ -63,22 +55,17 @@ def head_module(model: Any) -> Any:
     return module
 
 
-def logit_transform(model: Any) -> tuple[dict[str, Any], list[tuple[Any, str, Any]]]:
-    """What the model does to its logits after the head.
+def logit_transform(causal: Any) -> dict[str, Any]:
+    """What the model does to its logits after the head, as `logit_scale` and `softcap` of linear_logprobs.
 
-    Returns:
-        (keywords, places): `logit_scale` and `softcap` for linear_logprobs, and (owner, attribute, neutral value) of
-        each setting found, whose neutral value makes the model hand on the head's output untouched.
+    Raises:
+        BadInput: something else than these two, quoting it.
     """
-    keywords: dict[str, Any] = {}
-    places = []
-    owners = [model.config.get_text_config(), model, model.base_model]
-    for name, (keyword, meaning) in LOGIT_ATTRIBUTES.items():
-        holders = [owner for owner in owners if isinstance(getattr(owner, name, None), (int, float))]
-        if holders:
-            keywords[keyword] = meaning(getattr(holders[-1], name))
-        places += [(owner, name, NEUTRAL[keyword]) for owner in holders]
-    return keywords, places
+    read = read_logits(causal)
+    if read.path == "hook":
+        return read.transform
+    instead = " Call logprobs_from_logits(model(...).logits, targets), which gives the same." * (read.path == "logits")
+    raise BadInput(f"{read.why}, which the fused loss does not know: it cannot stand in for the LM head.{instead}")
 
 
 def head_weights(module: Any) -> dict[str, Any]:
@@ -129,19 +116,7 @@ def _lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
 
 
 @contextlib.contextmanager
-def _attributes(places: list[tuple[Any, str, Any]]) -> Iterator[None]:
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    try:
-        for owner, name, value in places:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def head_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def head_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside the block `forward` is what the module does."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -155,6 +130,27 @@ def head_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iter
 
 
 @contextlib.contextmanager
+def hooked_head(causal: Any, fn: HeadFunction) -> Iterator[list[Tensor]]:
+    """As `fused_head`, for a bare causal LM; gives the list in which each call of the head leaves what `fn` returns.
+
+    The `.logits` of the calls inside are of no meaning: the model goes on with them as if they were logits.
+    """
+    module, transform = head_module(causal), logit_transform(causal)
+    head_weights(module)
+    results: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        # the weights are read here: under FSDP they are whole only inside the call
+        result = fn(hidden, {**head_weights(module), **transform})
+        carried = result.reshape(1, 1, -1)  # what the module returns must lead to the result: FSDP hooks its gradient
+        results.append(carried.view(result.shape))
+        return carried
+
+    with head_forward(module, forward):
+        yield results
+
+
+@contextlib.contextmanager
 def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
     """For the calls of `model` inside the block, `fn(hidden, head)` stands in for the LM head and all that follows it.
 
@@ -163,49 +159,44 @@ def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
         fn: gets hidden [B, T, D] and `head`, the keywords weight, bias, logit_scale, softcap, lora of linear_logprobs;
             whatever tensor it returns is the model's `.logits`.
     Raises:
-        BadInput: a head that is not exactly what linear_logprobs computes (see `head_weights`).
+        BadInput: a head that is not exactly what linear_logprobs computes (see `head_weights`, `logit_transform`).
     """
     causal = causal_model(model)
-    module = head_module(causal)
-    keywords, places = logit_transform(causal)
-    head_weights(module)
+    call = causal.forward
+    with hooked_head(causal, fn) as results:
 
-    def forward(hidden: Tensor) -> Tensor:
-        # the weights are read here: under FSDP they are whole only inside the call
-        return fn(hidden, {**head_weights(module), **keywords})
+        @functools.wraps(call)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            results.clear()
+            out = call(*args, **kwargs)
+            (out.logits,) = results
+            return out
 
-    with _attributes(places), head_forward(module, forward):
-        yield
+        with head_forward(causal, forward):
+            yield
 
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """Prove on two tokens that the model does to its logits what `logit_transform` read, and nothing under the hook.
+    """Prove on two tokens that the model does to its logits what `logit_transform` read.
 
     Raises:
         BadInput: the model changes its logits in a way that the hook does not know, so that losses would be wrong.
     """
     causal = causal_model(model)
-    module, (transform, _) = head_module(causal), logit_transform(causal)
+    module, transform = head_module(causal), logit_transform(causal)
     weight = head_weights(module)["weight"]
     ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
     probe = torch.linspace(-40, 40, 2 * weight.shape[0], device=weight.device).view(1, 2, -1)
-
-    def logits() -> Tensor:
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-
-    with fused_head(model, lambda hidden, head: probe.to(hidden.dtype)):
-        untouched = logits()
     with head_forward(module, lambda hidden: probe.to(hidden.dtype)):
-        transformed = logits()
+        got = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
     scale, cap = transform.get("logit_scale", 1.0), transform.get("softcap")
-    expected = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
-    for got, want in ((untouched, probe), (transformed, expected)):
-        if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-2, atol=1e-2):
-            raise BadInput(
-                f"{type(causal).__name__} changes its logits after the LM head in a way that the fused loss does not "
-                f"know (read from it: {transform or 'nothing'}); it cannot be trained here"
-            )
+    want = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
+    if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-2, atol=1e-2):
+        raise BadInput(
+            f"{type(causal).__name__} changes its logits after the LM head in a way that the fused loss does not "
+            f"know (read from it: {transform or 'nothing'}); it cannot be trained here"
+        )
 
 
 def check_path(path: str) -> None:

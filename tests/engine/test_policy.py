@@ -132,7 +132,7 @@ def test_an_unknown_transformation_of_the_logits_is_refused():
             return out
 
     model.__class__ = Shifted
-    with pytest.raises(BadInput, match="in a way that the fused loss does not know"):
+    with pytest.raises(BadInput, match="which the fused loss does not know"):
         policy.check_head(model)
 
 
