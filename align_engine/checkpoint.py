@@ -105,10 +105,15 @@ class RunFolder:
         """Complete checkpoints, oldest first."""
         return sorted(path for path in self.path.glob("checkpoint-*") if path.suffix != ".tmp")
 
-    def keep(self, limit: int | None) -> None:
-        """Delete all but the latest `limit` checkpoints."""
-        for path in self.checkpoints()[: -limit if limit else None] if limit else []:
-            shutil.rmtree(path)
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.path / f"checkpoint-{step:06d}"
+
+    def keep(self, limit: int | None, best: int | None = None) -> None:
+        """Delete all but the latest `limit` checkpoints and the one of step `best`."""
+        for path in self.checkpoints()[:-limit] if limit else []:
+            if best is None or path != self.checkpoint(best):
+                shutil.rmtree(path)
 
     @contextlib.contextmanager
     def written(self, name: str) -> Iterator[Path]:

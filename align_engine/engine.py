@@ -30,12 +30,15 @@ class Progress:
         self.step = 0  # optimiser steps done
         self.num_tokens = 0.0  # tokens seen, prompts included
         self.sums = Sums()  # since the last logged step
+        self.watched: dict[str, float] = {}  # first logged value of each watched metric
+        self.said: list[str] = []  # warnings that were given
+        self.trainer: dict[str, Any] = {}  # what callbacks keep
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "num_tokens": self.num_tokens, "sums": self.sums.totals}
+        return {**vars(self), "sums": self.sums.totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.num_tokens, self.sums = state["step"], state["num_tokens"], Sums(state["sums"])
+        vars(self).update(state, sums=Sums(state["sums"]))
 
 
 class Engine:
@@ -102,7 +105,7 @@ class Engine:
             loss = self.model(**inputs, use_cache=False).logits
         return loss, metrics
 
-    def units(self, window: list[Micro]) -> float:
+    def open(self, window: list[Micro]) -> float:
         """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch."""
         mine = sum(self.algorithm.count(micro.batch) for micro in window if micro.real)
         summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device), "sum")
@@ -172,7 +175,7 @@ class Engine:
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        name = f"checkpoint-{self.progress.step:06d}"
+        name = folder.checkpoint(self.progress.step).name
         side = folder.written(name) if self.accelerator.is_main_process else contextlib.nullcontext()
         with side as path:
             self.accelerator.wait_for_everyone()

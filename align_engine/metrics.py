@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,29 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+class Clock:
+    """Seconds by phase: `with clock("data"): ...`. Phases do not nest."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self.began = device, {}, time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def lap(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last call, and the share of them that each phase took."""
+        now = time.perf_counter()
+        total = max(now - self.began, 1e-9)
+        shares = {f"time/{phase}": spent / total for phase, spent in self.seconds.items()}
+        self.seconds, self.began = {}, now
+        return total, shares
+
+
 class Journal:
     """Where the numbers go: a line of metrics.jsonl, accelerate's trackers, a line or a progress bar on the screen."""
 
@@ -76,7 +101,7 @@ class Journal:
             disable=not self.console.is_terminal,
         )
         self.task = self.bar.add_task(title, total=total_steps, completed=first_step)
-        self.tokens, self.clock = 0.0, time.perf_counter()
+        self.tokens, self.clock = 0.0, Clock(accelerator.device)
 
     def __enter__(self) -> Journal:
         self.bar.start()
@@ -91,10 +116,14 @@ class Journal:
         self.bar.advance(self.task)
 
     def throughput(self) -> dict[str, float]:
-        """Tokens per second since the last call, and peak memory."""
-        now = time.perf_counter()
-        rate, self.tokens, self.clock = self.tokens / max(now - self.clock, 1e-9), 0.0, now
-        return {"tokens_per_second": rate, "peak_memory_mib": peak_memory_mib(self.accelerator.device)}
+        """Tokens per second and the share of time of each phase since the last call, and peak memory."""
+        seconds, shares = self.clock.lap()
+        rate, self.tokens = self.tokens / seconds, 0.0
+        return {"tokens_per_second": rate, "peak_memory_mib": peak_memory_mib(self.accelerator.device), **shares}
+
+    def warn(self, step: int, text: str) -> None:
+        """Say on the screen what may go wrong with the run."""
+        self.console.print(f"step {step}: warning: {text}", style="yellow", highlight=False, soft_wrap=True)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Append a line for `step`. The first process alone writes it."""

@@ -131,6 +131,16 @@ class EvalSection:
     """Rows in one forward pass of the evaluation."""
     eval_steps: int | None = None
     """Evaluate every so many steps (None: at the end only)."""
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint of the best evaluation whatever save_total_limit says, and end with its weights."""
+    metric_for_best_model: str | None = None
+    """Metric of the evaluation that says which is best (None: loss), for load_best_model_at_end and early stopping."""
+    greater_is_better: bool | None = None
+    """Whether more of that metric is better (None: yes, unless its name ends in loss)."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better one (None: never)."""
+    early_stopping_threshold: float = 0.0
+    """By how much an evaluation must be better to count as one, for early stopping."""
 
 
 @dataclass
@@ -150,6 +160,8 @@ class OutputSection:
     """Keep the latest so many checkpoints (None: all)."""
     report_to: list[str] = field(default_factory=list)
     """Trackers of accelerate that get the metrics too: tensorboard, wandb, mlflow, ..."""
+    callbacks: list[str] = field(default_factory=list)
+    """TrainerCallbacks of transformers by import path, `module:Class` or `file.py:Class`."""
 
 
 @dataclass
@@ -283,7 +295,14 @@ def check(recipe: Recipe) -> None:
     rules += [(name, values[name] > 0, "must be above 0") for name in ("learning_rate", "beta") if name in values]
     rules += [
         (name, values[name] is None or values[name] >= 1, "must be at least 1 (or left out)")
-        for name in ("eval_steps", "save_total_limit", "workspace", "max_prompt_length", "dataset_num_proc")
+        for name in (
+            "eval_steps",
+            "early_stopping_patience",
+            "save_total_limit",
+            "workspace",
+            "max_prompt_length",
+            "dataset_num_proc",
+        )
     ]
     rules += [
         ("max_prompt_length", (values["max_prompt_length"] or 0) < values["max_length"],
@@ -300,6 +319,10 @@ def check(recipe: Recipe) -> None:
     ]
     if "label_smoothing" in values:
         rules.append(("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "must lie in [0, 0.5)"))
+    if values["load_best_model_at_end"] or values["early_stopping_patience"]:
+        wanted = "load_best_model_at_end" if values["load_best_model_at_end"] else "early_stopping_patience"
+        judged = bool(values["eval_steps"] and (values["eval_dataset_name"] or values["dataset_test_split"]))
+        rules.append((wanted, judged, "needs eval_steps and an evaluation dataset"))
     if values.get("reference") == "adapter-off":
         rules += [
             ("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off"),

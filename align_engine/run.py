@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,22 @@ from align_engine import heads, policy
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm
+from align_engine.callbacks import Callbacks, from_recipe
 from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
-from align_engine.loops import offline
+from align_engine.loops import Training, offline
 from align_engine.metrics import Journal
 from align_engine.recipe import Recipe
 from align_engine.source import Source, rows_seen, total_steps
 
 
-def train(name: str, recipe: Recipe) -> RunFolder:
+def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder:
     """Run the algorithm `name` as the recipe says; go on where an earlier call with the same recipe stopped.
 
+    Args:
+        callbacks: transformers.TrainerCallback classes or objects, besides those that the recipe names.
     Returns:
         the run's folder, with the trained model in `final`.
     Raises:
@@ -37,6 +41,7 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
     check_choices(recipe, accelerator.device)
+    callbacks = [*from_recipe(recipe), *callbacks]
     processes = accelerator.num_processes
     folder = RunFolder(
         recipe.output.output_dir, {"algorithm": name, "processes": processes, **recipes.identity(recipe)}
@@ -83,7 +88,12 @@ def train(name: str, recipe: Recipe) -> RunFolder:
     accelerator.init_trackers("align", config={k: str(v) for k, v in recipes.flat(recipe).items()})
     accelerator.print(summary(engine, source, steps))
     with Journal(folder.metrics, accelerator, steps, engine.progress.step, name) as journal:
-        offline(engine, source, evaluation, folder, journal, steps)
+        around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
+        training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
+        offline(training, source)
+    if best := training.best():
+        accelerator.print(f"the model is that of step {best}, the best evaluation")
+        engine.restore(folder.checkpoint(best))
     engine.save_model(folder, tokenizer)
     if accelerator.is_main_process:
         from align_engine.report import write_report

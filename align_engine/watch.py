@@ -1,0 +1,55 @@
+"""Warnings that matter: each is said once in a run, with the number that set it off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Rule(NamedTuple):
+    """When a metric's value means trouble."""
+
+    metric: str
+    broken: Callable[[float, float], bool]  # (first logged value, present value) -> trouble
+    advice: str  # with {first} and {now}
+
+
+RULES: list[Rule] = [
+    Rule(
+        "logps/chosen",
+        lambda first, now: now < first - max(0.2 * abs(first), 1.0),
+        "the chosen answers' log-probability fell from {first:.4g} to {now:.4g}: the loss widens the margin by making "
+        "good answers rarer too. Raise beta, lower learning_rate, or take a loss that holds them up",
+    ),
+    Rule(
+        "rewards/margins",
+        lambda first, now: now > 20,
+        "the margin of the rewards has run to {now:.4g}: the pairs have no more to teach. Stop earlier, lower "
+        "learning_rate, or raise beta",
+    ),
+    Rule(
+        "kl",
+        lambda first, now: now > 50,
+        "the KL divergence from the reference has run to {now:.4g} (at first {first:.4g}). Lower learning_rate or "
+        "raise beta",
+    ),
+]
+
+
+def warnings(watched: dict[str, float], said: list[str], means: dict[str, float]) -> list[str]:
+    """What is to be said about newly logged means.
+
+    Args:
+        watched: first logged value of each metric; filled here.
+        said: metrics that were complained about; filled here.
+        means: metric -> value.
+    """
+    found = []
+    for rule in RULES:
+        if rule.metric in means and rule.metric not in said:
+            now = means[rule.metric]
+            first = watched.setdefault(rule.metric, now)
+            if rule.broken(first, now):
+                said.append(rule.metric)
+                found.append(f"{rule.metric}: {rule.advice.format(first=first, now=now)}")
+    return found
