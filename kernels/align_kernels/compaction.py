@@ -224,7 +224,9 @@ def _pieces(run: Runner, part: Chunk, block: Block) -> Iterator[Piece]:
         end = min(begin + step, K)
         z, columns = block.z[:, begin:end], block.columns[begin:end]
         w = run.weight(columns) if run.needs.hidden else None
-        yield Piece(z, run.tile_of(None, m, begin, end), columns, w, _common(run, part, block.columns, begin, end))
+        yield Piece(
+            z, run.scratch(m, end - begin, run.dtype), columns, w, _common(run, part, block.columns, begin, end)
+        )
 
 
 def _places(targets: Tensor, columns: Tensor, V: int) -> Tensor:
@@ -240,7 +242,7 @@ def hold(run: Runner, chunk: Chunk, state: Tensor, store: Tensor, waiting: list[
 
     Where the workspace is too small for its dense rows they are made again; a chunk that is `alone` stays whole.
     """
-    room = run.plan.waiting // run.dtype.itemsize - sum(map(_size, waiting))
+    room = run.plan.waiting // run.logits_dtype.itemsize - sum(map(_size, waiting))
     n, V = len(chunk.targets), run.head.weight.shape[0]
     every = torch.arange(n, device=store.device)
     blocks, dense, used = [], [every[:0]], 0

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from align_kernels.backends import cpu, torch_ops
+from align_kernels.backends import cpu, torch_ops, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": torch_ops}  # in the order of preference of `auto`
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": torch_ops}  # as `auto` prefers them
 IMPLS = ("auto", "eager", *BACKENDS)
 
 

@@ -132,9 +132,9 @@ def logprobs_forward(
     run = Runner(head, options, needs, kept, late=True)
     check_rows(targets[kept], None if temperature is None else temperature[kept], run.vocab)
     states, held = [], []
-    payload, store = hidden.new_empty(0, dtype=run.dtype), None
+    payload, store = hidden.new_empty(0, dtype=run.logits_dtype), None
     if run.plan.schedule == "frozen":
-        payload = hidden.new_empty(len(kept) * hidden.shape[1], dtype=run.dtype)
+        payload = hidden.new_empty(len(kept) * hidden.shape[1], dtype=run.logits_dtype)
         store = run.store(min(run.plan.chunk_rows, len(kept)))
     begin = 0
     for chunk in run.chunks(0, len(kept)):

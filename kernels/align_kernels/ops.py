@@ -12,7 +12,7 @@ from align_kernels import functions
 from align_kernels.functions import decode_settings, encode_settings, float_dtype
 from align_kernels.head import Head, Settings
 from align_kernels.losses.registry import LOSSES
-from align_kernels.schedules import Needs, gemm_dtype
+from align_kernels.schedules import Needs, logits_dtype
 
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # the dispatch keys that are off outside of any operator
 
@@ -45,7 +45,7 @@ def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
         hidden.new_empty(targets.shape, dtype=torch.bool),
         hidden.new_empty(kept, dtype=torch.int64),
         hidden.new_empty((kept, 8), dtype=torch.float64),
-        hidden.new_empty(payload, dtype=gemm_dtype(head)),
+        hidden.new_empty(payload, dtype=logits_dtype(head)),
         hidden.new_empty(layout, dtype=torch.int64),
     )
 

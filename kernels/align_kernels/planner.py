@@ -79,6 +79,7 @@ def plan(
     vocab: int,
     width: int,
     itemsize: int,
+    gradient_itemsize: int = 0,
     device: str,
     backend: str,
     workspace: int | None,
@@ -95,6 +96,7 @@ def plan(
     Args:
         rows, vocab, width: N kept rows, V columns on this rank, D.
         itemsize: bytes of one logit as it is kept.
+        gradient_itemsize: bytes of a logit's gradient, 0 where it has the logit's dtype and may take its place.
         device: "cpu" or "cuda" (other devices are treated as "cuda").
         workspace: limit in bytes; None takes the device's default.
         needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.
@@ -112,11 +114,16 @@ def plan(
         chunk = max(min(chunk, rows), 1)
         keeps = schedule in ("one pass", "frozen", "keep", "compaction")
         kept = chunk * per_row if keeps else 0
-        columns = min(profile.tile_bytes, max(limit - kept, limit // 16)) // (chunk * itemsize)
-        tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
         compact = drop_mass > 0 and schedule in ("one pass", "frozen", "compaction")
-        # the gradient of logits that are there for this pass alone takes their place; others need a tile beside
-        scratch = 0 if schedule in ("one pass", "frozen") and not compact else chunk * tile * itemsize
+        if not keeps:
+            each = itemsize + (gradient_itemsize if schedule == "recompute" else 0)
+        elif gradient_itemsize:
+            each = gradient_itemsize
+        else:  # the gradient of logits that are there for this pass alone takes their place
+            each = 0 if schedule in ("one pass", "frozen") and not compact else itemsize
+        columns = min(profile.tile_bytes, max(limit - kept, limit // 16)) // (chunk * (each or itemsize))
+        tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
+        scratch = chunk * tile * each
         waiting = max(limit - kept - scratch, 0) if schedule == "compaction" else 0
         kept += scratch + waiting
         return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept, passes, why, compact, waiting)
@@ -125,7 +132,8 @@ def plan(
         return make("forward", profile.max_rows, 1, "nothing needs a gradient")
     once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
     beside = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, rows)) if drop_mass > 0 else 0  # a compacted block, in rows
-    room = max(limit // per_row - beside, 0)  # rows of logits that may be kept
+    most = limit - limit // 4 if gradient_itemsize else limit  # the rest holds the gradient of a wide tile
+    room = max(most // per_row - beside, 0)  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)
     # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole

@@ -99,8 +99,10 @@ class Grads:
         """grad[columns] += a [c, m] @ b [m, D]."""
         if isinstance(columns, slice):
             _product(grad[columns], a, b, add=self.started)
-        else:
-            grad.index_add_(0, columns, torch.mm(a, b).to(grad.dtype))
+        else:  # no column comes twice, so nothing is added in an order of its own as index_add_ does on a GPU
+            rows = grad[columns]
+            _product(rows, a, b, add=True)
+            grad.index_copy_(0, columns, rows)
 
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
@@ -122,6 +124,9 @@ def _product(acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     """acc (+)= a @ b, the sum in acc's dtype."""
     if a.dtype == acc.dtype:
         torch.addmm(acc, a, b, out=acc) if add else torch.mm(a, b, out=acc)
+    elif widens(acc.device):
+        mm, addmm = torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out
+        addmm(acc, a, b, acc.dtype, out=acc) if add else mm(a, b, acc.dtype, out=acc)
     elif add:
         acc.add_(torch.mm(a, b))
     else:
@@ -138,16 +143,17 @@ class Runner:
         self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
         # every position as it lies: rows are views, no copies (pairs are run pair by pair, in another order)
         self.as_it_lies = len(kept) == len(head.targets) and bool((kept.diff() > 0).all())
-        self.dtype = gemm_dtype(head)
+        self.dtype, self.logits_dtype = gemm_dtype(head), logits_dtype(head)
         self.group = None if settings.tp_group is None else _group(settings.tp_group)
         self.offset, widest, self.vocab = _shard(head.weight.shape[0], head.targets[kept], self.group)
-        name = pick(settings.impl, head.weight.device, self.dtype)
+        name = pick(settings.impl, head.weight.device, self.logits_dtype)
         self.backend = BACKENDS[name]
         self.plan = plan(
             rows=len(kept),
             vocab=widest,
             width=head.weight.shape[1],
-            itemsize=self.dtype.itemsize,
+            itemsize=self.logits_dtype.itemsize,
+            gradient_itemsize=0 if self.dtype == self.logits_dtype else self.dtype.itemsize,
             device=head.weight.device.type,
             backend=name,
             workspace=settings.workspace,
@@ -159,7 +165,7 @@ class Runner:
             largest_unit=largest_unit,
             drop_mass=settings.drop_mass,
         )
-        self._z: Tensor | None = None
+        self._tiles: dict[torch.dtype, Tensor] = {}
         self._w: Tensor | None = None
         self.bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
 
@@ -196,17 +202,19 @@ class Runner:
 
     def store(self, n: int) -> Tensor:
         """Room for all logits of n rows, tile after tile."""
-        return self.empty(n * self.head.weight.shape[0])
+        return self.empty(n * self.head.weight.shape[0], dtype=self.logits_dtype)
 
     def new_state(self, n: int) -> Tensor:
         return torch.tensor(EMPTY_STATE, dtype=torch.float64, device=self.head.weight.device).repeat(n, 1)
 
-    def tile_of(self, store: Tensor | None, n: int, v0: int, v1: int) -> Tensor:
-        if store is None:
-            if self._z is None:
-                self._z = self.empty(self.plan.chunk_rows * self.plan.tile_cols)
-            return self._z[: n * (v1 - v0)].view(n, v1 - v0)
+    def tile_of(self, store: Tensor, n: int, v0: int, v1: int) -> Tensor:
         return store[n * v0 : n * v1].view(n, v1 - v0)
+
+    def scratch(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A tile [n, columns] whose memory the next one of this dtype takes."""
+        if dtype not in self._tiles:
+            self._tiles[dtype] = self.empty(self.plan.chunk_rows * self.plan.tile_cols, dtype=dtype)
+        return self._tiles[dtype][: n * columns].view(n, columns)
 
     def weight(self, columns: slice | Tensor) -> Tensor:
         w = self.head.weight[columns]
@@ -217,9 +225,9 @@ class Runner:
         return self._w[: len(w)].copy_(w)
 
     def _logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
-        torch.mm(chunk.x, w.T, out=out)
+        _product(out, chunk.x, w.T, add=False)
         if chunk.xa is not None and self.head.lora_B is not None:
-            out.addmm_(chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T)
+            _product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
         return out
 
     def common(self, chunk: Chunk, v0: int, v1: int) -> dict:
@@ -239,7 +247,8 @@ class Runner:
         n = len(chunk.targets)
         state = self.new_state(n)
         for v0, v1 in self.tiles():
-            z = self._logits(chunk, self.weight(slice(v0, v1)), v0, v1, self.tile_of(store, n, v0, v1))
+            out = self.scratch(n, v1 - v0, self.logits_dtype) if store is None else self.tile_of(store, n, v0, v1)
+            z = self._logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
             self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
         return state if self.group is None else _merge(state, self.group)
 
@@ -288,11 +297,12 @@ class Runner:
                 w = self.weight(slice(v0, v1)) if store is None or self.needs.hidden else None
                 if store is None:
                     assert w is not None
-                    z = self._logits(rows.chunk, w, v0, v1, self.tile_of(None, m, v0, v1))
+                    z = self._logits(rows.chunk, w, v0, v1, self.scratch(m, v1 - v0, self.logits_dtype))
                 else:
                     z = self.tile_of(store, n, v0, v1)
                     z = z if live is None else z[live]
-                out = z if consume or store is None else self.tile_of(None, m, v0, v1)
+                in_place = (consume or store is None) and self.dtype == self.logits_dtype
+                out = z if in_place else self.scratch(m, v1 - v0, self.dtype)
                 yield Piece(z, out, slice(v0, v1), w, self.common(rows.chunk, v0, v1))
 
         return self.products(rows, pieces(), grads)
@@ -321,10 +331,7 @@ class Runner:
                 grads.add(grads.lora_B, columns, dz.T, chunk.xa)
             if grads.bias is not None:
                 total = dz.sum(0, dtype=grads.bias.dtype)
-                if isinstance(columns, Tensor):
-                    grads.bias.index_add_(0, columns, total)
-                else:
-                    grads.bias[columns] = grads.bias[columns] + total if grads.started else total
+                grads.bias[columns] = grads.bias[columns] + total if grads.started else total
         if dxa is not None and h.lora_A is not None:
             dxa = dxa * self.settings.lora_scaling
             if dx is not None:
@@ -344,6 +351,17 @@ def gemm_dtype(head: Head) -> torch.dtype:
     """
     dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
     return torch.promote_types(dtype, torch.float32) if head.weight.device.type == "cpu" else dtype
+
+
+def logits_dtype(head: Head) -> torch.dtype:
+    """The dtype in which logits are kept: float32 at least, where GEMMs of 16-bit inputs can write it."""
+    dtype = gemm_dtype(head)
+    return torch.promote_types(dtype, torch.float32) if widens(head.weight.device) else dtype
+
+
+def widens(device: torch.device) -> bool:
+    """Whether torch has GEMMs of 16-bit inputs with a float32 output: `out_dtype`, with cuBLAS alone."""
+    return device.type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _active(g: Tensor, g_entropy: Tensor | None) -> Tensor:

@@ -1,0 +1,244 @@
+"""The row kernels of the Triton backend: one program reads a row of logits, or a piece of one, in float32.
+
+Letters: n rows, c columns of a tile, l a logit = softcap(scale * (z + bias)) / temperature, m a maximum, s, a and q the
+sums of `state` (torch_ops.py): of exp(l - m), exp(l - m) (l - m) and exp(l - m)^2.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-3.0e38)  # stands for the maximum of nothing, so that no difference of maxima is NaN
+FAR = tl.constexpr(-1.0e30)  # exp(FAR) is 0, and 0 * FAR is not NaN as 0 * -inf is
+
+
+# NaN must come through: tl.maximum and tl.minimum drop it
+@triton.jit
+def at_least(x, low):
+    return tl.where(x < low, low, x)
+
+
+@triton.jit
+def at_most(x, high):
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 of a float64 without cancellation near 0."""
+    return tl.where(tl.abs(x) < 1e-5, x * (1 + x * (0.5 + x / 6)), tl.exp(x) - 1)
+
+
+@triton.jit
+def tanh(u):
+    """tanh without cancellation, and exp(-2 |u|), of which its slope 1 - tanh^2 is made."""
+    e = tl.exp(-2 * tl.abs(u))
+    u2 = u * u
+    near = u * (1 - u2 * (1 / 3 - u2 * (2 / 15 - u2 * (17 / 315 - u2 * (62 / 2835)))))
+    far = (1 - e) / (1 + e)
+    return tl.where(tl.abs(u) < 0.25, near, tl.where(u < 0, -far, far)), e
+
+
+@triton.jit
+def logits(z, bias, scale, cap, inverse, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """The logits of raw logits z, and d(logits)/dz; `inverse` is 1 / temperature."""
+    l = z.to(tl.float32)
+    if BIAS:
+        l += bias
+    if SOFTCAP:
+        t, e = tanh(l * (scale / cap))
+        l, chain = t * (cap * inverse), (scale * inverse) * (4 * e / ((1 + e) * (1 + e)))
+    else:
+        l, chain = l * (scale * inverse), scale * inverse
+    return l, chain
+
+
+@triton.jit
+def inverse_temperature(inverse, temperature_ptr, rows, inside, ROW_TEMPERATURE: tl.constexpr):
+    if ROW_TEMPERATURE:
+        inverse = 1.0 / tl.load(temperature_ptr + rows, mask=inside, other=1.0)
+    return inverse
+
+
+@triton.jit
+def fold(state_ptr, peak, arg, s, a, q, total, target, here):
+    """Fold the sums of some columns into the float64 state of a row; all are scalars, or blocks of rows."""
+    old_m, old_s, old_arg = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 6)
+    m = tl.where(old_m > peak, old_m, peak)
+    old_shift = tl.where(old_s == 0, 0.0, old_m - m)
+    shift = tl.where(s == 0, 0.0, peak - m)
+    old_f, f = tl.exp(old_shift), tl.exp(shift)
+    old_a, old_q = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
+    new_s = old_f * old_s + f * s
+    tl.store(state_ptr, tl.where(new_s != new_s, new_s, m))
+    tl.store(state_ptr + 1, new_s)
+    tl.store(state_ptr + 2, old_f * (old_a + old_s * old_shift) + f * (a + s * shift))
+    tl.store(state_ptr + 3, old_f * old_f * old_q + f * f * q)
+    tl.store(state_ptr + 4, tl.load(state_ptr + 4) + total)
+    tl.store(state_ptr + 5, tl.where(here, target, tl.load(state_ptr + 5)))
+    newer = (peak > old_m) | (old_arg < 0) | ((peak == old_m) & (arg < old_arg))
+    tl.store(state_ptr + 6, tl.where(newer, arg, old_arg))
+
+
+@triton.jit
+def forward_kernel(
+    z_ptr,  # (n, c)
+    state_ptr,  # (n, 8) float64
+    target_ptr,  # (n,) int64
+    bias_ptr,  # (c,) float32
+    temperature_ptr,  # (n,) float32
+    stride,
+    c,
+    offset,
+    scale,
+    cap,
+    inverse,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program folds one row. Every lane keeps sums over its own columns, so that nothing is reduced in the loop.
+
+    A lane's largest term, exp(0) = 1, is no part of its sums: beside 1 the rest of a confident row would vanish.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride
+    state_ptr += row * 8
+    inverse = inverse_temperature(inverse, temperature_ptr, row, True, ROW_TEMPERATURE)
+    lane = tl.arange(0, BLOCK)
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    s, a, q = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    total, first = tl.zeros((BLOCK,), tl.float32), lane
+    for begin in range(0, c, BLOCK):
+        columns = begin + lane
+        inside = columns < c
+        z = tl.load(z_ptr + columns, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0) if BIAS else 0.0
+        l, _ = logits(z, bias, scale, cap, inverse, BIAS, SOFTCAP)
+        total += tl.where(inside, l, 0.0)
+        l = tl.where(inside, l, -float("inf"))
+        up = l > m
+        t = at_least(tl.where(up, m - l, l - m), FAR)
+        d = tl.exp(t)
+        a = tl.where(up, d * (a + s * t), a) + d * t
+        s = tl.where(up, s * d, s) + d
+        q = tl.where(up, q * (d * d), q) + d * d
+        first = tl.where(up, columns, first)
+        m = tl.where(up, l, m)
+    peak = tl.max(m, 0)
+    arg = tl.min(tl.where(m == peak, first, 2147483647), 0)
+    t = at_least(m - peak, FAR)
+    f = tl.exp(t)
+    one = tl.where((m == LOWEST) | ((m == peak) & (first == arg)), 0.0, f)
+    a = tl.sum((f * (a + s * t) + one * t).to(tl.float64), 0)
+    s = tl.sum((f * s + one).to(tl.float64), 0)
+    q = tl.sum((f * f * q + one * f).to(tl.float64), 0)
+    seen = tl.where(peak == LOWEST, 0.0, 1.0 + (peak - peak))  # an infinite peak makes NaN
+    peak = tl.where(peak == LOWEST, -float("inf"), peak)
+    target = tl.load(target_ptr + row) - offset
+    here = (target >= 0) & (target < c)
+    bias = tl.load(bias_ptr + target, mask=here, other=0.0) if BIAS else 0.0
+    l, _ = logits(tl.load(z_ptr + target, mask=here, other=0.0), bias, scale, cap, inverse, BIAS, SOFTCAP)
+    total = tl.sum(total.to(tl.float64), 0)
+    where = (arg + offset).to(tl.float64)
+    fold(state_ptr, peak.to(tl.float64), where, s + seen, a, q + seen, total, l.to(tl.float64), here)
+
+
+@triton.jit
+def backward_kernel(
+    z_ptr,  # (n, c)
+    out_ptr,  # (n, c), may be z_ptr
+    state_ptr,  # (n, 8) float64
+    target_ptr,  # (n,) int64
+    g_ptr,  # (n,) float32
+    h_ptr,  # (n,) float32
+    bias_ptr,  # (c,) float32
+    temperature_ptr,  # (n,) float32
+    stride,
+    out_stride,
+    c,
+    offset,
+    scale,
+    cap,
+    inverse,
+    limit,
+    above,  # below 0: every entry is clamped
+    ENTROPY: tl.constexpr,
+    CLAMP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program writes BLOCK columns of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < c
+    z = tl.load(z_ptr + row * stride + columns, mask=inside, other=0.0)
+    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0) if BIAS else 0.0
+    inverse = inverse_temperature(inverse, temperature_ptr, row, True, ROW_TEMPERATURE)
+    l, chain = logits(z, bias, scale, cap, inverse, BIAS, SOFTCAP)
+
+    state_ptr += row * 8
+    m, s = tl.load(state_ptr), tl.load(state_ptr + 1)
+    log_s = tl.log(s)
+    g = tl.load(g_ptr + row)
+    target = tl.load(target_ptr + row) - offset
+    # 1 - p of the target without cancellation, from the state's precision
+    residual = -expm1(tl.load(state_ptr + 5) - m - log_s).to(tl.float32)
+    log_p = (l - m.to(tl.float32)) - log_s.to(tl.float32)
+    p = tl.exp(log_p)
+    d = g * tl.where(columns == target, residual, -p)
+    if CLAMP:
+        most = tl.abs(g) * limit if RESIDUAL else limit
+        d = tl.where(p > above, at_most(at_least(d, -most), most), d)
+    if ENTROPY:
+        entropy = log_s - tl.load(state_ptr + 2) / s
+        d -= tl.load(h_ptr + row) * p * (at_least(log_p, FAR) + entropy.to(tl.float32))
+    d *= chain
+    tl.store(out_ptr + row * out_stride + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def peaks_kernel(
+    z_ptr,  # (n, c)
+    out_ptr,  # (c,) float32
+    state_ptr,  # (n, 8) float64
+    rows_ptr,  # (count,) int64
+    bias_ptr,  # (c,) float32
+    temperature_ptr,  # (n,) float32
+    stride,
+    c,
+    count,
+    scale,
+    cap,
+    inverse,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program takes BLOCK columns over all `count` rows."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < c
+    bias = tl.load(bias_ptr + columns, mask=inside, other=0.0)[None, :] if BIAS else 0.0
+    best = tl.full((ROWS, BLOCK), -float("inf"), tl.float32)
+    for begin in range(0, count, ROWS):
+        place = begin + tl.arange(0, ROWS)
+        some = place < count
+        row = tl.load(rows_ptr + place, mask=some, other=0)
+        both = some[:, None] & inside[None, :]
+        z = tl.load(z_ptr + row[:, None] * stride + columns[None, :], mask=both, other=0.0)
+        k = inverse_temperature(inverse, temperature_ptr, row, some, ROW_TEMPERATURE)
+        k = k[:, None] if ROW_TEMPERATURE else k
+        l, _ = logits(z, bias, scale, cap, k, BIAS, SOFTCAP)
+        m, s = (
+            tl.load(state_ptr + row * 8, mask=some, other=0.0),
+            tl.load(state_ptr + row * 8 + 1, mask=some, other=1.0),
+        )
+        lse = (m + tl.log(s)).to(tl.float32)
+        best = tl.maximum(best, tl.where(both, l - lse[:, None], -float("inf")))
+    tl.store(out_ptr + columns, tl.max(best, 0), mask=inside)
