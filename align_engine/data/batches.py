@@ -27,6 +27,12 @@ class Batch:
     index: Tensor  # [R] int64, number of each row in its source (R = B, or P for pairs)
     ref_logps: Tensor | None = None  # [B] float32, summed log-probs of the reference, where the rows carry them
     margin: Tensor | None = None  # [P] float32, by how much the chosen answer is better, where the rows say
+    # of rollouts, [B, T] with a number for each target and 0 elsewhere; there ref_logps has that shape too
+    sampling_logps: Tensor | None = None  # of the sampler
+    old_logps: Tensor | None = None  # of the policy before this rollout's first step (None: that is the present one)
+    advantages: Tensor | None = None
+    values: Tensor | None = None  # of the value head before this rollout's first step
+    returns: Tensor | None = None  # what the value head learns
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -72,6 +78,21 @@ def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tens
         input_ids[i, width - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
         attention_mask[i, width - len(ids) :] = 1
     return input_ids, attention_mask
+
+
+TOKEN_COLUMNS = ("ref_logps", "sampling_logps", "old_logps", "advantages", "values", "returns")
+
+
+def collate_rollouts(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
+    """B rows of prompt_ids, completion_ids and any of TOKEN_COLUMNS (tensors, a number per completion token) -> Batch."""
+    batch = _batch([(row["prompt_ids"], row["completion_ids"]) for row in rows], rows, pad_id, 1)
+    for name in TOKEN_COLUMNS:
+        if name in rows[0]:
+            values = torch.cat([row[name] for row in rows])
+            column = torch.zeros(batch.targets.shape, dtype=values.dtype)
+            column[batch.targets != IGNORE] = values
+            setattr(batch, name, column)
+    return batch
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:

@@ -1,0 +1,204 @@
+"""What scores completions: Python callables, a reward model, an HTTP scorer, people.
+
+A reward function has TRL's signature, `fn(prompts, completions, completion_ids, **columns) -> list[float | None]`, and
+may be async. Prompts and completions are strings, or lists of messages where the data are conversations; columns are
+those of the data set. None means that it cannot score the completion.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from align_engine.errors import BadInput, RunFailed
+from align_engine.http import post_all
+
+HUMAN = "human"
+HTTP_CHUNK = 16  # completions of one request to a scorer
+
+
+class Reward(NamedTuple):
+    """One scorer."""
+
+    name: str  # in metrics
+    score: Callable[..., Any]
+
+
+class Answers(NamedTuple):
+    """Completions with all that a scorer may look at, one entry each."""
+
+    prompts: list[Any]
+    completions: list[Any]
+    completion_ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    def __getitem__(self, part: Any) -> Any:
+        """A slice of the completions."""
+        columns = {name: values[part] for name, values in self.columns.items()}
+        return Answers(self.prompts[part], self.completions[part], self.completion_ids[part], columns)
+
+
+def load_rewards(specs: Sequence[str], device: torch.device) -> list[Reward]:
+    """A scorer for each of the recipe's `reward_funcs`.
+
+    Args:
+        specs: "package.module:function", "path/to/file.py:function", the folder or hub name of a reward model,
+            "http://..." of a scorer, or "human".
+        device: of reward models.
+    Raises:
+        BadInput: nothing of that name.
+    """
+    return [_load(spec, device) for spec in specs]
+
+
+def _load(spec: str, device: torch.device) -> Reward:
+    if spec == HUMAN:
+        return Reward(HUMAN, _people)
+    if spec.startswith(("http://", "https://")):
+        return Reward("http", _http_scorer(spec))
+    module, colon, name = spec.rpartition(":")
+    if not colon:
+        return Reward(Path(spec).name, RewardModel(spec, device))
+    function = getattr(_module(module, spec), name, None)
+    if not callable(function):
+        raise BadInput(f"reward_funcs: {spec!r}: {module} has no function {name!r}")
+    return Reward(name, function)
+
+
+def _module(name: str, spec: str) -> Any:
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        found = importlib.util.spec_from_file_location(Path(name).stem, name)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return module
+    except (ImportError, FileNotFoundError) as error:
+        raise BadInput(f"reward_funcs: cannot import {spec!r}: {error}") from error
+
+
+def _people(**_: Any) -> None:
+    raise BadInput("reward_funcs: 'human' stands alone, without other scorers")
+
+
+def score(rewards: Sequence[Reward], answers: Answers) -> Tensor:
+    """What each scorer says of each completion, [R, F] float64; NaN where it cannot say. Async ones run together.
+
+    Raises:
+        RunFailed: a function does not give one number (or None) for each completion.
+    """
+    arguments = {**answers._asdict(), **answers.columns}
+    del arguments["columns"]
+
+    async def all_of_them() -> list[Any]:
+        waiting = [reward.score(**arguments) for reward in rewards]
+        later = [value for value in waiting if inspect.isawaitable(value)]
+        done = iter(await asyncio.gather(*later))
+        return [next(done) if inspect.isawaitable(value) else value for value in waiting]
+
+    asynchronous = any(inspect.iscoroutinefunction(reward.score) for reward in rewards)
+    found = asyncio.run(all_of_them()) if asynchronous else [reward.score(**arguments) for reward in rewards]
+    columns = []
+    for reward, values in zip(rewards, found):
+        values = [math.nan if value is None else value for value in values]
+        if len(values) != len(answers.completions) or not all(isinstance(value, (int, float)) for value in values):
+            raise RunFailed(
+                f"reward {reward.name!r} gave {values!r:.200} for {len(answers.completions)} completions: it must give "
+                "a list with one number (or None) for each"
+            )
+        columns.append(torch.tensor(values, dtype=torch.float64))
+    return torch.stack(columns, 1)
+
+
+def combine(scores: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """The weighted sum over scorers, those left out that could not say: [R, F] -> [R], NaN where none could."""
+    factors = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights)
+    total = (scores * factors.to(scores)).nansum(1)
+    return total.masked_fill(scores.isnan().all(1), math.nan)
+
+
+def _http_scorer(url: str) -> Callable[..., list[float | None]]:
+    """POSTs {"prompts": [...], "completions": [...], ...columns}, expects {"scores": [...]}."""
+
+    def fn(prompts: list[Any], completions: list[Any], completion_ids: Any, **columns: list[Any]) -> list[float | None]:
+        every = {"prompts": prompts, "completions": completions, **columns}
+        starts = range(0, len(completions), HTTP_CHUNK)
+        payloads = [{name: values[start : start + HTTP_CHUNK] for name, values in every.items()} for start in starts]
+        answers = post_all(url, payloads, concurrency=16)
+        try:
+            return [value for answer in answers for value in answer["scores"]]
+        except (KeyError, TypeError) as error:
+            raise RunFailed(f"{url} answered {answers[0]!r:.200}, expected {{'scores': [...]}}") from error
+
+    return fn
+
+
+class RewardModel:
+    """The score of an AutoModelForSequenceClassification with one label, in the tokenisation that it was trained on.
+
+    Args:
+        path: its folder or hub name, with its tokenizer.
+        device: where it runs.
+        batch_size: completions of one forward pass.
+    """
+
+    def __init__(self, path: str, device: torch.device, batch_size: int = 32) -> None:
+        from align_engine.data.encoder import Encoder
+        from align_engine.policy import load_reward_model, load_tokenizer
+
+        tokenizer = load_tokenizer(path)
+        self.model = load_reward_model(path).to(device).eval().requires_grad_(False)
+        self.encoder, self.pad_id = Encoder(tokenizer), tokenizer.pad_token_id
+        self.device, self.batch_size = device, batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        from align_engine.data.batches import collate_sft
+        from align_engine.policy import pooled_scores
+
+        rows = []
+        for prompt, completion in zip(prompts, completions):
+            prompt_ids, (ids,), _notes = self.encoder.split(prompt, [completion], {"tools": None})
+            rows.append({"prompt_ids": prompt_ids, "completion_ids": ids, "index": len(rows)})
+        found: list[float] = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = collate_sft(rows[start : start + self.batch_size], self.pad_id).to(self.device)
+            found += pooled_scores(self.model, batch.input_ids, batch.attention_mask).tolist()
+        return found
+
+
+def human_scores(folder: Path, number: int, answers: Answers) -> Tensor:
+    """People's marks of rollout `number`, from a file that they fill in: [R, 1].
+
+    Raises:
+        RunFailed: the file has just been written, or marks are missing in it; the same command goes on afterwards.
+    """
+    path = folder / f"rollout-{number:06d}.jsonl"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = zip(answers.prompts, answers.completions)
+        lines = [json.dumps({"prompt": prompt, "completion": completion, "score": None}) for prompt, completion in rows]
+        side = path.with_suffix(".tmp")
+        side.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        side.rename(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if [row["completion"] for row in rows] != answers.completions:
+        raise BadInput(f"{path} holds marks of other completions than this run's; delete it")
+    open_ = [i for i, row in enumerate(rows) if not isinstance(row.get("score"), (int, float)) and row["score"] != "skip"]
+    if open_:
+        raise RunFailed(
+            f"{len(open_)} of {len(rows)} completions wait for marks: put a number (or \"skip\") at `score` in {path}, "
+            "then give the same command again"
+        )
+    return torch.tensor([[math.nan if row["score"] == "skip" else row["score"]] for row in rows], dtype=torch.float64)

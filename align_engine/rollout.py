@@ -1,0 +1,170 @@
+"""Completions of prompts by transformers' generate: token for token what the policy chose, with its log-probs.
+
+Which completions come out is a function of (weights, prompts, seed) alone: batches are cut from the list of prompts
+whatever the number of processes, and each has a seed of its own. So nothing about the sampler needs saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+
+from align_engine.data import collate_prompts, split_order
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from align_engine.recipe import RolloutSection
+
+
+@dataclass
+class Completion:
+    """What the policy answered."""
+
+    ids: list[int]  # up to and with the EOS token, or the token that completes a stop string
+    logps: Tensor  # [len(ids)] float32: the sampler's own log-probs at its temperature; NaN where it gave none
+    ended: bool  # False: cut at max_completion_length
+
+
+Sampler = Callable[[Sequence[list[int]], int], list[Completion]]  # (prompts' ids, seed) -> one completion for each
+
+
+class Ends(StoppingCriteria):
+    """Where each row ends: at an EOS token, or at the token that completes a stop string. The prompt is not looked at."""
+
+    def __init__(self, width: int, rows: int, eos: Tensor, stop: StopStringCriteria | None) -> None:
+        self.width, self.stop = width, stop
+        self.eos_token_id = eos  # generate pads rows that have ended where a criterion has this attribute
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=eos.device)  # 0: not ended
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        new = input_ids[:, self.width :]
+        done = torch.isin(new[:, -1], self.eos_token_id)
+        if self.stop is not None:
+            done |= self.stop(new, scores)
+        self.lengths = torch.where(done & (self.lengths == 0), new.shape[1], self.lengths)
+        return done
+
+
+class Recorder(LogitsProcessor):
+    """Log-probs of the chosen tokens, one step late: no more than one step's logits [B, V] are ever held."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.before: Tensor | None = None
+        self.logps: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.take(input_ids)
+        self.before = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
+
+    def take(self, input_ids: Tensor) -> None:
+        """The last column was chosen from the scores of the step before."""
+        if self.before is not None:
+            self.logps.append(self.before.gather(1, input_ids[:, -1:]))
+
+
+def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -> Sampler:
+    """A sampler that runs the policy itself, with its KV cache.
+
+    Args:
+        model: a causal LM of transformers, bare or inside accelerate's wrappers; put in eval mode for the call.
+        tokenizer: its tokenizer; the pad token may be the EOS token.
+        settings: max_completion_length, temperature, top_p, top_k, stop_strings.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    inner: Any = extract_model_from_parallel(model)
+    ids = [inner.generation_config.eos_token_id, tokenizer.eos_token_id]
+    eos = sorted({i for one in ids if one is not None for i in (one if isinstance(one, list) else [one])})
+    config = GenerationConfig(
+        max_new_tokens=settings.max_completion_length,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        eos_token_id=eos,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    stop = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
+
+    @torch.no_grad()
+    def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+        device = next(inner.parameters()).device
+        input_ids, mask = (x.to(device) for x in collate_prompts(prompts, tokenizer.pad_token_id))
+        ends = Ends(input_ids.shape[1], len(prompts), torch.tensor(eos, device=device), stop)
+        recorder = Recorder(settings.temperature)
+        with generating(inner, config, seed):
+            out = inner.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([recorder]),
+                stopping_criteria=StoppingCriteriaList([ends]),
+            )
+        recorder.take(out)
+        new, logps = out[:, input_ids.shape[1] :].cpu(), torch.cat(recorder.logps, 1).cpu()
+        lengths = ends.lengths.tolist()
+        cuts = [length or new.shape[1] for length in lengths]
+        return [
+            Completion(new[i, :cut].tolist(), logps[i, :cut].clone(), bool(lengths[i])) for i, cut in enumerate(cuts)
+        ]
+
+    return sample
+
+
+@contextlib.contextmanager
+def generating(model: Any, config: GenerationConfig, seed: int) -> Iterator[None]:
+    """Eval mode, `config` in place of the model's own (which may hold penalties), and random numbers that leave those
+    of training untouched."""
+    training, before = model.training, model.generation_config
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            model.eval().generation_config = config
+            yield
+        finally:
+            model.train(training).generation_config = before
+
+
+def sample_all(
+    sampler: Sampler, prompts: Sequence[list[int]], batch_size: int, seeds: Sequence[int], accelerator: Accelerator
+) -> list[Completion]:
+    """One completion of every prompt, the same list on every rank, whatever their number.
+
+    Args:
+        sampler: completes a batch.
+        prompts: token ids, those of one prompt side by side.
+        batch_size: prompts of one batch; ranks take batches in turn.
+        seeds: of the run, the rollout, ...; each batch adds its number.
+    """
+    from accelerate.utils import gather_object
+
+    batches = split_order(range(len(prompts)), batch_size)
+    mine = [
+        (number, sampler([prompts[i] for i in batch], derived_seed(*seeds, number)))
+        for number, batch in enumerate(batches)
+        if number % accelerator.num_processes == accelerator.process_index
+    ]
+    found = sorted(gather_object(mine), key=lambda part: part[0])
+    return [completion for _, part in found for completion in part]
+
+
+def derived_seed(*numbers: int) -> int:
+    """A seed that is a function of the numbers alone."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
