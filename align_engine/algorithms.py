@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_engine.data import Batch, collate_pairs, collate_sft
+from align_engine import online
+from align_engine.data import Batch, collate_pairs, collate_rollouts, collate_sft
 from align_engine.data.batches import IGNORE
-from align_engine.recipe import DpoRecipe, Recipe, RmRecipe, SftRecipe
+from align_engine.recipe import DirectRecipe, DpoRecipe, GrpoRecipe, PpoRecipe, Recipe, RmRecipe, SftRecipe
 from align_kernels import LossOutput, dpo_loss, sft_loss
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
@@ -27,11 +28,14 @@ class Algorithm:
     kind: Literal["sft", "preference", "prompt"]  # of rows, as align_engine.data.prepare names it
     collate: Callable[..., Batch]
     unit: str  # what the loss is a mean over
-    count: Callable[[Batch], int]  # units in a batch
+    count: Callable[..., int]  # (batch, recipe) -> units in a batch
     loss: Loss
     reference: bool  # whether batches need ref_logps
     dropout: bool  # whether the model's dropout stays on in training
     scalar: bool = False  # the model has a score head: the loss gets scores [B] in place of hidden states
+    credit: Callable[..., online.Given] | None = None  # learns from rollouts: (experience, recipe, state) -> columns
+    kl: str = ""  # the recipe's weight of a reference for rollouts
+    present_policy: bool = False  # the loss can do without old_logps where the policy has not changed since
 
 
 def _sft(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: SftRecipe, num_items: float) -> LossOutput:
@@ -67,12 +71,16 @@ def _rm(scores: Tensor, head: dict[str, Any], batch: Batch, recipe: RmRecipe, nu
     return LossOutput(values.sum() / num_items, metrics, scores)
 
 
-def _tokens(batch: Batch) -> int:
+def _tokens(batch: Batch, recipe: Recipe) -> int:
     return batch.num_tokens
 
 
-def _pairs(batch: Batch) -> int:
+def _pairs(batch: Batch, recipe: Recipe) -> int:
     return len(batch.targets) // 2
+
+
+def _sequences(batch: Batch, recipe: Recipe) -> int:
+    return len(batch.targets)
 
 
 ROWS = (
@@ -80,13 +88,20 @@ ROWS = (
     Algorithm("sft", SftRecipe, "sft",        collate_sft,   "token", _tokens,          _sft, False,    True),
     Algorithm("rm",  RmRecipe,  "preference", collate_pairs, "pair",  _pairs,           _rm,  False,    False, True),
     Algorithm("dpo", DpoRecipe, "preference", collate_pairs, "pair",  _pairs,           _dpo, True,     False),
+    # from rollouts
+    Algorithm("direct", DirectRecipe, "prompt", collate_rollouts, "sequence", _sequences, online.direct, False, False,
+              credit=online.direct_credit, kl="beta"),
+    Algorithm("grpo", GrpoRecipe, "prompt", collate_rollouts, "token or sequence", online.grpo_units, online.grpo,
+              False, False, credit=online.grpo_credit, kl="beta", present_policy=True),
+    Algorithm("ppo", PpoRecipe, "prompt", collate_rollouts, "token", _tokens, online.ppo, False, False,
+              credit=online.ppo_credit, kl="kl_coef"),
 )  # fmt: skip
 ALGORITHMS = {row.name: row for row in ROWS}
 
 
-def metric_weight(name: str, batch: Batch, units: int) -> int:
+def metric_weight(algorithm: Algorithm, name: str, batch: Batch, units: int) -> int:
     """What a metric of a batch is a mean over: its tokens, the tokens of its chosen or rejected half, or its units."""
-    if name in ("entropy", "mean_token_accuracy"):
+    if algorithm.credit or name in ("entropy", "mean_token_accuracy"):
         return batch.num_tokens
     if name in ("logits/chosen", "logits/rejected"):
         half = batch.targets.chunk(2)[name == "logits/rejected"]

@@ -33,6 +33,9 @@ RECIPES: dict[str, type[recipes.Recipe]] = {
     "sft": recipes.SftRecipe,
     "rm": recipes.RmRecipe,
     "dpo": recipes.DpoRecipe,
+    "direct": recipes.DirectRecipe,
+    "grpo": recipes.GrpoRecipe,
+    "ppo": recipes.PpoRecipe,
 }
 
 
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE.format(commands="\n".join(f"  {name:5} {command.summary}" for name, command in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:7} {command.summary}" for name, command in COMMANDS.items())))
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     try:
@@ -176,6 +179,9 @@ COMMANDS = {
     "sft": Command(train, "supervised fine-tuning on prompts with completions, or on text"),
     "rm": Command(train, "reward model on pairs of a chosen and a rejected answer, for transformers to load"),
     "dpo": Command(train, "direct preference optimisation on pairs of a chosen and a rejected answer"),
+    "direct": Command(train, "direct RL (REINFORCE, RLOO) from what people or programs say of sampled answers"),
+    "grpo": Command(train, "group-relative policy optimisation on sampled answers and reward functions"),
+    "ppo": Command(train, "proximal policy optimisation on sampled answers, with a critic and a KL penalty"),
     "env": Command(environment, "versions, devices, and which backend each kernel takes here and why not another"),
     "demo": Command(demo, "make data, train SFT then DPO on this machine, score both on held-out prompts"),
 }

@@ -18,8 +18,8 @@ from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch
 from align_engine.errors import RunFailed
 from align_engine.metrics import Sums
-from align_engine.policy import fused_head
-from align_engine.recipe import Recipe
+from align_engine.policy import causal_model, fused_head
+from align_engine.recipe import OnlineRecipe, Recipe
 from align_engine.source import Micro, Source
 
 
@@ -68,6 +68,7 @@ class Engine:
         self.algorithm, self.recipe, self.accelerator, self.reference = algorithm, recipe, accelerator, reference
         self.head_options = head_options(recipe)
         self.progress = Progress()
+        self.critic: Any = getattr(causal_model(model), "value_head", None)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
@@ -97,7 +98,8 @@ class Engine:
         metrics: dict[str, Tensor] = {}
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
-            out = self.algorithm.loss(hidden, head | self.head_options, batch, self.recipe, num_items)
+            more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
+            out = self.algorithm.loss(hidden, head | self.head_options, batch, self.recipe, num_items, **more)
             metrics.update(out.metrics)
             return out.loss
 
@@ -107,9 +109,9 @@ class Engine:
 
     def open(self, window: list[Micro]) -> float:
         """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch."""
-        mine = sum(self.algorithm.count(micro.batch) for micro in window if micro.real)
+        mine = sum(self.algorithm.count(micro.batch, self.recipe) for micro in window if micro.real)
         summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device), "sum")
-        return summed.item()
+        return max(summed.item(), 1.0)
 
     def forward_backward(self, micro: Micro, units: float, last: bool) -> None:
         """Add one micro-batch's share to the gradients and to the sums of the step.
@@ -129,10 +131,10 @@ class Engine:
 
     def _add(self, sums: Sums, loss_sum: Tensor, metrics: dict[str, Tensor], micro: Micro) -> None:
         batch, real = micro  # counted on the CPU: no wait for the device
-        units = self.algorithm.count(batch) * real
+        units = self.algorithm.count(batch, self.recipe) * real
         sums.add("loss", loss_sum / max(units, 1), units)
         for name, value in metrics.items():
-            sums.add(name, value, metric_weight(name, batch, units) * real)
+            sums.add(name, value, metric_weight(self.algorithm, name, batch, units) * real)
         sums.add("num_tokens", float(batch.attention_mask.sum()), real)
 
     def step(self) -> Sums:
@@ -189,7 +191,8 @@ class Engine:
 
     def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
         """Write the trained model (or its adapter) and the tokenizer, for transformers (or peft) to load."""
-        state = self.accelerator.get_state_dict(self.model)
+        state: Any = self.accelerator.get_state_dict(self.model)
+        state = {name: value for name, value in state.items() if "value_head." not in name}
         # peft would put the whole embedding into an adapter of the head; the vocabulary never grows here
         options = {"save_embedding_layers": False} if self.recipe.model.use_peft else {}
         if self.accelerator.is_main_process:
@@ -201,7 +204,8 @@ class Engine:
 
 def head_options(recipe: Recipe) -> dict[str, Any]:
     """The recipe's settings for the fused loss, as keywords of linear_logprobs."""
-    return {"impl": recipe.kernels.impl, "workspace": recipe.kernels.workspace}
+    temperature = recipe.rollout.temperature if isinstance(recipe, OnlineRecipe) else 1.0
+    return {"impl": recipe.kernels.impl, "workspace": recipe.kernels.workspace, "temperature": temperature}
 
 
 def save_trained_weights_alone(accelerator: Accelerator) -> None:
@@ -217,8 +221,10 @@ def save_trained_weights_alone(accelerator: Accelerator) -> None:
                 del state[name]
 
     def load(models: list[nn.Module], path: str) -> None:
-        while models:
-            models.pop().load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
+        for model in models:
+            if any(parameter.requires_grad for parameter in model.parameters()):  # a frozen reference stays as it is
+                model.load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
+        models.clear()
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from align_engine.callbacks import Callbacks
 from align_engine.checkpoint import RunFolder
 from align_engine.engine import Engine
+from align_engine.experience import Rollouts
 from align_engine.metrics import Journal, Sums
 from align_engine.source import Micro, Source
 from align_engine.watch import warnings
@@ -100,6 +101,15 @@ class Training:
 def offline(training: Training, source: Source) -> None:
     """Train from where the engine stands to the last step on fixed rows."""
     for step in training.steps():
+        with training.journal.clock("data"):
+            window = source.window(step)
+        training.learn(window)
+
+
+def online(training: Training, source: Rollouts) -> None:
+    """The same on rows that the policy writes: a new rollout wherever the last one has served all its steps."""
+    for step in training.steps():
+        source.prepare(step, training.journal.clock)
         with training.journal.clock("data"):
             window = source.window(step)
         training.learn(window)

@@ -94,6 +94,114 @@ class RmLoss:
 
 
 @dataclass
+class RolloutSection:
+    """Rollouts."""
+
+    reward_funcs: list[str] = field(default_factory=list)
+    """What scores completions: `module:function` or `file.py:function` (TRL's signature), the folder of a reward model,
+    `http://...` of a scorer, or `human`: a file in the run's folder that people fill in."""
+    reward_weights: list[float] | None = None
+    """Factor of each of them (None: 1)."""
+    num_generations: int = 8
+    """Completions of each prompt."""
+    max_completion_length: int = 512
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Of sampling, and of the policy that is trained."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that hold this share of the probability (the loss sees all tokens)."""
+    top_k: int = 0
+    """Sample from so many likeliest tokens (0: all)."""
+    stop_strings: list[str] | None = None
+    """Texts that end a completion; the token that completes one is its last."""
+    steps_per_generation: int | None = None
+    """Forward passes that one rollout feeds, a multiple of gradient_accumulation_steps (None: one step's)."""
+    per_device_generation_batch_size: int = 64
+    """Completions sampled at a time on one device."""
+    missing_eos_penalty: float | None = None
+    """Taken off the reward of completions that were cut off."""
+    mask_truncated_completions: bool = False
+    """Leave completions that were cut off out of the loss."""
+    reference: Literal["auto", "frozen", "adapter-off"] = "auto"
+    """Where the KL term's reference comes from. frozen: a second copy of the model. adapter-off: the model without its
+    LoRA adapters. auto: adapter-off with LoRA, else frozen. None is loaded where the KL term's factor is 0."""
+    ref_model_name_or_path: str | None = None
+    """Reference model (None: the model as it is before the first step)."""
+
+
+@dataclass
+class DirectLoss:
+    """Loss."""
+
+    baseline: Literal["leave_one_out", "batch_mean", "none"] = "leave_one_out"
+    """What is taken off a reward. leave_one_out: the mean of the prompt's other completions (RLOO)."""
+    beta: float = 0.05
+    """Weight of the KL divergence from the reference in the reward."""
+    normalize_advantages: bool = False
+    """Divide the advantages by their spread over the rollout, after taking off their mean."""
+    num_iterations: int = 1
+    """Passes over each rollout."""
+    cliprange: float = 0.2
+    """Largest change of a token's probability ratio that is rewarded."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+
+
+@dataclass
+class GrpoLoss:
+    """Loss."""
+
+    loss_type: str = "dapo"
+    """How tokens are averaged: dapo, grpo, dr_grpo, bnpo (here dapo: its batch is the whole step)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Whose standard deviation divides the advantages."""
+    beta: float = 0.0
+    """Weight of the KL divergence from the reference (0: no reference is loaded)."""
+    epsilon: float = 0.2
+    """How far below 1 the probability ratio may go before its gradient stops, and above, unless epsilon_high says."""
+    epsilon_high: float | None = None
+    """How far above 1 (None: epsilon)."""
+    delta: float | None = None
+    """Upper limit of the ratio for negative advantages too (None: none)."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """One ratio for each token, or for each sequence (GSPO)."""
+    num_iterations: int = 1
+    """Passes over each rollout."""
+
+
+@dataclass
+class PpoLoss:
+    """Loss."""
+
+    num_ppo_epochs: int = 4
+    """Passes over each rollout."""
+    kl_coef: float = 0.05
+    """Weight of the KL penalty in the reward of each token (0: no reference is loaded)."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """k1: log pi - log ref. k3: never negative."""
+    kl_target: float | None = None
+    """KL divergence per completion that kl_coef is steered to (None: kl_coef stays)."""
+    kl_horizon: float = 10000.0
+    """Completions in which kl_coef can about double or halve."""
+    cliprange: float = 0.2
+    """Largest change of a token's probability ratio that is rewarded."""
+    cliprange_value: float = 0.2
+    """Largest change of a value in one rollout that is rewarded."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Lambda of GAE."""
+    whiten_rewards: bool = False
+    """Divide the rewards by their spread over the rollout."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    value_model_name_or_path: str | None = None
+    """Model that the critic starts from, e.g. the reward model (None: a linear head on the policy's hidden states)."""
+
+
+@dataclass
 class TrainSection:
     """Training."""
 
@@ -208,6 +316,38 @@ class RmRecipe(Recipe):
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-4))
 
 
+@dataclass
+class OnlineRecipe(Recipe):
+    """What the methods share that learn from their own rollouts."""
+
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
+class DirectRecipe(OnlineRecipe):
+    """Direct RL (REINFORCE, RLOO): raise the probability of completions by what people or programs say of them."""
+
+    loss: DirectLoss = field(default_factory=DirectLoss)
+    rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=2))
+
+
+@dataclass
+class GrpoRecipe(OnlineRecipe):
+    """Group-relative policy optimisation: completions are judged against the others of their prompt."""
+
+    loss: GrpoLoss = field(default_factory=GrpoLoss)
+
+
+@dataclass
+class PpoRecipe(OnlineRecipe):
+    """Proximal policy optimisation with a critic, a KL penalty and several passes over each rollout."""
+
+    loss: PpoLoss = field(default_factory=PpoLoss)
+    rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=1, temperature=0.7))
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=3e-6))
+
+
 R = TypeVar("R", bound=Recipe)
 
 
@@ -292,7 +432,8 @@ def check(recipe: Recipe) -> None:
             "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
         }.items()
     ]  # fmt: skip
-    rules += [(name, values[name] > 0, "must be above 0") for name in ("learning_rate", "beta") if name in values]
+    positive = ["learning_rate"] if isinstance(recipe, OnlineRecipe) else ["learning_rate", "beta"]
+    rules += [(name, values[name] > 0, "must be above 0") for name in positive if name in values]
     rules += [
         (name, values[name] is None or values[name] >= 1, "must be at least 1 (or left out)")
         for name in (
@@ -328,6 +469,29 @@ def check(recipe: Recipe) -> None:
             ("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off"),
             ("ref_model_name_or_path", not values["ref_model_name_or_path"], "is another reference than 'adapter-off'"),
         ]
+    if isinstance(recipe, OnlineRecipe):
+        rules += online_rules(recipe, values)
     broken = [f"{name} = {values[name]!r} {rule}" for name, holds, rule in rules if not holds]
     if broken:
         raise BadInput("; ".join(broken))
+
+
+def online_rules(recipe: OnlineRecipe, values: dict[str, Any]) -> list[tuple[str, bool, str]]:
+    """What must hold of a recipe with rollouts: (field, holds, rule)."""
+    least = {"num_generations": 1, "max_completion_length": 1, "per_device_generation_batch_size": 1, "top_k": 0,
+             "num_iterations": 1, "num_ppo_epochs": 1, "beta": 0, "kl_coef": 0, "vf_coef": 0, "entropy_coef": 0,
+             "epsilon": 0, "kl_horizon": 1}  # fmt: skip
+    rules = [(name, values[name] >= low, f"must be at least {low}") for name, low in least.items() if name in values]
+    above = ("temperature", "top_p", "cliprange", "cliprange_value", "epsilon_high", "delta", "kl_target")
+    rules += [(name, values[name] > 0, "must be above 0") for name in above if values.get(name) is not None]
+    shares = ("top_p", "gamma", "lam")
+    rules += [(name, 0 <= values[name] <= 1, "must lie in [0, 1]") for name in shares if name in values]
+    accumulation, steps = values["gradient_accumulation_steps"], values["steps_per_generation"]
+    weights, scorers = values["reward_weights"], values["reward_funcs"]
+    return [
+        *rules,
+        ("reward_funcs", bool(scorers), "is required"),
+        ("reward_weights", weights is None or len(weights) == len(scorers), f"must be {len(scorers)}, as reward_funcs"),
+        ("steps_per_generation", steps is None or (steps > 0 and steps % accumulation == 0),
+         f"must be a multiple of gradient_accumulation_steps = {accumulation}"),
+    ]  # fmt: skip

@@ -9,6 +9,7 @@ precomputed  one pass over the rows that the run will see, before the first step
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,31 +31,46 @@ SPOT_ROWS = 4
 SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
 
 
-def choose(asked: str, peft: bool, own_reference: bool) -> tuple[str, str]:
+def choose(asked: str, peft: bool, own_reference: bool, rollouts: bool = False) -> tuple[str, str]:
     """What `auto` takes, and the sentence that says why.
 
     Args:
         asked: the recipe's `reference`.
         peft: the policy trains LoRA adapters.
         own_reference: the recipe names another model as the reference.
+        rollouts: the data are not there before the first step.
     """
     if asked != "auto":
         return asked, "as the recipe says"
     if peft and not own_reference:
         return "adapter-off", "the model without its adapters is the reference, at no memory"
+    if rollouts:
+        return "frozen", "a second copy of the model, which the rollouts are measured under"
     return "precomputed", "one pass before the first step instead of a second model in memory"
 
 
 @torch.no_grad()
-def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any]) -> Tensor:
-    """Summed log-probs of the completions under `model`: [B] float32."""
+def token_logps(
+    model: nn.Module,
+    batch: Batch,
+    head_options: dict[str, Any],
+    critic: Callable[[Tensor, Batch], Tensor] | None = None,
+) -> Tensor:
+    """Log-probs of the targets under `model`, 0 where there is none, and what a critic says of each position:
+    [1, B, T] or [2, B, T] float32."""
 
     def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
         logps = linear_logprobs(hidden, targets=batch.targets, **head, **head_options).logp
-        return sequence_logprobs(logps, batch.targets)
+        return torch.stack([logps] if critic is None else [logps, critic(hidden, batch).to(logps.dtype)])
 
     with fused_head(model, fn):
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+
+
+def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any], per_token: bool = False) -> Tensor:
+    """Log-probs of the completions under `model`: summed, [B] float32, or `per_token` [B, T]."""
+    (logps,) = token_logps(model, batch, head_options)
+    return logps if per_token else sequence_logprobs(logps, batch.targets)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

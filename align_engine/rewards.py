@@ -8,8 +8,6 @@ those of the data set. None means that it cannot score the completion.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import json
 import math
@@ -20,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from align_engine import heads
 from align_engine.errors import BadInput, RunFailed
 from align_engine.http import post_all
+from align_engine.importing import load_object
 
 HUMAN = "human"
 HTTP_CHUNK = 16  # completions of one request to a scorer
@@ -66,26 +66,12 @@ def _load(spec: str, device: torch.device) -> Reward:
         return Reward(HUMAN, _people)
     if spec.startswith(("http://", "https://")):
         return Reward("http", _http_scorer(spec))
-    module, colon, name = spec.rpartition(":")
-    if not colon:
+    if ":" not in spec:
         return Reward(Path(spec).name, RewardModel(spec, device))
-    function = getattr(_module(module, spec), name, None)
+    function = load_object(spec, "reward_funcs")
     if not callable(function):
-        raise BadInput(f"reward_funcs: {spec!r}: {module} has no function {name!r}")
-    return Reward(name, function)
-
-
-def _module(name: str, spec: str) -> Any:
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        found = importlib.util.spec_from_file_location(Path(name).stem, name)
-        assert found is not None and found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return module
-    except (ImportError, FileNotFoundError) as error:
-        raise BadInput(f"reward_funcs: cannot import {spec!r}: {error}") from error
+        raise BadInput(f"reward_funcs: {spec!r} is not a function")
+    return Reward(spec.rpartition(":")[2], function)
 
 
 def _people(**_: Any) -> None:
@@ -155,17 +141,18 @@ class RewardModel:
 
     def __init__(self, path: str, device: torch.device, batch_size: int = 32) -> None:
         from align_engine.data.encoder import Encoder
-        from align_engine.policy import load_reward_model, load_tokenizer
+        from align_engine.policy import load_tokenizer
+        from align_engine.recipe import ModelSection
 
-        tokenizer = load_tokenizer(path)
-        self.model = load_reward_model(path).to(device).eval().requires_grad_(False)
+        tokenizer = load_tokenizer(path, distinct_pad=True)
+        model: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
+        self.model = model.to(device).eval().requires_grad_(False)
         self.encoder, self.pad_id = Encoder(tokenizer), tokenizer.pad_token_id
         self.device, self.batch_size = device, batch_size
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        from align_engine.data.batches import collate_sft
-        from align_engine.policy import pooled_scores
+        from align_engine.data import collate_sft
 
         rows = []
         for prompt, completion in zip(prompts, completions):
@@ -174,7 +161,7 @@ class RewardModel:
         found: list[float] = []
         for start in range(0, len(rows), self.batch_size):
             batch = collate_sft(rows[start : start + self.batch_size], self.pad_id).to(self.device)
-            found += pooled_scores(self.model, batch.input_ids, batch.attention_mask).tolist()
+            found += heads.scores(self.model, batch.input_ids, batch.attention_mask).tolist()
         return found
 
 
@@ -195,10 +182,12 @@ def human_scores(folder: Path, number: int, answers: Answers) -> Tensor:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if [row["completion"] for row in rows] != answers.completions:
         raise BadInput(f"{path} holds marks of other completions than this run's; delete it")
-    open_ = [i for i, row in enumerate(rows) if not isinstance(row.get("score"), (int, float)) and row["score"] != "skip"]
-    if open_:
+    waiting = [
+        i for i, row in enumerate(rows) if not isinstance(row.get("score"), (int, float)) and row.get("score") != "skip"
+    ]
+    if waiting:
         raise RunFailed(
-            f"{len(open_)} of {len(rows)} completions wait for marks: put a number (or \"skip\") at `score` in {path}, "
+            f"{len(waiting)} of {len(rows)} completions wait for marks: put a number (or 'skip') at `score` in {path}, "
             "then give the same command again"
         )
     return torch.tensor([[math.nan if row["score"] == "skip" else row["score"]] for row in rows], dtype=torch.float64)

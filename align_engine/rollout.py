@@ -44,7 +44,8 @@ Sampler = Callable[[Sequence[list[int]], int], list[Completion]]  # (prompts' id
 
 
 class Ends(StoppingCriteria):
-    """Where each row ends: at an EOS token, or at the token that completes a stop string. The prompt is not looked at."""
+    """Where each row ends: at an EOS token, or at the token that completes a stop string, which never reaches back into
+    the prompt."""
 
     def __init__(self, width: int, rows: int, eos: Tensor, stop: StopStringCriteria | None) -> None:
         self.width, self.stop = width, stop

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from align_engine import heads, policy
+from align_engine import heads, policy, rewards
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm
@@ -21,9 +21,12 @@ from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
-from align_engine.loops import Training, offline
+from align_engine.experience import Rollouts
+from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
-from align_engine.recipe import Recipe
+from align_engine.online import ValueHead
+from align_engine.recipe import GrpoRecipe, OnlineRecipe, PpoRecipe, Recipe
+from align_engine.rollout import transformers_sampler
 from align_engine.source import Source, rows_seen, total_steps
 
 
@@ -78,8 +81,10 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
             recipes.save(recipe, path)
     set_seed(recipe.train.seed, device_specific=True)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
-    if algorithm.reference:
-        add_reference(engine, source, evaluation, rows_seen(source, steps), folder)
+    if algorithm.reference or recipes.flat(recipe).get(algorithm.kl):
+        add_reference(engine, source, evaluation, rows_seen(source, steps) if algorithm.reference else [], folder)
+    if isinstance(source, Rollouts):
+        source.start(engine, transformers_sampler(engine.model, tokenizer, source.settings), folder)
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1])
         accelerator.print(f"going on from {checkpoints[-1]}")
@@ -90,7 +95,10 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     with Journal(folder.metrics, accelerator, steps, engine.progress.step, name) as journal:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
-        offline(training, source)
+        if isinstance(source, Rollouts):
+            online(training, source)
+        else:
+            offline(training, source)
     if best := training.best():
         accelerator.print(f"the model is that of step {best}, the best evaluation")
         engine.restore(folder.checkpoint(best))
@@ -112,10 +120,15 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
 
     from align_kernels.dispatch import IMPLS, pick
     from align_kernels.losses.dpo import LOSS_TYPES
+    from align_kernels.losses.grpo import AVERAGES
 
     values = recipes.flat(recipe)
     policy.check_path(values.get("ref_model_name_or_path") or recipe.model.model_name_or_path)
-    choices = {"impl": IMPLS, "loss_type": LOSS_TYPES, "lr_scheduler_type": [kind.value for kind in SchedulerType]}
+    choices = {
+        "impl": IMPLS,
+        "loss_type": AVERAGES if isinstance(recipe, GrpoRecipe) else LOSS_TYPES,
+        "lr_scheduler_type": [kind.value for kind in SchedulerType],
+    }
     for name, known in choices.items():
         if name in values and values[name] not in known:
             raise BadInput(f"{name} = {values[name]!r} is none of {', '.join(known)}")
@@ -155,8 +168,9 @@ def load_source(
     data, train = recipe.data, recipe.train
     try:
         with accelerator.main_process_first():
+            asked = load_rows(where, split)
             rows, report = prepare(
-                load_rows(where, split),
+                asked,
                 tokenizer,
                 algorithm.kind,
                 max_length=data.max_length,
@@ -168,6 +182,10 @@ def load_source(
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"{where}: {error}") from error
     accelerator.print(f"{where}: {describe(report)}")
+    if isinstance(recipe, OnlineRecipe):
+        scorers = rewards.load_rewards(recipe.rollout.reward_funcs, accelerator.device)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        return Rollouts(rows, asked, tokenizer, recipe, scorers, rank, world)
     rank_margin = recipes.flat(recipe).get("rank_margin", 0.0)
     return Source(
         with_margins(rows, rank_margin) if rank_margin else rows,
@@ -222,6 +240,11 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
         model = policy.load_model(path, section)
     if section.use_peft:
         model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
+    if isinstance(recipe, PpoRecipe):
+        own = recipe.loss.value_model_name_or_path
+        critic = heads.load_scalar_model(own, section, tokenizer.pad_token_id) if own else None
+        causal = policy.causal_model(model)
+        causal.value_head = ValueHead(causal.config.get_text_config().hidden_size, critic)
     if recipe.train.gradient_checkpointing:
         policy.checkpoint_activations(model)
     if not algorithm.dropout:
@@ -235,14 +258,15 @@ def add_reference(
     """Give batches their `ref_logps`, in the way the recipe names."""
     recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
     own = values["ref_model_name_or_path"]
-    kind, why = references.choose(values["reference"], recipe.model.use_peft, own is not None)
+    per_token = engine.algorithm.credit is not None
+    kind, why = references.choose(values["reference"], recipe.model.use_peft, own is not None, rollouts=per_token)
     accelerator.print(f"reference {kind}: {why}")
     if kind == "adapter-off":
         adapters = accelerator.unwrap_model(engine.model)
 
         def without_adapter(batch: Batch) -> torch.Tensor:
             with adapters.disable_adapter():
-                return references.reference_logps(engine.model, batch, engine.head_options)
+                return references.reference_logps(engine.model, batch, engine.head_options, per_token)
 
         engine.reference = without_adapter
         return
@@ -254,7 +278,7 @@ def add_reference(
     training = model.training
     model.eval()
     if kind == "frozen":
-        engine.reference = lambda batch: references.reference_logps(model, batch, engine.head_options)
+        engine.reference = lambda batch: references.reference_logps(model, batch, engine.head_options, per_token)
         return
     for name, part, needed in (("train", source, rows), ("eval", evaluation, None)):
         if part is not None:

@@ -72,3 +72,26 @@ def dpo(*paths: Path, **settings: Any) -> DpoRecipe:
 
 def sft(*paths: Path, **settings: Any) -> SftRecipe:
     return recipe(SftRecipe, *paths, **settings)
+
+
+def prompt_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    return [{"prompt": sentence(rng, 6), "wanted": rng.choice(WORDS)} for _ in range(count)]
+
+
+def word_reward(prompts: list[str], completions: list[str], wanted: list[str], **_: Any) -> list[float | None]:
+    """Share of the completion's words that are the wanted one's neighbours; some are left unscored."""
+    found: list[float | None] = []
+    for text, word in zip(completions, wanted):
+        words = text.split()
+        near = sum(abs(int(one[1:]) - int(word[1:])) < 20 for one in words if one[0] == "w")
+        found.append(None if text.endswith("w7") else near / max(len(words), 1))
+    return found
+
+
+ONLINE = {"reward_funcs": ["tiny:word_reward"], "max_completion_length": 6, "num_generations": 4, "temperature": 1.0,
+          "per_device_generation_batch_size": 6, "gradient_checkpointing": False}  # fmt: skip
+
+
+def online(kind: type[Recipe], *paths: Path, **settings: Any) -> Recipe:
+    return recipe(kind, *paths, **(ONLINE | settings))

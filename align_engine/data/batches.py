@@ -84,7 +84,10 @@ TOKEN_COLUMNS = ("ref_logps", "sampling_logps", "old_logps", "advantages", "valu
 
 
 def collate_rollouts(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
-    """B rows of prompt_ids, completion_ids and any of TOKEN_COLUMNS (tensors, a number per completion token) -> Batch."""
+    """B rows of prompt_ids, completion_ids and any of TOKEN_COLUMNS (tensors, a number per completion token) -> Batch.
+
+    Rows that are `masked` have no targets.
+    """
     batch = _batch([(row["prompt_ids"], row["completion_ids"]) for row in rows], rows, pad_id, 1)
     for name in TOKEN_COLUMNS:
         if name in rows[0]:
@@ -92,6 +95,7 @@ def collate_rollouts(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
             column = torch.zeros(batch.targets.shape, dtype=values.dtype)
             column[batch.targets != IGNORE] = values
             setattr(batch, name, column)
+    batch.targets[torch.tensor([bool(row.get("masked")) for row in rows])] = IGNORE
     return batch
 
 

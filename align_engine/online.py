@@ -1,0 +1,167 @@
+"""Losses and credit of the methods that learn from their own rollouts, as the table of algorithms names them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from align_engine import credit, heads
+from align_engine.data import Batch
+from align_engine.data.batches import IGNORE
+from align_kernels import LossOutput, grpo_loss, ppo_clip_loss
+
+if TYPE_CHECKING:
+    from align_engine.experience import Experience
+    from align_engine.recipe import DirectRecipe, GrpoRecipe, PpoRecipe
+
+Given = tuple[dict[str, Tensor], dict[str, Any]]  # (columns of the rollout [R, T], metrics)
+
+
+def mismatch(batch: Batch, logps: Tensor) -> dict[str, Tensor]:
+    """How far the sampler's log-probs are from ours of the same weights: the mean of |difference| over tokens."""
+    assert batch.sampling_logps is not None
+    ours = logps.detach() if batch.old_logps is None else batch.old_logps
+    known = (batch.targets != IGNORE) & ~batch.sampling_logps.isnan()
+    difference = (ours - batch.sampling_logps).where(known, 0.0).abs().sum() / known.sum().clamp(min=1)
+    return {"sampling/sampling_logp_difference/mean": difference}
+
+
+def direct(
+    hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecipe | PpoRecipe, num_items: float
+) -> LossOutput:
+    """The policy gradient, with PPO's clipped ratio where a rollout serves several steps."""
+    assert batch.old_logps is not None and batch.advantages is not None
+    out = ppo_clip_loss(
+        hidden,
+        targets=batch.targets,
+        old_logps=batch.old_logps,
+        advantages=batch.advantages,
+        cliprange=recipe.loss.cliprange,
+        entropy_coef=recipe.loss.entropy_coef,
+        num_items=num_items,
+        **head,
+    )
+    return out._replace(metrics=out.metrics | mismatch(batch, out.logps))
+
+
+def direct_credit(found: Experience, recipe: DirectRecipe, state: dict[str, Any]) -> Given:
+    """Rewards less beta times the KL estimate of each sequence (arXiv:2402.14740 eq. 3), less the baseline."""
+    options, kl = recipe.loss, torch.zeros(len(found.rewards))
+    if found.ref_logps is not None:
+        assert found.old_logps is not None
+        kl = (found.old_logps - found.ref_logps).where(found.mask, 0.0).sum(1)
+    advantages = credit.BASELINES[options.baseline](found.rewards - options.beta * kl, found.group_size)
+    metrics = {"kl": kl.mean()} if found.ref_logps is not None else {}
+    if options.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / (credit.nanstd(advantages) + credit.STD_EPSILON)
+        advantages = advantages.where(~found.rewards.isnan(), 0.0)
+    return {"advantages": advantages[:, None].expand(found.mask.shape)}, metrics
+
+
+def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe, num_items: float) -> LossOutput:
+    assert batch.advantages is not None
+    options = recipe.loss
+    out = grpo_loss(
+        hidden,
+        targets=batch.targets,
+        old_logps=batch.old_logps,
+        advantages=batch.advantages,
+        loss_type="dapo" if options.loss_type == "bnpo" else options.loss_type,  # the batch is the whole window
+        epsilon=options.epsilon,
+        epsilon_high=options.epsilon_high,
+        delta=options.delta,
+        beta=options.beta,
+        ref_logps=batch.ref_logps,
+        importance_sampling_level=options.importance_sampling_level,
+        max_completion_length=recipe.rollout.max_completion_length,
+        num_items=num_items,
+        **head,
+    )
+    return out._replace(metrics=out.metrics | mismatch(batch, out.logps))
+
+
+def grpo_credit(found: Experience, recipe: GrpoRecipe, state: dict[str, Any]) -> Given:
+    """Rewards normalised within their group."""
+    advantages = credit.group_normalised(found.rewards, found.group_size, recipe.loss.scale_rewards)
+    return {"advantages": advantages[:, None].expand(found.mask.shape)}, {}
+
+
+def grpo_units(batch: Batch, recipe: GrpoRecipe) -> int:
+    """Tokens, or sequences where the loss is a mean over them."""
+    return len(batch.targets) if recipe.loss.loss_type in ("grpo", "dr_grpo") else batch.num_tokens
+
+
+class ValueHead(nn.Module):
+    """The critic: one number per position, from the policy's own hidden states or from a model of its own.
+
+    Args:
+        hidden_size: of the policy.
+        model: an AutoModelForSequenceClassification with one label, e.g. the reward model; None: a linear layer on the
+            policy's last hidden states, zero at first.
+    """
+
+    def __init__(self, hidden_size: int, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = model
+        if model is None:
+            self.score = nn.Linear(hidden_size, 1)
+            nn.init.zeros_(self.score.weight)
+            nn.init.zeros_(self.score.bias)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[B, T, D] -> [B, T] float32: what position i is worth before its target is chosen."""
+        if self.model is not None:
+            return heads.values(self.model, batch.input_ids, batch.attention_mask)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.float()).squeeze(-1)
+
+
+def ppo(
+    hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: PpoRecipe, num_items: float, values: Tensor
+) -> LossOutput:
+    """The clipped surrogate, and vf_coef times the clipped value loss."""
+    assert batch.values is not None and batch.returns is not None
+    policy, options = direct(hidden, head, batch, recipe, num_items), recipe.loss
+    mask, tokens = batch.targets != IGNORE, max(batch.num_tokens, 1)
+    near = batch.values + (values - batch.values).clamp(-options.cliprange_value, options.cliprange_value)
+    free, clipped = (values - batch.returns) ** 2, (near - batch.returns) ** 2
+    value_sum = 0.5 * torch.maximum(free, clipped).where(mask, 0.0).sum()
+    metrics = policy.metrics | {
+        "loss/policy_avg": policy.loss.detach() * num_items / tokens,
+        "loss/value_avg": value_sum.detach() / tokens,
+        "val/clipfrac_avg": ((clipped > free) & mask).sum() / tokens,
+    }
+    return policy._replace(loss=policy.loss + options.vf_coef * value_sum / num_items, metrics=metrics)
+
+
+def ppo_credit(found: Experience, recipe: PpoRecipe, state: dict[str, Any]) -> Given:
+    """GAE over rewards with the KL penalty in them; a KL controller keeps its coefficient in `state`."""
+    assert found.old_logps is not None and found.values is not None
+    options, mask = recipe.loss, found.mask
+    coefficient = state.setdefault("kl_coef", options.kl_coef)
+    kl = torch.zeros_like(found.old_logps)
+    if found.ref_logps is not None:
+        log_ratio = (found.ref_logps - found.old_logps).where(mask, 0.0)
+        kl = -log_ratio if options.kl_estimator == "k1" else log_ratio.expm1() - log_ratio
+    scored = ~found.rewards.isnan()
+    rewards = credit.token_rewards(found.rewards.nan_to_num(0.0).float(), kl, mask, coefficient)
+    learnt = mask & scored[:, None]
+    if options.whiten_rewards:
+        rewards = credit.whiten(rewards, learnt, shift_mean=False)
+    advantages, returns = credit.gae(rewards, found.values, mask, options.gamma, options.lam)
+    sequence_kl = kl.sum(1)
+    metrics = {
+        "objective/kl": sequence_kl.mean(),
+        "objective/entropy": -found.old_logps.where(mask, 0.0).sum(1).mean(),
+        "objective/scores": found.rewards.nanmean(),
+        "objective/non_score_reward": -coefficient * sequence_kl.mean(),
+        "objective/rlhf_reward": found.rewards.nanmean() - coefficient * sequence_kl.mean(),
+        "kl_coef": coefficient,
+    }
+    if options.kl_target is not None:  # arXiv:1909.08593 section 2.2
+        error = min(max(float(sequence_kl.mean()) / options.kl_target - 1, -0.2), 0.2)
+        state["kl_coef"] = coefficient * (1 + error * len(found.rewards) / options.kl_horizon)
+    columns = {"advantages": credit.whiten(advantages, learnt), "returns": returns.where(learnt, found.values)}
+    return columns, metrics
