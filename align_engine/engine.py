@@ -81,6 +81,7 @@ class Engine:
         )
         accelerator.register_for_checkpointing(self.scheduler, self.progress)
         save_trained_weights_alone(accelerator)
+        self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model
         self._sums = Sums()
 
     def forward(self, batch: Batch, num_items: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,7 +109,12 @@ class Engine:
         return loss, metrics
 
     def open(self, window: list[Micro]) -> float:
-        """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch."""
+        """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch.
+
+        Whatever else a batch must know of its whole window is filled in.
+        """
+        if self.algorithm.prepare is not None:
+            self.algorithm.prepare(self, window)
         mine = sum(self.algorithm.count(micro.batch, self.recipe) for micro in window if micro.real)
         summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device), "sum")
         return max(summed.item(), 1.0)
@@ -160,6 +166,8 @@ class Engine:
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.progress.step += 1
+        if self.after_step is not None:
+            self.after_step(self.progress.step)
         return sums
 
     @torch.no_grad()
@@ -167,7 +175,9 @@ class Engine:
         """Loss and metrics over all rows of a source, named with eval_ in front."""
         sums, training = Sums(), self.model.training
         self.model.eval()
-        for micro in source.share(list(range(len(source)))):
+        window = list(source.share(list(range(len(source)))))
+        self.open(window)
+        for micro in window:
             loss, metrics = self.forward(micro.batch.to(self.accelerator.device), 1.0)
             self._add(sums, loss, metrics, micro)
         self.model.train(training)
@@ -194,10 +204,13 @@ class Engine:
         state: Any = self.accelerator.get_state_dict(self.model)
         state = {name: value for name, value in state.items() if "value_head." not in name}
         # peft would put the whole embedding into an adapter of the head; the vocabulary never grows here
-        options = {"save_embedding_layers": False} if self.recipe.model.use_peft else {}
+        options: dict[str, Any] = {}
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if self.recipe.model.use_peft:
+            options = {"save_embedding_layers": False, "selected_adapters": [model.active_adapter]}
         if self.accelerator.is_main_process:
             with folder.written("final") as path:
-                self.accelerator.unwrap_model(self.model).save_pretrained(path, state_dict=state, **options)
+                model.save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
         self.accelerator.wait_for_everyone()
 

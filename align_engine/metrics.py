@@ -48,8 +48,11 @@ class Sums:
         return Sums({name: (pair[0], pair[1]) for name, pair in zip(self.totals, pairs)})
 
     def means(self) -> dict[str, float]:
-        """name -> sum / count; names without units are left out."""
-        return {name: total / count for name, (total, count) in self.totals.items() if count}
+        """name -> sum / count; names without units are left out. A margin of rewards is that of their means."""
+        found = {name: total / count for name, (total, count) in self.totals.items() if count}
+        if "rewards/chosen" in found and "rewards/rejected" in found:
+            found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
+        return found
 
 
 def peak_memory_mib(device: torch.device) -> float:

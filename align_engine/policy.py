@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -239,12 +241,46 @@ def load_model(path: str, section: ModelSection, kind: Any = None, **options: An
     from transformers import AutoModelForCausalLM
 
     check_path(path)
+    base = adapter_base(path)
+    if base is not None:
+        return _with_saved_adapters(load_model(base, section, kind, **options), path, section.use_peft)
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
+    if section.load_in_4bit or section.load_in_8bit:
+        options |= _quantised(section)
     try:
         return (kind or AutoModelForCausalLM).from_pretrained(path, dtype=section.dtype, **options)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load the model {path!r}: {_first_line(error)}") from error
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model that a folder of saved adapters names, or None for a folder or hub name of a whole model."""
+    config = Path(path) / "adapter_config.json"
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else None
+
+
+def _with_saved_adapters(model: Any, path: str, trainable: bool) -> nn.Module:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, path, is_trainable=trainable)
+
+
+def _quantised(section: ModelSection) -> dict[str, Any]:
+    """Options of from_pretrained for weights in 4 or 8 bits; raises BadInput where bitsandbytes is missing."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        name = "load_in_4bit" if section.load_in_4bit else "load_in_8bit"
+        raise BadInput(f"{name} = True: bitsandbytes is not installed (pip install bitsandbytes)")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=section.load_in_4bit,
+        load_in_8bit=section.load_in_8bit,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if section.dtype == "auto" else getattr(torch, section.dtype),
+    )
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
 
 def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM") -> nn.Module:

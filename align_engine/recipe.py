@@ -28,8 +28,12 @@ class ModelSection:
     """Type of the weights in memory; `auto` keeps what the checkpoint says."""
     attn_implementation: str | None = None
     """Attention of transformers: sdpa, eager, flash_attention_2, ... (None: transformers chooses)."""
+    load_in_4bit: bool = False
+    """Weights in 4 bits (NF4), through bitsandbytes: QLoRA, with use_peft."""
+    load_in_8bit: bool = False
+    """Weights in 8 bits, through bitsandbytes; with use_peft."""
     use_peft: bool = False
-    """Train LoRA adapters instead of all the weights."""
+    """Train LoRA adapters instead of all the weights: fresh ones, or those of the folder model_name_or_path."""
     lora_r: int = 16
     """Rank of the adapters."""
     lora_alpha: int = 32
@@ -65,7 +69,28 @@ class DataSection:
 
 
 @dataclass
-class DpoLoss:
+class ReferenceFields:
+    """Of every loss that has a reference."""
+
+    reference: Literal["auto", "none", "frozen", "cpu-offload", "adapter-off", "adapter-copy", "precomputed", "ema"] = (
+        "auto"
+    )
+    """Where the reference's log-probs come from. none: a uniform one. frozen: a second copy of the model, evaluated at
+    every step. cpu-offload: the same, its layers in CPU memory until their turn. adapter-off: the model itself without
+    its LoRA adapters. adapter-copy: the model with a copy of its adapters as they were before the first step.
+    precomputed: one pass over the data before the first step, kept on disk beside the run; no second copy in memory.
+    ema: a copy (of the adapters, with LoRA) that follows the model. auto: with LoRA adapter-off, or adapter-copy where
+    training goes on with saved adapters; else precomputed."""
+    ref_model_name_or_path: str | None = None
+    """Reference model (None: the model as it is before the first step)."""
+    ref_model_mixup_alpha: float = 0.6
+    """ema: the reference becomes alpha x model + (1 - alpha) x reference, arXiv:2404.09656 ..."""
+    ref_model_sync_steps: int = 512
+    """... every so many steps."""
+
+
+@dataclass
+class DpoLoss(ReferenceFields):
     """Loss."""
 
     loss_type: str = "sigmoid"
@@ -74,12 +99,20 @@ class DpoLoss:
     """Strength of the pull towards the reference: higher stays closer to it."""
     label_smoothing: float = 0.0
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
-    reference: Literal["auto", "frozen", "adapter-off", "precomputed"] = "auto"
-    """Where the reference's log-probs come from. frozen: a second copy of the model, evaluated at every step.
-    adapter-off: the model itself without its LoRA adapters. precomputed: one pass over the data before the first step,
-    kept on disk beside the run; no second copy in memory. auto: adapter-off with LoRA, else precomputed."""
-    ref_model_name_or_path: str | None = None
-    """Reference model (None: the model as it is before the first step)."""
+
+
+@dataclass
+class KtoLoss(ReferenceFields):
+    """Loss."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference: higher stays closer to it."""
+    desirable_weight: float = 1.0
+    """Weight of the desirable rows."""
+    undesirable_weight: float = 1.0
+    """Weight of the undesirable rows."""
+    balance_classes: bool = False
+    """Raise one of the weights so that desirable_weight x rows to undesirable_weight x rows lies in [1, 4/3]."""
 
 
 @dataclass
@@ -122,7 +155,7 @@ class RolloutSection:
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
-    reference: Literal["auto", "frozen", "adapter-off"] = "auto"
+    reference: Literal["auto", "frozen", "cpu-offload", "adapter-off", "adapter-copy"] = "auto"
     """Where the KL term's reference comes from. frozen: a second copy of the model. adapter-off: the model without its
     LoRA adapters. auto: adapter-off with LoRA, else frozen. None is loaded where the KL term's factor is 0."""
     ref_model_name_or_path: str | None = None
@@ -308,6 +341,14 @@ class DpoRecipe(Recipe):
 
 
 @dataclass
+class KtoRecipe(Recipe):
+    """Kahneman-Tversky optimisation: raise the answers marked desirable, lower the others, against a reference."""
+
+    loss: KtoLoss = field(default_factory=KtoLoss)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
 class RmRecipe(Recipe):
     """Reward model: a score that is higher for the chosen completion than for the rejected one (Bradley-Terry)."""
 
@@ -455,7 +496,7 @@ def check(recipe: Recipe) -> None:
     ]  # fmt: skip
     rules += [
         (name, values[name] >= 0, "must be at least 0")
-        for name in ("center_rewards_coefficient", "rank_margin")
+        for name in ("center_rewards_coefficient", "rank_margin", "desirable_weight", "undesirable_weight")
         if name in values
     ]
     if "label_smoothing" in values:
@@ -464,10 +505,19 @@ def check(recipe: Recipe) -> None:
         wanted = "load_best_model_at_end" if values["load_best_model_at_end"] else "early_stopping_patience"
         judged = bool(values["eval_steps"] and (values["eval_dataset_name"] or values["dataset_test_split"]))
         rules.append((wanted, judged, "needs eval_steps and an evaluation dataset"))
-    if values.get("reference") == "adapter-off":
+    for name in ("load_in_4bit", "load_in_8bit"):
+        rules.append((name, not values[name] or values["use_peft"], "needs --use_peft: such weights cannot be trained"))
+    rules.append(("load_in_8bit", not (values["load_in_4bit"] and values["load_in_8bit"]), "is not load_in_4bit"))
+    kind = values.get("reference", "auto")
+    if kind.startswith("adapter"):
+        rules.append(("reference", values["use_peft"], "needs --use_peft: there are no adapters"))
+    if kind in ("none", "ema", "adapter-off", "adapter-copy"):
+        own = values["ref_model_name_or_path"]
+        rules.append(("ref_model_name_or_path", not own, f"is another reference than reference = {kind!r}"))
+    if kind == "ema":
         rules += [
-            ("reference", values["use_peft"], "needs --use_peft: without adapters there is nothing to turn off"),
-            ("ref_model_name_or_path", not values["ref_model_name_or_path"], "is another reference than 'adapter-off'"),
+            ("ref_model_mixup_alpha", 0 < values["ref_model_mixup_alpha"] <= 1, "must lie in (0, 1]"),
+            ("ref_model_sync_steps", values["ref_model_sync_steps"] >= 1, "must be at least 1"),
         ]
     if isinstance(recipe, OnlineRecipe):
         rules += online_rules(recipe, values)

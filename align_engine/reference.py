@@ -1,21 +1,27 @@
 """Log-probs of the reference model, one way or another: a function that fills `batch.ref_logps`.
 
-frozen       a second copy of the model, evaluated at every step: one more model in memory, one more forward per step.
-adapter-off  the policy itself with its LoRA adapters turned off: no memory, one more forward per step.
-precomputed  one pass over the rows that the run will see, before the first step, kept on disk beside the run: no memory
-             while training, one forward per row however many epochs. What `auto` takes where there is no adapter.
+none          a uniform reference: zeros.
+frozen        a second copy of the model, evaluated at every step: one more model in memory, one more forward per step.
+cpu-offload   the same with its decoder in CPU memory, brought over layer by layer (the LM head stays): slow, small.
+adapter-off   the policy itself with its LoRA adapters turned off: no memory, one more forward per step.
+adapter-copy  the policy with a frozen copy of its adapters as they were: a few MiB, one more forward per step.
+ema           frozen, or adapter-copy, that follows the policy every ref_model_sync_steps steps (TR-DPO).
+precomputed   one pass over the rows that the run will see, before the first step, kept on disk beside the run: no
+              memory while training, one forward per row however many epochs. The default where there is no adapter.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from align_engine import policy
 from align_engine import source as sources
 from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch
@@ -29,19 +35,27 @@ if TYPE_CHECKING:
 
 SPOT_ROWS = 4
 SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
+COPY = "reference"  # name of the adapter that an adapter-copy lives in
+COLUMNS = ({"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logps"},
+           {"completion_ids": "ref_logps", "kl_completion_ids": "ref_KL_logps"})  # fmt: skip
 
 
-def choose(asked: str, peft: bool, own_reference: bool, rollouts: bool = False) -> tuple[str, str]:
+def choose(
+    asked: str, peft: bool, own_reference: bool, saved_adapters: bool = False, rollouts: bool = False
+) -> tuple[str, str]:
     """What `auto` takes, and the sentence that says why.
 
     Args:
         asked: the recipe's `reference`.
         peft: the policy trains LoRA adapters.
         own_reference: the recipe names another model as the reference.
+        saved_adapters: they were trained before.
         rollouts: the data are not there before the first step.
     """
     if asked != "auto":
         return asked, "as the recipe says"
+    if peft and not own_reference and saved_adapters:
+        return "adapter-copy", "the model with its adapters as they were saved is the reference"
     if peft and not own_reference:
         return "adapter-off", "the model without its adapters is the reference, at no memory"
     if rollouts:
@@ -73,6 +87,75 @@ def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any]
     return logps if per_token else sequence_logprobs(logps, batch.targets)
 
 
+def copy_adapter(model: Any) -> None:
+    """Give a peft model a second, frozen adapter named `COPY` with the weights of its active one."""
+    active = model.active_adapter
+    model.add_adapter(COPY, model.peft_config[active])
+    with torch.no_grad():
+        for copy, own in pairs_of_adapters(model, active):
+            copy.copy_(own)
+    model.set_adapter(active)
+
+
+def pairs_of_adapters(model: Any, active: str) -> list[tuple[Tensor, Tensor]]:
+    """(copy, own) of each tensor of the adapter `COPY` and of the active one."""
+    named = dict(model.named_parameters())
+    return [
+        (tensor, named[f"{name}.".replace(f".{COPY}.", f".{active}.")[:-1]])
+        for name, tensor in named.items()
+        if f".{COPY}." in f"{name}."
+    ]
+
+
+@contextlib.contextmanager
+def adapter(model: Any, name: str) -> Iterator[None]:
+    """Inside the block the model's adapter of this name is the active one."""
+    before = model.active_adapter
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+
+
+def offload(model: Any, device: torch.device) -> nn.Module:
+    """The model with its decoder's weights in CPU memory, each layer on `device` for its turn; the LM head stays."""
+    from accelerate import cpu_offload
+
+    head = policy.head_module(model).to(device)
+    cpu_offload(model.base_model, device, offload_buffers=True)
+    assert not head.weight.is_meta
+    return model
+
+
+class Follower:
+    """A reference that moves towards the policy; its tensors are part of a checkpoint.
+
+    Args:
+        pairs: (reference, policy) of each tensor that is trained.
+        alpha: share of the policy in the new reference.
+        every: so many steps.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], alpha: float, every: int) -> None:
+        self.pairs, self.alpha, self.every = pairs, alpha, every
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> None:
+        """After each step of the optimiser."""
+        if step % self.every == 0:
+            for reference, own in self.pairs:
+                reference.lerp_(own.to(reference.dtype), self.alpha)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(i): reference for i, (reference, _) in enumerate(self.pairs)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for i, (reference, _) in enumerate(self.pairs):
+            reference.copy_(state[str(i)])
+
+
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of every tensor's name, shape, sum and first values."""
     digest = hashlib.sha256()
@@ -92,11 +175,11 @@ def precompute(
     accelerator: Accelerator,
     head_options: dict[str, Any],
 ) -> bool:
-    """Add the columns ref_chosen_logps and ref_rejected_logps to the source, from the folder's file where it fits.
+    """Add the reference's columns (TRL's names) to the source, from the folder's file where it fits.
 
     Args:
         model: the reference, prepared by accelerate, in eval mode.
-        source: rows of preference data.
+        source: rows of preference data or of marks.
         rows: which of them are needed; the others read NaN.
         name: of the file in the run folder, "reference-<name>.safetensors".
     Returns:
@@ -111,7 +194,8 @@ def precompute(
     position = {int(index): row for row, index in enumerate(source.rows["index"])}
     table = torch.zeros(len(source), 2, dtype=torch.float64)
     for batch, real in passes:
-        logps = reference_logps(model, batch.to(accelerator.device), head_options).double().cpu()
+        parts = [part.to(accelerator.device) for part in (batch, batch.other) if part is not None]
+        logps = torch.cat([reference_logps(model, part, head_options) for part in parts]).double().cpu()
         if real:
             table[[position[int(index)] for index in batch.index]] = logps.view(2, -1).T
     summed: Any = accelerator.reduce(table.to(accelerator.device), "sum")
@@ -127,7 +211,8 @@ def precompute(
         table[unseen] = torch.nan
         if accelerator.is_main_process:
             _write(folder, path.name, table, stamp)
-    sources.columns(source, ref_chosen_logps=table[:, 0].numpy(), ref_rejected_logps=table[:, 1].numpy())
+    names = next(names for names in COLUMNS if names.keys() <= set(source.rows.column_names))
+    sources.columns(source, **{name: table[:, i].numpy() for i, name in enumerate(names.values())})
     return stored is not None
 
 

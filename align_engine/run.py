@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +25,11 @@ from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
 from align_engine.experience import Rollouts
+from align_engine.kto import class_weights, with_strangers
 from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
-from align_engine.recipe import GrpoRecipe, OnlineRecipe, PpoRecipe, Recipe
+from align_engine.recipe import GrpoRecipe, KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
 from align_engine.rollout import transformers_sampler
 from align_engine.source import Source, rows_seen, total_steps
 
@@ -64,6 +68,10 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         evaluation = load_source(
             where, data.dataset_test_split, recipe, algorithm, tokenizer, accelerator, training=False
         )
+    if isinstance(recipe, KtoRecipe):
+        loss, said = class_weights(source.rows, recipe.loss)
+        recipe = dataclasses.replace(recipe, loss=loss)
+        accelerator.print(said)
     steps = total_steps(source, recipe.train.num_train_epochs, recipe.train.max_steps)
 
     set_seed(recipe.train.seed)
@@ -81,7 +89,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
             recipes.save(recipe, path)
     set_seed(recipe.train.seed, device_specific=True)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
-    if algorithm.reference or recipes.flat(recipe).get(algorithm.kl):
+    if needs_reference(recipe, algorithm):
         add_reference(engine, source, evaluation, rows_seen(source, steps) if algorithm.reference else [], folder)
     if isinstance(source, Rollouts):
         source.start(engine, transformers_sampler(engine.model, tokenizer, source.settings), folder)
@@ -186,6 +194,8 @@ def load_source(
         scorers = rewards.load_rewards(recipe.rollout.reward_funcs, accelerator.device)
         rank, world = accelerator.process_index, accelerator.num_processes
         return Rollouts(rows, asked, tokenizer, recipe, scorers, rank, world)
+    if algorithm.kind == "unpaired":
+        rows = with_strangers(rows, train.seed, data.max_length)
     rank_margin = recipes.flat(recipe).get("rank_margin", 0.0)
     return Source(
         with_margins(rows, rank_margin) if rank_margin else rows,
@@ -234,12 +244,16 @@ def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
 def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     """The model to train: head, adapters, checkpointing and dropout as the recipe and the algorithm say."""
     path, section = recipe.model.model_name_or_path, recipe.model
+    if policy.adapter_base(path) is not None and not section.use_peft:
+        raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
     if algorithm.scalar:
         model = heads.load_scalar_model(path, section, tokenizer.pad_token_id)
     else:
         model = policy.load_model(path, section)
-    if section.use_peft:
+    if section.use_peft and policy.adapter_base(path) is None:
         model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
+    if section.use_peft and needs_reference(recipe, algorithm) and reference_kind(recipe)[0] in ("adapter-copy", "ema"):
+        references.copy_adapter(model)
     if isinstance(recipe, PpoRecipe):
         own = recipe.loss.value_model_name_or_path
         critic = heads.load_scalar_model(own, section, tokenizer.pad_token_id) if own else None
@@ -252,34 +266,64 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     return model.train()
 
 
+def reference_kind(recipe: Recipe) -> tuple[str, str]:
+    """How the recipe gets its reference, and the sentence that says why."""
+    values, model = recipes.flat(recipe), recipe.model
+    saved = policy.adapter_base(model.model_name_or_path) is not None
+    own, rollouts = values["ref_model_name_or_path"] is not None, isinstance(recipe, OnlineRecipe)
+    return references.choose(values["reference"], model.use_peft, own, saved, rollouts)
+
+
+def needs_reference(recipe: Recipe, algorithm: Algorithm) -> bool:
+    """Whether the loss has a reference: always, or where the weight of its KL term is not 0."""
+    return algorithm.reference or bool(recipes.flat(recipe).get(algorithm.kl))
+
+
 def add_reference(
     engine: Engine, source: Source, evaluation: Source | None, rows: list[int], folder: RunFolder
 ) -> None:
     """Give batches their `ref_logps`, in the way the recipe names."""
     recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
-    own = values["ref_model_name_or_path"]
+    own, inner = values["ref_model_name_or_path"], accelerator.unwrap_model(engine.model)
     per_token = engine.algorithm.credit is not None
-    kind, why = references.choose(values["reference"], recipe.model.use_peft, own is not None, rollouts=per_token)
+    kind, why = reference_kind(recipe)
     accelerator.print(f"reference {kind}: {why}")
-    if kind == "adapter-off":
-        adapters = accelerator.unwrap_model(engine.model)
-
-        def without_adapter(batch: Batch) -> torch.Tensor:
-            with adapters.disable_adapter():
-                return references.reference_logps(engine.model, batch, engine.head_options, per_token)
-
-        engine.reference = without_adapter
+    model, how = engine.model, contextlib.nullcontext
+    if kind == "none":
+        engine.reference = lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device)
         return
-    model = engine.model
-    if own or kind == "frozen":
+    if kind == "adapter-off":
+        how = inner.disable_adapter
+    elif kind == "adapter-copy" or (kind == "ema" and recipe.model.use_peft):
+        how = partial(references.adapter, inner, references.COPY)
+    elif own or kind != "precomputed":
         model = policy.load_model(own or recipe.model.model_name_or_path, recipe.model).requires_grad_(False)
-        model = accelerator.prepare_model(model, evaluation_mode=True)
+        if kind == "cpu-offload":
+            model = references.offload(model, accelerator.device)
+        else:
+            model = accelerator.prepare_model(model, evaluation_mode=True)
         policy.check_head(model)
+    if kind == "ema":
+        engine.after_step = follower = references.Follower(
+            references.pairs_of_adapters(inner, inner.active_adapter)
+            if recipe.model.use_peft
+            else list(zip(model.parameters(), engine.model.parameters())),
+            values["ref_model_mixup_alpha"],
+            values["ref_model_sync_steps"],
+        )
+        accelerator.register_for_checkpointing(follower)
+    if model is not engine.model:
+        model.eval()
+    if kind != "precomputed":
+
+        def live(batch: Batch) -> torch.Tensor:
+            with how():
+                return references.reference_logps(model, batch, engine.head_options, per_token)
+
+        engine.reference = live
+        return
     training = model.training
     model.eval()
-    if kind == "frozen":
-        engine.reference = lambda batch: references.reference_logps(model, batch, engine.head_options, per_token)
-        return
     for name, part, needed in (("train", source, rows), ("eval", evaluation, None)):
         if part is not None:
             needed = list(range(len(part))) if needed is None else needed

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from align_engine.recipe import DpoRecipe, Recipe, SftRecipe, flat
+from align_engine.recipe import DpoRecipe, KtoRecipe, Recipe, RmRecipe, SftRecipe, flat
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -51,6 +51,15 @@ def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
 
 def sft_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(count, seed)]
+
+
+def mark_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Every prompt twice, a third of the answers good."""
+    rows = preference_rows(count, seed)
+    return [
+        {"prompt": rows[i // 2]["prompt"], "completion": row["rejected" if i % 3 else "chosen"], "label": i % 3 == 0}
+        for i, row in enumerate(rows)
+    ]
 
 
 def recipe(kind: type[Recipe], model: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
@@ -95,3 +104,16 @@ ONLINE = {"reward_funcs": ["tiny:word_reward"], "max_completion_length": 6, "num
 
 def online(kind: type[Recipe], *paths: Path, **settings: Any) -> Recipe:
     return recipe(kind, *paths, **(ONLINE | settings))
+
+
+OFFLINE = {
+    "sft": (SftRecipe, sft_rows),
+    "rm": (RmRecipe, preference_rows),
+    "dpo": (DpoRecipe, preference_rows),
+    "kto": (KtoRecipe, mark_rows),
+}
+
+
+def offline(name: str, model: Path, rows: Path, out: Path, **settings: Any) -> Recipe:
+    """A small recipe for any algorithm that learns from fixed rows."""
+    return recipe(OFFLINE[name][0], model, rows, out, **settings)

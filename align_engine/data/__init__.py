@@ -2,6 +2,7 @@
 
 from align_engine.data.batches import (
     Batch,
+    collate_marks,
     collate_pairs,
     collate_prompts,
     collate_rollouts,
@@ -18,6 +19,7 @@ __all__ = [
     "DataError",
     "DataNotFound",
     "check_vocab",
+    "collate_marks",
     "collate_pairs",
     "collate_prompts",
     "collate_rollouts",

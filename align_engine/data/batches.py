@@ -7,7 +7,7 @@ be the EOS id, or any other. Nothing here depends on earlier batches or on the o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,9 @@ class Batch:
     targets: Tensor  # [B, T] int64, already shifted: position i predicts targets[i]; -100 outside the completion
     index: Tensor  # [R] int64, number of each row in its source (R = B, or P for pairs)
     ref_logps: Tensor | None = None  # [B] float32, summed log-probs of the reference, where the rows carry them
+    desirable: Tensor | None = None  # [B] bool, the marks of unpaired data
+    other: Batch | None = None  # unpaired data: the same prompts, each before a completion that answers another prompt
+    shared: dict[str, float] = field(default_factory=dict)  # numbers of the whole window, over all ranks
     margin: Tensor | None = None  # [P] float32, by how much the chosen answer is better, where the rows say
     # of rollouts, [B, T] with a number for each target and 0 elsewhere; there ref_logps has that shape too
     sampling_logps: Tensor | None = None  # of the sampler
@@ -36,8 +39,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, (Tensor, Batch))}
+        return replace(self, **{name: part.to(device) for name, part in parts.items()})
 
     @property
     def num_tokens(self) -> int:
@@ -66,6 +69,21 @@ def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int 
         )
     if "margin" in rows[0]:
         batch.margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+    return batch
+
+
+def collate_marks(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
+    """R rows of prompt_ids, completion_ids, label, kl_completion_ids -> Batch with B = R, marks and `other`.
+
+    Rows with `ref_logps` and `ref_KL_logps` (TRL's names) fill `ref_logps` [B] of the batch and of `other`.
+    """
+    batch = collate_sft(rows, pad_id, multiple_of)
+    batch.desirable = torch.tensor([bool(row["label"]) for row in rows])
+    strangers = [(row["prompt_ids"], row["kl_completion_ids"]) for row in rows]
+    batch.other = _batch(strangers, rows, pad_id, multiple_of)
+    for part, name in ((batch, "ref_logps"), (batch.other, "ref_KL_logps")):
+        if name in rows[0]:
+            part.ref_logps = torch.tensor([row[name] for row in rows], dtype=torch.float32)
     return batch
 
 

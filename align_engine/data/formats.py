@@ -6,6 +6,8 @@
 | sft | text | string | |
 | sft | messages | | list of messages |
 | preference | prompt, chosen, rejected | strings | lists of messages |
+| unpaired | prompt, completion, label (true, false) | strings | lists of messages |
+| unpaired | those of preference: each row becomes two | | |
 | preference | chosen, rejected (they share a beginning: the prompt) | strings | lists of messages |
 | prompt | prompt | string | list of messages |
 
@@ -22,13 +24,14 @@ from typing import Any, Literal
 from align_engine.data.errors import DataError
 from align_engine.errors import BadInput
 
-Kind = Literal["sft", "preference", "prompt"]
+Kind = Literal["sft", "preference", "unpaired", "prompt"]
 Messages = list[dict[str, Any]]
 Text = str | Messages
 
 LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {  # the first that fits is taken
     "sft": (("prompt", "completion"), ("messages",), ("text",)),
     "preference": (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
+    "unpaired": (("prompt", "completion", "label"),),
     "prompt": (("prompt",),),
 }
 

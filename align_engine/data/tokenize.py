@@ -16,8 +16,11 @@ from align_engine.data.limits import Limits, TooLong, fit
 from align_engine.errors import BadInput
 
 pc: Any = pyarrow.compute
-CARRIED = {"preference": ("margin", "chosen_rank", "rejected_rank")}  # columns of numbers that rows may have besides
-SIDES = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
+CARRIED = {
+    "preference": ("margin", "chosen_rank", "rejected_rank"),
+    "unpaired": ("label",),
+}  # columns of numbers that rows may have besides
+SIDES = {"sft": ("completion",), "unpaired": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 
 
 def prepare(
@@ -31,11 +34,12 @@ def prepare(
     bad_rows: Literal["error", "drop"] = "error",
     num_proc: int | None = None,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
-    """Tokenise `rows` for `kind` of training: "sft", "preference" or "prompt" (prompts to generate from).
+    """Tokenise `rows` for `kind` of training: "sft", "preference", "unpaired" or "prompt" (prompts to generate from).
 
     Returns the data set and a report (see `describe`). Columns of the data set, ids as lists of int:
       sft: index, prompt_ids, completion_ids         preference: index, prompt_ids, chosen_ids, rejected_ids
       prompt: index, prompt_ids
+      unpaired: index, prompt_ids, completion_ids, label; rows of preference data become two, 2 x index and the next
     and those of `CARRIED` that the rows have: margin, chosen_rank, rejected_rank of preference data.
     `index` is the row's number in `rows`, whatever was dropped. Texts without a prompt ("text", "messages") have an
     empty `prompt_ids`: every token is trained on.
@@ -50,7 +54,12 @@ def prepare(
     """
     if bad_rows not in ("error", "drop"):
         raise BadInput(f"bad_rows='{bad_rows}': expected 'error' or 'drop'")
-    layout = detect_layout(rows.column_names, kind)
+    if kind == "unpaired" and "label" not in rows.column_names and "rejected" in rows.column_names:
+        limits: Any = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
+        kept, report = prepare(rows, tokenizer, "preference", **limits, bad_rows=bad_rows, num_proc=num_proc)
+        report["changed"]["pairs, each split into a desirable and an undesirable row"] = len(kept)
+        return _split_pairs(kept), report
+    layout = tuple(name for name in detect_layout(rows.column_names, kind) if name != "label")
     ids = datasets.List(datasets.Value("int32"))
     columns = {name: ids for name in ("prompt_ids", *(f"{side}_ids" for side in SIDES[kind]))}
     done = rows.map(
@@ -153,6 +162,18 @@ def _carry(rows: datasets.Dataset, kept: datasets.Dataset, kind: Kind) -> datase
             raise DataError(f"'{name}' must be a number: row {wrong[0]} (counted from 0) has none")
         kept = kept.add_column(name, column)
     return kept
+
+
+def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
+    def split(pair: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {
+            "index": [2 * i + side for i in pair["index"] for side in (0, 1)],
+            "prompt_ids": [ids for ids in pair["prompt_ids"] for _ in (0, 1)],
+            "completion_ids": [ids for both in zip(pair["chosen_ids"], pair["rejected_ids"]) for ids in both],
+            "label": [label for _ in pair["index"] for label in (True, False)],
+        }
+
+    return pairs.map(split, batched=True, remove_columns=pairs.column_names, desc="Splitting pairs")
 
 
 def _report(status: list[str], notes: list[list[str]]) -> dict[str, Any]:

@@ -1,0 +1,90 @@
+"""What unpaired marks need: a stranger's completion for each prompt, the reference point z0, the balance of classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+
+from align_engine.data import epoch_order
+from align_engine.errors import BadInput
+from align_engine.reference import reference_logps
+from align_engine.source import Micro
+
+if TYPE_CHECKING:
+    from align_engine.engine import Engine
+    from align_engine.recipe import KtoLoss
+
+NAME = "kl_completion_ids"
+LEAST, MOST = 1.0, 4 / 3  # w_D n_D / (w_U n_U), arXiv:2402.01306 section 4.2
+
+
+def with_strangers(rows: datasets.Dataset, seed: int, max_length: int) -> datasets.Dataset:
+    """Add the column `kl_completion_ids`: for each row a completion that answers another prompt.
+
+    It is the completion before it in a permutation of the rows, or the next before that whose prompt differs: a
+    function of the row, whatever the batches. One that does not fit behind the prompt is cut at its end.
+
+    Raises:
+        BadInput: all rows have one prompt.
+    """
+    prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
+    order = epoch_order(len(rows), seed, 0)
+    ends = [k for k in range(len(order)) if prompts[order[k]] != prompts[order[k - 1]]]
+    if not ends:
+        raise BadInput("kto needs rows of at least two prompts: its reference point reads answers to other prompts")
+    stranger = np.zeros(len(order), dtype=np.int64)
+    last = -1
+    for k in range(ends[0], ends[0] + len(order)):
+        here, before = order[k % len(order)], order[k % len(order) - 1]
+        last = before if prompts[here] != prompts[before] else last
+        stranger[here] = last
+    strangers = rows.select(stranger).select_columns("completion_ids").rename_column("completion_ids", NAME)
+
+    def cut(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {NAME: row[NAME][: max(max_length - len(row["prompt_ids"]), 1)]}
+
+    both = datasets.concatenate_datasets([rows, strangers.flatten_indices()], axis=1)
+    return both.map(cut, desc="Completions of other prompts")
+
+
+def reference_point(engine: Engine, window: list[Micro]) -> None:
+    """Give the batches of a window z0 = max(0, mean of log pi - log ref over the strangers of all ranks)."""
+    total = torch.zeros(2, dtype=torch.float64, device=engine.accelerator.device)
+    live = engine.reference
+    for batch, real in window:
+        other: Any = batch.other
+        other = other.to(engine.accelerator.device)
+        ref = other.ref_logps if live is None else live(other)
+        ratio = reference_logps(engine.model, other, engine.head_options).double() - ref
+        total += real * torch.stack([ratio.sum(), torch.full_like(ratio, 1.0).sum()])
+    summed: Any = engine.accelerator.reduce(total, "sum")
+    mean = summed[0].item() / summed[1].item()
+    for batch, _ in window:
+        batch.shared = {"kl": max(mean, 0.0)}
+
+
+def class_weights(rows: datasets.Dataset, loss: KtoLoss) -> tuple[KtoLoss, str]:
+    """The loss's settings with the weights to train with, and the sentence that says how the classes stand."""
+    labels = np.asarray(rows["label"][:], dtype=bool)
+    good, bad = int(labels.sum()), int((~labels).sum())
+    said = f"{good:,} desirable and {bad:,} undesirable rows"
+    if not good or not bad:
+        return loss, f"warning: {said}: one class alone says only what to raise or what to lower"
+    ratio = loss.desirable_weight * good / (loss.undesirable_weight * bad)
+    if LEAST <= ratio <= MOST:
+        return loss, f"{said}, weighed {ratio:.3g} to 1: in [1, 1.33], as the paper advises"
+    if not loss.balance_classes:
+        return loss, (
+            f"warning: {said}, weighed {ratio:.3g} to 1, outside [1, 1.33]: set desirable_weight and "
+            "undesirable_weight, or balance_classes"
+        )
+    if ratio < LEAST:
+        loss = dataclasses.replace(loss, desirable_weight=loss.desirable_weight * LEAST / ratio)
+    else:
+        loss = dataclasses.replace(loss, undesirable_weight=loss.undesirable_weight * ratio / MOST)
+    weights = f"desirable_weight {loss.desirable_weight:.4g}, undesirable_weight {loss.undesirable_weight:.4g}"
+    return loss, f"{said}, weighed {ratio:.3g} to 1: balanced with {weights}"
