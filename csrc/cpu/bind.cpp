@@ -38,6 +38,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "Fold a tile into the state of its rows.", py::arg("logits"), py::arg("state"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
   m.def(
+      "exponentials",
+      [](const Logits& logits, uintptr_t state, uintptr_t reference, uintptr_t out, int dtype, int64_t stride,
+         int threads) {
+        Exponentials to{at<float>(reference), at<void>(out), Storage(dtype), stride};
+        exponentials(logits, at<State>(state), to, threads);
+      },
+      "The same without a softcap, and write exp(l - reference) of the tile.", py::arg("logits"), py::arg("state"),
+      py::arg("reference"), py::arg("out"), py::arg("dtype"), py::arg("stride"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
       "backward",
       [](const Logits& logits, uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, double limit, double prob_above,
          bool limit_is_residual, uintptr_t out, int dtype, int64_t stride, int threads) {

@@ -117,20 +117,35 @@ uintptr_t end_of(uintptr_t begin, const Logits& in, int64_t stride, Storage stor
   return begin + uintptr_t(((in.rows - 1) * stride + in.cols) * size_of(storage));
 }
 
+// Where a primitive writes a tile.
+template <class Out>
+void check_out(const Logits& in, const Out& to) {
+  require(in.rows == 1 || to.stride >= in.cols, "out must have a row stride >= its ", in.cols, " columns, got ",
+          to.stride);
+  check_pointer("out", to.out, size_of(to.storage));
+  const auto z = reinterpret_cast<uintptr_t>(in.z), out = reinterpret_cast<uintptr_t>(to.out);
+  const bool apart = end_of(out, in, to.stride, to.storage) <= z || end_of(z, in, in.stride, in.storage) <= out;
+  const bool same = z == out && in.storage == to.storage && (in.rows == 1 || in.stride == to.stride);
+  require(apart || same, "out must be z itself or not overlap it");
+}
+
+bool check(const Logits& in, const State* state, const Exponentials& to, int threads) {
+  check_storage("out", to.storage);
+  require(in.softcap == 0, "exponentials serve no softcap, got ", in.softcap);
+  if (!check(in, state, threads)) return false;
+  check_out(in, to);
+  check_pointer("reference", to.reference, 4);
+  return true;
+}
+
 bool check(const Logits& in, const Gradient& grad, int threads) {
   check_storage("out", grad.storage);
   require(grad.limit >= 0, "clamp limit must be >= 0, got ", grad.limit);
   require(grad.prob_above >= 0 && grad.prob_above <= 1, "clamp prob_above must lie in [0, 1], got ", grad.prob_above);
   if (!check(in, grad.state, threads)) return false;
-  require(in.rows == 1 || grad.stride >= in.cols, "out must have a row stride >= its ", in.cols, " columns, got ",
-          grad.stride);
-  check_pointer("out", grad.out, size_of(grad.storage));
+  check_out(in, grad);
   check_pointer("g_logp", grad.g_logp, 4);
   if (grad.g_entropy) check_pointer("g_entropy", grad.g_entropy, 4);
-  const auto z = reinterpret_cast<uintptr_t>(in.z), out = reinterpret_cast<uintptr_t>(grad.out);
-  const bool apart = end_of(out, in, grad.stride, grad.storage) <= z || end_of(z, in, in.stride, in.storage) <= out;
-  const bool same = z == out && in.storage == grad.storage && (in.rows == 1 || in.stride == grad.stride);
-  require(apart || same, "out must be z itself or not overlap it");
   return true;
 }
 
@@ -153,10 +168,11 @@ void rescale(State& state, double max) {
   state.sum *= factor;
 }
 
-void merge(State& into, State part) {
-  if (part.max > into.max || (part.max == into.max && (into.argmax < 0 || part.argmax < into.argmax)))
+// `peak` is the true max of `part`, part.max what its sums are relative to.
+void merge(State& into, State part, double peak) {
+  if (peak > into.max || (peak == into.max && (into.argmax < 0 || part.argmax < into.argmax)))
     into.argmax = part.argmax;
-  double max = std::max(into.max, part.max);
+  double max = std::max(into.max, peak);
   rescale(into, max);
   rescale(part, max);
   into.sum += part.sum;
@@ -190,7 +206,10 @@ void forward(const Logits& in, State* state, int threads) {
 #pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
     for (int64_t row = 0; row < in.rows; row++) {
       FlushDenormals guard;
-      for (int64_t block = 0; block < blocks; block++) merge(state[row], part(row, block));
+      for (int64_t block = 0; block < blocks; block++) {
+        State block_state = part(row, block);
+        merge(state[row], block_state, block_state.max);
+      }
     }
     return;
   }
@@ -201,7 +220,26 @@ void forward(const Logits& in, State* state, int threads) {
     parts[item] = part(item / blocks, item % blocks);
   }
   FlushDenormals guard;
-  for (int64_t item = 0; item < items; item++) merge(state[item / blocks], parts[item]);
+  for (int64_t item = 0; item < items; item++) merge(state[item / blocks], parts[item], parts[item].max);
+}
+
+void exponentials(const Logits& in, State* state, const Exponentials& to, int threads) {
+  if (!check(in, state, to, threads)) return;
+  const Isa& isa = *chosen().load();
+  const int64_t blocks = blocks_of(in);
+#pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
+  for (int64_t row = 0; row < in.rows; row++) {
+    FlushDenormals guard;
+    auto end = [&](int64_t block) { return std::min(in.cols, (block + 1) * kBlock); };
+    float peak = -std::numeric_limits<float>::infinity(), &reference = to.reference[row];
+    for (int64_t block = 0; block < blocks; block++)
+      peak = std::max(peak, isa.peak(in, row, block * kBlock, end(block)));
+    if (!(peak <= reference + kHeadroom)) reference = peak;
+    for (int64_t block = 0; block < blocks; block++) {
+      State part = isa.exponentials(in, to, row, block * kBlock, end(block), &peak);
+      merge(state[row], part, peak);
+    }
+  }
 }
 
 void backward(const Logits& in, const Gradient& grad, int threads) {

@@ -33,6 +33,15 @@ struct Logits {
   const float* row_temperature;  // [rows] or null; replaces temperature
 };
 
+// Where exp(l - reference) goes, 0 at the target.
+struct Exponentials {
+  float* reference;  // [rows], -inf before the first tile; moved up where a tile exceeds it by kHeadroom
+  void* out;         // [rows, cols], may be z
+  Storage storage;
+  int64_t stride;
+};
+constexpr float kHeadroom = 20.0f;
+
 // Where dL/dz goes and what it is made of.
 struct Gradient {
   const State* state;      // [rows], finished over the whole vocabulary
@@ -61,6 +70,8 @@ struct Peaks {
 struct Isa {
   const char* name;
   State (*forward)(const Logits&, int64_t row, int64_t begin, int64_t end);
+  float (*peak)(const Logits&, int64_t row, int64_t begin, int64_t end);
+  State (*exponentials)(const Logits&, const Exponentials&, int64_t row, int64_t begin, int64_t end, float* peak);
   void (*backward)(const Logits&, const Gradient&, int64_t row, int64_t begin, int64_t end);
   void (*peaks)(const Logits&, const Peaks&, int64_t begin, int64_t end);
 };
@@ -72,6 +83,7 @@ extern const Isa avx2_isa, avx512_isa;
 
 // All of these raise std::invalid_argument.
 void forward(const Logits&, State* state, int threads);
+void exponentials(const Logits&, State* state, const Exponentials&, int threads);
 void backward(const Logits&, const Gradient&, int threads);
 void peaks(const Logits&, const Peaks&, int threads);
 const char* isa_name();

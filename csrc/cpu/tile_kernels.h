@@ -190,13 +190,14 @@ INLINE int64_t first_index(const float* x, int64_t n, float value) {
 struct Sums {
   F sum{}, sum_x{}, sum_sq{}, total{};
 
-  INLINE void add(F x, float k, float m) {
+  INLINE F add(F x, float k, float m) {
     F d = max(all(kLowest), x * k - m);  // exp(kLowest) is 0, so that a logit of -inf adds 0 and not 0 * inf
     F e = exp_in_range(d);
     sum += e;
     sum_x += e * d;
     sum_sq += e * e;
     total += x;
+    return e;
   }
   INLINE void add(const Sums& other) {
     sum += other.sum;
@@ -214,51 +215,88 @@ struct Sums {
   }
 };
 
-// Add whole vectors begin .. end to `body`, in strips: the rounding error grows with a strip and their number.
-INLINE void add_vectors(Sums& body, const float* x, int64_t begin, int64_t end, float k, float m) {
-  constexpr int64_t kStrip = 32 * W;
-  for (int64_t strip = begin; strip < end; strip += kStrip) {
-    int64_t strip_end = strip + kStrip < end ? strip + kStrip : end;
-    Sums part;
-    for (int64_t i = strip; i < strip_end; i += W) part.add(load(x + i, W), k, m);
-    body.add(part);
-  }
-}
-
-State forward_block(const Logits& in, int64_t row, int64_t begin, int64_t end) {
-  Scratch scratch;
-  int64_t n = end - begin;
-  Block block = prepare(in, row, begin, n, scratch);
+// The sums of a block relative to `reference` (to its own max where that is not finite), which becomes the state's max;
+// its true max is *peak. keep(i, e, count) gets exp(l - reference) of the elements i .. i + count, each once.
+template <class Keep>
+INLINE State sums_of(const Logits& in, int64_t row, int64_t begin, int64_t n, const Block& block, float reference,
+                     float* peak_out, Keep keep) {
   const float *x = block.x, k = block.k;
   float peak = largest(x, n), m = peak * k;
-  float reference = m == -INFINITY ? 0.0f : m;
+  if (!(reference > -INFINITY)) reference = m == -INFINITY ? 0.0f : m;
+  *peak_out = m;
   int64_t first = first_index(x, n, peak);
 
   State state{};
-  state.max = m;
+  state.max = reference;
+  int64_t target = in.targets[row] - in.offset - begin;
+  if (target >= 0 && target < n) state.target = double(k) * x[target];  // before `keep` writes over it
   state.argmax = first < n ? double(in.offset + begin + first) : -1;  // -1: all NaN
   // The vector that holds the max is added lane by lane in double: with p -> 1 the sum is 1 + a little, and a float
   // accumulator would lose the little, which is the whole gradient of the row.
   const int64_t whole = n / W * W, top = first / W * W;
   auto add_alone = [&](int64_t i, int64_t lanes) {
     Sums alone;
-    alone.add(load(x + i, lanes), k, reference);
+    keep(i, alone.add(load(x + i, lanes), k, reference), lanes);
     alone.fold_into(state, lanes);
   };
   Sums body;
+  auto add_vectors = [&](int64_t from, int64_t to) {  // in strips: the error grows with a strip and their number
+    constexpr int64_t kStrip = 32 * W;
+    for (int64_t strip = from; strip < to; strip += kStrip) {
+      int64_t strip_end = strip + kStrip < to ? strip + kStrip : to;
+      Sums part;
+      for (int64_t i = strip; i < strip_end; i += W) keep(i, part.add(load(x + i, W), k, reference), int64_t(W));
+      body.add(part);
+    }
+  };
   if (top < whole) {
-    add_vectors(body, x, 0, top, k, reference);
+    add_vectors(0, top);
     add_alone(top, W);
-    add_vectors(body, x, top + W, whole, k, reference);
+    add_vectors(top + W, whole);
   } else {
-    add_vectors(body, x, 0, whole, k, reference);
+    add_vectors(0, whole);
   }
   body.fold_into(state, W);
   if (whole < n) add_alone(whole, n - whole);
   state.total *= k;
-  int64_t target = in.targets[row] - in.offset - begin;
-  if (target >= 0 && target < n) state.target = double(k) * x[target];
   return state;
+}
+
+State forward_block(const Logits& in, int64_t row, int64_t begin, int64_t end) {
+  Scratch scratch;
+  float peak;
+  Block block = prepare(in, row, begin, end - begin, scratch);
+  State state = sums_of(in, row, begin, end - begin, block, -INFINITY, &peak, [](int64_t, F, int64_t) {});
+  state.max = peak;
+  return state;
+}
+
+float peak_block(const Logits& in, int64_t row, int64_t begin, int64_t end) {
+  Scratch scratch;
+  Block block = prepare(in, row, begin, end - begin, scratch);
+  return largest(block.x, end - begin) * block.k;
+}
+
+template <class T>
+INLINE State exponentials_into(T* out, const Logits& in, int64_t row, int64_t begin, int64_t n, float reference,
+                               float* peak) {
+  Scratch scratch;
+  Block block = prepare(in, row, begin, n, scratch);
+  State state = sums_of(in, row, begin, n, block, reference, peak, [&](int64_t i, F e, int64_t count) {
+    store(out + i, e, count);
+  });
+  int64_t target = in.targets[row] - in.offset - begin;
+  if (target >= 0 && target < n) store(out + target, F{}, 1);
+  return state;
+}
+
+State exponentials_block(const Logits& in, const Exponentials& to, int64_t row, int64_t begin, int64_t end,
+                         float* peak) {
+  int64_t first = row * to.stride + begin, n = end - begin;
+  float reference = to.reference[row];
+  if (to.storage == Storage::f32)
+    return exponentials_into(static_cast<float*>(to.out) + first, in, row, begin, n, reference, peak);
+  return exponentials_into(static_cast<uint16_t*>(to.out) + first, in, row, begin, n, reference, peak);
 }
 
 // -- backward --------------------------------------------------------------------------------------------------------

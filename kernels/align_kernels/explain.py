@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from align_kernels import functions
 from align_kernels.api import needs_of, read_head
 from align_kernels.losses.registry import LOSSES
 from align_kernels.planner import Plan
@@ -33,5 +34,6 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
         return Runner(h, settings, needs_of(h), keep_rows(h.targets, settings.ignore_index), late=True).plan
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    units = Units(LOSSES[loss], targets if targets.dim() == 2 else h.targets, settings.ignore_index)
-    return Runner(h, settings, needs_of(h), units.kept, late=False, largest_unit=units.largest).plan
+    spec = LOSSES[loss]
+    units = Units(spec, targets if targets.dim() == 2 else h.targets, settings.ignore_index)
+    return functions.loss_runner(h, settings, needs_of(h), units).plan

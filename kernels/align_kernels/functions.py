@@ -11,11 +11,12 @@ from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align_kernels import compaction
+from align_kernels import compaction, exponentials
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.losses.registry import LOSSES
 from align_kernels.schedules import Chunk, Grads, Needs, Runner
@@ -112,6 +113,9 @@ def without_autocast(run: Callable) -> Callable:
     return plain
 
 
+EARLY = ("online", "frozen")  # schedules that have dX over g before g
+
+
 # -- log-probs, their gradient arriving late ----------------------------------------------------------------------
 @without_autocast
 def logprobs_forward(
@@ -133,20 +137,24 @@ def logprobs_forward(
     check_rows(targets[kept], None if temperature is None else temperature[kept], run.vocab)
     states, held = [], []
     payload, store = hidden.new_empty(0, dtype=run.logits_dtype), None
-    if run.plan.schedule == "frozen":
+    if run.plan.schedule in EARLY:
         payload = hidden.new_empty(len(kept) * hidden.shape[1], dtype=run.logits_dtype)
+    if run.plan.schedule == "frozen":
         store = run.store(min(run.plan.chunk_rows, len(kept)))
     begin = 0
     for chunk in run.chunks(0, len(kept)):
         n = len(chunk.targets)
         if run.plan.schedule in ("keep", "compaction"):
             store = run.store(n)
-        state = run.forward(chunk, store)
+        if run.plan.schedule == "online":
+            state, dx = exponentials.online(run, chunk)
+        else:
+            state, dx = run.forward(chunk, store), None
         states.append(state)
         if run.plan.schedule == "frozen":
             one = torch.ones(n, dtype=float_dtype(hidden), device=hidden.device)
             dx = run.backward(chunk, state, one, None, Grads(run), store, consume=True)
-            assert dx is not None
+        if dx is not None:
             payload.view(-1, hidden.shape[1])[begin : begin + n] = dx
         elif run.plan.schedule == "compaction":
             assert store is not None
@@ -189,7 +197,7 @@ def logprobs_backward(
     run = Runner(head, options, needs, kept, late=True)
     grads = Grads(run)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
-    if run.plan.schedule == "frozen" and g_entropy is None:
+    if run.plan.schedule in EARLY and g_entropy is None:
         assert dhidden is not None
         if g_logp is not None:
             n = run.plan.chunk_rows
@@ -207,7 +215,7 @@ def logprobs_backward(
                 else g_logp[chunk.rows].contiguous()
             )
             h = None if g_entropy is None else g_entropy[chunk.rows].contiguous()
-            dx = run.backward(chunk, state[begin : begin + n], g, h, grads, store, held=next(held, None))
+            dx = run.backward(chunk, state[begin : begin + n], g, h, grads, store, waiting=next(held, None))
             if dhidden is not None and dx is not None:
                 scatter_rows(dx, chunk, dhidden)
             begin += n
@@ -215,6 +223,31 @@ def logprobs_backward(
 
 
 # -- losses that close inside a chunk -----------------------------------------------------------------------------
+def loss_runner(head: Head, settings: Settings, needs: Needs, units: Units) -> Runner:
+    spec, largest = units.loss, units.largest
+    return Runner(
+        head, settings, needs, units.kept, late=False, largest_unit=largest, entropy=spec.entropy, sparse=spec.sparse
+    )
+
+
+def _first_pass(
+    run: Runner, chunk: Chunk, store: Tensor | None, waiting: list, *, alone: bool, train: bool
+) -> tuple[Tensor, Any]:
+    """The finished softmax state [n, 8] of a chunk, and what its schedule keeps beside `store` until g is known.
+
+    `waiting` has what is kept of the group's chunks before; `alone`: there are no others.
+    """
+    if run.plan.schedule == "compaction":
+        room = run.store(len(chunk.targets))
+        state = run.forward(chunk, room)
+        return state, compaction.hold(run, chunk, state, room, waiting, alone=alone)
+    if run.plan.schedule == "online":
+        return exponentials.online(run, chunk)
+    if run.plan.exponentials and train:
+        return exponentials.forward(run, chunk, store)[:2]
+    return run.forward(chunk, store), None
+
+
 @without_autocast
 def loss_forward(
     hidden: Tensor,
@@ -239,7 +272,7 @@ def loss_forward(
     head = Head(hidden, weight, targets.reshape(-1), bias, temperature, lora_A, lora_B)
     units = Units(spec, targets, options.ignore_index)
     kept = units.kept
-    run = Runner(head, options, needs, kept, late=False, largest_unit=units.largest)
+    run = loss_runner(head, options, needs, units)
     check_rows(head.targets[kept], None if temperature is None else temperature[kept], run.vocab)
     train = needs.hidden or needs.head
     grads = Grads(run)
@@ -252,18 +285,18 @@ def loss_forward(
     sums = torch.zeros(len(spec.metrics), dtype=dtype, device=hidden.device)
     states = []
     tensors = dict(zip(spec.side, side))
-    for span in units.groups(capacity):
+
+    def close(span: tuple[int, int, int, int]) -> None:
+        """A group of units from its hidden states to its gradients; all that it made is freed with it."""
+        nonlocal total, sums
         chunks = [] if span[2] == span[3] else list(run.chunks(span[2], span[3]))
-        parts, held = [], []
         logits = store if len(chunks) == 1 else None
+        parts, waiting = [], []
         for chunk in chunks:
-            if run.plan.schedule == "compaction":
-                room = run.store(len(chunk.targets))
-                parts.append(run.forward(chunk, room))
-                held.append(compaction.hold(run, chunk, parts[-1], room, held, alone=len(chunks) == 1))
-            else:
-                parts.append(run.forward(chunk, logits))
-        states += parts
+            part, wait = _first_pass(run, chunk, logits, waiting, alone=len(chunks) == 1, train=train)
+            parts.append(part)
+            waiting.append(wait)
+        states.extend(parts)
         state = torch.cat(parts) if parts else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
         logp, entropy = read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab)[:2]
         value, metrics, g, g_entropy = coefficients(
@@ -272,16 +305,19 @@ def loss_forward(
         total += value
         sums += torch.stack([metrics[k] for k in spec.metrics]) if spec.metrics else 0
         begin = 0
-        waiting = iter(held)
-        for chunk, part in zip(chunks, parts) if train else ():
+        for chunk, part, wait in zip(chunks, parts, waiting) if train else ():
             end = begin + len(part)
-            h = None if g_entropy is None else g_entropy[begin:end].contiguous()
-            dx = run.backward(
-                chunk, part, g[begin:end].contiguous(), h, grads, logits, consume=True, held=next(waiting, None)
-            )
+            if run.plan.schedule == "online":
+                dx = wait.mul_(g[begin:end, None])
+            else:
+                h = None if g_entropy is None else g_entropy[begin:end].contiguous()
+                dx = run.backward(chunk, part, g[begin:end].contiguous(), h, grads, logits, consume=True, waiting=wait)
             if dhidden is not None and dx is not None:
                 scatter_rows(dx, chunk, dhidden)
             begin = end
+
+    for span in units.groups(capacity):
+        close(span)
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
     logp, entropy, _, _, mean_logit, correct = read_state(state, head.targets[kept], run.vocab)
     size = len(head.targets)

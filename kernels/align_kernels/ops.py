@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import is_fake
 
 from align_kernels import functions
 from align_kernels.functions import decode_settings, encode_settings, float_dtype
+from align_kernels.gemm import logits_dtype
 from align_kernels.head import Head, Settings
 from align_kernels.losses.registry import LOSSES
-from align_kernels.schedules import Needs, logits_dtype
+from align_kernels.schedules import Needs
 
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # the dispatch keys that are off outside of any operator
 

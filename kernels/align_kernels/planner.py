@@ -5,6 +5,7 @@ made by one GEMM and read by the row kernel while it is still in cache. They dif
 and the backward of a chunk:
 
     forward      log-probs only                                                  2NVD
+    online       no gradient for the head, plain logits: dX beside the softmax   4NVD
     frozen       no gradient for the head: dX without its factor g, kept         4NVD
     one pass     the loss closes inside a chunk: g is known while the logits are 6NVD, head frozen 4NVD
     keep         all logits fit in the workspace and wait for g                  6NVD, head frozen 4NVD
@@ -12,7 +13,8 @@ and the backward of a chunk:
     compaction   the columns that carry all but drop_mass wait for g             (2 + 4d)NVD, head frozen (2 + 2d)NVD
 
 With a drop_mass, `frozen` and `one pass` compact the columns too: d is the share that is kept. Rows whose softmax is
-too flat for it take every column.
+too flat for it take every column. Plain logits are those whose gradient is their probability times a constant: no
+clamp, softcap, entropy or bias gradient; `one pass` keeps their exponentials (exponentials.py).
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ class Plan:
     passes: int  # GEMMs over (rows, vocab, width)
     why: str
     compact: bool = False  # the backward may take fewer columns: see compaction.py
+    exponentials: bool = False  # take the place of the logits: see exponentials.py
     waiting: int = 0  # bytes of the workspace for compacted blocks that wait for g
 
     @property
@@ -88,6 +91,8 @@ def plan(
     needs_weight: bool,
     late: bool,
     scale_free: bool = True,
+    plain: bool = False,
+    sparse: bool = False,
     largest_unit: int = 1,
     drop_mass: float = 0.0,
 ) -> Plan:
@@ -103,6 +108,8 @@ def plan(
         needs_weight: whether the weight does; a bias costs no GEMM and a LoRA two of its rank.
         late: g = dL/dlogp arrives after the forward has returned (log-probs handed to any loss).
         scale_free: the gradient is g times something that does not depend on g (no clamp in gradient units).
+        plain: the gradient of a logit is its probability times a constant, and the backend has `exponentials`.
+        sparse: g is often exactly zero, so that a backward which knows g has fewer rows.
         largest_unit: rows of the longest token, sequence, pair or batch at which the loss may be cut.
         drop_mass: probability mass per row that the backward may leave out.
     """
@@ -126,7 +133,8 @@ def plan(
         scratch = chunk * tile * each
         waiting = max(limit - kept - scratch, 0) if schedule == "compaction" else 0
         kept += scratch + waiting
-        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept, passes, why, compact, waiting)
+        early = schedule == "online" or (schedule == "one pass" and plain and drop_mass == 0)
+        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept, passes, why, compact, early, waiting)
 
     if not (needs_input or needs_head):
         return make("forward", profile.max_rows, 1, "nothing needs a gradient")
@@ -140,6 +148,10 @@ def plan(
     chunk = room if workspace else min(room, max(-(-rows // 2), largest_unit, least))
     chunk = min(chunk, max(profile.max_rows, largest_unit))
     size = f"{rows * per_row / MIB:.0f} MiB of logits"
+    one_pass = not late and wide_enough and largest_unit <= room
+    if plain and not needs_head and drop_mass == 0 and not (sparse and one_pass):
+        why = "the head is frozen and its logits plain, so dX is made beside the softmax and no logits are kept"
+        return make("online", profile.max_rows, once, why)
     if late and scale_free and wide_enough and not needs_head:
         return make("frozen", chunk, once, "the head is frozen, so dX is kept without its factor g")
     fits = rows * per_row <= limit - limit // 16  # the rest holds the gradient of a tile
@@ -154,7 +166,7 @@ def plan(
     if late:
         why = f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"
         return make("recompute", profile.max_rows, once + 1, why)
-    if wide_enough and largest_unit <= room:
+    if one_pass:
         return make("one pass", chunk, once, "the loss closes inside a chunk, so g is known while its logits are there")
     cause = f"a unit has {largest_unit} rows and" if largest_unit > room else "too few for the GEMMs:"
     why = f"{cause} {limit / MIB:.0f} MiB keep the logits of {room} rows"

@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align_kernels import compaction
+from align_kernels import compaction, exponentials
 from align_kernels.compaction import Held, Piece
 from align_kernels.dispatch import BACKENDS, pick
+from align_kernels.gemm import gemm_dtype, logits_dtype, product
 from align_kernels.head import Head, Settings
 from align_kernels.planner import plan
 
@@ -95,14 +96,32 @@ class Grads:
                     grad.zero_()
             self.started = True
 
-    def add(self, grad: Tensor, columns: slice | Tensor, a: Tensor, b: Tensor) -> None:
-        """grad[columns] += a [c, m] @ b [m, D]."""
-        if isinstance(columns, slice):
-            _product(grad[columns], a, b, add=self.started)
-        else:  # no column comes twice, so nothing is added in an order of its own as index_add_ does on a GPU
-            rows = grad[columns]
-            _product(rows, a, b, add=True)
-            grad.index_copy_(0, columns, rows)
+    def add(self, columns: slice | Tensor, dz: Tensor, x: Tensor, xa: Tensor | None) -> None:
+        """Add a tile of dL/dz [m, c], with its rows' x [m, D] and xa [m, R]."""
+        for grad, b in ((self.weight, x), (self.lora_B, xa)):
+            if grad is None or b is None:
+                continue
+            if isinstance(columns, slice):
+                product(grad[columns], dz.T, b, add=self.started)
+            else:
+                rows = grad[columns]  # no column comes twice: no sum in an order of its own, as index_add_ has on a GPU
+                product(rows, dz.T, b, add=True)
+                grad.index_copy_(0, columns, rows)
+        if self.bias is not None:
+            total = dz.sum(0, dtype=self.bias.dtype)
+            self.bias[columns] = self.bias[columns] + total if self.started else total
+
+    def add_rows(self, columns: Tensor, x: Tensor, xa: Tensor | None) -> None:
+        """Add one row x [m, D] and xa [m, R] at each of m columns, which may repeat."""
+        for grad, rows in ((self.weight, x), (self.lora_B, xa)):
+            if grad is not None and rows is not None:
+                grad.index_put_((columns,), rows.to(grad.dtype), accumulate=True)
+
+    def add_lora_A(self, dxb: Tensor, x: Tensor) -> None:
+        """Add from dL/d(x @ lora_A.T) [m, R]."""
+        if self.lora_A is not None:
+            da = dxb.T @ x.to(dxb.dtype)
+            self.lora_A.copy_(self.lora_A + da if self.started else da)
 
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
@@ -120,24 +139,20 @@ class Grads:
         return out
 
 
-def _product(acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """acc (+)= a @ b, the sum in acc's dtype."""
-    if a.dtype == acc.dtype:
-        torch.addmm(acc, a, b, out=acc) if add else torch.mm(a, b, out=acc)
-    elif widens(acc.device):
-        mm, addmm = torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out
-        addmm(acc, a, b, acc.dtype, out=acc) if add else mm(a, b, acc.dtype, out=acc)
-    elif add:
-        acc.add_(torch.mm(a, b))
-    else:
-        acc.copy_(torch.mm(a, b))
-
-
 class Runner:
     """One call: the head's tensors, the plan and the backend, with the scratch that its tiles share."""
 
     def __init__(
-        self, head: Head, settings: Settings, needs: Needs, kept: Tensor, *, late: bool, largest_unit: int = 1
+        self,
+        head: Head,
+        settings: Settings,
+        needs: Needs,
+        kept: Tensor,
+        *,
+        late: bool,
+        largest_unit: int = 1,
+        entropy: bool = False,
+        sparse: bool = False,
     ) -> None:
         self.head, self.settings, self.needs = head, settings, needs
         self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
@@ -148,6 +163,8 @@ class Runner:
         self.offset, widest, self.vocab = _shard(head.weight.shape[0], head.targets[kept], self.group)
         name = pick(settings.impl, head.weight.device, self.logits_dtype)
         self.backend = BACKENDS[name]
+        # an entropy that may be asked for late is made again then
+        plain = settings.clamp is None and settings.transform.softcap is None and not (needs.bias or entropy)
         self.plan = plan(
             rows=len(kept),
             vocab=widest,
@@ -161,6 +178,8 @@ class Runner:
             needs_head=needs.head,
             needs_weight=needs.weight,
             late=late,
+            plain=plain and self.dtype == self.logits_dtype and hasattr(self.backend, "exponentials"),
+            sparse=sparse,
             scale_free=settings.clamp is None or settings.clamp.units == "residual",
             largest_unit=largest_unit,
             drop_mass=settings.drop_mass,
@@ -200,6 +219,11 @@ class Runner:
         for v in range(0, V, self.plan.tile_cols):
             yield v, min(v + self.plan.tile_cols, V)
 
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum in the making: float32, float64 for float64."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.zeros(shape, dtype=dtype, device=self.head.weight.device)
+
     def store(self, n: int) -> Tensor:
         """Room for all logits of n rows, tile after tile."""
         return self.empty(n * self.head.weight.shape[0], dtype=self.logits_dtype)
@@ -224,20 +248,24 @@ class Runner:
             self._w = self.empty(self.plan.tile_cols, w.shape[1])
         return self._w[: len(w)].copy_(w)
 
-    def _logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
-        _product(out, chunk.x, w.T, add=False)
+    def logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
+        """Raw logits of the columns v0 .. v1, whose weight is w [c, D], in `out` [n, c]."""
+        product(out, chunk.x, w.T, add=False)
         if chunk.xa is not None and self.head.lora_B is not None:
-            _product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
+            product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
         return out
 
     def common(self, chunk: Chunk, v0: int, v1: int) -> dict:
-        t = self.settings.transform
+        """What every primitive but `exponentials` takes; that one serves no softcap."""
+        return self.linear(chunk, v0, v1) | dict(softcap=self.settings.transform.softcap)
+
+    def linear(self, chunk: Chunk, v0: int, v1: int) -> dict:
+        """The head's transform without its softcap, and where the columns v0 .. v1 stand."""
         return dict(
             offset=self.offset + v0,
             vocab=self.vocab,
             bias=None if self.bias is None else self.bias[v0:v1],
-            scale=t.logit_scale,
-            softcap=t.softcap,
+            scale=self.settings.transform.logit_scale,
             temperature=chunk.temperature,
         )
 
@@ -248,8 +276,12 @@ class Runner:
         state = self.new_state(n)
         for v0, v1 in self.tiles():
             out = self.scratch(n, v1 - v0, self.logits_dtype) if store is None else self.tile_of(store, n, v0, v1)
-            z = self._logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
+            z = self.logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
             self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
+        return self.merged(state)
+
+    def merged(self, state: Tensor) -> Tensor:
+        """The state [n, 8] over all ranks that share the vocabulary."""
         return state if self.group is None else _merge(state, self.group)
 
     def backward(
@@ -261,17 +293,21 @@ class Runner:
         grads: Grads,
         store: Tensor | None = None,
         consume: bool = False,
-        held: Held | None = None,
+        waiting: Held | list[Tensor] | None = None,
     ) -> Tensor | None:
         """Add this chunk's share to `grads` and return its dX [n, D] (None where hidden needs none).
 
         Rows without a coefficient are dropped before any GEMM. Logits come from `store`, or from what compaction held
-        of them, or are made again; with `consume` their gradient may take their place in `store`.
+        of them, or are made again; with `consume` their gradient may take their place in `store`, which holds
+        exponentials where their references are `waiting`.
         """
         rows, active = Rows(chunk, state, g, g_entropy), _active(g, g_entropy)
         live = None if bool(active.all()) else active.nonzero()[:, 0]
-        if held is not None:
-            dx = compaction.late_backward(self, rows, active, held, grads)
+        if isinstance(waiting, Held):
+            dx = compaction.late_backward(self, rows, active, waiting, grads)
+        elif waiting is not None:
+            assert store is not None
+            dx = exponentials.backward(self, rows, live, store, waiting, grads)
         elif self.plan.compact and store is not None:
             dx = compaction.backward(self, rows, live, store, consume, grads)
         else:
@@ -297,7 +333,7 @@ class Runner:
                 w = self.weight(slice(v0, v1)) if store is None or self.needs.hidden else None
                 if store is None:
                     assert w is not None
-                    z = self._logits(rows.chunk, w, v0, v1, self.scratch(m, v1 - v0, self.logits_dtype))
+                    z = self.logits(rows.chunk, w, v0, v1, self.scratch(m, v1 - v0, self.logits_dtype))
                 else:
                     z = self.tile_of(store, n, v0, v1)
                     z = z if live is None else z[live]
@@ -311,57 +347,27 @@ class Runner:
         """Turn raw logits into their gradient, piece by piece, and multiply: `grads` and this rank's dX [m, D]."""
         chunk, m = rows.chunk, len(rows.g)
         h, needs = self.head, self.needs
-        acc = torch.promote_types(self.dtype, torch.float32)
-        dx = torch.zeros(m, h.weight.shape[1], dtype=acc, device=rows.g.device) if needs.hidden else None
+        dx = self.zeros(m, h.weight.shape[1]) if needs.hidden else None
         dxa = None
         if chunk.xa is not None and (needs.hidden or needs.lora_A):
-            dxa = torch.zeros(chunk.xa.shape, dtype=acc, device=rows.g.device)
+            dxa = self.zeros(*chunk.xa.shape)
         for z, dz, columns, w, common in pieces:
             self.backend.backward(
                 z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz, **common
             )
             if dx is not None:
                 assert w is not None
-                _product(dx, dz, w, add=True)
+                product(dx, dz, w, add=True)
             if dxa is not None and h.lora_B is not None:
-                _product(dxa, dz, h.lora_B[columns].to(self.dtype), add=True)
-            if grads.weight is not None:
-                grads.add(grads.weight, columns, dz.T, chunk.x)
-            if grads.lora_B is not None and chunk.xa is not None:
-                grads.add(grads.lora_B, columns, dz.T, chunk.xa)
-            if grads.bias is not None:
-                total = dz.sum(0, dtype=grads.bias.dtype)
-                grads.bias[columns] = grads.bias[columns] + total if grads.started else total
+                product(dxa, dz, h.lora_B[columns].to(self.dtype), add=True)
+            grads.add(columns, dz, chunk.x, chunk.xa)
         if dxa is not None and h.lora_A is not None:
             dxa = dxa * self.settings.lora_scaling
             if dx is not None:
-                dx += dxa @ h.lora_A.to(acc)
-            if grads.lora_A is not None:
-                da = dxa.T @ chunk.x.to(acc)
-                grads.lora_A.copy_(grads.lora_A + da if grads.started else da)
+                dx += dxa @ h.lora_A.to(dx.dtype)
+            grads.add_lora_A(dxa, chunk.x)
         grads.started |= m > 0
         return dx
-
-
-def gemm_dtype(head: Head) -> torch.dtype:
-    """The dtype in which logits are made.
-
-    The wider of hidden and weight. A CPU has no GEMM with narrow inputs and a float32 output, so 16-bit storage is
-    widened tile by tile there.
-    """
-    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
-    return torch.promote_types(dtype, torch.float32) if head.weight.device.type == "cpu" else dtype
-
-
-def logits_dtype(head: Head) -> torch.dtype:
-    """The dtype in which logits are kept: float32 at least, where GEMMs of 16-bit inputs can write it."""
-    dtype = gemm_dtype(head)
-    return torch.promote_types(dtype, torch.float32) if widens(head.weight.device) else dtype
-
-
-def widens(device: torch.device) -> bool:
-    """Whether torch has GEMMs of 16-bit inputs with a float32 output: `out_dtype`, with cuBLAS alone."""
-    return device.type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
 def _active(g: Tensor, g_entropy: Tensor | None) -> Tensor:

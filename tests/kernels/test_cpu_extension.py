@@ -192,6 +192,35 @@ def test_tiles_equal_one_tile(cuts: tuple):
     check_gradient(case, whole, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rise", [0.0, 15.0, 60.0, -60.0])
+@pytest.mark.parametrize(
+    "options", [{}, dict(bias=True), dict(scale=-0.5, temperature="rows")], ids=["plain", "bias", "temperature"]
+)
+def test_exponentials_times_their_reference_are_probabilities(options: dict, rise: float, dtype: torch.dtype):
+    """Over tiles whose logits rise or fall by `rise` each, with a target in any of them, and one row of -inf first."""
+    case = Case(7, 5000, dtype=dtype, **options)
+    edges = [0, 1, 700, 2048, 4900, 5000]
+    for i, (begin, end) in enumerate(itertools.pairwise(edges)):
+        case.z[:, begin:end] += rise * i
+    case.z[2, :700] = -torch.inf if case.scale > 0 else torch.inf
+    case.targets = torch.tensor([0, 1, 4999, 700, 2047, 2500, 4899])
+    p = torch.softmax(case.logits(case.z.double()), 1).scatter(1, case.targets[:, None], 0.0)
+    lse = case.logits(case.z.double()).logsumexp(1)
+    state, expected, reference = empty_state(case.n), case.state(cuts=edges[1:-1]), torch.full((case.n,), -torch.inf)
+    for begin, end in itertools.pairwise(edges):
+        z = case.z[:, begin:end]
+        taken = {k: v for k, v in case.options(begin, end).items() if k != "softcap"}
+        cpu.exponentials(z, state, case.targets, reference, out=z, **taken)
+        got = z.double() * (reference.double() - lse).exp().nan_to_num(0.0)[:, None]
+        tolerance = 2e-5 if dtype == torch.float32 else 2**-8
+        assert ((got - p[:, begin:end]).abs() <= tolerance * p[:, begin:end] + 1e-12).all()
+    assert case.z._base is not None and case.z._base[:, :2].isnan().all() and case.z._base[:, -3:].isnan().all()
+    finite = [0, 1, 3, 4, 5, 6]
+    torch.testing.assert_close(state[finite], expected[finite], rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(state[2, :4], expected[2, :4], rtol=2e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(1, 50000), (3, 20000), (300, 700)])
 def test_threads_change_no_bit(shape: tuple):
     case, threads, results = Case(*shape, softcap=9.0), torch.get_num_threads(), []
@@ -219,6 +248,8 @@ def test_no_rows_and_no_columns():
         options = dict(offset=0, vocab=40, bias=None, scale=1.0, softcap=None, temperature=1.0)
         cpu.forward(z, state, targets, **options)
         cpu.backward(z, state, targets, g, None, clamp=None, out=z, **options)
+        del options["softcap"]
+        cpu.exponentials(z, state, targets, g, out=z, **options)
         assert torch.equal(state, empty_state(n))
 
 

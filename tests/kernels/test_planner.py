@@ -53,6 +53,12 @@ CHOICES = [
     ),
     ("recompute", 8, "too few for the GEMMs: 8 MiB keep the logits of 65", dict(workspace=8 * MIB)),
     ("one pass", 4, "closes inside a chunk", dict(workspace=8 * MIB, needs=HIDDEN)),
+    ("one pass", 6, "closes inside a chunk", dict(plain=True)),
+    ("one pass", 4, "closes inside a chunk", dict(needs=HIDDEN, plain=True, sparse=True)),
+    ("online", 4, "no logits are kept", dict(needs=HIDDEN, plain=True, sparse=True, workspace=MIB)),
+    ("online", 4, "no logits are kept", dict(needs=HIDDEN, plain=True)),
+    ("online", 4, "no logits are kept", dict(needs=HIDDEN, plain=True, late=True, workspace=MIB, rows=9000)),
+    ("frozen", 4, "head is frozen", dict(needs=HIDDEN, plain=True, late=True, drop_mass=0.01)),
     ("one pass", 6, "closes inside a chunk", dict(workspace=8 * MIB, rows=60)),
 ]
 
@@ -95,13 +101,15 @@ def test_workspace_is_kept(device: str):
             workspace=workspace,
             late=pick.random() < 0.5,
             scale_free=pick.random() < 0.8,
+            plain=pick.random() < 0.5,
+            sparse=pick.random() < 0.5,
             largest_unit=pick.choice([1, 50, 3000]),
         )
         limit = workspace or PROFILES.get(device, PROFILES["cuda"]).workspace
         assert made.workspace <= limit + made.chunk_rows * min(64, made.vocab) * itemsize, (made, workspace)
         assert 1 <= made.chunk_rows <= max(rows, 1) and 1 <= made.tile_cols <= made.vocab
         seen.add(made.schedule)
-    assert seen == {"forward", "frozen", "keep", "one pass", "recompute"}
+    assert seen == {"forward", "online", "frozen", "keep", "one pass", "recompute"}
 
 
 # -- explain ------------------------------------------------------------------------------------------------------
@@ -126,7 +134,8 @@ def test_explain_counts_kept_rows_and_computes_nothing():
 
 def test_explain_sees_what_needs_a_gradient():
     assert explain(**tensors()).schedule == "forward"
-    assert explain(**tensors("hidden")).schedule == "frozen"
+    assert explain(**tensors("hidden")).schedule == "online"
+    assert explain(**tensors("hidden"), softcap=5.0).schedule == "frozen"
     assert explain(**tensors("hidden"), grad_clamp=LogitGradClamp(0.1)).schedule == "frozen"
     assert explain(**tensors("hidden"), grad_clamp=LogitGradClamp(0.1, units="gradient")).schedule == "keep"
     with torch.no_grad():

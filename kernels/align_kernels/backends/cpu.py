@@ -58,6 +58,33 @@ def forward(
     _C.forward(logits, state.data_ptr(), torch.get_num_threads())
 
 
+def exponentials(
+    z: Tensor,  # (n, c) float32 | bfloat16
+    state: Tensor,  # (n, 8) float64, updated in place
+    targets: Tensor,  # (n,) int64
+    reference: Tensor,  # (n,) float32, updated in place, -inf before the first tile
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,  # (c,) float32
+    scale: float,
+    temperature: float | Tensor,  # (n,) float32
+    out: Tensor,  # (n, c) float32 | bfloat16, may be z
+) -> None:
+    """`forward` without a softcap, which also writes exp(l - reference), 0 at the target.
+
+    Raises:
+        ValueError: as in `forward`, and an `out` that overlaps z without being z.
+    """
+    logits = _logits(z, targets, offset, vocab, bias, scale, None, temperature)
+    _check("state", state, torch.float64, (z.shape[0], 8))
+    _check("reference", reference, torch.float32, (z.shape[0],))
+    out_code = _check_out(z, out)
+    _C.exponentials(
+        logits, state.data_ptr(), reference.data_ptr(), out.data_ptr(), out_code, out.stride(0), torch.get_num_threads()
+    )
+
+
 def backward(
     z: Tensor,  # (n, c) float32 | bfloat16
     state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
@@ -88,9 +115,7 @@ def backward(
     limit, prob_above, units = (math.inf, 0.0, "residual") if clamp is None else clamp
     if units not in ("residual", "gradient"):
         raise ValueError(f'clamp units must be "residual" or "gradient", got {units!r}')
-    out_code = _check_tile("out", out)
-    if out.shape != z.shape:
-        raise ValueError(f"out must have z's shape {tuple(z.shape)}, got {tuple(out.shape)}")
+    out_code = _check_out(z, out)
     _C.backward(
         logits,
         state.data_ptr(),
@@ -176,6 +201,14 @@ def _check_tile(name: str, x: Tensor) -> int:
             f"{name} must be (n, c) with unit column stride, got {tuple(x.shape)} with strides {x.stride()}"
         )
     return _CODES[x.dtype]
+
+
+def _check_out(z: Tensor, out: Tensor) -> int:
+    """The dtype code of a tile that is written."""
+    code = _check_tile("out", out)
+    if out.shape != z.shape:
+        raise ValueError(f"out must have z's shape {tuple(z.shape)}, got {tuple(out.shape)}")
+    return code
 
 
 def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

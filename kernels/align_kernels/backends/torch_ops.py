@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HEADROOM = 20.0  # how far, in nats, a row's max may rise above the reference of its exponentials
+
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """None: it serves every device and dtype."""
@@ -80,6 +82,39 @@ def forward(
     state[:, 5] = torch.where(here, picked, state[:, 5])
     state[:, 6] = torch.where(tile_max.to(state.dtype) > old_max, (tile_arg + offset).to(state.dtype), state[:, 6])
     state[:, 0] = new_max
+
+
+def exponentials(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8), updated in place
+    targets: Tensor,  # (n,) int64
+    reference: Tensor,  # (n,) updated in place, -inf before the first tile
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,
+    scale: float,
+    temperature: float | Tensor,
+    out: Tensor,  # (n, c), may be z
+) -> None:
+    """`forward` without a softcap, which also writes exp(l - reference), 0 at the target.
+
+    The reference stays within HEADROOM of the row's max so far, so that rows keep one for most of their tiles; what is
+    more than 87 below it vanishes.
+    """
+    forward(
+        z, state, targets, offset=offset, vocab=vocab, bias=bias, scale=scale, softcap=None, temperature=temperature
+    )
+    if z.shape[1] == 0:
+        return
+    l, _ = _transform(z, _compute_dtype(z), bias, scale, None, temperature)
+    peak = l.amax(1).to(reference.dtype)
+    reference.copy_(torch.where(peak <= reference + HEADROOM, reference, peak))
+    base = torch.where(reference == -torch.inf, torch.zeros_like(reference), reference)
+    e = (l - base.to(l.dtype)[:, None]).exp()
+    here = ((targets >= offset) & (targets < offset + z.shape[1])).nonzero()[:, 0]
+    e[here, targets[here] - offset] = 0.0
+    out.copy_(e)
 
 
 def backward(

@@ -47,7 +47,7 @@ def clipped_with_kl(
     return weights * value, dict(zip(METRICS, measured))
 
 
-@loss("token", side=SIDE, metrics=METRICS)
+@loss("token", side=SIDE, metrics=METRICS, sparse=True)
 def grpo(
     logps: Tensor,  # (n,)
     *,
@@ -59,7 +59,7 @@ def grpo(
     return clipped_with_kl(logps - (logps.detach() if on_policy else old_logps), logps, **rest)
 
 
-@loss("sequence", side=SIDE, metrics=METRICS, tokens=True, lengths=True)
+@loss("sequence", side=SIDE, metrics=METRICS, tokens=True, lengths=True, sparse=True)
 def gspo(
     logps: Tensor,  # (n,)
     *,

@@ -11,7 +11,7 @@ SIDE = {"old_logps": "token", "advantages": "token"}
 METRICS = ("policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio")
 
 
-@loss("token", side=SIDE, metrics=METRICS)
+@loss("token", side=SIDE, metrics=METRICS, sparse=True)
 def ppo_clip(
     logps: Tensor,  # (n,)
     *,
@@ -31,7 +31,7 @@ def ppo_clip(
     return -torch.minimum(free, clipped), metrics
 
 
-@loss("token", side=SIDE, metrics=METRICS, entropy=True)
+@loss("token", side=SIDE, metrics=METRICS, entropy=True, sparse=True)
 def ppo_clip_entropy(
     logps: Tensor,  # (n,)
     *,

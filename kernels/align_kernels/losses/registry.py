@@ -17,7 +17,7 @@ class Loss(NamedTuple):
     `fn(logps, **side, **hyper) -> (loss per unit, {metric: value per unit})`; with `entropy=True` it also takes
     `entropy=`, at the level of logps, and may be differentiated through it; with `lengths=True` the number of tokens of
     each sequence; with `tokens=True` logps, values and metrics are one per token [n], and `sequence=` [n] says which of
-    the sequences a token belongs to.
+    the sequences a token belongs to. `sparse`: many tokens may have a derivative of exactly zero.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Loss(NamedTuple):
     entropy: bool = False
     lengths: bool = False
     tokens: bool = False
+    sparse: bool = False
 
 
 def loss(unit: Unit, **traits) -> Callable:

@@ -1,0 +1,42 @@
+"""The matrix products of the schedules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from align_kernels.head import Head
+
+
+def gemm_dtype(head: Head) -> torch.dtype:
+    """The dtype in which logits are made.
+
+    The wider of hidden and weight. A CPU has no GEMM with narrow inputs and a float32 output, so 16-bit storage is
+    widened tile by tile there.
+    """
+    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
+    return torch.promote_types(dtype, torch.float32) if head.weight.device.type == "cpu" else dtype
+
+
+def logits_dtype(head: Head) -> torch.dtype:
+    """The dtype in which logits are kept: float32 at least, where GEMMs of 16-bit inputs can write it."""
+    dtype = gemm_dtype(head)
+    return torch.promote_types(dtype, torch.float32) if widens(head.weight.device) else dtype
+
+
+def widens(device: torch.device) -> bool:
+    """Whether torch has GEMMs of 16-bit inputs with a float32 output: `out_dtype`, with cuBLAS alone."""
+    return device.type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def product(acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """acc (+)= a @ b, the sum in acc's dtype."""
+    if a.dtype == acc.dtype:
+        torch.addmm(acc, a, b, out=acc) if add else torch.mm(a, b, out=acc)
+    elif widens(acc.device):
+        mm, addmm = torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out
+        addmm(acc, a, b, acc.dtype, out=acc) if add else mm(a, b, acc.dtype, out=acc)
+    elif add:
+        acc.add_(torch.mm(a, b))
+    else:
+        acc.copy_(torch.mm(a, b))
