@@ -19,6 +19,9 @@ class Logits:
     ) -> None: ...
 
 def forward(logits: Logits, state: int, threads: int) -> None: ...
+def exponentials(
+    logits: Logits, state: int, reference: int, out: int, dtype: int, stride: int, threads: int
+) -> None: ...
 def backward(
     logits: Logits,
     state: int,

@@ -133,7 +133,7 @@ def backward(
     chunk, g, needs = rows.chunk, rows.g[:, None], run.needs
     left = factors(run, chunk, rows.state)
     pull = Pull(run, len(g)) if needs.hidden or needs.lora_A else None
-    seen = a = x = xa = None
+    seen, a, x, xa = None, references[0], chunk.x, chunk.xa
     for (v0, v1), reference in zip(run.tiles(), references) if len(g) else ():
         e = run.tile_of(store, n, v0, v1)
         if live is not None:
