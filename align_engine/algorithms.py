@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from align_engine import online
@@ -15,7 +13,7 @@ from align_engine.data import Batch, collate_marks, collate_pairs, collate_rollo
 from align_engine.data.batches import IGNORE
 from align_engine.kto import reference_point
 from align_engine.recipe import DirectRecipe, DpoRecipe, GrpoRecipe, KtoRecipe, PpoRecipe, Recipe, RmRecipe, SftRecipe
-from align_kernels import LossOutput, dpo_loss, kto_loss, sft_loss
+from align_kernels import LossOutput, dpo_loss, kto_loss, reward_loss, sft_loss
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
 
@@ -80,17 +78,8 @@ def _kto(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: KtoRecipe, 
 
 def _rm(scores: Tensor, head: dict[str, Any], batch: Batch, recipe: RmRecipe, num_items: float) -> LossOutput:
     chosen, rejected = scores.chunk(2)
-    margin = batch.margin if batch.margin is not None else torch.zeros_like(chosen)
-    values = -F.logsigmoid(chosen - rejected - margin)
-    values = values + recipe.loss.center_rewards_coefficient * (chosen + rejected) ** 2
-    metrics = {
-        "mean_reward": scores.mean(),
-        "accuracy": (chosen > rejected).float().mean(),
-        "margin": (chosen - rejected).mean(),
-        "rewards/chosen": chosen.mean(),
-        "rewards/rejected": rejected.mean(),
-    }
-    return LossOutput(values.sum() / num_items, metrics, scores)
+    center = recipe.loss.center_rewards_coefficient
+    return reward_loss(chosen, rejected, margin=batch.margin, center_coef=center, num_items=num_items)
 
 
 def _tokens(batch: Batch, recipe: Recipe) -> int:

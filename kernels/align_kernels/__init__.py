@@ -4,21 +4,48 @@ from align_kernels.api import LogProbs, linear_logprobs, sequence_logprobs
 from align_kernels.dispatch import backends_report
 from align_kernels.explain import explain
 from align_kernels.from_logits import logprobs_from_logits
-from align_kernels.fused import LossOutput, dpo_loss, grpo_loss, kto_loss, ppo_clip_loss, sft_loss
+from align_kernels.fused import (
+    LossOutput,
+    bco_loss,
+    cpo_loss,
+    dpo_loss,
+    grpo_loss,
+    kto_loss,
+    orpo_loss,
+    ppo_clip_loss,
+    reinforce_loss,
+    reward_loss,
+    rloo_loss,
+    sft_loss,
+    simpo_loss,
+    slic_loss,
+    value_loss,
+)
 from align_kernels.head import LogitGradClamp
+from align_kernels.losses.gate import ProbGate
 
 __all__ = [
     "LogProbs",
     "LogitGradClamp",
     "LossOutput",
+    "ProbGate",
     "backends_report",
+    "bco_loss",
+    "cpo_loss",
     "dpo_loss",
     "explain",
     "grpo_loss",
     "kto_loss",
     "linear_logprobs",
     "logprobs_from_logits",
+    "orpo_loss",
     "ppo_clip_loss",
+    "reinforce_loss",
+    "reward_loss",
+    "rloo_loss",
     "sequence_logprobs",
     "sft_loss",
+    "simpo_loss",
+    "slic_loss",
+    "value_loss",
 ]

@@ -9,7 +9,7 @@ from align_kernels.api import needs_of, read_head
 from align_kernels.losses.registry import LOSSES
 from align_kernels.planner import Plan
 from align_kernels.schedules import Runner
-from align_kernels.units import Units, keep_rows
+from align_kernels.units import LossCall, Units, keep_rows
 
 
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None = None, **head) -> Plan:
@@ -34,6 +34,6 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
         return Runner(h, settings, needs_of(h), keep_rows(h.targets, settings.ignore_index), late=True).plan
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-    spec = LOSSES[loss]
-    units = Units(spec, targets if targets.dim() == 2 else h.targets, settings.ignore_index)
-    return functions.loss_runner(h, settings, needs_of(h), units).plan
+    call = LossCall(LOSSES[loss])
+    units = Units(call.loss.unit, targets if targets.dim() == 2 else h.targets, settings.ignore_index)
+    return functions.loss_runner(h, settings, needs_of(h), units, call).plan

@@ -10,7 +10,6 @@ from __future__ import annotations
 from ast import literal_eval
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
-from math import isfinite
 from typing import Any
 
 import torch
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from align_kernels import compaction, exponentials
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
-from align_kernels.losses.registry import LOSSES
 from align_kernels.schedules import Chunk, Grads, Needs, Runner
-from align_kernels.units import Units, coefficients, keep_rows, unit_values
+from align_kernels.units import Fields, LossCall, Units, coefficients, keep_rows, sum_metrics, unit_values
 
 
 # -- settings as text ---------------------------------------------------------------------------------------------
@@ -42,15 +40,6 @@ def decode_settings(text: str) -> tuple[Settings, Needs]:
     transform, clamp, rest, needs = literal_eval(text)
     clamp = None if clamp is None else LogitGradClamp(*clamp)
     return Settings(Transform(*transform), clamp, *rest), Needs(*needs)
-
-
-def encode_loss(name: str, hyper: dict) -> str:
-    """A loss and its hyper-parameters: words, flags and None as they are, anything else as a finite float."""
-    plain = {k: v if v is None or isinstance(v, str | bool) else float(v) for k, v in hyper.items()}
-    for key, value in plain.items():
-        if isinstance(value, float) and not isfinite(value):
-            raise ValueError(f"{key} must be finite, got {value}")
-    return repr((name, plain))
 
 
 # -- shared pieces ------------------------------------------------------------------------------------------------
@@ -223,11 +212,9 @@ def logprobs_backward(
 
 
 # -- losses that close inside a chunk -----------------------------------------------------------------------------
-def loss_runner(head: Head, settings: Settings, needs: Needs, units: Units) -> Runner:
-    spec, largest = units.loss, units.largest
-    return Runner(
-        head, settings, needs, units.kept, late=False, largest_unit=largest, entropy=spec.entropy, sparse=spec.sparse
-    )
+def loss_runner(head: Head, settings: Settings, needs: Needs, units: Units, call: LossCall) -> Runner:
+    traits: dict[str, Any] = dict(largest_unit=units.largest, entropy=call.with_entropy, sparse=call.sparse)
+    return Runner(head, settings, needs, units.kept, late=False, **traits)
 
 
 def _first_pass(
@@ -266,13 +253,12 @@ def loss_forward(
 
     `hidden` [N, D], `targets` [B, T] or [N]; a gradient that is not needed is an empty tensor.
     """
-    name, hyper = literal_eval(loss)
-    spec = LOSSES[name]
+    call = LossCall.decode(loss)
     options, needs = decode_settings(settings)
     head = Head(hidden, weight, targets.reshape(-1), bias, temperature, lora_A, lora_B)
-    units = Units(spec, targets, options.ignore_index)
+    units = Units(call.loss.unit, targets, options.ignore_index)
     kept = units.kept
-    run = loss_runner(head, options, needs, units)
+    run = loss_runner(head, options, needs, units, call)
     check_rows(head.targets[kept], None if temperature is None else temperature[kept], run.vocab)
     train = needs.hidden or needs.head
     grads = Grads(run)
@@ -281,10 +267,9 @@ def loss_forward(
     capacity = run.plan.chunk_rows
     store = run.store(min(capacity, len(kept))) if run.plan.schedule == "one pass" else None
     scale = 1.0 / num_items
-    total = torch.zeros((), dtype=dtype, device=hidden.device)
-    sums = torch.zeros(len(spec.metrics), dtype=dtype, device=hidden.device)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    sums = torch.zeros(len(call.loss.metrics), dtype=torch.float64, device=hidden.device)
     states = []
-    tensors = dict(zip(spec.side, side))
 
     def close(span: tuple[int, int, int, int]) -> None:
         """A group of units from its hidden states to its gradients; all that it made is freed with it."""
@@ -298,12 +283,11 @@ def loss_forward(
             waiting.append(wait)
         states.extend(parts)
         state = torch.cat(parts) if parts else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
-        logp, entropy = read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab)[:2]
-        value, metrics, g, g_entropy = coefficients(
-            units, hyper, tensors, span, logp.to(dtype), entropy.to(dtype), scale, train
-        )
+        fields = Fields.of(read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab))
+        value, measured, g, g_entropy = coefficients(units, call, side, span, fields, scale, train)
+        g, g_entropy = g.to(dtype), None if g_entropy is None else g_entropy.to(dtype)
         total += value
-        sums += torch.stack([metrics[k] for k in spec.metrics]) if spec.metrics else 0
+        sums += measured
         begin = 0
         for chunk, part, wait in zip(chunks, parts, waiting) if train else ():
             end = begin + len(part)
@@ -326,7 +310,7 @@ def loss_forward(
         for v, d in ((logp, dtype), (entropy, dtype), (mean_logit, dtype), (correct, torch.bool))
     ]
     found = [_empty(hidden) if x is None else x for x in (dhidden, *grads.finish())]
-    return total, sums, fields[0], fields[1], fields[2], fields[3], found
+    return total.to(dtype), sums.to(dtype), fields[0], fields[1], fields[2], fields[3], found
 
 
 # -- autograd -----------------------------------------------------------------------------------------------------
@@ -411,11 +395,12 @@ def loss_late(
     fields: Sequence[Tensor], targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings
 ) -> tuple[Tensor, ...]:
     """What `loss` returns, from the fields of log-probs, by autograd."""
-    name, hyper = literal_eval(text)
-    spec = LOSSES[name]
-    units = Units(spec, targets, settings.ignore_index)
+    call = LossCall.decode(text)
+    units = Units(call.loss.unit, targets, settings.ignore_index)
     logp, entropy, _, _, mean_logit, correct = fields[:6]
     span = (0, units.count, 0, len(units.kept))
-    values, metrics = unit_values(units, hyper, dict(zip(spec.side, side)), span, logp[units.kept], entropy[units.kept])
-    sums = torch.stack([metrics[k].sum() for k in spec.metrics]) if spec.metrics else logp.new_zeros(0)
-    return values.sum() / num_items, sums.detach(), logp.detach(), entropy.detach(), mean_logit, correct
+    rows = Fields.of(tuple(x[units.kept] for x in fields[:4]))
+    values, metrics = unit_values(units, call, side, span, rows)
+    sums = sum_metrics(call, metrics, values).to(logp.dtype)
+    total = (values.sum() / num_items).to(logp.dtype)
+    return total, sums, logp.detach(), entropy.detach(), mean_logit, correct

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ast import literal_eval
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
@@ -12,8 +10,8 @@ from align_kernels import functions
 from align_kernels.functions import decode_settings, encode_settings, float_dtype
 from align_kernels.gemm import logits_dtype
 from align_kernels.head import Head, Settings
-from align_kernels.losses.registry import LOSSES
 from align_kernels.schedules import Needs
+from align_kernels.units import LossCall
 
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # the dispatch keys that are off outside of any operator
 
@@ -120,7 +118,7 @@ def loss_op(
 @loss_op.register_fake
 def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, side, num_items, loss, settings):
     dtype, size = float_dtype(hidden), targets.numel()
-    metrics = LOSSES[literal_eval(loss)[0]].metrics
+    metrics = LossCall.decode(loss).loss.metrics
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(len(metrics), dtype=dtype),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from ast import literal_eval
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from align_kernels.losses.registry import Loss
+from align_kernels.losses.gate import ProbGate
+from align_kernels.losses.registry import LOSSES, Level, Loss, Unit
 
 
 def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
@@ -15,34 +19,76 @@ def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
     return (targets != ignore_index).nonzero()[:, 0]
 
 
+class LossCall(NamedTuple):
+    """A loss as it is called. Beside its tensors it travels as text, which torch.library and torch.compile take."""
+
+    loss: Loss  # with the unit of this call
+    hyper: Mapping[str, Any] = {}
+    gate: ProbGate | None = None
+    given: tuple[str, ...] = ()  # the side tensors of this call
+
+    @property
+    def with_entropy(self) -> bool:
+        """Whether the loss is differentiated through entropies too."""
+        return "entropy" in self.loss.needs and bool(self.hyper.get("entropy_coef"))
+
+    @property
+    def sparse(self) -> bool:
+        return self.loss.sparse or self.gate is not None
+
+    def encode(self) -> str:
+        # repr and literal_eval rather than JSON: torch.compile traces repr of constants
+        gate = None if self.gate is None else (self.gate.p_hi, str(self.gate.power))
+        hyper = {name: plain(name, value) for name, value in self.hyper.items()}
+        return repr((self.loss.name, self.loss.unit, hyper, gate, self.given))
+
+    @staticmethod
+    def decode(text: str) -> LossCall:
+        name, unit, hyper, gate, given = literal_eval(text)
+        gate = None if gate is None else ProbGate(*map(float, gate))
+        return LossCall(LOSSES[name]._replace(unit=unit), hyper, gate, given)
+
+
+def plain(name: str, value: Any) -> Any:
+    """A hyper-parameter: words, flags and None as they are, tuples of such, anything else as a finite float."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(plain(name, x) for x in value)
+    value = float(value)
+    if not isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
+
+
 class Units:
     """Where a batch may be cut: kept rows in the order of their units, and the units' sizes."""
 
-    def __init__(self, loss: Loss, targets: Tensor, ignore_index: int) -> None:
-        self.loss = loss
+    def __init__(self, unit: Unit, targets: Tensor, ignore_index: int) -> None:
+        self.unit = unit
         sequences, length = (1, targets.shape[0]) if targets.dim() == 1 else targets.shape
         flat = targets.reshape(-1)
         kept = keep_rows(flat, ignore_index)
         self.sequences = sequences
         sequence = kept // max(length, 1)
-        if loss.unit == "pair":
+        if unit == "pair":
             if sequences % 2:
                 raise ValueError(
                     f"pairs need an even number of sequences (chosen half, rejected half), got {sequences}"
                 )
             pair = sequence % (sequences // 2)
             order = torch.argsort(pair, stable=True)
-            kept, sequence, unit = kept[order], sequence[order], pair[order]
+            kept, sequence, place = kept[order], sequence[order], pair[order]
             self.count = sequences // 2
-        elif loss.unit == "sequence":
-            unit, self.count = sequence, sequences
-        elif loss.unit == "batch":
-            unit, self.count = torch.zeros_like(sequence), 1
+        elif unit == "sequence":
+            place, self.count = sequence, sequences
+        elif unit == "batch":
+            place, self.count = torch.zeros_like(sequence), 1
         else:
-            unit, self.count = torch.arange(len(kept), device=kept.device), len(kept)
+            place, self.count = torch.arange(len(kept), device=kept.device), len(kept)
         self.kept, self.sequence = kept, sequence
         # a token is its own unit: sizes are all one and need no count
-        self.sizes = None if loss.unit == "token" else torch.bincount(unit, minlength=self.count).tolist()
+        self.sizes = None if unit == "token" else torch.bincount(place, minlength=self.count).tolist()
 
     @property
     def largest(self) -> int:
@@ -69,65 +115,89 @@ class Units:
     def segments(self, u0: int, u1: int, r0: int, r1: int) -> tuple[Tensor, Tensor]:
         """The sequences of a group [S] (chosen, then rejected, of a pair) and each row's place among them [n]."""
         device = self.kept.device
-        if self.loss.unit == "batch":
+        if self.unit == "batch":
             u0, u1 = 0, self.sequences
         ids = torch.arange(u0, u1, device=device)
-        if self.loss.unit == "pair":
+        if self.unit == "pair":
             half = self.sequences // 2
             ids = torch.cat((ids, ids + half))
         place = torch.zeros(self.sequences, dtype=torch.int64, device=device)
         place[ids] = torch.arange(len(ids), device=device)
         return ids, place[self.sequence[r0:r1]]
 
-    def side(self, level: str, value: Tensor, u0: int, u1: int, rows: Tensor, ids: Tensor | None) -> Tensor:
-        if level == "token":
-            return value.reshape(-1)[rows]
-        if level == "sequence":
-            return value[ids]
-        return value[u0:u1] if level == "unit" else value
+
+class Fields(NamedTuple):
+    """What a loss may read of its rows, [n] each."""
+
+    logp: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+
+    @staticmethod
+    def of(fields: tuple[Tensor, ...]) -> Fields:
+        """From the fields of log-probs, in float64: what a sum of 1e5 loses in float32, a loss of its exp sees."""
+        logp, entropy, _, log_sum_sq_probs = fields[:4]
+        return Fields(logp.double(), entropy.double(), log_sum_sq_probs.double())
 
 
 def unit_values(
-    units: Units, hyper: dict, side: dict[str, Tensor], span: tuple[int, int, int, int], logp: Tensor, entropy: Tensor
+    units: Units, call: LossCall, side: list[Tensor], span: tuple[int, int, int, int], fields: Fields
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each unit of a group (of each row, for losses that keep tokens apart) and its metrics, from the
-    log-probs [n] and entropies [n] of its rows."""
-    loss, (u0, u1, r0, r1) = units.loss, span
-    kwargs, ids, inputs = dict(hyper), None, [logp, entropy]
-    if loss.unit != "token":
-        ids, place = units.segments(u0, u1, r0, r1)
-        if loss.tokens:
-            kwargs["sequence"] = place
-        else:
-            # float64: a float32 running sum over a long completion loses what a loss of its exp sees
-            zero = logp.new_zeros(len(ids), dtype=torch.float64)
-            inputs = [zero.index_add(0, place, x.double()).to(x.dtype) for x in inputs]
-        if loss.lengths:
-            kwargs["lengths"] = torch.bincount(place, minlength=len(ids)).to(logp.dtype)
-    if loss.entropy:
-        kwargs["entropy"] = inputs[1]
-    for name, level in loss.side.items():
-        kwargs[name] = units.side(level, side[name], u0, u1, units.kept[r0:r1], ids)
-    return loss.fn(inputs[0], **kwargs)
+    """The values of a group's loss and of its metrics, float64."""
+    loss, (u0, u1, r0, r1) = call.loss, span
+    logp = fields.logp if call.gate is None else call.gate(fields.logp)
+    entropy = fields.entropy if call.with_entropy else fields.entropy.detach()
+    found = {"logps": logp, "entropy": entropy, "log_sum_sq_probs": fields.log_sum_sq_probs.detach()}
+    ids, place = units.segments(u0, u1, r0, r1) if loss.unit != "token" else (None, None)
+
+    def total(x: Tensor) -> Tensor:
+        assert ids is not None and place is not None
+        return x.new_zeros(len(ids)).index_add(0, place, x)
+
+    if place is not None:
+        if loss.per != "token":
+            found = {name: total(x) for name, x in found.items()}
+        found |= {"lengths": total(torch.ones_like(logp)), "sequence": place}
+
+    def pick(level: Level, value: Tensor) -> Tensor:
+        if level in ("token", "sum"):
+            value = value.reshape(-1)[units.kept[r0:r1]]
+        elif level == "sequence":
+            value = value[ids]
+        value = value.double() if value.is_floating_point() else value
+        return total(value * logp) if level == "sum" else value
+
+    kwargs = {name: found[name] for name in loss.needs if name in found}
+    kwargs |= {name: pick(loss.side[name], value) for name, value in zip(call.given, side)}
+    return loss.fn(found["logps"], **kwargs, **call.hyper)
 
 
 def coefficients(
     units: Units,
-    hyper: dict,
-    side: dict[str, Tensor],
+    call: LossCall,
+    side: list[Tensor],
     span: tuple[int, int, int, int],
-    logp: Tensor,
-    entropy: Tensor,
+    fields: Fields,
     scale: Tensor,
     train: bool,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """A group's loss, its metrics' sums, and g = dL/dlogp, dL/dentropy of its rows: the one derivative, on n floats."""
-    derive = train and len(logp) > 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """A group's loss, its metrics' sums [M], and g = dL/dlogp, dL/dentropy of its rows: the one derivative, on n floats
+    of float64."""
+    derive, bonus = train and len(fields.logp) > 0, call.with_entropy
     with torch.set_grad_enabled(derive):
-        leaves = [logp.detach().requires_grad_(derive), entropy.detach().requires_grad_(derive and units.loss.entropy)]
-        values, metrics = unit_values(units, hyper, side, span, *leaves)
+        leaves = [fields.logp.detach().requires_grad_(derive), fields.entropy.detach().requires_grad_(derive and bonus)]
+        rows = fields._replace(logp=leaves[0], entropy=leaves[1])
+        values, metrics = unit_values(units, call, side, span, rows)
         total = values.sum() * scale
-        wanted = leaves if units.loss.entropy else leaves[:1]
-        found = torch.autograd.grad(total, wanted) if derive else tuple(torch.zeros_like(x) for x in wanted)
-    sums = {k: v.detach().sum() for k, v in metrics.items()}
-    return total.detach(), sums, found[0], found[1] if units.loss.entropy else None
+        wanted = leaves if bonus else leaves[:1]
+        if derive:
+            found = torch.autograd.grad(total, wanted, materialize_grads=True)
+        else:
+            found = [torch.zeros_like(x) for x in wanted]
+    return total.detach(), sum_metrics(call, metrics, total), found[0], found[1] if bonus else None
+
+
+def sum_metrics(call: LossCall, metrics: dict[str, Tensor], like: Tensor) -> Tensor:
+    """[M], in the order of the loss; 0 for what this call does not measure."""
+    sums = [metrics[name].detach().sum() if name in metrics else like.new_zeros(()) for name in call.loss.metrics]
+    return torch.stack(sums) if sums else like.detach().new_zeros(0)

@@ -212,6 +212,13 @@ def dpo(module: type, x: dict, targets: Tensor, given: dict, **options) -> tuple
         dict(loss_type="robust", label_smoothing=0.2, chunk_size=2),
         dict(compute_nll_loss=True, alpha=0.3),
         dict(compute_nll_loss=True, chunk_size=3, alpha=2.0),
+        dict(loss_type="exo_pair", label_smoothing=0.01),
+        dict(loss_type="nca_pair"),
+        dict(loss_type="bco_pair"),
+        dict(loss_type="sppo_hard"),
+        dict(loss_type="apo_zero"),
+        dict(loss_type="apo_down"),
+        dict(loss_type="discopop", discopop_tau=0.5),
     ],
     ids=str,
 )
@@ -373,6 +380,34 @@ def test_liger_grpo(options: dict[str, Any], loss_type: str, level: str, head: d
     same_gradients(ours[0], peer[0], x)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(loss_type="luspo", importance_sampling_level="sequence", beta=0.0),
+        dict(loss_type="luspo", importance_sampling_level="sequence", beta=0.0, vllm=(B, 1), delta=1.1),
+        dict(loss_type="cispo", epsilon_high=1.1, vllm=(B, T), items=40),
+        dict(loss_type="cispo", epsilon_high=5.0, beta=0.0),
+        dict(loss_type="sapo"),
+        dict(loss_type="sapo", sapo_temperature_pos=2.0, sapo_temperature_neg=0.7, use_bias_correction_kl=True),
+        dict(loss_type="vespo", items=40),
+        dict(loss_type="vespo", vespo_k_pos=1.5, vespo_lambda_pos=2.0, vespo_k_neg=1.0, vespo_lambda_neg=0.5),
+        dict(loss_type="dapo", use_bias_correction_kl=True, beta=0.4),
+        dict(loss_type="grpo", use_bias_correction_kl=True, beta=0.4, importance_sampling_level="sequence"),
+    ],
+    ids=str,
+)
+def test_liger_grpo_family(options: dict[str, Any]):
+    x, options = leaves(), dict(options)
+    given: dict[str, Any] = dict(num_items_in_batch=options.pop("items", None))
+    given |= dict(old_per_token_logps=policy_logps(x, 1.0, 13), ref_per_token_logps=policy_logps(x, 1.0, 14))
+    if "vllm" in options:
+        given["vllm_is_ratio"] = normal(*options.pop("vllm"), seed=15).exp()
+    ours, peer = (grpo(m, x, given, **options) for m in (compat.LigerFusedLinearGRPOLoss, LigerFusedLinearGRPOLoss))
+    same("loss", ours[0], peer[0], scale=0.1)
+    same("metrics", ours[1], peer[1])
+    same_gradients(ours[0], peer[0], x)
+
+
 def test_liger_grpo_done_right():
     x = leaves()
     given = dict(ref_per_token_logps=policy_logps(x, 1.0, 14))
@@ -393,17 +428,16 @@ def test_liger_grpo_done_right():
 
 
 REFUSED = [
-    (compat.LigerFusedLinearDPOLoss, dict(loss_type="apo_zero"), "loss_type='apo_zero' is not served; one of sigmoid"),
-    (compat.LigerFusedLinearDPOLoss, dict(loss_type="ipo"), "loss_type='ipo' is not served"),
-    (compat.LigerFusedLinearDPOLoss, dict(loss_type="hinge", label_smoothing=0.1), "label_smoothing=0.1 is not served"),
+    (compat.LigerFusedLinearDPOLoss, dict(loss_type="aot"), "loss_type='aot' is not served; one of sigmoid"),
+    (compat.LigerFusedLinearDPOLoss, dict(loss_type="ipo", average_log_prob=True), "average_log_prob=True is not"),
+    (compat.LigerFusedLinearDPOLoss, dict(loss_type="hinge", label_smoothing=0.1), "label_smoothing=0.1 is read by"),
+    (compat.LigerFusedLinearDPOLoss, dict(loss_type="exo_pair"), "exo_pair needs label_smoothing above 0"),
     (compat.LigerFusedLinearDPOLoss, dict(label_smoothing=0.5), r"label_smoothing must lie in \[0, 0.5\), got 0.5"),
-    (compat.LigerFusedLinearDPOLoss, dict(discopop_tau=0.1), "discopop_tau=0.1 is not served"),
+    (compat.LigerFusedLinearDPOLoss, dict(discopop_tau=0.1), "discopop_tau=0.1 is read by loss_type discopop, not"),
     (compat.LigerFusedLinearDPOLoss, dict(beta=0.0), "beta must be above 0, got 0.0"),
     (compat.LigerFusedLinearKTOLoss, dict(beta=-1.0), "beta must be above 0, got -1.0"),
-    (compat.LigerFusedLinearGRPOLoss, dict(loss_type="cispo"), "loss_type='cispo' is not served; one of grpo, bnpo"),
-    (compat.LigerFusedLinearGRPOLoss, dict(use_bias_correction_kl=True), "use_bias_correction_kl=True is not served"),
-    (compat.LigerFusedLinearGRPOLoss, dict(sapo_temperature_pos=2.0), "sapo_temperature_pos=2.0 is not served"),
-    (compat.LigerFusedLinearGRPOLoss, dict(vespo_k_neg=2.0), "vespo_k_neg=2.0 is not served"),
+    (compat.LigerFusedLinearGRPOLoss, dict(loss_type="gmpo"), "loss_type='gmpo' is not served; one of grpo, bnpo"),
+    (compat.LigerFusedLinearGRPOLoss, dict(loss_type="luspo"), "importance_sampling_level='token' is not served"),
 ]  # fmt: skip
 
 

@@ -245,10 +245,13 @@ def test_grpo_pieces_equal_the_whole(loss_type: str, num_items: int, level: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(loss_type="luspo"), "loss_type must be one of grpo, bnpo, dr_grpo, dapo, got 'luspo'"),
-        (dict(importance_sampling_level="word"), "importance_sampling_level must be token or sequence, got 'word'"),
+        (dict(loss_type="gmpo"), "loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, .*, got 'gmpo'"),
+        (
+            dict(importance_sampling_level="word"),
+            "importance_sampling_level must be .* token, sequence, got 'word'",
+        ),
         (dict(epsilon=-0.1), "epsilon and epsilon_high must not be negative, got -0.1 and -0.1"),
-        (dict(delta=0.0), "delta must be above 0 or None, got 0.0"),
+        (dict(delta=0.0), "delta must be above 0, got 0.0"),
         (dict(beta=0.04), r"beta=0.04 needs ref_logps \[B, T\]"),
         (dict(loss_type="dr_grpo"), "needs max_completion_length above 0, got None"),
         (dict(old_logps=torch.zeros(B)), r"old_logps must have shape \(5, 7\), got \(5,\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def linear_cross_entropy(
         raise ValueError(f"filter_eps must be a number, auto, high or None, got {filter_eps!r}")
     if shift:
         e, targets = e[..., :-1, :], targets[..., 1:]
-    head = dict(bias=bias, softcap=softcap, ignore_index=ignore_index)
+    head: dict[str, Any] = dict(bias=bias, softcap=softcap, ignore_index=ignore_index)
     if reduction == "none":
         return -linear_logprobs(e, c, targets, **head).logp
     if reduction not in ("mean", "sum"):

@@ -1,20 +1,27 @@
 """Losses: pure functions of log-probs, one small file per family. They know no model, device, mask or kernel.
 
-A loss says its *unit*, the smallest piece of a batch at which its value is closed:
+A loss says its *unit*, the smallest piece of a batch at which its value is closed: a token, a sequence, a pair (chosen
+half, rejected half) or the batch, and the *side* tensors it takes. Normalisers are applied outside. How they hang
+together:
 
-    token      logps [n] of tokens                     -> [n]
-    sequence   logps [S] summed over each sequence     -> [S]
-    pair       logps [2P], chosen half, rejected half  -> [P]
-    batch      logps [S] of all sequences of the call  -> [S]
-
-and the *side* tensors it takes, each at a level: token, sequence, unit or batch. Normalisers are applied outside.
+    dpo      Bradley-Terry on log-ratios; cpo the same on log-probs, the reward model on scores
+    kto      marks in place of pairs; apo_zero_unpaired is kto with z0 = 0; bco a logistic regression of the mark
+    grpo     ppo_clip with a group's baseline; gspo, rloo: the same with one ratio per sequence
+    reinforce  the gradient of ppo_clip on fresh samples
 """
 
+from align_kernels.losses.cpo import cpo, orpo, slic
 from align_kernels.losses.dpo import dpo
-from align_kernels.losses.grpo import grpo, gspo
-from align_kernels.losses.kto import kto
-from align_kernels.losses.ppo import ppo_clip, ppo_clip_entropy
+from align_kernels.losses.gate import ProbGate
+from align_kernels.losses.grpo import grpo
+from align_kernels.losses.kto import bco, kto
+from align_kernels.losses.ppo import ppo_clip
 from align_kernels.losses.registry import LOSSES, Loss
+from align_kernels.losses.reinforce import reinforce, rloo
+from align_kernels.losses.reward import reward
 from align_kernels.losses.sft import sft
 
-__all__ = ["LOSSES", "Loss", "dpo", "grpo", "gspo", "kto", "ppo_clip", "ppo_clip_entropy", "sft"]
+__all__ = [
+    "LOSSES", "Loss", "ProbGate", "bco", "cpo", "dpo", "grpo", "kto", "orpo", "ppo_clip", "reinforce", "reward", "rloo",
+    "sft", "slic",
+]  # fmt: skip

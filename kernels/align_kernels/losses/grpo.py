@@ -1,89 +1,215 @@
 """Group-relative policy optimisation: PPO's clipped ratio, its advantages normalised within the answers to a prompt.
 
-How tokens are averaged is a weight per token, an input of the loss: see `token_weights`.
+A loss type is a policy term and an average over tokens. The average is a weight per token, an input of the loss: see
+`token_weights`. With one ratio per sequence the clipped term is GSPO.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from align_kernels.losses.common import bounded_exp
+from align_kernels.losses.corrections import Sums, off_policy_keep, sampler_ratio, top_entropy
+from align_kernels.losses.kl import KL_ESTIMATORS
+from align_kernels.losses.ppo import RATIO_LIMIT, clip_surrogate
 from align_kernels.losses.registry import loss
 
-SIDE = {"old_logps": "token", "advantages": "token", "ref_logps": "token", "weights": "token"}
-AVERAGES = ("grpo", "bnpo", "dr_grpo", "dapo")
-METRICS = ("kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+Value = tuple[Tensor, dict[str, Tensor]]  # (n,) each
+LEAST_RATIO = math.log(1e-8)  # of VESPO's weights
 
 
-def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log ref - log pi: an estimate of KL(pi || ref) that is never negative."""
-    d = ref_logps - logps
-    return torch.expm1(d) - d
+class Policy(NamedTuple):
+    """Tokens, and how likely they are beside the policy that sampled them: (n,) each."""
+
+    logps: Tensor
+    log_ratio: Tensor  # log pi - log pi_old of each token
+    ratio: Tensor  # pi / pi_old of each token, or of its sequence
+    advantages: Tensor
+    total: Sums
+    sampler: Tensor | None  # importance ratio of the training engine over a foreign sampler
 
 
-def clipped_with_kl(
-    log_ratio: Tensor,  # (n,)
-    logps: Tensor,  # (n,)
-    *,
-    advantages: Tensor,  # (n,)
-    ref_logps: Tensor,  # (n,), not read where beta is 0
-    weights: Tensor,  # (n,)
-    epsilon: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-) -> tuple[Tensor, dict[str, Tensor]]:  # (n,)
-    """w (-min(min(r, delta) A, clip(r, 1 - e, 1 + e_high) A) + beta k3)."""
-    ratio = log_ratio.exp()
-    free = ratio if delta is None else ratio.clamp(max=delta)
-    value = -torch.minimum(free * advantages, ratio.clamp(1 - epsilon, 1 + epsilon_high) * advantages)
-    kl = torch.zeros_like(value)
-    if beta:
-        kl = k3(logps, ref_logps)
-        value = value + beta * kl
-    low = (ratio < 1 - epsilon) & (advantages < 0)
-    high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    measured = (kl.detach(), *(x.to(ratio.dtype) for x in (low, high, low | high)))
-    return weights * value, dict(zip(METRICS, measured))
+class Options(NamedTuple):
+    """Hyper-parameters that some of the terms read."""
+
+    epsilon: float = 0.2
+    epsilon_high: float = 0.2
+    delta: float | None = None
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
 
 
-@loss("token", side=SIDE, metrics=METRICS, sparse=True)
-def grpo(
-    logps: Tensor,  # (n,)
-    *,
-    old_logps: Tensor,  # (n,), not read where on_policy
-    on_policy: bool = False,  # the sampling policy is the present one: ratio 1, gradient of the log-prob
-    **rest,
-) -> tuple[Tensor, dict[str, Tensor]]:  # (n,)
-    """One ratio per token, arXiv:2402.03300 eq. 3 and 4."""
-    return clipped_with_kl(logps - (logps.detach() if on_policy else old_logps), logps, **rest)
+# -- policy terms ---------------------------------------------------------------------------------------------------
+def clip(p: Policy, o: Options) -> Value:
+    """PPO-clip, arXiv:2402.03300 eq. 3; with a ratio per sequence GSPO, arXiv:2507.18071 eq. 5 and 7."""
+    low = (p.ratio < 1 - o.epsilon) & (p.advantages < 0)
+    high = (p.ratio > 1 + o.epsilon_high) & (p.advantages > 0)
+    flags = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
+    value = clip_surrogate(p.ratio, p.advantages, o.epsilon, o.epsilon_high, o.delta)
+    return value, {name: x.to(value.dtype) for name, x in flags.items()}
 
 
-@loss("sequence", side=SIDE, metrics=METRICS, tokens=True, lengths=True, sparse=True)
-def gspo(
-    logps: Tensor,  # (n,)
-    *,
-    sequence: Tensor,  # (n,) which of the S sequences a token belongs to
-    lengths: Tensor,  # (S,)
-    old_logps: Tensor,  # (n,), not read where on_policy
-    on_policy: bool = False,
-    **rest,
-) -> tuple[Tensor, dict[str, Tensor]]:  # (n,)
-    """One ratio per sequence, exp of its mean log-ratio, arXiv:2507.18071 eq. 7."""
-    log_ratio = logps - (logps.detach() if on_policy else old_logps)
-    mean = torch.zeros_like(lengths).index_add(0, sequence, log_ratio) / lengths.clamp(min=1)
-    return clipped_with_kl(mean[sequence], logps, **rest)
+def cispo(p: Policy, o: Options) -> Value:
+    """-sg(min(r, epsilon_high)) A log pi, arXiv:2506.13585 eq. 4: every token keeps its gradient."""
+    value = -p.ratio.detach().clamp(max=o.epsilon_high) * p.advantages * p.logps
+    clipped = (p.ratio > o.epsilon_high) & (p.advantages > 0)
+    return value, {"cispo_clip_ratio": clipped.to(value.dtype)}
+
+
+def sapo(p: Policy, o: Options) -> Value:
+    """-(4 / tau) sigma(tau (r - 1)) A with tau by the sign of A: a soft gate for the clip, arXiv:2511.20347 eq. 5."""
+    tau = torch.where(p.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
+    return -(tau * (p.ratio - 1)).sigmoid() * 4 / tau * p.advantages, {}
+
+
+def vespo(p: Policy, o: Options) -> Value:
+    """-sg(phi(w)) A log pi, phi(w) = exp(lambda) w^k exp(-lambda w) of the sequence's ratio w, arXiv:2602.10693.
+
+    k and lambda by the sign of A; the correction for a foreign sampler is part of w.
+    """
+    log_w = p.total(p.log_ratio.detach().clamp(-RATIO_LIMIT, RATIO_LIMIT))
+    if p.sampler is not None:
+        log_w = log_w + p.total(p.sampler.log().clamp(LEAST_RATIO, RATIO_LIMIT))
+    log_w, good = log_w.clamp(LEAST_RATIO, RATIO_LIMIT), p.advantages >= 0
+    k = torch.where(good, o.vespo_k_pos, o.vespo_k_neg)
+    rate = torch.where(good, o.vespo_lambda_pos, o.vespo_lambda_neg).clamp(min=1e-4)
+    phi = (rate + k * log_w - rate * log_w.exp()).exp()
+    return -phi * p.advantages * p.logps, {"vespo/phi_seq_mean": phi}
+
+
+class Term(NamedTuple):
+    value: Callable[[Policy, Options], Value]
+    metrics: tuple[str, ...] = ()
+
+
+CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+TERMS = {
+    "clip": Term(clip, CLIPPED),
+    "cispo": Term(cispo, ("cispo_clip_ratio",)),
+    "sapo": Term(sapo),
+    "vespo": Term(vespo, ("vespo/phi_seq_mean",)),
+}
+
+
+class LossType(NamedTuple):
+    term: str
+    average: str  # see token_weights
+    counts: str  # what num_items counts
+
+
+LOSS_TYPES = {
+    "grpo": LossType("clip", "sequence mean", "sequences"),
+    "bnpo": LossType("clip", "token mean", "calls"),
+    "dr_grpo": LossType("clip", "constant", "sequences"),
+    "dapo": LossType("clip", "sum", "tokens"),
+    "luspo": LossType("clip", "sum", "sequences"),
+    "cispo": LossType("cispo", "sum", "tokens"),
+    "sapo": LossType("sapo", "sequence mean", "sequences"),
+    "vespo": LossType("vespo", "sum", "tokens"),
+}
 
 
 def token_weights(loss_type: str, mask: Tensor, max_completion_length: int | None) -> Tensor:
     """What a token's loss counts in the sum that `num_items` divides, (B, T)."""
-    one = torch.ones((), device=mask.device)
-    if loss_type == "grpo":
+    one, average = torch.ones((), device=mask.device), LOSS_TYPES[loss_type].average
+    if average == "sequence mean":
         one = one / mask.sum(1, keepdim=True).clamp(min=1)
-    elif loss_type == "bnpo":
+    elif average == "token mean":
         one = one / mask.sum().clamp(min=1)
-    elif loss_type == "dr_grpo":
+    elif average == "constant":
         if not max_completion_length or max_completion_length <= 0:
-            raise ValueError(f'loss_type="dr_grpo" needs max_completion_length above 0, got {max_completion_length}')
+            raise ValueError(f"{loss_type} needs max_completion_length above 0, got {max_completion_length}")
         one = one / max_completion_length
     return one.expand(mask.shape)
+
+
+# -- the loss -------------------------------------------------------------------------------------------------------
+@loss(
+    "token",
+    side={
+        "old_logps": "token",
+        "advantages": "token",
+        "ref_logps": "token",
+        "sampling_logps": "token",
+        "weights": "token",
+        "entropy_weight": "batch",
+    },
+    metrics=("kl", *(name for term in TERMS.values() for name in term.metrics)),
+    needs=("entropy", "sequence", "lengths"),
+    sparse=True,
+)
+def grpo(
+    logps: Tensor,  # (n,)
+    *,
+    advantages: Tensor,  # (n,)
+    weights: Tensor,  # (n,)
+    old_logps: Tensor | None = None,  # (n,); None: the present policy sampled, ratio 1, gradient of the log-prob
+    ref_logps: Tensor | None = None,  # (n,), read where beta is not 0
+    sampling_logps: Tensor | None = None,  # (n,) as a foreign sampler gave them
+    entropy: Tensor | None = None,  # (n,)
+    entropy_weight: Tensor | None = None,  # () weight of a token's entropy
+    sequence: Tensor | None = None,  # (n,) which of the S sequences a token belongs to
+    lengths: Tensor | None = None,  # (S,)
+    term: str = "clip",
+    level: str = "token",
+    beta: float = 0.0,
+    kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False,
+    off_policy_mask_threshold: float | None = None,
+    top_entropy_quantile: float = 1.0,
+    entropy_coef: float = 0.0,
+    vllm_importance_sampling_mode: str = "sequence_mask",
+    vllm_importance_sampling_clip_min: float | None = None,
+    vllm_importance_sampling_clip_max: float | None = 3.0,
+    **options,
+) -> Value:
+    """weight * (keep * sampler * term + beta * KL) - entropy_coef * entropy of each token, see `TERMS`."""
+
+    def total(x: Tensor) -> Tensor:
+        assert sequence is not None and lengths is not None
+        return torch.zeros_like(lengths).index_add(0, sequence, x)[sequence]
+
+    def length() -> Tensor:
+        assert sequence is not None and lengths is not None
+        return lengths[sequence]
+
+    old = logps.detach() if old_logps is None else old_logps
+    log_ratio = logps - old
+    ratio = bounded_exp(total(log_ratio) / length() if level == "sequence" else log_ratio, RATIO_LIMIT)
+    sampler = keep = None
+    if sampling_logps is not None:
+        bounds = vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max
+        sampler = sampler_ratio(old, sampling_logps, vllm_importance_sampling_mode, *bounds, total)
+    value, metrics = TERMS[term].value(Policy(logps, log_ratio, ratio, advantages, total, sampler), Options(**options))
+    if off_policy_mask_threshold is not None:
+        behaviour = old if sampling_logps is None else sampling_logps
+        value = value * off_policy_keep(logps, behaviour, advantages, off_policy_mask_threshold, length(), total)
+    if top_entropy_quantile < 1:
+        assert entropy is not None
+        keep = top_entropy(entropy, top_entropy_quantile)
+        value = value * keep
+    if sampler is not None and term != "vespo":
+        value = value * sampler
+    kl = torch.zeros_like(logps)
+    if beta:
+        assert ref_logps is not None
+        kl = KL_ESTIMATORS[kl_estimator](logps, ref_logps)
+        kl = kl * ratio if use_bias_correction_kl else kl
+        value = value + beta * kl
+    value = weights * value
+    if entropy_coef:
+        assert entropy is not None and entropy_weight is not None
+        bonus = entropy_weight * entropy
+        if keep is not None:  # a mean over the tokens that are kept
+            bonus = bonus * keep * (len(keep) / keep.sum().clamp(min=1))
+        value = value - entropy_coef * bonus
+    return value, {"kl": kl.detach()} | metrics

@@ -8,34 +8,43 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "pair", "batch"]
+Level = Literal["token", "sum", "sequence", "batch"]
 LOSSES: dict[str, Loss] = {}
 
 
 class Loss(NamedTuple):
     """A loss with what a schedule must know of it.
 
-    `fn(logps, **side, **hyper) -> (loss per unit, {metric: value per unit})`; with `entropy=True` it also takes
-    `entropy=`, at the level of logps, and may be differentiated through it; with `lengths=True` the number of tokens of
-    each sequence; with `tokens=True` logps, values and metrics are one per token [n], and `sequence=` [n] says which of
-    the sequences a token belongs to. `sparse`: many tokens may have a derivative of exactly zero.
+    `fn(logps, **needs, **side, **hyper) -> (values, {metric: values})`, one value per `per`: a token, a sequence or a
+    pair. A loss per token reads log-probs of tokens [n]; the others read their sums over sequences [S], of pairs the
+    chosen half before the rejected half.
     """
 
     name: str
     fn: Callable[..., tuple[Tensor, dict[str, Tensor]]]
-    unit: Unit
-    side: Mapping[str, str] = {}
+    per: Unit
+    unit: Unit  # the smallest piece of a batch at which its values are closed; a call may ask for a coarser one
+    # tensors of the call, each at a level; those that a call leaves out are not passed on
+    #     token     one per token [n]
+    #     sum       a weight per token: the loss reads the sum of weight * log-prob of each sequence [S]
+    #     sequence  one per sequence [S]
+    #     batch     as it is
+    side: Mapping[str, Level] = {}
     metrics: tuple[str, ...] = ()
-    entropy: bool = False
-    lengths: bool = False
-    tokens: bool = False
-    sparse: bool = False
+    # what is made from the batch
+    #     lengths           [S] tokens of each sequence (of a loss per token: where its unit is coarser than a token)
+    #     sequence          [n] which of the sequences a token belongs to (likewise)
+    #     entropy           at the level of logps; differentiated where the hyper-parameter entropy_coef is not 0
+    #     log_sum_sq_probs  at the level of logps, log sum p^2, without gradient
+    needs: tuple[str, ...] = ()
+    sparse: bool = False  # many tokens may have a derivative of exactly zero
 
 
-def loss(unit: Unit, **traits) -> Callable:
+def loss(per: Unit, *, unit: Unit | None = None, **traits) -> Callable:
     """Register a pure function as the loss of its name."""
 
     def register(fn: Callable) -> Callable:
-        LOSSES[fn.__name__] = Loss(fn.__name__, fn, unit, **traits)
+        LOSSES[fn.__name__] = Loss(fn.__name__, fn, per, unit or per, **traits)
         return fn
 
     return register

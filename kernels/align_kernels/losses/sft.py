@@ -6,8 +6,14 @@ from torch import Tensor
 
 from align_kernels.losses.registry import loss
 
+LOSS_TYPES = ("nll", "dft")
+
 
 @loss("token")
-def sft(logps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # (n,) -> (n,)
-    """L = -log pi(y_t | x, y_<t), the cross-entropy of each token."""
-    return -logps, {}
+def sft(logps: Tensor, *, loss_type: str = "nll") -> tuple[Tensor, dict[str, Tensor]]:  # (n,) -> (n,)
+    """With p = pi(y_t | x, y_<t) of each token and sg, which stops the gradient:
+
+    nll  -log p            cross-entropy
+    dft  -sg(p) log p      dynamic fine-tuning, arXiv:2508.05629 eq. 9
+    """
+    return -(logps.detach().exp() if loss_type == "dft" else 1.0) * logps, {}

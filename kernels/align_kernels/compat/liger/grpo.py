@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from align_kernels.compat.liger.common import reference_logps, refuse
 from align_kernels.fused import check_shape, grpo_loss
-from align_kernels.losses.grpo import AVERAGES
+from align_kernels.losses.grpo import LOSS_TYPES
+
+CLIPPED = {"cispo": "cispo_clip_ratio"}  # the metric of other loss types is clip_ratio/region_mean
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -22,13 +24,14 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         compiled, chunk_size: accepted; the planner decides.
         use_ref_model: whether a reference is passed to `forward`. Default True.
         epsilon_low, epsilon_high: limits of the ratio below and above 1. Default 0.2.
-        loss_type: "dapo" (default), "grpo", "bnpo", "dr_grpo". Liger's others are refused, and with them the
-            sapo_* and vespo_* options unless at their defaults.
+        loss_type: "dapo" (default), "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo" (with
+            importance_sampling_level="sequence": over tokens Liger divides by the padded length), "vespo".
         max_completion_length: needed by "dr_grpo".
         importance_sampling_level: "token" (default) or "sequence".
         temperature: the logits are divided by it. Default 1.0.
         delta: upper limit of the ratio before the minimum. Default None.
-        use_bias_correction_kl: refused if True.
+        use_bias_correction_kl: multiply the KL by the ratio. Default False.
+        sapo_*, vespo_*: hyper-parameters of these two losses.
     """
 
     def __init__(
@@ -54,21 +57,11 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         del compiled, chunk_size
-        if loss_type not in AVERAGES:
-            raise ValueError(f"loss_type={loss_type!r} is not served; one of {', '.join(AVERAGES)} is")
-        refuse("the KL term is the plain estimate", use_bias_correction_kl=(use_bias_correction_kl, False))
-        refuse(
-            "it belongs to the loss sapo",
-            sapo_temperature_pos=(sapo_temperature_pos, 1.0),
-            sapo_temperature_neg=(sapo_temperature_neg, 1.05),
-        )
-        refuse(
-            "it belongs to the loss vespo",
-            vespo_k_pos=(vespo_k_pos, 2.0),
-            vespo_lambda_pos=(vespo_lambda_pos, 3.0),
-            vespo_k_neg=(vespo_k_neg, 3.0),
-            vespo_lambda_neg=(vespo_lambda_neg, 2.0),
-        )
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type={loss_type!r} is not served; one of {', '.join(LOSS_TYPES)} is")
+        if loss_type == "luspo":
+            level = (importance_sampling_level, "sequence")
+            refuse("luspo takes one ratio per sequence", importance_sampling_level=level)
         self.beta, self.use_ref_model, self.temperature, self.loss_type = beta, use_ref_model, temperature, loss_type
         self.options = {
             "loss_type": loss_type,
@@ -77,6 +70,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             "delta": delta,
             "beta": beta,
             "importance_sampling_level": importance_sampling_level,
+            "use_bias_correction_kl": use_bias_correction_kl,
+            "sapo_temperature_pos": sapo_temperature_pos,
+            "sapo_temperature_neg": sapo_temperature_neg,
+            "vespo_k_pos": vespo_k_pos,
+            "vespo_lambda_pos": vespo_lambda_pos,
+            "vespo_k_neg": vespo_k_neg,
+            "vespo_lambda_neg": vespo_lambda_neg,
             "max_completion_length": max_completion_length,
         }
 
@@ -103,23 +103,27 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             advantages: [B] or [B, T]; bias: [V].
             ref_per_token_logps: [B, T], or ref_input, ref_weight and ref_bias to make them from.
             old_per_token_logps: [B, T]. Default None: the present policy sampled.
-            vllm_is_ratio: [B], [B, 1] or [B, T], >= 0, a factor on the policy term. Default None.
-            num_items_in_batch: tokens of the whole generation batch over all ranks, for "dapo". Default None: of this
-                call, over all ranks.
+            vllm_is_ratio: [B], [B, 1] or [B, T], >= 0, a factor on the policy term. Default None. Refused beside
+                "vespo", whose weights it is part of: pass sampling_logps to `grpo_loss`.
+            num_items_in_batch: tokens of the whole generation batch over all ranks, for "dapo", "cispo", "vespo".
+                Default None: of this call, over all ranks.
 
         Returns:
-            (loss, (KL unless beta is 0, share of clipped tokens)); the loss alone is differentiable. A token whose
-            vllm_is_ratio is 0 does not count as clipped.
+            (loss, (KL unless beta is 0, share of clipped tokens: 0 for "sapo" and "vespo")); the loss alone is
+            differentiable. A token whose vllm_is_ratio is 0 does not count as clipped.
         """
         check_shape("attention_mask", attention_mask, selected_token_ids.shape)
         targets = selected_token_ids.masked_fill(attention_mask == 0, -100)
         reference = self._reference(ref_per_token_logps, ref_input, ref_weight, ref_bias, targets)
         if vllm_is_ratio is not None:
+            if self.loss_type == "vespo":
+                raise ValueError("vespo takes sampling log-probs, not vllm_is_ratio: use grpo_loss(sampling_logps=...)")
             rows, length = targets.shape
             check_shape("vllm_is_ratio", vllm_is_ratio, *map(torch.Size, ((rows,), (rows, 1), (rows, length))))
             ratio = vllm_is_ratio[:, None] if vllm_is_ratio.dim() == 1 else vllm_is_ratio
             advantages = ratio * (advantages[:, None] if advantages.dim() == 1 else advantages)
             advantages = advantages.expand(targets.shape)
+        by_tokens = LOSS_TYPES[self.loss_type].counts == "tokens"
         out = grpo_loss(
             _input,
             lin_weight,
@@ -127,12 +131,14 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             old_per_token_logps,
             advantages,
             ref_logps=reference,
-            num_items=_tokens_per_rank(targets, num_items_in_batch) if self.loss_type == "dapo" else None,
+            num_items=_tokens_per_rank(targets, num_items_in_batch) if by_tokens else None,
             bias=bias,
             temperature=self.temperature,
             **self.options,
         )
-        return out.loss, tuple(out.metrics[x] for x in ("kl", "clip_ratio/region_mean") if x in out.metrics)
+        clipped = CLIPPED.get(self.loss_type, "clip_ratio/region_mean")
+        reported = [out.metrics["kl"]] if self.beta else []
+        return out.loss, (*reported, out.metrics.get(clipped, torch.zeros_like(out.loss)))
 
     def _reference(
         self,

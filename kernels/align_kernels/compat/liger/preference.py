@@ -6,12 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from align_kernels.compat.liger.common import reference_logps, refuse
-from align_kernels.fused import check_shape, run_loss
+from align_kernels.fused.core import check_positive, check_shape, run_loss
+from align_kernels.fused.dpo import check_options
 from align_kernels.losses.dpo import dpo
 from align_kernels.losses.kto import kto
 from align_kernels.losses.registry import loss
 
-PAIR_TYPES = ("sigmoid", "hinge", "robust")
+PAIR_TYPES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    "ipo",
+)  # fmt: skip
 
 
 # -- losses on per-sequence log-probs, summed or averaged over tokens ---------------------------------------------
@@ -19,7 +23,7 @@ def _score(logps: Tensor, lengths: Tensor, average: bool) -> Tensor:
     return logps / lengths.clamp(min=1) if average else logps
 
 
-@loss("pair", side={"ref_logps": "sequence", "nll_weight": "batch"}, lengths=True)
+@loss("pair", side={"ref_logps": "sequence", "nll_weight": "batch"}, needs=("lengths",))
 def liger_dpo(
     logps: Tensor,  # (2P,)
     *,
@@ -33,7 +37,7 @@ def liger_dpo(
     return value - nll_weight * logps.chunk(2)[0], {}
 
 
-@loss("sequence", side={"ref_logps": "sequence", "desirable": "sequence", "kl": "sequence"}, lengths=True)
+@loss("sequence", side={"ref_logps": "sequence", "desirable": "sequence", "kl": "sequence"}, needs=("lengths",))
 def liger_kto(logps: Tensor, *, lengths: Tensor, average: bool, **rest) -> tuple[Tensor, dict[str, Tensor]]:  # (S,)
     return kto(_score(logps, lengths, average), **rest)
 
@@ -70,9 +74,11 @@ class LigerFusedLinearDPOLoss(nn.Module):
         compiled, chunk_size: accepted; the planner decides.
         use_ref_model: whether a reference is passed to `forward`; False is DPO without one. Default True.
         average_log_prob: score sequences by their mean instead of their sum. Default False.
-        loss_type: "sigmoid" (default), "hinge", "robust". Liger's others are refused.
-        label_smoothing: share of wrong labels, in [0, 0.5). Default 0.0. Liger drops it for "sigmoid".
-        discopop_tau: refused unless at its default.
+        loss_type: Liger's, default "sigmoid", and "ipo", which it lacks: scores are means over tokens, so
+            average_log_prob must be False.
+        label_smoothing: share of wrong labels, in [0, 0.5); above 0 for "exo_pair". Default 0.0. Liger drops it for
+            "sigmoid", "hinge" and others; here it acts on "sigmoid" and raises where a loss type has none.
+        discopop_tau: temperature of "discopop", > 0. Default 0.05; raises beside another loss type.
     """
 
     def __init__(
@@ -93,16 +99,14 @@ class LigerFusedLinearDPOLoss(nn.Module):
         del compiled, chunk_size
         if loss_type not in PAIR_TYPES:
             raise ValueError(f"loss_type={loss_type!r} is not served; one of {', '.join(PAIR_TYPES)} is")
-        if loss_type == "hinge":
-            refuse('loss_type="hinge" has none', label_smoothing=(label_smoothing, 0.0))
-        refuse("it belongs to the loss discopop", discopop_tau=(discopop_tau, 0.05))
-        if not 0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {label_smoothing}")
-        if not beta > 0:
-            raise ValueError(f"beta must be above 0, got {beta}")
+        if loss_type == "ipo":
+            refuse("ipo averages by itself", average_log_prob=(average_log_prob, False))
+        check_options((loss_type,), label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+        check_positive(beta=beta)
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
-        self.loss_type, self.label_smoothing = loss_type, label_smoothing
+        self.options = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
+        self.options |= {"discopop_tau": discopop_tau, "average": average_log_prob}
 
     def forward(
         self,
@@ -131,10 +135,8 @@ class LigerFusedLinearDPOLoss(nn.Module):
         ref = _reference(self, ref_logps, ref_input, ref_weight, ref_bias, target, lengths)
         tokens = lengths.split(pairs)[0].sum().clamp(min=1)
         nll_weight = (self.alpha if self.compute_nll_loss else 0.0) * pairs / tokens
-        hyper = {"beta": self.beta, "loss_type": self.loss_type, "label_smoothing": self.label_smoothing}
         side, head = {"ref_logps": ref, "nll_weight": nll_weight}, dict(bias=bias, ignore_index=self.ignore_index)
-        hyper["average"] = self.average_log_prob
-        out = run_loss("liger_dpo", hyper, _input, lin_weight, target, side, None, head)
+        out = run_loss("liger_dpo", self.options, _input, lin_weight, target, side, None, head)
         scores = _score(out.logps.sum(1), lengths, self.average_log_prob)
         nll = -out.logps[:pairs].sum() / tokens if self.compute_nll_loss else torch.zeros_like(out.loss)
         logits = [x.sum() / n.sum().clamp(min=1) for x, n in zip(out.mean_logit.chunk(2), lengths.chunk(2))]

@@ -1,0 +1,160 @@
+"""What the fused losses share: the call of a registered loss, and its metrics.
+
+Shape letters: B sequences, T positions, P pairs, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from align_kernels import functions, ops
+from align_kernels.api import needs_of, read_head
+from align_kernels.dtensor import local
+from align_kernels.eager import logprobs_eager
+from align_kernels.losses.gate import ProbGate
+from align_kernels.losses.registry import LOSSES, Unit
+from align_kernels.units import LossCall
+
+Items = float | Tensor | None
+
+
+class LossOutput(NamedTuple):
+    """A fused loss: the scalar, TRL's metrics (means over the call), and log-probs.
+
+    `logps` [B, T] per token for token losses, [B] per sequence for the others; it carries no gradient.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    logps: Tensor
+
+
+class Fused(NamedTuple):
+    """A fused loss before its public face: everything per token, ignored positions 0."""
+
+    loss: Tensor  # []
+    metrics: dict[str, Tensor]  # of the loss, entropy, mean_token_accuracy
+    logps: Tensor  # [...]
+    mean_logit: Tensor  # [...]
+    mask: Tensor  # [...] bool
+
+
+def run_loss(
+    name: str,
+    hyper: dict[str, Any],
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    side: Mapping[str, Tensor | None],
+    num_items: Items,
+    head: dict[str, Any],
+    *,
+    unit: Unit | None = None,
+) -> Fused:
+    """The registered loss `name` summed and divided by `num_items` (default: its tokens, sequences or pairs in this
+    call). `head` holds the keywords of `linear_logprobs`, and `prob_gate`; `unit` asks for a coarser unit."""
+    spec = LOSSES[name]
+    spec = spec._replace(unit=unit or spec.unit)
+    head = dict(head)
+    gate = read_gate(head.pop("prob_gate", None))
+    hidden, targets = local("hidden", hidden), local("targets", targets)
+    if spec.unit != "token" and targets.dim() != 2:
+        raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
+    h, settings = read_head(hidden, weight, targets, **head)
+    mask = targets != settings.ignore_index
+    tokens = mask.sum().clamp(min=1)
+    if spec.per == "token":
+        counted = tokens
+    else:
+        counted = torch.tensor(max(len(targets) // (2 if spec.per == "pair" else 1), 1), device=hidden.device)
+    items = torch.as_tensor(counted if num_items is None else num_items, device=hidden.device).double()
+    given = {key: x.detach() for key, x in side.items() if x is not None}
+    text = LossCall(spec, hyper, gate, tuple(given)).encode()
+    sides = list(given.values())
+    shaped = targets if targets.dim() == 2 else targets.reshape(-1)
+    if settings.impl == "eager":
+        fields = functions.loss_late(logprobs_eager(h, settings), shaped, sides, items, text, settings)
+    else:
+        fields = ops.loss(h, shaped, sides, items, text, settings, needs_of(h))
+    loss, sums, logp, entropy, mean_logit, correct = fields
+    metrics = dict(zip(spec.metrics, sums / counted))
+    metrics["entropy"] = entropy.sum() / tokens
+    metrics["mean_token_accuracy"] = correct.sum() / tokens
+    return Fused(loss, metrics, logp.reshape(targets.shape), mean_logit.reshape(targets.shape), mask)
+
+
+def read_gate(gate: ProbGate | float | None) -> ProbGate | None:
+    if gate is None:
+        return None
+    return (ProbGate(*gate) if isinstance(gate, tuple) else ProbGate(float(gate))).check()
+
+
+def kept(targets: Tensor, head: dict[str, Any]) -> Tensor:
+    """The mask of the targets that are not ignored."""
+    return local("targets", targets) != head.get("ignore_index", -100)
+
+
+def share(num_items: Items, units: int, counted: Tensor | int, num_counted: Items) -> Tensor:
+    """Weight of something that is a mean over `num_counted` (default: those `counted` in this call) beside a loss that
+    is a mean over `num_items` (default: its `units` in this call)."""
+    items, of = (torch.as_tensor(own if x is None else x) for x, own in ((num_items, units), (num_counted, counted)))
+    return items.double() / of.double().clamp(min=1)
+
+
+def class_metrics(out: Fused, chosen: Tensor) -> dict[str, Tensor]:
+    """logps and logits of the chosen [B] sequences and of the others: means over sequences, and over tokens."""
+    metrics = {}
+    for word, rows in (("chosen", chosen), ("rejected", ~chosen)):
+        inside = rows[:, None] & out.mask
+        metrics[f"logps/{word}"] = out.logps.where(inside, 0.0).sum() / rows.sum().clamp(min=1)
+        metrics[f"logits/{word}"] = out.mean_logit.where(inside, 0.0).sum() / inside.sum().clamp(min=1)
+    return metrics
+
+
+def pair_output(out: Fused) -> LossOutput:
+    """What a loss of pairs returns."""
+    chosen = torch.arange(len(out.mask), device=out.mask.device) < len(out.mask) // 2
+    return LossOutput(out.loss, out.metrics | class_metrics(out, chosen), out.logps.sum(-1))
+
+
+# -- checks -------------------------------------------------------------------------------------------------------
+def check_shape(name: str, x: Tensor, *shapes: torch.Size) -> None:
+    if not any(tuple(x.shape) == tuple(s) for s in shapes):
+        wanted = " or ".join(str(tuple(s)) for s in shapes)
+        raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
+
+
+def check_pairs(name: str, targets: Tensor) -> None:
+    if targets.dim() != 2 or targets.shape[0] % 2:
+        shape = tuple(targets.shape)
+        raise ValueError(f"{name} needs targets [2P, T], chosen half then rejected half, got shape {shape}")
+
+
+def check_one_of(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def check_positive(**values: float | None) -> None:
+    """Above 0, or None where that is a value."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
+def check_smoothing(value: float) -> None:
+    if not 0 <= value < 0.5:
+        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {value}")
+
+
+def check_unread(loss_types: Any, options: dict[str, tuple[Any, set[str], Any]]) -> None:
+    """Options by name: (value, the loss types that read it, the value that leaves it alone)."""
+    for name, (value, readers, default) in options.items():
+        if value != default and not readers & set(loss_types):
+            raise ValueError(
+                f"{name}={value} is read by loss_type {', '.join(sorted(readers))}, not by {', '.join(loss_types)}"
+            )

@@ -1,0 +1,143 @@
+"""Fused direct preference optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_kernels.fused.core import (
+    Items,
+    LossOutput,
+    check_one_of,
+    check_pairs,
+    check_positive,
+    check_shape,
+    check_smoothing,
+    check_unread,
+    kept,
+    pair_output,
+    run_loss,
+    share,
+)
+from align_kernels.losses.divergences import F_DIVERGENCES
+from align_kernels.losses.dpo import BATCH_TYPES, DIVERGENCE_TYPES, LOSS_TYPES, READERS
+
+
+def dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logps: Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str | Sequence[str] = "sigmoid",
+    label_smoothing: float = 0.0,
+    loss_weights: Sequence[float] | None = None,
+    average: bool = True,
+    f_divergence_type: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    discopop_tau: float = 0.05,
+    dpop_lambda: float = 50.0,
+    num_items: Items = None,
+    num_tokens: Items = None,
+    **head,
+) -> LossOutput:
+    """Direct preference optimisation (arXiv:2305.18290 eq. 7) and its family: formulas in `align_kernels.losses.dpo`.
+
+    Args:
+        hidden: [2P, T, D], the first half chosen, the second rejected; weight: [V, D]; targets: [2P, T].
+        ref_logps: [2P] log-probs of the completions under the reference, summed over tokens; with ld_alpha [2P, T].
+        beta: strength of the tie to the reference, > 0. Default 0.1.
+        loss_type: "sigmoid" (default), "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
+            "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop", or a list of them
+            (MPO; ["sigmoid", "sft"] is RPO). The aot types sort the pairs of one call.
+        label_smoothing: share of wrong labels assumed, in [0, 0.5): cDPO with "sigmoid". Default 0.0.
+        loss_weights: one per loss type of a list. Default None: 1.0 each.
+        average: whether "ipo" scores a completion by its mean over tokens. Default True.
+        f_divergence_type: "reverse_kl" (default), "forward_kl", "js_divergence", "alpha_divergence", for the loss types
+            that read the difference of two scores alone.
+        f_alpha_divergence_coef: alpha of "alpha_divergence". Default 0.5.
+        ld_alpha: LD-DPO's weight of the tokens beyond the pair's shorter completion, in [0, 1]. Default None: 1.0.
+        use_weighting: WPO's weight of each pair by the policy's own probabilities. Default False; not with aot.
+        discopop_tau: temperature of "discopop", > 0. Default 0.05.
+        dpop_lambda: weight of "dpop"'s penalty on chosen log-probs below the reference's, >= 0. Default 50.0.
+        num_items: the normaliser. Default None: the P pairs of this call.
+        num_tokens: the normaliser of "sft". Default None: the chosen tokens of this call.
+        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
+
+    Returns:
+        LossOutput; logps [2P]; metrics rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
+        logps/chosen, logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy.
+
+    Raises:
+        ValueError: an odd number of sequences; an unknown name; a number out of range; an option that none of the loss
+            types reads, or that one of them cannot take.
+    """
+    types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    check_pairs("dpo_loss", targets)
+    for name in types or ("",):
+        check_one_of("loss_type", name, LOSS_TYPES)
+    check_one_of("f_divergence_type", f_divergence_type, F_DIVERGENCES)
+    check_positive(beta=beta)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "average": average}
+    options |= {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda}
+    check_options(types, **options)
+    check_mixture(types, loss_weights, f_divergence_type, use_weighting)
+    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+        raise ValueError(f"ld_alpha must lie in [0, 1], got {ld_alpha}")
+    mask, tail = kept(targets, head), None
+    if ld_alpha is None:
+        check_shape("ref_logps", ref_logps, targets.shape[:1])
+    else:
+        check_shape("ref_logps with ld_alpha", ref_logps, targets.shape)
+        tail = tail_of(mask)
+        ref_logps = (ref_logps.double().where(mask, 0.0) * (1 - (1 - ld_alpha) * tail)).sum(1)
+    side: dict[str, Tensor | None] = {"ref_logps": ref_logps, "tail": tail, "nll_weight": None}
+    pairs = len(targets) // 2
+    if "sft" in types:
+        side["nll_weight"] = share(num_items, max(pairs, 1), mask[:pairs].sum(), num_tokens)
+    hyper = options | {"beta": beta, "loss_type": types, "loss_weights": loss_weights, "ld_alpha": ld_alpha}
+    hyper |= {"f_divergence_type": f_divergence_type, "f_alpha_divergence_coef": f_alpha_divergence_coef}
+    hyper |= {"use_weighting": bool(use_weighting)}
+    unit = "batch" if BATCH_TYPES & set(types) else None
+    return pair_output(run_loss("dpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit))
+
+
+def check_options(types: tuple[str, ...], **options: Any) -> None:
+    """Hyper-parameters that some loss types alone read: in range, and not set in vain."""
+    check_smoothing(options["label_smoothing"])
+    check_positive(discopop_tau=options["discopop_tau"])
+    if not options.get("dpop_lambda", 0.0) >= 0:
+        raise ValueError(f"dpop_lambda must not be negative, got {options['dpop_lambda']}")
+    check_unread(types, {name: (value, *READERS[name]) for name, value in options.items()})
+    if "exo_pair" in types and not options["label_smoothing"] > 0:
+        raise ValueError(
+            f"exo_pair needs label_smoothing above 0, its paper takes 1e-3; got {options['label_smoothing']}"
+        )
+
+
+def check_mixture(
+    types: tuple[str, ...], loss_weights: Sequence[float] | None, f_divergence_type: str, use_weighting: bool
+) -> None:
+    """What single options of the family cannot stand beside."""
+    if loss_weights is not None and len(loss_weights) != len(types):
+        raise ValueError(f"loss_weights needs one per loss type: got {len(loss_weights)} for {', '.join(types)}")
+    rest = set(types) - DIVERGENCE_TYPES
+    if f_divergence_type != "reverse_kl" and rest:
+        raise ValueError(
+            f"f_divergence_type={f_divergence_type!r} has no meaning for {', '.join(sorted(rest))}, which read more "
+            "than the difference of two scores: use reverse_kl"
+        )
+    if use_weighting and BATCH_TYPES & set(types):
+        raise ValueError(f"use_weighting weights pairs, which {', '.join(types)} sorts apart: set it to False")
+
+
+def tail_of(mask: Tensor) -> Tensor:
+    """1.0 at the tokens beyond the length of their pair's shorter completion, else 0.0, (2P, T)."""
+    shorter = torch.minimum(*mask.sum(1).chunk(2)).repeat(2)
+    return (mask & (mask.cumsum(1) > shorter[:, None])).double()
