@@ -15,9 +15,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2Model
 
-from align_kernels import LogitGradClamp, dpo_loss, functions, linear_logprobs, ops, ppo_clip_loss, sft_loss
+from align_kernels import LogitGradClamp, ProbGate, dpo_loss, functions, linear_logprobs, ops, ppo_clip_loss, sft_loss
 from align_kernels.head import Settings, Transform
+from align_kernels.losses import registry
 from align_kernels.schedules import Needs
+from align_kernels.units import LossCall
 
 from .oracle import Case, judge, loss_truth, run, truth
 from .test_logprobs import make, rows, upstream
@@ -174,16 +176,19 @@ def test_opcheck_logprobs(name: str, workspace: int | None):
 @pytest.mark.parametrize("name", NEEDS)
 def test_opcheck_loss(name: str, loss: str):
     tensors, settings = op_inputs(NEEDS[name], None, every=name == "every")
-    side = []
+    hyper, gate, side = {}, None, {}
     if loss == "dpo":
         tensors[0] = tensors[0].detach()[:20].requires_grad_(NEEDS[name].hidden)
         tensors[2] = tensors[2][:20].view(4, 5)
         tensors[4] = None if tensors[4] is None else tensors[4][:20]
-        side = [torch.zeros(4)]
-    hyper = dict(beta=0.1, loss_type="sigmoid", label_smoothing=0.0) if loss == "dpo" else {}
-    text = functions.encode_loss(loss, hyper)
+        hyper, gate, side = (
+            dict(beta=0.1, loss_type=("hinge", "sigmoid")),
+            ProbGate(0.5),
+            dict(ref_logps=torch.zeros(4)),
+        )
+    text = LossCall(registry.LOSSES[loss], hyper, gate, tuple(side)).encode()
     encoded = functions.encode_settings(settings, NEEDS[name])
-    torch.library.opcheck(ops.loss_op, (*tensors, side, torch.tensor(3.0), text, encoded))
+    torch.library.opcheck(ops.loss_op, (*tensors, list(side.values()), torch.tensor(3.0), text, encoded))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
