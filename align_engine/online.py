@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from align_engine import credit, heads
 from align_engine.data import Batch
 from align_engine.data.batches import IGNORE
-from align_kernels import LossOutput, grpo_loss, ppo_clip_loss
+from align_kernels import LossOutput, grpo_loss, ppo_clip_loss, value_loss
+from align_kernels.losses.grpo import LOSS_TYPES
 
 if TYPE_CHECKING:
     from align_engine.experience import Experience
@@ -90,7 +91,8 @@ def grpo_credit(found: Experience, recipe: GrpoRecipe, state: dict[str, Any]) ->
 
 def grpo_units(batch: Batch, recipe: GrpoRecipe) -> int:
     """Tokens, or sequences where the loss is a mean over them."""
-    return len(batch.targets) if recipe.loss.loss_type in ("grpo", "dr_grpo") else batch.num_tokens
+    by_sequence = LOSS_TYPES[recipe.loss.loss_type].counts == "sequences"
+    return len(batch.targets) if by_sequence else batch.num_tokens
 
 
 class ValueHead(nn.Module):
@@ -125,15 +127,15 @@ def ppo(
     assert batch.values is not None and batch.returns is not None
     policy, options = direct(hidden, head, batch, recipe, num_items), recipe.loss
     mask, tokens = batch.targets != IGNORE, max(batch.num_tokens, 1)
-    near = batch.values + (values - batch.values).clamp(-options.cliprange_value, options.cliprange_value)
-    free, clipped = (values - batch.returns) ** 2, (near - batch.returns) ** 2
-    value_sum = 0.5 * torch.maximum(free, clipped).where(mask, 0.0).sum()
-    metrics = policy.metrics | {
+    value = value_loss(
+        values, batch.values, batch.returns, mask, cliprange_value=options.cliprange_value, num_items=num_items
+    )
+    metrics = policy.metrics | value.metrics
+    metrics |= {
         "loss/policy_avg": policy.loss.detach() * num_items / tokens,
-        "loss/value_avg": value_sum.detach() / tokens,
-        "val/clipfrac_avg": ((clipped > free) & mask).sum() / tokens,
+        "loss/value_avg": value.loss.detach() * num_items / tokens,
     }
-    return policy._replace(loss=policy.loss + options.vf_coef * value_sum / num_items, metrics=metrics)
+    return policy._replace(loss=policy.loss + options.vf_coef * value.loss, metrics=metrics)
 
 
 def ppo_credit(found: Experience, recipe: PpoRecipe, state: dict[str, Any]) -> Given:

@@ -127,14 +127,14 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     from transformers import SchedulerType
 
     from align_kernels.dispatch import IMPLS, pick
-    from align_kernels.losses.dpo import LOSS_TYPES
-    from align_kernels.losses.grpo import AVERAGES
+    from align_kernels.losses.dpo import LOSS_TYPES as PAIR_TYPES
+    from align_kernels.losses.grpo import LOSS_TYPES as GROUP_TYPES
 
     values = recipes.flat(recipe)
     policy.check_path(values.get("ref_model_name_or_path") or recipe.model.model_name_or_path)
     choices = {
         "impl": IMPLS,
-        "loss_type": AVERAGES if isinstance(recipe, GrpoRecipe) else LOSS_TYPES,
+        "loss_type": GROUP_TYPES if isinstance(recipe, GrpoRecipe) else PAIR_TYPES,
         "lr_scheduler_type": [kind.value for kind in SchedulerType],
     }
     for name, known in choices.items():
