@@ -7,6 +7,8 @@
     checkpoint-000050/    everything needed to go on after step 50
     final/                the trained model and its tokenizer
     report.html, plots/   the curves
+    marks/                completions for people to score
+    round-1/              samples, pairs and model of a round (see align_engine.iterate)
 
 Folders and files are written under a name that ends in `.tmp`, flushed to the disk and renamed.
 """
@@ -23,7 +25,8 @@ from typing import Any
 
 from align_engine.errors import BadInput, RunFailed
 
-OWN = ("run.json", "recipe.yaml", "metrics.jsonl", "reference-*", "checkpoint-*", "final*", "report.html", "plots")
+OWN = ("run.json", "recipe.yaml", "metrics.jsonl", "reference-*", "checkpoint-*", "final*", "report.html", "plots",
+       "round-*", "marks")  # fmt: skip
 
 
 class RunFolder:

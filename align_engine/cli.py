@@ -37,6 +37,7 @@ RECIPES: dict[str, type[recipes.Recipe]] = {
     "direct": recipes.DirectRecipe,
     "grpo": recipes.GrpoRecipe,
     "ppo": recipes.PpoRecipe,
+    "iterate": recipes.IterateRecipe,
 }
 
 
@@ -76,9 +77,14 @@ def train(name: str, arguments: list[str]) -> None:
     recipe = parse(name, arguments)
     recipes.check(recipe)
     quiet_libraries()
-    from align_engine.run import train
+    if isinstance(recipe, recipes.IterateRecipe):
+        from align_engine.iterate import iterate
 
-    train(name, recipe)
+        iterate(recipe)
+    else:
+        from align_engine.run import train
+
+        train(name, recipe)
 
 
 def parse(name: str, arguments: list[str]) -> recipes.Recipe:
@@ -184,6 +190,7 @@ COMMANDS = {
     "direct": Command(train, "direct RL (REINFORCE, RLOO) from what people or programs say of sampled answers"),
     "grpo": Command(train, "group-relative policy optimisation on sampled answers and reward functions"),
     "ppo": Command(train, "proximal policy optimisation on sampled answers, with a critic and a KL penalty"),
+    "iterate": Command(train, "rounds of sampling, scoring, pairing and preference optimisation"),
     "env": Command(environment, "versions, devices, and which backend each kernel takes here and why not another"),
     "demo": Command(demo, "make data, train SFT then DPO on this machine, score both on held-out prompts"),
 }

@@ -7,25 +7,22 @@ number, so that credit needs no collective (groups are never split) and windows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from align_engine import rewards as scoring
-from align_engine.credit import nanstd
 from align_engine.data import Batch, collate_rollouts, epoch_order
 from align_engine.data.batches import IGNORE
-from align_engine.data.formats import is_conversational
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import OnlineRecipe, flat
 from align_engine.reference import token_logps
 from align_engine.rollout import Completion, Sampler, sample_all
-from align_engine.source import Source
+from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,13 +101,6 @@ class Rollouts(Source):
         """Completions of these numbers, collated."""
         return self.collate([self.experience[i] for i in rows])
 
-    def prompt_rows(self, number: int) -> list[int]:
-        """Numbers of the prompts of a rollout: the next ones of an endless row of permutations."""
-        n, first = len(self.rows), number * self.prompts_per_rollout
-        return [
-            epoch_order(n, self.seed, place // n)[place % n] for place in range(first, first + self.prompts_per_rollout)
-        ]
-
     def prepare(self, step: int, clock: Clock) -> None:
         """Have the rollout that a step learns from."""
         if self.number != (number := step // self.steps_per_rollout):
@@ -119,7 +109,9 @@ class Rollouts(Source):
     def collect(self, number: int, clock: Clock) -> None:
         """Sample rollout `number` from the present policy, score it, and give its tokens their credit."""
         settings, engine = self.settings, self.engine
-        asked = [row for row in self.prompt_rows(number) for _ in range(settings.num_generations)]
+        first, count = number * self.prompts_per_rollout, self.prompts_per_rollout
+        chosen = [endless_order(len(self.rows), self.seed, place) for place in range(first, first + count)]
+        asked = [row for row in chosen for _ in range(settings.num_generations)]
         prompts = self.rows[asked]["prompt_ids"]
         batch_size, seeds = settings.per_device_generation_batch_size, (self.seed, number)
         with clock("generate"):
@@ -131,9 +123,7 @@ class Rollouts(Source):
         ]  # fmt: skip
         with clock("score"):
             scores = self.score(number, asked, completions)
-        rewards = scoring.combine(scores, settings.reward_weights)
-        if settings.missing_eos_penalty is not None:
-            rewards -= settings.missing_eos_penalty * torch.tensor([not one.ended for one in completions])
+        rewards = scoring.combine(scores, settings, [one.ended for one in completions])
         if rewards.isnan().all():
             raise RunFailed(f"rollout {number}: none of its {len(rewards)} completions could be scored")
         with clock("measure"):
@@ -148,31 +138,22 @@ class Rollouts(Source):
             for row, values, length in zip(self.experience, table, lengths.tolist()):
                 row[name] = values[:length].float().clone()
         self.number = number
-        metrics |= rollout_metrics(completions) | self.reward_metrics(scores, rewards)
+        metrics |= length_metrics([len(one.ids) for one in completions], [one.ended for one in completions])
+        metrics |= scoring.reward_metrics(self.rewards, scores, rewards, settings.num_generations)
         for name, value in metrics.items():
             engine.progress.sums.add(name, float(value), 1)
 
     def score(self, number: int, asked: list[int], completions: list[Completion]) -> Tensor:
         """[R, F] float64: what each scorer says. Ranks share the groups out."""
-        columns = self.columns[[self.rows["index"][row] for row in asked]]
-        prompts = columns.pop("prompt")
-        texts = self.tokenizer.batch_decode([one.ids for one in completions], skip_special_tokens=True)
-        said = [
-            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-            for prompt, text in zip(prompts, texts)
-        ]
-        answers = scoring.Answers(prompts, said, [one.ids for one in completions], columns)
+        columns = self.columns[self.rows[asked]["index"]]
+        answers = scoring.Answers.of(columns, [one.ids for one in completions], self.tokenizer)
         accelerator = self.engine.accelerator
-        if self.settings.reward_funcs == [scoring.HUMAN]:
-            if not self.folder.checkpoint(self.engine.progress.step).exists():
-                self.engine.save(self.folder)
-            with accelerator.main_process_first():
-                return scoring.human_scores(self.folder.path / "marks", number, answers)
-        size = self.settings.num_generations
-        groups = np.array_split(range(self.prompts_per_rollout), accelerator.num_processes)[accelerator.process_index]
-        mine = slice(int(groups[0]) * size, (int(groups[-1]) + 1) * size) if len(groups) else slice(0)
-        part = scoring.score(self.rewards, answers[mine]).tolist() if len(groups) else []
-        return torch.tensor(gather_object(part), dtype=torch.float64)
+        if self.settings.reward_funcs != [scoring.HUMAN]:
+            return scoring.score_over_ranks(self.rewards, answers, self.settings.num_generations, accelerator)
+        if not self.folder.checkpoint(self.engine.progress.step).exists():
+            self.engine.save(self.folder)
+        with accelerator.main_process_first():
+            return scoring.human_scores(self.folder.path / "marks", number, answers)
 
     def measure(self) -> dict[str, Tensor]:
         """Log-probs of the rollout under policy and reference, and values, where they are needed: name -> [R, T]."""
@@ -200,19 +181,6 @@ class Rollouts(Source):
         parts = sorted(gather_object(list(zip(rows, columns))), key=lambda part: part[0])
         return pad_sequence([column for _, column in parts], batch_first=True).permute(2, 0, 1)
 
-    def reward_metrics(self, scores: Tensor, rewards: Tensor) -> dict[str, float | Tensor]:
-        """Means and spreads of the rewards, as TRL names them."""
-        spread = nanstd(rewards.view(-1, self.settings.num_generations))
-        found: dict[str, float | Tensor] = {
-            "reward": rewards.nanmean(),
-            "reward_std": spread.mean(),
-            "frac_reward_zero_std": (spread < 1e-8).double().mean(),
-        }
-        for reward, column in zip(self.rewards, scores.T):
-            found[f"rewards/{reward.name}/mean"] = column.nanmean().nan_to_num()
-            found[f"rewards/{reward.name}/std"] = nanstd(column)
-        return found
-
     def state_dict(self) -> dict[str, Any]:
         """The rollout, where steps on it are left, and the credit's state."""
         done = (self.engine.progress.step % self.steps_per_rollout) == 0
@@ -226,15 +194,11 @@ class Rollouts(Source):
         self.number, self.experience, self.state = state["number"], state["experience"], state["state"]
 
 
-def rollout_metrics(completions: list[Completion]) -> dict[str, float | Tensor]:
-    """Lengths of the completions in tokens, and the share of those cut off."""
-    lengths = torch.tensor([float(len(one.ids)) for one in completions])
-    ended = torch.tensor([one.ended for one in completions])
-    found: dict[str, float | Tensor] = {"completions/clipped_ratio": 1 - ended.float().mean()}
-    for name, kept in (("length", lengths), ("terminated_length", lengths[ended] if ended.any() else torch.zeros(1))):
-        found |= {
-            f"completions/mean_{name}": kept.mean(),
-            f"completions/min_{name}": kept.min(),
-            f"completions/max_{name}": kept.max(),
-        }
+def length_metrics(lengths: Sequence[int], ended: Sequence[bool]) -> dict[str, float]:
+    """Lengths of the completions in tokens, and the share of those cut off, as TRL names them."""
+    found = {"completions/clipped_ratio": 1 - sum(ended) / len(ended)}
+    terminated = [length for length, whole in zip(lengths, ended) if whole] or [0]
+    for name, kept in (("length", lengths), ("terminated_length", terminated)):
+        found[f"completions/mean_{name}"] = sum(kept) / len(kept)
+        found |= {f"completions/min_{name}": min(kept), f"completions/max_{name}": max(kept)}
     return found

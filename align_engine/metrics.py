@@ -145,7 +145,7 @@ class Journal:
         self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
 
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
+SHOWN = ("reward", "loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
          "eval_loss", "eval_rewards/accuracies", "eval_mean_token_accuracy", "tokens_per_second")  # fmt: skip
 
 

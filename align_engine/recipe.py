@@ -155,11 +155,34 @@ class RolloutSection:
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
+
+
+@dataclass
+class KlReference:
+    """Reference."""
+
     reference: Literal["auto", "frozen", "cpu-offload", "adapter-off", "adapter-copy"] = "auto"
     """Where the KL term's reference comes from. frozen: a second copy of the model. adapter-off: the model without its
     LoRA adapters. auto: adapter-off with LoRA, else frozen. None is loaded where the KL term's factor is 0."""
     ref_model_name_or_path: str | None = None
     """Reference model (None: the model as it is before the first step)."""
+
+
+@dataclass
+class RoundsSection:
+    """Rounds."""
+
+    rounds: int = 3
+    """Rounds of sampling, scoring, pairing and training."""
+    prompts_per_round: int | None = None
+    """Prompts of one round (None: all of them, every round)."""
+    method: str = "dpo"
+    """Algorithm that trains on the pairs: dpo or another that learns from preferences."""
+    method_settings: list[str] = field(default_factory=list)
+    """Its own settings as `name=value`: beta=0.1 loss_type=sigmoid label_smoothing=0.1 ..."""
+    reference: Literal["initial", "previous"] = "initial"
+    """Reference of every round. initial: the model that the first round starts from. previous: the model that the
+    round itself starts from."""
 
 
 @dataclass
@@ -362,6 +385,7 @@ class OnlineRecipe(Recipe):
     """What the methods share that learn from their own rollouts."""
 
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    kl: KlReference = field(default_factory=KlReference)
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
@@ -387,6 +411,18 @@ class PpoRecipe(OnlineRecipe):
     loss: PpoLoss = field(default_factory=PpoLoss)
     rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=1, temperature=0.7))
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=3e-6))
+
+
+@dataclass
+class IterateRecipe(Recipe):
+    """Iterative preference optimisation: sample, score, pair the best answer with the worst, train on the pairs, again.
+
+    The sections of training (learning_rate, num_train_epochs, ...) are those of one round.
+    """
+
+    rollout: RolloutSection = field(default_factory=RolloutSection)
+    iteration: RoundsSection = field(default_factory=RoundsSection)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=5e-7, num_train_epochs=1.0))
 
 
 R = TypeVar("R", bound=Recipe)
@@ -519,18 +555,18 @@ def check(recipe: Recipe) -> None:
             ("ref_model_mixup_alpha", 0 < values["ref_model_mixup_alpha"] <= 1, "must lie in (0, 1]"),
             ("ref_model_sync_steps", values["ref_model_sync_steps"] >= 1, "must be at least 1"),
         ]
-    if isinstance(recipe, OnlineRecipe):
-        rules += online_rules(recipe, values)
+    if "reward_funcs" in values:
+        rules += rollout_rules(values)
     broken = [f"{name} = {values[name]!r} {rule}" for name, holds, rule in rules if not holds]
     if broken:
         raise BadInput("; ".join(broken))
 
 
-def online_rules(recipe: OnlineRecipe, values: dict[str, Any]) -> list[tuple[str, bool, str]]:
+def rollout_rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
     """What must hold of a recipe with rollouts: (field, holds, rule)."""
     least = {"num_generations": 1, "max_completion_length": 1, "per_device_generation_batch_size": 1, "top_k": 0,
              "num_iterations": 1, "num_ppo_epochs": 1, "beta": 0, "kl_coef": 0, "vf_coef": 0, "entropy_coef": 0,
-             "epsilon": 0, "kl_horizon": 1}  # fmt: skip
+             "epsilon": 0, "kl_horizon": 1, "rounds": 1}  # fmt: skip
     rules = [(name, values[name] >= low, f"must be at least {low}") for name, low in least.items() if name in values]
     above = ("temperature", "top_p", "cliprange", "cliprange_value", "epsilon_high", "delta", "kl_target")
     rules += [(name, values[name] > 0, "must be above 0") for name in above if values.get(name) is not None]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 INK, GRID, COLOURS = "#1c2733", "#e3e8ee", ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#b8860b")
 
 PANELS: dict[str, tuple[str, tuple[str, ...]]] = {  # file name -> (title, metrics drawn in one picture)
+    "reward": ("Reward of the sampled answers", ("reward", "eval_reward")),
     "loss": ("Loss", ("loss", "eval_loss")),
     "accuracies": ("Pairs in which the chosen answer has the higher reward",
                    ("rewards/accuracies", "eval_rewards/accuracies")),
@@ -24,6 +25,10 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {  # file name -> (title, metri
     "logps": ("Log-probability of the answers", ("logps/chosen", "logps/rejected")),
     "token-accuracy": ("Share of tokens predicted first", ("mean_token_accuracy", "eval_mean_token_accuracy")),
     "entropy": ("Entropy in nats", ("entropy", "eval_entropy")),
+    "kl": ("KL divergence from the reference", ("kl", "objective/kl")),
+    "clipped": ("Share of clipped tokens", ("clip_ratio/region_mean", "policy/clipfrac_avg")),
+    "values": ("Value loss", ("loss/value_avg",)),
+    "lengths": ("Length of the sampled answers in tokens", ("completions/mean_length",)),
     "grad-norm": ("Gradient norm", ("grad_norm",)),
     "learning-rate": ("Learning rate", ("learning_rate",)),
     "throughput": ("Tokens per second", ("tokens_per_second",)),
@@ -147,7 +152,7 @@ def write_report(folder: RunFolder, algorithm: str, recipe: recipes.Recipe) -> N
         path.mkdir()
         for name, figure in figures.items():
             (path / f"{name}.png").write_bytes(figure.png)
-    training = [record for record in records if "loss" in record]
+    training = [record for record in records if "loss" in record or "reward" in record]
     first, last = training[0], training[-1]
     names = [name for name in last if name not in ("step", "epoch")]
     tables = [Table("Training", ("metric", f"step {first['step']}", f"step {last['step']}"),

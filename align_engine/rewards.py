@@ -13,15 +13,23 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from align_engine import heads
+from align_engine.credit import nanstd
+from align_engine.data.formats import is_conversational
 from align_engine.errors import BadInput, RunFailed
 from align_engine.http import post_all
 from align_engine.importing import load_object
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from align_engine.recipe import RolloutSection
 
 HUMAN = "human"
 HTTP_CHUNK = 16  # completions of one request to a scorer
@@ -41,6 +49,17 @@ class Answers(NamedTuple):
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, columns: dict[str, list[Any]], ids: list[list[int]], tokenizer: Any) -> Answers:
+        """The answers `ids` to the prompts of a data set's rows: texts, or messages where the prompts are."""
+        columns = dict(columns)
+        prompts, texts = columns.pop("prompt"), tokenizer.batch_decode(ids, skip_special_tokens=True)
+        said = [
+            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+            for prompt, text in zip(prompts, texts)
+        ]
+        return cls(prompts, said, ids, columns)
 
     def __getitem__(self, part: Any) -> Any:
         """A slice of the completions."""
@@ -107,11 +126,36 @@ def score(rewards: Sequence[Reward], answers: Answers) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def combine(scores: Tensor, weights: Sequence[float] | None) -> Tensor:
-    """The weighted sum over scorers, those left out that could not say: [R, F] -> [R], NaN where none could."""
-    factors = torch.ones(scores.shape[1]) if weights is None else torch.tensor(weights)
-    total = (scores * factors.to(scores)).nansum(1)
+def score_over_ranks(rewards: Sequence[Reward], answers: Answers, group_size: int, accelerator: Accelerator) -> Tensor:
+    """`score`, with the groups shared out among the ranks (none is split) and the whole known to all of them."""
+    from accelerate.utils import gather_object
+
+    starts = range(0, len(answers.completions), group_size)
+    mine = np.array_split(starts, accelerator.num_processes)[accelerator.process_index].tolist()
+    part = score(rewards, answers[slice(mine[0], mine[-1] + group_size)]).tolist() if mine else []
+    return torch.tensor(gather_object(part), dtype=torch.float64)
+
+
+def combine(scores: Tensor, settings: RolloutSection, ended: Sequence[bool]) -> Tensor:
+    """The weighted sum over scorers, those left out that could not say, less the penalty of completions cut off:
+    [R, F] -> [R], NaN where none could."""
+    factors = torch.tensor(settings.reward_weights or [1.0] * scores.shape[1], dtype=scores.dtype)
+    total = (scores * factors).nansum(1) - (settings.missing_eos_penalty or 0.0) * ~torch.tensor(ended)
     return total.masked_fill(scores.isnan().all(1), math.nan)
+
+
+def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, group_size: int) -> dict[str, float]:
+    """Means and spreads of the rewards, as TRL names them."""
+    spread = nanstd(total.view(-1, group_size))
+    found = {
+        "reward": total.nanmean(),
+        "reward_std": spread.mean(),
+        "frac_reward_zero_std": (spread < 1e-8).double().mean(),
+    }
+    for reward, column in zip(rewards, scores.T):
+        found[f"rewards/{reward.name}/mean"] = column.nanmean().nan_to_num()
+        found[f"rewards/{reward.name}/std"] = nanstd(column)
+    return {name: float(value) for name, value in found.items()}
 
 
 def _http_scorer(url: str) -> Callable[..., list[float | None]]:

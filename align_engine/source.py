@@ -97,6 +97,11 @@ class Source:
         return digest.hexdigest()[:16]
 
 
+def endless_order(n: int, seed: int, place: int) -> int:
+    """The number at `place` of an endless row of permutations of range(n)."""
+    return epoch_order(n, seed, place // n)[place % n]
+
+
 def total_steps(source: Source, epochs: float, max_steps: int) -> int:
     """Optimiser steps of a run, as transformers counts them."""
     return max_steps if max_steps > 0 else max(math.ceil(epochs * source.steps_per_epoch), 1)

@@ -41,6 +41,7 @@ def prepare(
       prompt: index, prompt_ids
       unpaired: index, prompt_ids, completion_ids, label; rows of preference data become two, 2 x index and the next
     and those of `CARRIED` that the rows have: margin, chosen_rank, rejected_rank of preference data.
+    Rows that hold these ids already are taken as they stand.
     `index` is the row's number in `rows`, whatever was dropped. Texts without a prompt ("text", "messages") have an
     empty `prompt_ids`: every token is trained on.
 
@@ -54,6 +55,11 @@ def prepare(
     """
     if bad_rows not in ("error", "drop"):
         raise BadInput(f"bad_rows='{bad_rows}': expected 'error' or 'drop'")
+    own = ["prompt_ids", *(f"{side}_ids" for side in SIDES[kind])]
+    if kind != "unpaired" and set(own) <= set(rows.column_names):
+        kept = rows.select_columns(own).add_column("index", list(range(len(rows))))
+        longest = max(map(sum, zip(_lengths(kept, "prompt_ids"), _longest_side(kept, SIDES[kind]))))
+        return kept, {"rows": len(rows), "kept": len(rows), "dropped": {}, "changed": {}, "longest": longest}
     if kind == "unpaired" and "label" not in rows.column_names and "rejected" in rows.column_names:
         limits: Any = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
         kept, report = prepare(rows, tokenizer, "preference", **limits, bad_rows=bad_rows, num_proc=num_proc)

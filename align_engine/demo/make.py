@@ -27,6 +27,7 @@ def make_demo(
 
     sft.jsonl          prompt, completion: what the team wrote, good and bad
     preference.jsonl   prompt, chosen, rejected: two of the team's answers, the better one by the checker is chosen
+    prompts.jsonl      the prompts of preference.jsonl, with form and answer for `check`
     heldout.jsonl      prompt, completion (the careful answer), chosen, rejected; form and answer for `check`
     tokenizer/         a byte-level BPE with a chat template, for `from_pretrained`
     model/             a small untrained Qwen2, with the tokenizer
@@ -41,6 +42,7 @@ def make_demo(
     rows = {
         "sft": [{"prompt": q.row()["prompt"], "completion": message(write(q, rng))} for q in sft],
         "preference": [{"prompt": q.row()["prompt"], **pair(q, rng)} for q in preference],
+        "prompts": [q.row() for q in preference],
         "heldout": [{**q.row(), "completion": message(careful(q, rng)), **pair(q, rng)} for q in heldout],
     }
     for name, content in rows.items():

@@ -79,6 +79,14 @@ def check(row: dict[str, Any], answer: str) -> float:
     return 0.4 + 0.4 * shape + 0.2 * brevity
 
 
+def reward(
+    prompts: Sequence[Any], completions: Sequence[Any], form: Sequence[str], answer: Sequence[str], **_: Any
+) -> list[float]:
+    """`check` as a reward function of TRL's signature."""
+    rows = [{"form": one, "answer": other} for one, other in zip(form, answer)]
+    return [check(row, said[-1]["content"]) for row, said in zip(rows, completions)]
+
+
 FORM_PATTERNS = {
     "word": re.compile(r"\w+"),
     "sentence": re.compile(r"[A-Z][^.!?\"{}]* (is|are) [\w ]+\."),

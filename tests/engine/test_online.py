@@ -1,13 +1,18 @@
 """Direct RL, GRPO and PPO end to end on a tiny model."""
 
+import json
+
 import pytest
 import tiny
+from safetensors.torch import load_file
 
 from align_engine import metrics
 from align_engine.errors import BadInput
-from align_engine.recipe import DirectRecipe, GrpoRecipe, PpoRecipe
+from align_engine.iterate import iterate
+from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
 from align_engine.run import train
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
 
 
@@ -37,3 +42,37 @@ def test_what_cannot_be_is_refused(model, prompts, tmp_path):
     ):
         with pytest.raises(BadInput, match=message):
             train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings))
+
+
+def iterate_recipe(model, prompts, out, **settings):
+    settings = dict(rounds=2, per_device_train_batch_size=4, learning_rate=1e-3, max_steps=6, save_steps=2) | settings
+    return tiny.online(IterateRecipe, model, prompts, out, **settings)
+
+
+@pytest.mark.parametrize("reference", ["initial", "previous"])
+def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, prompts, tmp_path):
+    settings = dict(reference=reference, method_settings=["beta=0.3", "loss_type=ipo"])
+    folder = iterate(iterate_recipe(model, prompts, tmp_path / "run", **settings))
+    for number in (1, 2):
+        here = folder.path / f"round-{number}"
+        samples = [json.loads(line) for line in (here / "samples.jsonl").read_text().splitlines()]
+        assert len(samples) == 12 * 4 and any(row["score"] is None for row in samples)
+        for pair in map(json.loads, (here / "pairs.jsonl").read_text().splitlines()):
+            scores = [row["score"] for row in samples if row["completion"] in (pair["chosen"], pair["rejected"])]
+            assert pair["chosen_score"] > pair["rejected_score"] and pair["chosen_score"] in scores
+        held = json.loads((here / "train" / "run.json").read_text())["identity"]
+        assert (held["beta"], held["loss_type"]) == (0.3, "ipo")
+        assert held["ref_model_name_or_path"] == (str(model) if (reference, number) == ("initial", 2) else None)
+    records = metrics.read(folder.metrics)
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[1]["reward"] > records[0]["reward"]
+    last = load_file(folder.path / "round-2" / "train" / "final" / "model.safetensors")
+    final = load_file(folder.final / "model.safetensors")
+    assert all(last[name].equal(final[name]) for name in final)
+
+
+def test_iterate_with_lora_goes_on_from_the_merged_model(model, prompts, tmp_path):
+    folder = iterate(iterate_recipe(model, prompts, tmp_path / "run", use_peft=True, lora_dropout=0.0, max_steps=2))
+    base, merged = (load_file(path / "model.safetensors") for path in (model, folder.final))
+    assert base.keys() == merged.keys()
+    assert any(not base[name].equal(merged[name]) for name in base)

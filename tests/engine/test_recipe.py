@@ -1,8 +1,11 @@
 """Recipes from YAML: sections or not, what is refused, what identifies a run."""
 
+from pathlib import Path
+
 import pytest
 
 from align_engine import recipe as recipes
+from align_engine.cli import RECIPES
 from align_engine.errors import BadInput
 from align_engine.recipe import DpoRecipe, SftRecipe, flat
 
@@ -58,9 +61,10 @@ def test_where_a_run_writes_does_not_change_what_it_is():
     assert recipes.identity(one) != recipes.identity(two)
 
 
-@pytest.mark.parametrize("name", ["demo-sft", "demo-dpo"])
-def test_the_recipes_of_the_repository_are_whole(name):
-    from pathlib import Path
+FOLDER = Path(__file__).parents[2] / "recipes"
 
-    kind = SftRecipe if name.endswith("sft") else DpoRecipe
-    recipes.check(recipes.load(kind, Path(__file__).parents[2] / "recipes" / f"{name}.yaml"))
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_of_the_repository_are_whole(path):
+    """A recipe's name ends in its algorithm's."""
+    recipes.check(recipes.load(RECIPES[path.stem.rpartition("-")[2]], path))
