@@ -145,13 +145,12 @@ def combine(scores: Tensor, settings: RolloutSection, ended: Sequence[bool]) -> 
 
 
 def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, group_size: int) -> dict[str, float]:
-    """Means and spreads of the rewards, as TRL names them."""
-    spread = nanstd(total.view(-1, group_size))
-    found = {
-        "reward": total.nanmean(),
-        "reward_std": spread.mean(),
-        "frac_reward_zero_std": (spread < 1e-8).double().mean(),
-    }
+    """Means and spreads of the rewards, as TRL names them; the spread is that within a prompt's completions (over all,
+    where a prompt has one)."""
+    spread = nanstd(total.view(-1, group_size if group_size > 1 else len(total)))
+    found = {"reward": total.nanmean(), "reward_std": spread.mean()}
+    if group_size > 1:
+        found["frac_reward_zero_std"] = (spread < 1e-8).double().mean()
     for reward, column in zip(rewards, scores.T):
         found[f"rewards/{reward.name}/mean"] = column.nanmean().nan_to_num()
         found[f"rewards/{reward.name}/std"] = nanstd(column)
