@@ -1,14 +1,19 @@
-"""Builds align_kernels._C, the CPU kernels; everything else is in pyproject.toml.
+"""Builds align_kernels._C, the CPU kernels, and align_kernels._cuda where nvcc is found; the rest is in pyproject.toml.
 
-The extension is optional: without a working compiler the package installs and runs on torch operations alone.
+Both extensions are optional: without a working compiler the package installs and runs on torch operations alone.
 """
 
+import os
 import platform
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 # One file per instruction set, chosen at run time; each compiles the same header.
 ISA_FLAGS: dict[str, list[str]] = {"isa_baseline": []}
@@ -16,41 +21,107 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["isa_avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["isa_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# No kernel uses what an "a" architecture adds; plain code also runs on later chips of its family (of sm_100 on 10.3).
+# PTX of the first serves the rest.
+CUDA_ARCHS = ["80", "90", "100"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin", "-compress-all"]
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else of PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
 class BuildExt(build_ext):
-    """Compiles the files of ISA_FLAGS with flags of their own and links them into the extension."""
+    """Compiles the files of ISA_FLAGS with flags of their own, and CUDA files with nvcc."""
+
+    def run(self) -> None:
+        # of an earlier build: a wheel takes whatever lies there
+        for stale in Path(self.build_lib).glob("align_kernels/_cuda*"):
+            stale.unlink()
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        for name, flags in ISA_FLAGS.items():
-            ext.extra_objects += self.compiler.compile(
-                [f"csrc/cpu/{name}.cpp"], output_dir=self.build_temp, extra_postargs=[*ext.extra_compile_args, *flags]
-            )
+        if ext.name == "align_kernels._cuda":
+            ext.extra_objects += [self.compile_cuda("csrc/cuda/kernels.cu")]
+            ext.library_dirs.append(self.cuda_libraries())
+        else:
+            for name, flags in ISA_FLAGS.items():
+                ext.extra_objects += self.compiler.compile(
+                    [f"csrc/cpu/{name}.cpp"],
+                    output_dir=self.build_temp,
+                    extra_postargs=[*ext.extra_compile_args, *flags],
+                )
         super().build_extension(ext)
 
+    def compile_cuda(self, source: str) -> str:
+        target = Path(self.build_temp) / Path(source).with_suffix(".o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+        codes.append(f"-gencode=arch=compute_{CUDA_ARCHS[0]},code=compute_{CUDA_ARCHS[0]}")
+        self.nvcc("-c", source, "-o", str(target), "--threads", "0", *NVCC_FLAGS, *codes)
+        return str(target)
 
-setup(
-    ext_modules=[
+    def cuda_libraries(self) -> str:
+        """The folder of libcudart_static.a, beside the nvcc that answers: the one on PATH may be a script."""
+        plan = self.nvcc("--dryrun", "-c", "csrc/cuda/kernels.cu", "-o", os.devnull)
+        tops = [Path(line.split("TOP=")[1].strip()) for line in plan.splitlines() if "TOP=" in line]
+        for top in tops:
+            for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+                if (top / folder / "libcudart_static.a").exists():
+                    return str((top / folder).resolve())
+        raise CompileError(f"libcudart_static.a is not beside nvcc in {', '.join(map(str, tops))}")
+
+    def nvcc(self, *args: str) -> str:
+        # `optional` forgives setuptools' own errors alone
+        nvcc = find_nvcc()
+        if nvcc is None:
+            raise CompileError("nvcc is gone")
+        try:
+            done = subprocess.run([nvcc, *args], capture_output=True, text=True, check=True)
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{nvcc} {' '.join(args)}\n{error.stderr[-4000:]}") from error
+        except OSError as error:
+            raise CompileError(f"{nvcc}: {error}") from error
+        return done.stdout + done.stderr
+
+
+extensions = [
+    Extension(
+        "align_kernels._C",
+        sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp"],
+        depends=["csrc/cpu/tile.h", "csrc/cpu/tile_kernels.h", *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
+        include_dirs=[pybind11.get_include()],
+        # no -ffast-math: NaN and infinity must come through
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-ffp-contract=fast",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fvisibility=hidden",
+            "-Wno-psabi",
+            *OPENMP,
+        ],
+        extra_link_args=[*OPENMP, "-s"] if OPENMP else [],
+        language="c++",
+        optional=True,
+    )
+]
+if find_nvcc() is not None:
+    extensions.append(
         Extension(
-            "align_kernels._C",
-            sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp"],
-            depends=["csrc/cpu/tile.h", "csrc/cpu/tile_kernels.h", *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
+            "align_kernels._cuda",
+            sources=["csrc/cuda/bind.cpp", "csrc/cuda/check.cpp"],
+            depends=[str(path) for path in sorted(Path("csrc/cuda").glob("*")) if path.suffix in (".h", ".cu", ".cpp")],
             include_dirs=[pybind11.get_include()],
-            # no -ffast-math: NaN and infinity must come through
-            extra_compile_args=[
-                "-std=c++17",
-                "-O3",
-                "-ffp-contract=fast",
-                "-fno-math-errno",
-                "-fno-trapping-math",
-                "-fvisibility=hidden",
-                "-Wno-psabi",
-                *OPENMP,
-            ],
-            extra_link_args=[*OPENMP, "-s"] if OPENMP else [],
+            libraries=["cudart_static", "rt", "pthread", "dl"],
+            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            extra_link_args=["-s", "-Wl,--exclude-libs,ALL"],
             language="c++",
             optional=True,
         )
-    ],
-    cmdclass={"build_ext": BuildExt},
-)
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from align_kernels.backends import cpu, torch_ops, triton
+from align_kernels.backends import cpu, cuda, torch_ops, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "torch": torch_ops}  # as `auto` prefers them
+# as `auto` prefers them; triton before cuda until both are measured
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_ops}
 IMPLS = ("auto", "eager", *BACKENDS)
 
 

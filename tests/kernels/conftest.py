@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from .cuda_emulator import emulated, emulator  # noqa: F401
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
