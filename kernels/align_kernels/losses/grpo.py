@@ -48,6 +48,11 @@ class Options(NamedTuple):
     vespo_lambda_neg: float = 2.0
 
 
+def either(condition: Tensor, yes: float, no: float) -> Tensor:
+    """One of two numbers by a condition, in float64: of numbers alone `torch.where` makes float32."""
+    return torch.full(condition.shape, no, dtype=torch.float64, device=condition.device).masked_fill(condition, yes)
+
+
 # -- policy terms ---------------------------------------------------------------------------------------------------
 def clip(p: Policy, o: Options) -> Value:
     """PPO-clip, arXiv:2402.03300 eq. 3; with a ratio per sequence GSPO, arXiv:2507.18071 eq. 5 and 7."""
@@ -67,7 +72,7 @@ def cispo(p: Policy, o: Options) -> Value:
 
 def sapo(p: Policy, o: Options) -> Value:
     """-(4 / tau) sigma(tau (r - 1)) A with tau by the sign of A: a soft gate for the clip, arXiv:2511.20347 eq. 5."""
-    tau = torch.where(p.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
+    tau = either(p.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
     return -(tau * (p.ratio - 1)).sigmoid() * 4 / tau * p.advantages, {}
 
 
@@ -80,8 +85,8 @@ def vespo(p: Policy, o: Options) -> Value:
     if p.sampler is not None:
         log_w = log_w + p.total(p.sampler.log().clamp(LEAST_RATIO, RATIO_LIMIT))
     log_w, good = log_w.clamp(LEAST_RATIO, RATIO_LIMIT), p.advantages >= 0
-    k = torch.where(good, o.vespo_k_pos, o.vespo_k_neg)
-    rate = torch.where(good, o.vespo_lambda_pos, o.vespo_lambda_neg).clamp(min=1e-4)
+    k, rate = either(good, o.vespo_k_pos, o.vespo_k_neg), either(good, o.vespo_lambda_pos, o.vespo_lambda_neg)
+    rate = rate.clamp(min=1e-4)
     phi = (rate + k * log_w - rate * log_w.exp()).exp()
     return -phi * p.advantages * p.logps, {"vespo/phi_seq_mean": phi}
 
@@ -120,7 +125,8 @@ LOSS_TYPES = {
 
 def token_weights(loss_type: str, mask: Tensor, max_completion_length: int | None) -> Tensor:
     """What a token's loss counts in the sum that `num_items` divides, (B, T)."""
-    one, average = torch.ones((), device=mask.device), LOSS_TYPES[loss_type].average
+    one = torch.ones((), dtype=torch.float64, device=mask.device)
+    average = LOSS_TYPES[loss_type].average
     if average == "sequence mean":
         one = one / mask.sum(1, keepdim=True).clamp(min=1)
     elif average == "token mean":
