@@ -128,7 +128,9 @@ def plan(
             each = gradient_itemsize
         else:  # the gradient of logits that are there for this pass alone takes their place
             each = 0 if schedule in ("one pass", "frozen") and not compact else itemsize
-        columns = min(profile.tile_bytes, max(limit - kept, limit // 16)) // (chunk * (each or itemsize))
+        # beside kept logits the tile is narrower, and with it the buffers that the GEMM packs into
+        tile_bytes = profile.tile_bytes // 4 if keeps else profile.tile_bytes
+        columns = min(tile_bytes, max(limit - kept, limit // 16)) // (chunk * (each or itemsize))
         tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
         scratch = chunk * tile * each
         waiting = max(limit - kept - scratch, 0) if schedule == "compaction" else 0
