@@ -5,6 +5,7 @@ align_kernels, our share of the GEMM ceiling (torch.mm over the kept rows: three
 forward only), and, with the head trained, peak memory above inputs and gradients, measured in a process of its own.
 
     python benches/peers.py [--shapes 0 1 2 3] [--rounds 3] [--json results.json]
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE python benches/peers.py --bf16    # bfloat16 storage without bfloat16 units
 """
 
 from __future__ import annotations
@@ -172,6 +173,34 @@ def measure_memory(shape: int, method: str) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
+def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, all in turn, round after round."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def narrow(shape: int, rounds: int) -> None:
+    """Hidden states and weight in bfloat16, beside float32."""
+    for trained in (True, False):
+        wide, half = Case(SHAPES[shape], trained), Case(SHAPES[shape], trained, torch.bfloat16)
+        runs: dict[str, Callable[[], object]] = {
+            "float32": lambda case=wide: step(case, "align_kernels"),
+            "bfloat16": lambda case=half: step(case, "align_kernels"),
+            "eager bfloat16": lambda case=half: step(case, "eager, all rows"),
+        }
+        in_turn(runs, 1)
+        seconds = in_turn(runs, rounds)
+        print(f"{SHAPES[shape]}, head {'trained' if trained else 'frozen'}:", end="")
+        print(
+            *(f"{name} {value:.3f} s ({value / seconds['float32']:.2f})" for name, value in seconds.items()), sep=", "
+        )
+
+
 def table(shape: int, trained: bool, rounds: int, skip: tuple[str, ...]) -> dict:
     case = Case(SHAPES[shape], trained)
     check(case, skip)
@@ -185,13 +214,7 @@ def table(shape: int, trained: bool, rounds: int, skip: tuple[str, ...]) -> dict
 
         runs["forward only"] = forward
         runs["forward ceiling"] = lambda: ceiling(case, 1)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(t) for name, t in times.items()}
+    medians = in_turn(runs, rounds)
     plan = explain(case.hidden, case.weight, case.targets, loss="dpo")
     return {
         "shape": SHAPES[shape],
@@ -223,6 +246,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS), help="methods to leave out")
     parser.add_argument("--json", type=Path, help="write the figures here, with versions")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 beside float32 instead of the table")
     parser.add_argument("--memory", choices=list(METHODS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:
@@ -231,6 +255,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     results = []
     for shape in args.shapes:
+        if args.bf16:
+            narrow(shape, args.rounds)
+            continue
         for trained in (True, False):
             results.append(table(shape, trained, args.rounds, tuple(args.skip)))
             show(results[-1])
