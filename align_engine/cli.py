@@ -85,6 +85,9 @@ def train(name: str, arguments: list[str]) -> None:
         from align_engine.run import train
 
         train(name, recipe)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
 
 
 def parse(name: str, arguments: list[str]) -> recipes.Recipe:

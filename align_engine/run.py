@@ -118,7 +118,8 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         folder.finish()
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return folder
 
 

@@ -1,0 +1,123 @@
+"""Online runs that are killed and run again, accumulated, or shared out over ranks end where the plain one does."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from align_engine import metrics
+from align_engine.iterate import iterate
+from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
+from align_engine.run import train
+
+ROOT = Path(__file__).parents[2]
+KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}
+SETTINGS = {  # a rollout serves four steps, checkpoints fall inside it
+    "direct": dict(beta=0.1, num_iterations=2, steps_per_generation=2),
+    "grpo": dict(beta=0.1, num_iterations=2, steps_per_generation=2, loss_type="grpo"),
+    "ppo": dict(kl_target=0.5, kl_horizon=20.0, num_ppo_epochs=2, steps_per_generation=2),
+    "iterate": dict(rounds=2, max_steps=20, per_device_train_batch_size=2, method_settings=["beta=0.3"]),
+}
+CODE = """
+import sys, test_online_exact as here
+for name in sys.argv[1].split():
+    here.run(name, *sys.argv[2:4], sys.argv[4] + name, **eval(sys.argv[5]))
+"""
+
+
+def run(name, model, prompts, out, **settings):
+    recipe = tiny.online(KINDS[name], model, prompts, out, **SETTINGS[name] | settings)
+    return iterate(recipe) if name == "iterate" else train(name, recipe)
+
+
+def start(names, model, prompts, out, settings, **more):
+    """The runs in another process."""
+    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests", "tests/engine"))
+    command = [sys.executable, "-c", CODE, names, str(model), str(prompts), str(out), repr(settings)]
+    return subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": paths} | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(12))
+
+
+def weights(folder):
+    return load_file(Path(folder) / "final" / "model.safetensors")
+
+
+STEADY = ("step", "loss", "reward", "grad_norm", "kl", "objective/kl", "kl_coef", "loss/value_avg", "pairs")
+
+
+def steady(path):
+    return [{name: record[name] for name in STEADY if name in record} for record in metrics.read(path)]
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, tmp_path):
+    settings = dict(save_steps=3, logging_steps=1)
+    if name != "iterate":
+        settings |= dict(max_steps=30, per_device_train_batch_size=4)
+    whole = run(name, model, prompts, tmp_path / "whole", **settings)
+    process = start(name, model, prompts, tmp_path / "cut-", settings)
+    cut = tmp_path / f"cut-{name}"
+    inner = f"round-{random.randint(1, 2)}/train/" if name == "iterate" else ""
+    journal, lines = cut / inner / "metrics.jsonl", random.randint(4, 15)
+    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) >= lines):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (cut / "final").exists()
+
+    run(name, model, prompts, cut, **settings)
+    a, b = weights(whole.path), weights(cut)
+    assert all(a[key].equal(b[key]) for key in a), f"{inner} killed after {lines} lines"
+    for part in ("round-1/train", "round-2/train", ".") if name == "iterate" else (".",):
+        assert steady(whole.path / part / "metrics.jsonl") == steady(cut / part / "metrics.jsonl")
+
+
+def test_accumulation_and_processes_equal_one_big_batch(model, prompts, tmp_path):
+    """8 x 1 = 1 x 8 = 2 processes x 2 x 2, six steps of two rollouts. Groups of four stand in windows of eight."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names, shared = ("direct", "grpo", "ppo", "iterate"), dict(max_steps=6, learning_rate=1e-4, num_generations=4)
+
+    def split(batch, steps, passes):
+        sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        return shared | sizes | dict(steps_per_generation=passes)
+
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+              "OMP_NUM_THREADS": "1"}  # fmt: skip
+    ranks = [
+        start(" ".join(names), model, prompts, tmp_path / "two-", split(2, 2, 4), **common, RANK=rank, LOCAL_RANK=rank)
+        for rank in "01"
+    ]
+    one = {name: run(name, model, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}
+    many = {name: run(name, model, prompts, tmp_path / f"many-{name}", **split(1, 8, 16)) for name in names}
+    output = [process.communicate(timeout=120)[0] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], output
+    for name in names:
+        for other in (many[name].path, tmp_path / f"two-{name}"):
+            part = "round-2/train" if name == "iterate" else "."
+            a, b = (steady(path / part / "metrics.jsonl") for path in (one[name].path, other))
+            for x, y in zip(a, b, strict=True):
+                assert x == pytest.approx(y, abs=1e-5, rel=1e-5), (name, other)
+                assert x["loss"] == pytest.approx(y["loss"], abs=1e-6), (name, other)
+            a, b = weights(one[name].path), weights(other)
+            assert max((a[key] - b[key]).abs().max().item() for key in a) < 1e-6, (name, other)
