@@ -1,39 +1,14 @@
 """Two processes with gloo take the same steps as one."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import tiny
+from processes import run_on_two
 from safetensors.torch import load_file
 
 from align_engine import metrics
 from align_engine.run import train
 
-ROOT = Path(__file__).parents[2]
 CODE = "import sys, tiny, align_engine.run as run; run.train('dpo', tiny.dpo(*sys.argv[1:4], **eval(sys.argv[4])))"
-
-
-def run_on_two(*arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    common = {"PYTHONPATH": paths, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, *arguments],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    output = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], output
 
 
 def test_two_processes_equal_one_big_batch(model, other_model, tmp_path):
@@ -43,7 +18,7 @@ def test_two_processes_equal_one_big_batch(model, other_model, tmp_path):
                     eval_dataset_name=str(pairs), per_device_eval_batch_size=2)  # fmt: skip
     one = train("dpo", tiny.dpo(model, pairs, tmp_path / "one", per_device_train_batch_size=8, **settings))
     two = settings | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    run_on_two(str(model), str(pairs), str(tmp_path / "two"), repr(two))
+    run_on_two(CODE, str(model), str(pairs), str(tmp_path / "two"), repr(two))
 
     a, b = metrics.read(one.metrics), metrics.read(tmp_path / "two" / "metrics.jsonl")
     for name in (
