@@ -73,7 +73,7 @@ PYBIND11_MODULE(ALIGN_MODULE, m, py::mod_gil_not_used()) {
                        uintptr_t ref_logps, uintptr_t weights, uintptr_t scale, uintptr_t value, uintptr_t metrics) {
              return TokenLoss{Token(kind), epsilon_low, epsilon_high, delta, beta, entropy_coef, on_policy,
                               at<float>(old_logps), at<float>(advantages), at<float>(ref_logps), at<float>(weights),
-                              at<float>(scale), at<float>(value), at<float>(metrics)};
+                              at<double>(scale), at<float>(value), at<float>(metrics)};
            }),
            py::kw_only(), py::arg("kind"), py::arg("epsilon_low"), py::arg("epsilon_high"), py::arg("delta"),
            py::arg("beta"), py::arg("entropy_coef"), py::arg("on_policy"), py::arg("old_logps"), py::arg("advantages"),
@@ -86,7 +86,7 @@ PYBIND11_MODULE(ALIGN_MODULE, m, py::mod_gil_not_used()) {
                        uintptr_t metrics, uintptr_t g) {
              return UnitLoss{Unit(kind), beta, label_smoothing, desirable_weight, undesirable_weight, at<State>(state),
                              at<int64_t>(place), rows, units, at<float>(ref_logps), at<bool>(desirable), at<float>(kl),
-                             at<float>(scale), at<float>(value), at<float>(metrics), at<float>(g)};
+                             at<double>(scale), at<float>(value), at<float>(metrics), at<float>(g)};
            }),
            py::kw_only(), py::arg("kind"), py::arg("beta"), py::arg("label_smoothing"), py::arg("desirable_weight"),
            py::arg("undesirable_weight"), py::arg("state"), py::arg("place"), py::arg("rows"), py::arg("units"),

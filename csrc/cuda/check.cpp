@@ -93,7 +93,7 @@ void check(const Logits& in, const TokenLoss& loss) {
   require(kind >= 0 && kind <= 2, "token loss code must be 0 (sft), 1 (ppo_clip) or 2 (grpo), got ", kind);
   require(in.offset == 0 && in.cols == in.vocab, "a fused loss needs whole rows, got columns ", in.offset, " .. ",
           in.offset + in.cols, " of ", in.vocab);
-  check_pointer("scale", loss.scale, 4);
+  check_pointer("scale", loss.scale, 8);
   check_pointer("value", loss.value, 4);
   check_pointer("metrics", loss.metrics, 4);
   if (loss.kind == Token::sft) return;
@@ -113,7 +113,7 @@ bool check(const UnitLoss& loss) {
           " and ", loss.units);
   if (loss.units == 0) return false;
   check_pointer("ref_logps", loss.ref_logps, 4);
-  check_pointer("scale", loss.scale, 4);
+  check_pointer("scale", loss.scale, 8);
   check_pointer("value", loss.value, 4);
   if (loss.rows > 0) {
     check_pointer("state", loss.state, 8);
@@ -122,7 +122,7 @@ bool check(const UnitLoss& loss) {
   }
   if (loss.kind == Unit::kto) {
     check_pointer("desirable", loss.desirable, 1);
-    check_pointer("kl", loss.kl, 4);
+    if (loss.kl) check_pointer("kl", loss.kl, 4);
   } else {
     check_pointer("metrics", loss.metrics, 4);
   }

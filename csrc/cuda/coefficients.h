@@ -12,42 +12,62 @@ struct Coefficient {
   double metrics[4];
 };
 
-// min(free, clipped) of r A: its derivative by r, over A.
-ALIGN_FN double share_of_minimum(double free, double clipped, bool free_moves, bool clipped_moves) {
-  double to_free = free == clipped ? 0.5 : free > clipped ? 0.0 : 1.0;
-  double to_clipped = free == clipped ? 0.5 : clipped > free ? 0.0 : 1.0;
-  return (free_moves ? to_free : 0.0) + (clipped_moves ? to_clipped : 0.0);
+// losses/common.py: exp(x), beyond `limit` its tangent, and the derivative.
+struct BoundedExp {
+  double value, slope;
+};
+
+ALIGN_FN BoundedExp bounded_exp(double x) {
+  constexpr double kLimit = 20;
+  const double e = exp(x > kLimit ? kLimit : x), beyond = 1 + (x > kLimit ? x - kLimit : 0);
+  return {e * beyond, (x > kLimit ? 0 : e * beyond) + (x < kLimit ? 0 : e)};
 }
 
 ALIGN_FN double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
-// arXiv:1707.06347 eq. 7 and 9
-ALIGN_FN Coefficient ppo_clip(const TokenLoss& loss, int64_t row, double logp, double entropy) {
-  const double log_ratio = logp - loss.old_logps[row], ratio = exp(log_ratio), advantage = loss.advantages[row];
+// losses/ppo.py: -min(min(r, delta) A, clip(r, 1 - low, 1 + high) A) and its derivative by r.
+struct Surrogate {
+  double value, slope;
+};
+
+ALIGN_FN Surrogate clip_surrogate(const TokenLoss& loss, double ratio, double advantage) {
   const double low = 1 - loss.epsilon_low, high = 1 + loss.epsilon_high;
-  const double free = ratio * advantage, clipped = clip(ratio, low, high) * advantage;
-  const double share = share_of_minimum(free, clipped, true, ratio >= low && ratio <= high);
-  return {-(free > clipped ? clipped : free) - loss.entropy_coef * entropy,
-          -advantage * share * ratio,
-          -loss.entropy_coef,
-          {0.5 * log_ratio * log_ratio, clipped < free ? 1.0 : 0.0, ratio, 0}};
+  const double free = (ratio > loss.delta ? loss.delta : ratio) * advantage;
+  const double clipped = clip(ratio, low, high) * advantage;
+  const double to_free = free == clipped ? 0.5 : free > clipped ? 0.0 : 1.0;
+  const double to_clipped = free == clipped ? 0.5 : clipped > free ? 0.0 : 1.0;
+  const bool inside = ratio >= low && ratio <= high;
+  const double share = (ratio > loss.delta ? 0.0 : to_free) + (inside ? to_clipped : 0.0);
+  return {-(free > clipped ? clipped : free), -advantage * share};
 }
 
-// arXiv:2402.03300 eq. 3 and 4
+// losses/ppo.py, arXiv:1707.06347 eq. 7 and 9
+ALIGN_FN Coefficient ppo_clip(const TokenLoss& loss, int64_t row, double logp, double entropy) {
+  const double log_ratio = logp - loss.old_logps[row], advantage = loss.advantages[row];
+  const BoundedExp ratio = bounded_exp(log_ratio);
+  const Surrogate s = clip_surrogate(loss, ratio.value, advantage);
+  const double clipped = clip(ratio.value, 1 - loss.epsilon_low, 1 + loss.epsilon_high) * advantage;
+  return {s.value - loss.entropy_coef * entropy,
+          s.slope * ratio.slope,
+          -loss.entropy_coef,
+          {0.5 * log_ratio * log_ratio, clipped < ratio.value * advantage ? 1.0 : 0.0, ratio.value, 0}};
+}
+
+// losses/grpo.py with the term `clip` and one ratio per token, arXiv:2402.03300 eq. 3 and 4
 ALIGN_FN Coefficient grpo(const TokenLoss& loss, int64_t row, double logp) {
-  const double ratio = loss.on_policy ? 1.0 : exp(logp - loss.old_logps[row]);
   const double advantage = loss.advantages[row], weight = loss.weights[row];
-  const double low = 1 - loss.epsilon_low, high = 1 + loss.epsilon_high;
-  const double free = (ratio > loss.delta ? loss.delta : ratio) * advantage, clipped = clip(ratio, low, high) * advantage;
-  const double share = share_of_minimum(free, clipped, !(ratio > loss.delta), ratio >= low && ratio <= high);
-  double value = -(free > clipped ? clipped : free), g = -advantage * share * ratio, kl = 0;
+  const BoundedExp ratio = bounded_exp(loss.on_policy ? 0.0 : logp - loss.old_logps[row]);
+  const Surrogate s = clip_surrogate(loss, ratio.value, advantage);
+  double value = s.value, g = s.slope * ratio.slope, kl = 0;
   if (loss.beta != 0) {
     const double d = loss.ref_logps[row] - logp;
-    kl = expm1(d) - d;
+    const BoundedExp e = bounded_exp(d);
+    kl = e.value - 1 - d;
     value += loss.beta * kl;
-    g -= loss.beta * expm1(d);
+    g += loss.beta * (1 - e.slope);
   }
-  const bool below = ratio < low && advantage < 0, above = ratio > high && advantage > 0;
+  const bool below = ratio.value < 1 - loss.epsilon_low && advantage < 0;
+  const bool above = ratio.value > 1 + loss.epsilon_high && advantage > 0;
   return {weight * value, weight * g, 0, {kl, double(below), double(above), double(below || above)}};
 }
 
@@ -72,7 +92,7 @@ struct UnitCoefficient {
 ALIGN_FN double sigmoid(double x) { return x < 0 ? exp(x) / (1 + exp(x)) : 1 / (1 + exp(-x)); }
 ALIGN_FN double log_sigmoid(double x) { return (x < 0 ? x : 0) - log1p(exp(-fabs(x))); }
 
-// arXiv:2305.18290 eq. 7, 2403.00409 eq. 3, 2305.10425, 2310.12036 eq. 17
+// losses/dpo.py: sigmoid, robust, hinge and ipo with its mean over tokens
 ALIGN_FN UnitCoefficient dpo(const UnitLoss& loss, int64_t pair, const UnitSums& sums) {
   const double chosen = sums.chosen - loss.ref_logps[pair];
   const double rejected = sums.rejected - loss.ref_logps[loss.units + pair];
@@ -97,9 +117,9 @@ ALIGN_FN UnitCoefficient dpo(const UnitLoss& loss, int64_t pair, const UnitSums&
   return {value, dz * by_rows_c, -dz * by_rows_r, {good, bad, good > bad ? 1.0 : 0.0, good - bad}};
 }
 
-// arXiv:2402.01306 eq. 8
+// losses/kto.py, arXiv:2402.01306 eq. 8
 ALIGN_FN UnitCoefficient kto(const UnitLoss& loss, int64_t sequence, const UnitSums& sums) {
-  const double z = loss.beta * (sums.chosen - loss.ref_logps[sequence] - loss.kl[sequence]);
+  const double z = loss.beta * (sums.chosen - loss.ref_logps[sequence] - (loss.kl ? loss.kl[sequence] : 0.0f));
   const double sign = loss.desirable[sequence] ? 1 : -1;
   const double weight = loss.desirable[sequence] ? loss.desirable_weight : loss.undesirable_weight;
   return {weight * sigmoid(-sign * z), -sign * weight * sigmoid(z) * sigmoid(-z) * loss.beta, 0, {0, 0, 0, 0}};

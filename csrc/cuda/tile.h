@@ -72,7 +72,7 @@ struct TokenLoss {
   const float* advantages;
   const float* ref_logps;
   const float* weights;
-  const float* scale;  // [1] factor of the sum over tokens
+  const double* scale;  // [1] factor of the sum over tokens
   float* value;        // [rows] the loss of each token before `scale`
   float* metrics;      // [4, rows]
 };
@@ -88,8 +88,8 @@ struct UnitLoss {
   int64_t rows, units;
   const float* ref_logps;   // [sequences]
   const bool* desirable;    // [units], kto
-  const float* kl;          // [units], kto
-  const float* scale;       // [1]
+  const float* kl;          // [units] or null, kto
+  const double* scale;      // [1]
   float* value;             // [units] before `scale`
   float* metrics;           // [4, units], dpo
   float* g;                 // [rows]

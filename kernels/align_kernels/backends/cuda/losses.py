@@ -7,7 +7,8 @@ served, and the loss's own definition is differentiated instead.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,26 +16,78 @@ from torch import Tensor
 from align_kernels.backends.cuda import arguments
 from align_kernels.backends.cuda.arguments import address, check, gradient, guard, logits, queue
 
-TOKEN = {"sft": 0, "ppo_clip": 1, "ppo_clip_entropy": 1, "grpo": 2}
 DPO = {"sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3}
-KTO = 4
-OPTIONS = {
-    "sft": set(),
-    "ppo_clip": {"cliprange"},
-    "ppo_clip_entropy": {"cliprange", "entropy_coef"},
-    "grpo": {"epsilon", "epsilon_high", "delta", "beta", "on_policy"},
-    "dpo": {"beta", "loss_type", "label_smoothing"},
-    "kto": {"beta", "desirable_weight", "undesirable_weight"},
-}
-SIDES = {
-    "sft": set(),
-    "ppo_clip": {"old_logps", "advantages"},
-    "ppo_clip_entropy": {"old_logps", "advantages"},
-    "grpo": {"old_logps", "advantages", "ref_logps", "weights"},
-    "dpo": {"ref_logps"},
-    "kto": {"ref_logps", "desirable", "kl"},
-}
 METRICS = 4
+
+
+class Known(NamedTuple):
+    """What the kernels know of a loss."""
+
+    code: int
+    side: frozenset[str]  # tensors that must be given
+    optional: frozenset[str] = frozenset()  # tensors that may be given
+    taken: Mapping[str, Any] = {}  # options that the kernel takes, and their defaults
+    # options that must be as they are here, which leaves them alone
+    neutral: Mapping[str, Any] = {}
+    unread: frozenset[str] = frozenset()  # options that only other forms of the loss read
+
+
+TOKEN = {
+    "sft": Known(0, frozenset(), neutral=dict(loss_type="nll")),
+    "ppo_clip": Known(
+        1, frozenset({"old_logps", "advantages"}), taken=dict(cliprange=0.2, dual_clip=None, entropy_coef=0.0)
+    ),
+    "grpo": Known(
+        2,
+        frozenset({"advantages", "weights"}),
+        frozenset({"old_logps", "ref_logps"}),
+        taken=dict(epsilon=0.2, epsilon_high=0.2, delta=None, beta=0.0),
+        neutral=dict(
+            term="clip", level="token", kl_estimator="k3", use_bias_correction_kl=False, entropy_coef=0.0,
+            top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        ),
+        unread=frozenset(
+            "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
+            "vllm_importance_sampling_mode vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max".split()
+        ),
+    ),
+}  # fmt: skip
+UNIT = {
+    "dpo": Known(
+        0,
+        frozenset({"ref_logps"}),
+        taken=dict(beta=0.1, loss_type="sigmoid", label_smoothing=0.0),
+        neutral=dict(
+            loss_weights=None, average=True, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False
+        ),
+        unread=frozenset({"f_alpha_divergence_coef", "discopop_tau", "dpop_lambda"}),
+    ),
+    "kto": Known(
+        4,
+        frozenset({"ref_logps", "desirable"}),
+        frozenset({"kl"}),
+        taken=dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0),
+    ),
+}
+LOSSES = TOKEN | UNIT
+
+
+def serves(name: str, hyper: Mapping[str, Any], given: Iterable[str]) -> bool:
+    """Whether the loss `name` with these options and side tensors is known, and known whole."""
+    known, given = LOSSES.get(name), set(given)
+    if known is None or not known.side <= given <= known.side | known.optional:
+        return False
+    rest = {key: value for key, value in hyper.items() if key not in known.taken and key not in known.unread}
+    if any(key not in known.neutral or known.neutral[key] != value for key, value in rest.items()):
+        return False
+    if name == "grpo" and hyper.get("beta") and "ref_logps" not in given:
+        return False
+    return name != "dpo" or _dpo_type(hyper) in DPO
+
+
+def _dpo_type(hyper: Mapping[str, Any]) -> str | None:
+    names = hyper.get("loss_type", "sigmoid")
+    return names if isinstance(names, str) else names[0] if len(names) == 1 else None
 
 
 class TokenValues(NamedTuple):
@@ -48,20 +101,14 @@ class UnitValues(NamedTuple):
     g: Tensor  # (n,) dL/dlogp, with the factor
 
 
-def serves(name: str, hyper: dict, side: dict) -> bool:
-    """Whether the loss `name` with these options and side tensors is known, and known whole."""
-    known = set(hyper) == OPTIONS.get(name) and set(side) == SIDES[name]
-    return known and (name != "dpo" or hyper["loss_type"] in DPO)
-
-
 def token_loss(
     name: str,
-    hyper: dict,
+    hyper: Mapping[str, Any],
     z: Tensor,  # (n, V) raw logits, whole rows
     state: Tensor,  # (n, 8) float64, empty; finished on return
     targets: Tensor,  # (n,) int64
     side: dict[str, Tensor],  # (n,) float32
-    factor: Tensor,  # () float32, of the sum over tokens
+    factor: Tensor,  # () float64, of the sum over tokens
     *,
     clamp: tuple[float, float, str] | None,
     out: Tensor,  # (n, V), may be z
@@ -77,20 +124,20 @@ def token_loss(
         raise ValueError(f"no fused coefficient of tokens for {name} with {hyper} and {sorted(side)}")
     tile, n = logits(z, targets, **transform), z.shape[0]
     check("state", state, torch.float64, (n, 8))
-    check("factor", factor, torch.float32, ())
+    check("factor", factor, torch.float64, ())
     for key, x in side.items():
         check(key, x, torch.float32, (n,))
     made = TokenValues(*(torch.empty(shape, device=z.device) for shape in ((n,), (METRICS, n))))
-    clip = hyper.get("cliprange", 0.0)
-    delta = hyper.get("delta")
+    o = {**TOKEN[name].taken, **hyper}
+    delta = o.get("dual_clip" if name == "ppo_clip" else "delta")
     loss = arguments._cuda.TokenLoss(
-        kind=TOKEN[name],
-        epsilon_low=hyper.get("epsilon", clip),
-        epsilon_high=hyper.get("epsilon_high", clip),
+        kind=TOKEN[name].code,
+        epsilon_low=o.get("epsilon", o.get("cliprange", 0.0)),
+        epsilon_high=o.get("epsilon_high", o.get("cliprange", 0.0)),
         delta=math.inf if delta is None else delta,
-        beta=hyper.get("beta", 0.0),
-        entropy_coef=hyper.get("entropy_coef", 0.0),
-        on_policy=hyper.get("on_policy", False),
+        beta=o.get("beta", 0.0),
+        entropy_coef=o.get("entropy_coef", 0.0),
+        on_policy="old_logps" not in side,
         **{key: address(side.get(key)) for key in ("old_logps", "advantages", "ref_logps", "weights")},
         scale=address(factor),
         value=address(made.values),
@@ -103,36 +150,37 @@ def token_loss(
 
 def unit_loss(
     name: str,
-    hyper: dict,
+    hyper: Mapping[str, Any],
     state: Tensor,  # (n, 8) float64, finished
     place: Tensor,  # (n,) int64: sequence of each row, of a pair the chosen ones first
     units: int,
     side: dict[str, Tensor],  # (sequences,) float32, desirable bool
-    factor: Tensor,  # () float32, of the sum over units
+    factor: Tensor,  # () float64, of the sum over units
 ) -> UnitValues:
     """Sums of log-probs over sequences and the coefficient of each row, for a loss of sequences or pairs.
 
     Raises:
         ValueError: a loss that is not served; a tensor of the wrong device, dtype, shape or layout.
     """
-    if name not in ("dpo", "kto") or not serves(name, hyper, side):
+    if name not in UNIT or not serves(name, hyper, side):
         raise ValueError(f"no fused coefficient of sequences for {name} with {hyper} and {sorted(side)}")
     if arguments.MISSING is not None:
         raise RuntimeError(arguments.MISSING)
     n, sequences = len(place), units * (2 if name == "dpo" else 1)
     check("state", state, torch.float64, (n, 8))
     check("place", place, torch.int64, (n,))
-    check("factor", factor, torch.float32, ())
+    check("factor", factor, torch.float64, ())
     for key, x in side.items():
         check(key, x, torch.bool if key == "desirable" else torch.float32, (sequences,))
     kept = METRICS if name == "dpo" else 0
     made = UnitValues(*(torch.empty(shape, device=state.device) for shape in ((units,), (kept, units), (n,))))
+    o = {**UNIT[name].taken, **hyper}
     loss = arguments._cuda.UnitLoss(
-        kind=DPO[hyper["loss_type"]] if name == "dpo" else KTO,
-        beta=hyper["beta"],
-        label_smoothing=hyper.get("label_smoothing", 0.0),
-        desirable_weight=hyper.get("desirable_weight", 1.0),
-        undesirable_weight=hyper.get("undesirable_weight", 1.0),
+        kind=DPO[str(_dpo_type(o))] if name == "dpo" else UNIT[name].code,
+        beta=o["beta"],
+        label_smoothing=o.get("label_smoothing", 0.0),
+        desirable_weight=o.get("desirable_weight", 1.0),
+        undesirable_weight=o.get("undesirable_weight", 1.0),
         state=address(state),
         place=address(place),
         rows=n,
