@@ -77,6 +77,8 @@ def train(name: str, arguments: list[str]) -> None:
     recipe = parse(name, arguments)
     recipes.check(recipe)
     quiet_libraries()
+    from accelerate import PartialState
+
     if isinstance(recipe, recipes.IterateRecipe):
         from align_engine.iterate import iterate
 
@@ -85,8 +87,6 @@ def train(name: str, arguments: list[str]) -> None:
         from align_engine.run import train
 
         train(name, recipe)
-    from accelerate import PartialState
-
     PartialState().destroy_process_group()
 
 

@@ -44,7 +44,7 @@ def score_module(model: Any) -> nn.Module:
 
 
 def scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """One number per sequence, read at its last token: [B] float32.
+    """One number per sequence, read at its last token: [B] float32 (float64 from a float64 model).
 
     Args:
         input_ids, attention_mask: [B, T], padded on either side.
@@ -56,7 +56,7 @@ def scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tenso
 
 
 def values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """One number per position: [B, T] float32. Position i has read tokens 0 .. i."""
+    """One number per position: [B, T] float32 (float64 from a float64 model). Position i has read tokens 0 .. i."""
     return _through(model, input_ids, attention_mask, lambda hidden: hidden)
 
 
@@ -66,7 +66,8 @@ def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select
 
     def forward(hidden: Tensor) -> Tensor:  # [B, T, D]
         with torch.autocast(hidden.device.type, enabled=False):  # a score in bfloat16 has three digits
-            found = head(select(hidden).to(dtype)).squeeze(-1).float()  # [B, K]
+            found = head(select(hidden).to(dtype)).squeeze(-1)  # [B, K]
+            found = found.to(torch.promote_types(dtype, torch.float32))
         # transformers picks one position of what comes back: each of them holds all
         return found[:, None].expand(-1, hidden.shape[1], -1)
 

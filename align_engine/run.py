@@ -118,7 +118,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         folder.finish()
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
-    for tracker in accelerator.trackers:
+    for tracker in accelerator.trackers:  # not end_training: the processes stay together for a further run
         tracker.finish()
     return folder
 

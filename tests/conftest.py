@@ -1,11 +1,18 @@
 import pytest
 import tiny
+import torch
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """Folder of a tiny model with its tokenizer."""
     return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def model64(tmp_path_factory):
+    """The tiny model in float64, where rounding hides nothing (dtype: auto keeps it)."""
+    return tiny.write_model(tmp_path_factory.mktemp("model64"), dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")

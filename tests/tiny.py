@@ -16,7 +16,7 @@ from align_engine.recipe import DpoRecipe, KtoRecipe, Recipe, RmRecipe, SftRecip
 WORDS = [f"w{i}" for i in range(60)]
 
 
-def write_model(path: Path, seed: int = 0, vocab: int = 64, **config: Any) -> Path:
+def write_model(path: Path, seed: int = 0, vocab: int = 64, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
     """A Llama of 64 tokens with its tokenizer; pad equals eos, as many tokenizers have it."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -27,7 +27,7 @@ def write_model(path: Path, seed: int = 0, vocab: int = 64, **config: Any) -> Pa
     settings = dict(vocab_size=vocab, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                     num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None,
                     eos_token_id=1, pad_token_id=1, tie_word_embeddings=True)  # fmt: skip
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config})).to(dtype)
     model.save_pretrained(path)
     return path
 
@@ -112,6 +112,8 @@ OFFLINE = {
     "dpo": (DpoRecipe, preference_rows),
     "kto": (KtoRecipe, mark_rows),
 }
+
+WITH_REFERENCE = ("dpo", "kto")
 
 
 def offline(name: str, model: Path, rows: Path, out: Path, **settings: Any) -> Recipe:

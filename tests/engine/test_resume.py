@@ -1,24 +1,18 @@
 """Runs that are killed, refused, or meet a full disk."""
 
 import json
-import os
 import random
 import resource
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import tiny
+from processes import Nursery
 from safetensors.torch import load_file
 
 from align_engine import metrics
 from align_engine.errors import BadInput, RunFailed
 from align_engine.run import train
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 STEADY = ("loss", "rewards/margins", "grad_norm", "learning_rate", "num_tokens", "epoch", "eval_loss")
 
@@ -33,28 +27,32 @@ def same_bits(a, b):
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
-def test_killed_and_run_again_ends_with_the_same_bits(model, pairs, tmp_path):
-    settings = dict(max_steps=40, per_device_train_batch_size=3, save_steps=7, logging_steps=3, save_total_limit=2,
-                    lr_scheduler_type="cosine", eval_dataset_name=str(pairs), eval_steps=10)  # fmt: skip
-    unbroken = tiny.dpo(model, pairs, tmp_path / "unbroken", **settings)
-    train("dpo", unbroken)
-    killed = tiny.dpo(model, pairs, tmp_path / "killed", **settings)
-    code = "import sys, tiny, align_engine.run as run; run.train('dpo', tiny.dpo(*sys.argv[1:4], **eval(sys.argv[4])))"
-    command = [sys.executable, "-c", code, str(model), str(pairs), str(tmp_path / "killed"), repr(settings)]
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
-    lines, journal = random.randint(3, 12), tmp_path / "killed" / "metrics.jsonl"
-    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) >= lines):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run must not have ended by itself"
+@pytest.fixture(scope="module")
+def nursery():
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("name", tiny.OFFLINE)
+def test_killed_and_run_again_ends_with_the_same_bits(name, model, nursery, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.OFFLINE[name][1](8))
+    settings = dict(max_steps=24, per_device_train_batch_size=3, save_steps=4, logging_steps=2, save_total_limit=2,
+                    lr_scheduler_type="cosine", eval_dataset_name=str(rows), eval_steps=10)  # fmt: skip
+    train(name, tiny.offline(name, model, rows, tmp_path / "unbroken", **settings))
+    paths = [str(path) for path in (model, rows, tmp_path / "killed")]
+    lines, journal = random.randint(2, 9), tmp_path / "killed" / "metrics.jsonl"
+    nursery.kill(
+        f"run.train({name!r}, tiny.offline({name!r}, *{paths!r}, **{settings!r}))",
+        lambda: journal.exists() and len(journal.read_text().splitlines()) >= lines,
+    )
     assert not (tmp_path / "killed" / "final").exists()
 
-    train("dpo", killed)
+    train(name, tiny.offline(name, model, rows, tmp_path / "killed", **settings))
     assert same_bits(tmp_path / "unbroken", tmp_path / "killed"), f"killed after {lines} lines"
     assert steady(tmp_path / "killed") == steady(tmp_path / "unbroken")
     kept = sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*"))
-    assert kept == ["checkpoint-000035", "checkpoint-000040"]
+    assert kept == ["checkpoint-000020", "checkpoint-000024"]
 
 
 def test_resume_with_dropout_and_lora(model, completions, tmp_path, monkeypatch):
