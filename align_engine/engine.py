@@ -115,9 +115,13 @@ class Engine:
         """
         if self.algorithm.prepare is not None:
             self.algorithm.prepare(self, window)
-        mine = sum(self.algorithm.count(micro.batch, self.recipe) for micro in window if micro.real)
+        units = sum(self.algorithm.count(micro.batch, self.recipe) for micro in window if micro.real)
+        return max(self.total(units), 1.0)
+
+    def total(self, mine: float) -> float:
+        """The sum of a number over all ranks."""
         summed: Any = self.accelerator.reduce(torch.tensor(float(mine), device=self.accelerator.device), "sum")
-        return max(summed.item(), 1.0)
+        return summed.item()
 
     def forward_backward(self, micro: Micro, units: float, last: bool) -> None:
         """Add one micro-batch's share to the gradients and to the sums of the step.
@@ -176,10 +180,10 @@ class Engine:
         sums, training = Sums(), self.model.training
         self.model.eval()
         window = list(source.share(list(range(len(source)))))
-        self.open(window)
+        units = self.open(window) / self.accelerator.num_processes
         for micro in window:
-            loss, metrics = self.forward(micro.batch.to(self.accelerator.device), 1.0)
-            self._add(sums, loss, metrics, micro)
+            loss, metrics = self.forward(micro.batch.to(self.accelerator.device), units)
+            self._add(sums, loss * units, metrics, micro)
         self.model.train(training)
         means = sums.reduced(self.accelerator).means()
         del means["num_tokens"]

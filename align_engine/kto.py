@@ -52,7 +52,15 @@ def with_strangers(rows: datasets.Dataset, seed: int, max_length: int) -> datase
 
 
 def reference_point(engine: Engine, window: list[Micro]) -> None:
-    """Give the batches of a window z0 = max(0, mean of log pi - log ref over the strangers of all ranks)."""
+    """Give the batches of a window z0 = max(0, mean of log pi - log ref over the strangers of all ranks).
+
+    apo_zero_unpaired has z0 = 0, and no stranger is read.
+    """
+    recipe: Any = engine.recipe
+    if recipe.loss.loss_type == "apo_zero_unpaired":
+        for batch, _ in window:
+            batch.shared = {"kl": 0.0}
+        return
     total = torch.zeros(2, dtype=torch.float64, device=engine.accelerator.device)
     live = engine.reference
     for batch, real in window:

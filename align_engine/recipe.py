@@ -94,17 +94,64 @@ class DpoLoss(ReferenceFields):
     """Loss."""
 
     loss_type: str = "sigmoid"
-    """Preference loss; `sigmoid` is DPO's."""
+    """Preference loss; `sigmoid` is DPO's. Several with commas between are summed: `sigmoid,sft`. The aot types sort
+    the pairs of one forward pass, so with them 8 x 1 is not 1 x 8."""
+    loss_weights: list[float] | None = None
+    """Weight of each of several losses (None: 1)."""
     beta: float = 0.1
     """Strength of the pull towards the reference: higher stays closer to it."""
     label_smoothing: float = 0.0
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    """Divergence from the reference that is limited."""
+    f_alpha_divergence_coef: float = 0.5
+    """Alpha of alpha_divergence."""
+    use_weighting: bool = False
+    """WPO: weigh each pair by how probable its answers are to the model."""
+
+
+@dataclass
+class SimpoLoss:
+    """Loss."""
+
+    beta: float = 2.0
+    """Factor on the difference of the mean log-probs."""
+    simpo_gamma: float = 0.5
+    """Margin that the chosen answer must have."""
+    label_smoothing: float = 0.0
+    """Share of the preference labels taken to be flipped, in [0, 0.5)."""
+
+
+@dataclass
+class CpoLoss:
+    """Loss."""
+
+    loss_type: str = "sigmoid"
+    """sigmoid, hinge, ipo, or simpo."""
+    beta: float = 0.1
+    """Factor on the difference of the log-probs."""
+    cpo_alpha: float = 1.0
+    """Weight of the chosen answers' negative log-likelihood."""
+    simpo_gamma: float = 0.5
+    """Margin of the loss type simpo."""
+    label_smoothing: float = 0.0
+    """Share of the preference labels taken to be flipped, in [0, 0.5)."""
+
+
+@dataclass
+class OrpoLoss:
+    """Loss."""
+
+    beta: float = 0.1
+    """Weight of the odds ratio beside the chosen answers' negative log-likelihood."""
 
 
 @dataclass
 class KtoLoss(ReferenceFields):
     """Loss."""
 
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """kto, or the same with the reference point 0."""
     beta: float = 0.1
     """Strength of the pull towards the reference: higher stays closer to it."""
     desirable_weight: float = 1.0
@@ -360,6 +407,30 @@ class DpoRecipe(Recipe):
     """Direct preference optimisation: raise the chosen completion above the rejected one, relative to a reference."""
 
     loss: DpoLoss = field(default_factory=DpoLoss)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
+class SimpoRecipe(Recipe):
+    """SimPO: raise the mean log-probability of the chosen completion above the rejected one's, by a margin."""
+
+    loss: SimpoLoss = field(default_factory=SimpoLoss)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
+class OrpoRecipe(Recipe):
+    """ORPO: supervised fine-tuning on the chosen completions with an odds ratio against the rejected ones."""
+
+    loss: OrpoLoss = field(default_factory=OrpoLoss)
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
+class CpoRecipe(Recipe):
+    """Contrastive preference optimisation: DPO with a uniform reference, and the chosen completions' likelihood."""
+
+    loss: CpoLoss = field(default_factory=CpoLoss)
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 

@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from align_engine import heads, policy, rewards
 from align_engine import recipe as recipes
 from align_engine import reference as references
-from align_engine.algorithms import ALGORITHMS, Algorithm
+from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
 from align_engine.callbacks import Callbacks, from_recipe
 from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
@@ -48,6 +48,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
     check_choices(recipe, accelerator.device)
+    check_loss(algorithm, recipe)
     callbacks = [*from_recipe(recipe), *callbacks]
     processes = accelerator.num_processes
     folder = RunFolder(
@@ -128,16 +129,13 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     from transformers import SchedulerType
 
     from align_kernels.dispatch import IMPLS, pick
-    from align_kernels.losses.dpo import LOSS_TYPES as PAIR_TYPES
     from align_kernels.losses.grpo import LOSS_TYPES as GROUP_TYPES
 
     values = recipes.flat(recipe)
     policy.check_path(values.get("ref_model_name_or_path") or recipe.model.model_name_or_path)
-    choices = {
-        "impl": IMPLS,
-        "loss_type": GROUP_TYPES if isinstance(recipe, GrpoRecipe) else PAIR_TYPES,
-        "lr_scheduler_type": [kind.value for kind in SchedulerType],
-    }
+    choices = {"impl": IMPLS, "lr_scheduler_type": [kind.value for kind in SchedulerType]}
+    if isinstance(recipe, GrpoRecipe):
+        choices["loss_type"] = GROUP_TYPES
     for name, known in choices.items():
         if name in values and values[name] not in known:
             raise BadInput(f"{name} = {values[name]!r} is none of {', '.join(known)}")

@@ -11,7 +11,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from align_engine.recipe import DpoRecipe, KtoRecipe, Recipe, RmRecipe, SftRecipe, flat
+from align_engine.recipe import (
+    CpoRecipe,
+    DpoRecipe,
+    KtoRecipe,
+    OrpoRecipe,
+    Recipe,
+    RmRecipe,
+    SftRecipe,
+    SimpoRecipe,
+    flat,
+)
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -110,6 +120,9 @@ OFFLINE = {
     "sft": (SftRecipe, sft_rows),
     "rm": (RmRecipe, preference_rows),
     "dpo": (DpoRecipe, preference_rows),
+    "simpo": (SimpoRecipe, preference_rows),
+    "orpo": (OrpoRecipe, preference_rows),
+    "cpo": (CpoRecipe, preference_rows),
     "kto": (KtoRecipe, mark_rows),
 }
 
