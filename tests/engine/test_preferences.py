@@ -41,7 +41,8 @@ def test_what_does_not_fit_together_is_said_before_anything_is_loaded():
 def test_a_mixture_is_its_parts(model, other_model, pairs, tmp_path):
     """sigmoid + 0.5 sft, over micro-batches of unequal numbers of tokens, training and evaluation."""
     settings = dict(ref_model_name_or_path=str(other_model), eval_dataset_name=str(pairs), max_steps=1,
-                    per_device_train_batch_size=3, gradient_accumulation_steps=3, per_device_eval_batch_size=3)  # fmt: skip
+                    per_device_train_batch_size=3, gradient_accumulation_steps=3,
+                    per_device_eval_batch_size=3)  # fmt: skip
     one = lambda name, **more: numbers("dpo", model, pairs, tmp_path / name, **settings, **more)  # noqa: E731
     first, second = one("a", loss_type="sigmoid"), one("b", loss_type="sft")
     both = one("c", loss_type="sigmoid,sft", loss_weights=[1.0, 0.5])

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import tiny
-from processes import Nursery
+from nursery import Nursery
 from safetensors.torch import load_file
 
 from align_engine import metrics

@@ -1,0 +1,54 @@
+"""Runs in other processes that can be killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENV = {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests")), "OMP_NUM_THREADS": "1"}
+IMPORTS = "import datasets, os, peft, sys, tiny, torch, transformers.trainer_callback, align_engine.run as run\n"
+
+
+class Nursery:
+    """One interpreter that has imported everything; each job is a fork of it, so that a killed run costs no import."""
+
+    CODE = IMPORTS + (
+        "torch.set_num_threads(1)\n"
+        "for job in sys.stdin:\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        sys.stdout = open(os.devnull, 'w')\n"
+        "        exec(job)\n"
+        "        os._exit(0)\n"
+        "    print(child, flush=True)\n"
+        "    print(os.waitpid(child, 0)[1], flush=True)\n"
+    )
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], env=os.environ | ENV, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+
+    def kill(self, job: str, when: Callable[[], bool]) -> None:
+        """Start the job and kill -9 it as soon as `when()`."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(job + "\n")
+        self.process.stdin.flush()
+        child, end = int(self.process.stdout.readline()), time.monotonic() + 120
+        while not when():
+            time.sleep(0.002)
+            assert time.monotonic() < end and Path(f"/proc/{child}").exists(), "the job has ended by itself"
+        os.kill(child, signal.SIGKILL)
+        status = int(self.process.stdout.readline())
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it must not have ended by itself"
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
