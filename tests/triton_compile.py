@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from align_kernels.backends import triton as backend
-from align_kernels.backends.triton import rows
+from align_kernels.backends.triton import linear, rows
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -64,25 +64,29 @@ class Report(NamedTuple):
     assembly: str
 
 
+reports: dict[str, Report] = {}
+
+
 class Recorder:
     """Stands for the module of kernels: a launch is written down, not made."""
 
-    def __init__(self) -> None:
-        self.launches: list[tuple] = []
+    def __init__(self, module, launches: list[tuple]) -> None:
+        self.module, self.launches = module, launches
 
     def __getattr__(self, name: str):
-        kernel = getattr(rows, name)
+        kernel = getattr(self.module, name)
         record = lambda grid: lambda *args, **options: self.launches.append((kernel, grid, args, options))  # noqa: E731
         return type("Launcher", (), {"__getitem__": lambda _, grid: record(grid)})()
 
 
 def compile_for(target: str, call: Callable[[], object]) -> list[Report]:
     """The kernels that `call`, some calls of the backend, would launch on a GPU of this kind."""
-    recorder, gpu = Recorder(), TARGETS[target]
-    with patched(backend, _rows=lambda: recorder, architecture=lambda device: gpu.arch):
+    gpu, launches = TARGETS[target], []
+    of_rows, of_linear = Recorder(rows, launches), Recorder(linear, launches)
+    with patched(backend, _rows=lambda: of_rows, _linear=lambda: of_linear, architecture=lambda device: gpu.arch):
         call()
     driver.set_active(Driver(gpu))
-    return [compile_one(target, *launch) for launch in recorder.launches]
+    return [compile_one(target, *launch) for launch in launches]
 
 
 def compile_one(target: str, kernel, grid: tuple, args: tuple, options: dict) -> Report:
@@ -91,6 +95,8 @@ def compile_one(target: str, kernel, grid: tuple, args: tuple, options: dict) ->
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
         made = kernel.warmup(*args, grid=grid, **options)
+    if made.hash in reports:  # the same specialisation once more
+        return reports[made.hash]
     if TARGETS[target].backend == "cuda":
         text = log.getvalue()
         assembly = made.asm["ptx"]
@@ -102,7 +108,7 @@ def compile_one(target: str, kernel, grid: tuple, args: tuple, options: dict) ->
             sum(int(x) for x in re.findall(rf"\.vgpr_{name}:\s+(\d+)", assembly)) for name in ("count", "spill_count")
         )
     found = SimpleNamespace(**made.metadata._asdict())
-    return Report(
+    reports[made.hash] = Report(
         kernel.__name__,
         target,
         registers,
@@ -113,6 +119,7 @@ def compile_one(target: str, kernel, grid: tuple, args: tuple, options: dict) ->
         len(re.findall(ASYNCHRONOUS, assembly)),
         assembly,
     )
+    return reports[made.hash]
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ class Launch:
         self.stores: list[tuple[int, np.ndarray]] = []
 
     def touch(self, log: list, pointers: np.ndarray, mask: Any, size: int) -> None:
-        pointers = np.broadcast_to(pointers, np.shape(mask))[np.asarray(mask)]
+        pointers = np.broadcast_to(pointers, np.shape(mask))[np.asarray(mask).astype(bool)]
         if pointers.size == 0:
             return
         place = np.searchsorted(self.begins, pointers, side="right") - 1
@@ -166,10 +166,10 @@ def place(stock: Callable) -> Callable:
 
 
 def load(stock: Callable) -> Callable:
-    def run(self, pointers, mask, *rest):
+    def run(self, pointers, mask, *rest, **options):
         assert current is not None
         current.touch(current.loads, pointers.data, _array(mask), pointers.get_element_ty().primitive_bitwidth // 8)
-        return stock(self, pointers, mask, *rest)
+        return stock(self, pointers, mask, *rest, **options)
 
     return run
 

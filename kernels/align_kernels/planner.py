@@ -60,17 +60,19 @@ class Plan:
     compact: bool = False  # the backward may take fewer columns: see compaction.py
     exponentials: bool = False  # take the place of the logits: see exponentials.py
     waiting: int = 0  # bytes of the workspace for compacted blocks that wait for g
+    on_chip: bool = False  # no logits are written: the GEMM leaves statistics alone
 
     @property
     def gemm_flops(self) -> int:
         return 2 * self.passes * self.rows * self.vocab * self.width
 
     def __str__(self) -> str:
+        tiles = "logits stay on the chip" if self.on_chip else f"tiles of {self.tile_cols} columns"
         chunks = -(-self.rows // self.chunk_rows) if self.rows else 0
         return (
             f"schedule {self.schedule}: {self.why}\n"
             f"backend {self.backend}, {self.rows} rows x {self.vocab} columns x {self.width}: {chunks} chunk(s) of "
-            f"{self.chunk_rows} rows, tiles of {self.tile_cols} columns\n"
+            f"{self.chunk_rows} rows, {tiles}\n"
             f"workspace {self.workspace / MIB:.1f} MiB, GEMMs {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP"
             + (", with column compaction less by the share of columns that peaked rows drop" if self.compact else "")
         )
@@ -83,6 +85,8 @@ def plan(
     width: int,
     itemsize: int,
     gradient_itemsize: int = 0,
+    on_chip: float = 0.0,
+    tiles_because: str = "",
     device: str,
     backend: str,
     workspace: int | None,
@@ -102,6 +106,8 @@ def plan(
         rows, vocab, width: N kept rows, V columns on this rank, D.
         itemsize: bytes of one logit as it is kept.
         gradient_itemsize: bytes of a logit's gradient, 0 where it has the logit's dtype and may take its place.
+        on_chip: bytes of statistics per logit of a forward that writes no logits; 0: there is none here.
+        tiles_because: why there is none, where the backend has one.
         device: "cpu" or "cuda" (other devices are treated as "cuda").
         workspace: limit in bytes; None takes the device's default.
         needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.
@@ -139,7 +145,12 @@ def plan(
         return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept, passes, why, compact, early, waiting)
 
     if not (needs_input or needs_head):
-        return make("forward", profile.max_rows, 1, "nothing needs a gradient")
+        why = "nothing needs a gradient" + (f"; logits pass through tiles: {tiles_because}" if tiles_because else "")
+        if not on_chip:
+            return make("forward", profile.max_rows, 1, why)
+        chunk = max(min(rows, profile.max_rows, int(limit / (vocab * on_chip + 1))), 1)
+        taken = math.ceil(chunk * vocab * on_chip)
+        return Plan("forward", backend, rows, vocab, width, chunk, vocab, taken, 1, why, on_chip=True)
     once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
     beside = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, rows)) if drop_mass > 0 else 0  # a compacted block, in rows
     most = limit - limit // 4 if gradient_itemsize else limit  # the rest holds the gradient of a wide tile

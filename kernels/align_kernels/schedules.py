@@ -7,6 +7,7 @@ Nothing here knows a loss; nothing here is differentiated: `functions.py` wraps 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -163,6 +164,9 @@ class Runner:
         self.offset, widest, self.vocab = _shard(head.weight.shape[0], head.targets[kept], self.group)
         name = pick(settings.impl, head.weight.device, self.logits_dtype)
         self.backend = BACKENDS[name]
+        on_chip, tiles_because = _on_chip(self.backend, head, needs)
+        if on_chip:  # no CPU stands behind it whose GEMMs want wider inputs
+            self.dtype = head.weight.dtype
         # an entropy that may be asked for late is made again then
         plain = settings.clamp is None and settings.transform.softcap is None and not (needs.bias or entropy)
         self.plan = plan(
@@ -171,6 +175,8 @@ class Runner:
             width=head.weight.shape[1],
             itemsize=self.logits_dtype.itemsize,
             gradient_itemsize=0 if self.dtype == self.logits_dtype else self.dtype.itemsize,
+            on_chip=on_chip,
+            tiles_because=tiles_because,
             device=head.weight.device.type,
             backend=name,
             workspace=settings.workspace,
@@ -274,7 +280,10 @@ class Runner:
         """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
         n = len(chunk.targets)
         state = self.new_state(n)
-        for v0, v1 in self.tiles():
+        if self.plan.on_chip:
+            w = self.head.weight
+            self.backend.forward_linear(chunk.x, w, state, chunk.targets, **self.common(chunk, 0, len(w)))
+        for v0, v1 in self.tiles() if not self.plan.on_chip else ():
             out = self.scratch(n, v1 - v0, self.logits_dtype) if store is None else self.tile_of(store, n, v0, v1)
             z = self.logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
             self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
@@ -368,6 +377,14 @@ class Runner:
             grads.add_lora_A(dxa, chunk.x)
         grads.started |= m > 0
         return dx
+
+
+def _on_chip(backend: ModuleType, head: Head, needs: Needs) -> tuple[float, str]:
+    """Bytes of statistics per logit with which the backend makes log-probs and no logits, or 0 and why it does not."""
+    if any(needs) or not hasattr(backend, "forward_linear"):
+        return 0.0, ""
+    reason = "the head has a LoRA" if head.lora_A is not None else backend.why_not_linear(head.hidden, head.weight)
+    return (backend.STATISTICS, "") if reason is None else (0.0, reason)
 
 
 def _active(g: Tensor, g_entropy: Tensor | None) -> Tensor:

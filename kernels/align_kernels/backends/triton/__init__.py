@@ -19,6 +19,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORWARD = dict(BLOCK=2048, num_warps=8)
 BACKWARD = dict(BLOCK=2048, num_warps=4)
 PEAKS = dict(ROWS=8, BLOCK=256, num_warps=4)
+MERGE = dict(BP=16, BN=32, num_warps=4)
+PART = 128  # columns of one entry of the statistics, linear.PART
+STATISTICS = 24 / PART  # bytes per logit that `forward_linear` takes
+
+# tiles of `forward_linear`, by what shared memory and registers hold (docs/gpu_registers.md)
+WIDE = dict(BN=128, BV=256, BD=64, GROUP=16, num_warps=8, num_stages=4)
+DEEP = dict(BN=128, BV=128, BD=64, GROUP=16, num_warps=8, num_stages=4)
+SMALL = dict(BN=128, BV=128, BD=64, GROUP=16, num_warps=8, num_stages=2)
+TILES: dict[int | str, dict] = {80: DEEP, 90: WIDE, 100: DEEP, 103: DEEP}  # any other: SMALL
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -58,8 +67,9 @@ def forward(
         ValueError: naming the value: a tensor of the wrong device, dtype, shape or layout.
     """
     del vocab
-    head, flags = _head(z, state, targets, bias, scale, softcap, temperature)
+    _check_tile("z", z, z.device)
     n, c = z.shape
+    head, flags = _head(z.device, n, c, state, targets, bias, scale, softcap, temperature)
     if n and c:
         with torch.cuda.device_of(z):
             _rows().forward_kernel[(n,)](
@@ -89,8 +99,9 @@ def backward(
         ValueError: as in `forward`.
     """
     del vocab
-    head, flags = _head(z, state, targets, bias, scale, softcap, temperature)
+    _check_tile("z", z, z.device)
     n, c = z.shape
+    head, flags = _head(z.device, n, c, state, targets, bias, scale, softcap, temperature)
     _check("g_logp", g_logp, z.device, torch.float32, (n,))
     if g_entropy is not None:
         _check("g_entropy", g_entropy, z.device, torch.float32, (n,))
@@ -127,8 +138,9 @@ def peaks(
         ValueError: as in `forward`.
     """
     del offset, vocab
-    head, flags = _head(z, state, targets, bias, scale, softcap, temperature)
-    c = z.shape[1]
+    _check_tile("z", z, z.device)
+    n, c = z.shape
+    head, flags = _head(z.device, n, c, state, targets, bias, scale, softcap, temperature)
     _check("rows", rows, z.device, torch.int64, (rows.numel(),))
     _check("out", out, z.device, torch.float32, (c,))
     if c:
@@ -138,14 +150,85 @@ def peaks(
             )
 
 
+def why_not_linear(hidden: Tensor, weight: Tensor) -> str | None:
+    """None where `forward_linear` serves these tensors, else the reason in a few words."""
+    if hidden.dtype != weight.dtype or weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"hidden and weight must both be bfloat16 or float16, got {hidden.dtype} and {weight.dtype}"
+    # rows whose alignment the compiler knows: others are copied to shared memory element by element
+    D, stride = weight.shape[1], weight.stride(0)
+    if D == 0 or D % 16 or stride % 16 or weight.stride(1) != 1 or weight.data_ptr() % 16:
+        return f"weight must have aligned rows of a multiple of 16 columns, got {D} with strides {weight.stride()}"
+    return None
+
+
+def forward_linear(
+    x: Tensor,  # (n, D) bfloat16 | float16
+    weight: Tensor,  # (V, D), x's dtype
+    state: Tensor,  # (n, 8) float64, updated in place
+    targets: Tensor,  # (n,) int64
+    *,
+    offset: int,
+    vocab: int,
+    bias: Tensor | None,  # (V,) float32
+    scale: float,
+    softcap: float | None,
+    temperature: float | Tensor,  # (n,) float32
+) -> None:
+    """`forward` of the raw logits x @ weight.T, which are never written.
+
+    Raises:
+        ValueError: as in `forward`, or what `why_not_linear` says.
+    """
+    del vocab
+    reason = why_not_linear(x, weight)
+    if reason is not None:
+        raise ValueError(reason)
+    if x.stride(1) != 1 or x.stride(0) % 16 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    (n, D), V = x.shape, weight.shape[0]
+    head, flags = _head(x.device, n, V, state, targets, bias, scale, softcap, temperature)
+    if not (n and V):
+        return
+    arch = architecture(x.device)
+    tile = TILES.get(arch, SMALL)
+    tiles = -(-V // tile["BV"])
+    parts = torch.empty(6, -(-V // PART), n, dtype=torch.float32, device=x.device)
+    picked = torch.empty(n, dtype=torch.float32, device=x.device)
+    tma = isinstance(arch, int) and arch >= 90
+    flags |= dict(TMA=tma, EVEN=D % tile["BD"] == 0)
+    operands = (x, weight)
+    if tma:
+        operands = (_descriptor(x, tile["BN"], tile["BD"]), _descriptor(weight, tile["BV"], tile["BD"]))
+    with torch.cuda.device_of(x):
+        _linear().statistics_kernel[(-(-n // tile["BN"]) * tiles,)](
+            *operands, parts, picked, targets, *head[:2], n, V, D, x.stride(0), weight.stride(0), offset, *head[2:],
+            **flags, **tile,
+        )  # fmt: skip
+        _linear().merge_kernel[(-(-n // MERGE["BN"]),)](parts, picked, state, targets, n, V, offset, **MERGE)
+
+
+def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
 def _rows() -> Any:
     from align_kernels.backends.triton import rows
 
     return rows
 
 
+def _linear() -> Any:
+    from align_kernels.backends.triton import linear
+
+    return linear
+
+
 def _head(
-    z: Tensor,
+    device: torch.device,
+    n: int,
+    c: int,
     state: Tensor,
     targets: Tensor,
     bias: Tensor | None,
@@ -154,15 +237,13 @@ def _head(
     temperature: float | Tensor,
 ) -> tuple[tuple, dict[str, bool]]:
     """What every kernel takes of the head, (bias, temperature, scale, cap, 1 / temperature) and flags."""
-    _check_tile("z", z, z.device)
-    n, c = z.shape
-    _check("state", state, z.device, torch.float64, (n, 8))
-    _check("targets", targets, z.device, torch.int64, (n,))
+    _check("state", state, device, torch.float64, (n, 8))
+    _check("targets", targets, device, torch.int64, (n,))
     if bias is not None:
-        _check("bias", bias, z.device, torch.float32, (c,))
+        _check("bias", bias, device, torch.float32, (c,))
     rows, inverse = None, 1.0
     if isinstance(temperature, Tensor):
-        _check("temperature", temperature, z.device, torch.float32, (n,))
+        _check("temperature", temperature, device, torch.float32, (n,))
         rows = temperature
     else:
         inverse = 1.0 / temperature
@@ -188,6 +269,8 @@ def _check(name: str, x: Tensor, device: torch.device, dtype: torch.dtype, shape
 
 def architecture(device: torch.device) -> int | str:
     """The compute capability as a number (90 for sm_90), or the name of an AMD architecture."""
+    if device.type == "cpu":  # in the interpreter
+        return 90
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]

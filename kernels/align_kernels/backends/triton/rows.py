@@ -61,23 +61,23 @@ def inverse_temperature(inverse, temperature_ptr, rows, inside, ROW_TEMPERATURE:
 
 
 @triton.jit
-def fold(state_ptr, peak, arg, s, a, q, total, target, here):
-    """Fold the sums of some columns into the float64 state of a row; all are scalars, or blocks of rows."""
-    old_m, old_s, old_arg = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 6)
+def fold(state_ptr, some, peak, arg, s, a, q, total, target, here):
+    """Fold the sums of some columns into the float64 state of a row, or of a block of rows."""
+    old_m, old_s = tl.load(state_ptr, mask=some, other=0.0), tl.load(state_ptr + 1, mask=some, other=0.0)
+    old_a, old_q = tl.load(state_ptr + 2, mask=some, other=0.0), tl.load(state_ptr + 3, mask=some, other=0.0)
+    old_arg = tl.load(state_ptr + 6, mask=some, other=0.0)
     m = tl.where(old_m > peak, old_m, peak)
-    old_shift = tl.where(old_s == 0, 0.0, old_m - m)
-    shift = tl.where(s == 0, 0.0, peak - m)
+    old_shift, shift = tl.where(old_s == 0, 0.0, old_m - m), tl.where(s == 0, 0.0, peak - m)
     old_f, f = tl.exp(old_shift), tl.exp(shift)
-    old_a, old_q = tl.load(state_ptr + 2), tl.load(state_ptr + 3)
     new_s = old_f * old_s + f * s
-    tl.store(state_ptr, tl.where(new_s != new_s, new_s, m))
-    tl.store(state_ptr + 1, new_s)
-    tl.store(state_ptr + 2, old_f * (old_a + old_s * old_shift) + f * (a + s * shift))
-    tl.store(state_ptr + 3, old_f * old_f * old_q + f * f * q)
-    tl.store(state_ptr + 4, tl.load(state_ptr + 4) + total)
-    tl.store(state_ptr + 5, tl.where(here, target, tl.load(state_ptr + 5)))
+    tl.store(state_ptr, tl.where(new_s != new_s, new_s, m), mask=some)
+    tl.store(state_ptr + 1, new_s, mask=some)
+    tl.store(state_ptr + 2, old_f * (old_a + old_s * old_shift) + f * (a + s * shift), mask=some)
+    tl.store(state_ptr + 3, old_f * old_f * old_q + f * f * q, mask=some)
+    tl.store(state_ptr + 4, tl.load(state_ptr + 4, mask=some, other=0.0) + total, mask=some)
+    tl.store(state_ptr + 5, target, mask=some & here)
     newer = (peak > old_m) | (old_arg < 0) | ((peak == old_m) & (arg < old_arg))
-    tl.store(state_ptr + 6, tl.where(newer, arg, old_arg))
+    tl.store(state_ptr + 6, arg, mask=some & newer)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def forward_kernel(
     l, _ = logits(tl.load(z_ptr + target, mask=here, other=0.0), bias, scale, cap, inverse, BIAS, SOFTCAP)
     total = tl.sum(total.to(tl.float64), 0)
     where = (arg + offset).to(tl.float64)
-    fold(state_ptr, peak.to(tl.float64), where, s + seen, a, q + seen, total, l.to(tl.float64), here)
+    fold(state_ptr, True, peak.to(tl.float64), where, s + seen, a, q + seen, total, l.to(tl.float64), here)
 
 
 @triton.jit
