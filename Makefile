@@ -1,10 +1,10 @@
-# make demo | make test | make check | make bench
+# make demo | make test | make check | make bench | make gpu-registers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test check bench bench-peers clean
+.PHONY: demo test check bench bench-peers gpu-registers clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -36,6 +36,10 @@ bench: $(VENV)/.installed-dev
 # the table of docs/LOG.md: align_kernels beside eager, TRL, Liger, torch.compile and Cut Cross-Entropy
 bench-peers: $(VENV)/.installed-dev
 	$(BIN)/python benches/peers.py
+
+# docs/gpu_registers.md: every Triton kernel compiled for every GPU, which needs none
+gpu-registers: $(VENV)/.installed-dev
+	PYTHONPATH=kernels:tests $(BIN)/python tests/triton_compile.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/align_kernels/*.so

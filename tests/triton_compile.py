@@ -2,6 +2,8 @@
 
 The backend's own functions run on CPU tensors whose launches are recorded, and each recorded kernel goes through its
 `warmup` under a driver that only names a target: the same specialisation of arguments as at run time.
+
+    python tests/triton_compile.py     # writes docs/gpu_registers.md, with kernels and tests on PYTHONPATH
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -28,9 +31,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes that a program may take
-# what is counted in the assembly
-MATMUL = r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma|v_mfma"
-ASYNCHRONOUS = r"cp\.async\.bulk\.tensor|cp\.async\.c[ag]"
+MATMUL = {"sm_80": r"\bmma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcgen05\.mma", "gfx942": r"v_mfma"}
+ASYNCHRONOUS = r"cp\.async\.bulk\.tensor|cp\.async\.c[ag]"  # copies from global to shared memory
+WIDE_LOAD = r"ld\.global\S*\.v4\.b32|(?:global|buffer)_load_dwordx4"  # 16 bytes
+TABLE = Path(__file__).parents[1] / "docs" / "gpu_registers.md"
 
 
 class Driver:
@@ -59,8 +63,9 @@ class Report(NamedTuple):
     spilled: int  # bytes, AMD: registers
     shared: int  # bytes
     warps: int
-    matmul: int  # instructions
-    asynchronous: int  # copies from global to shared memory
+    matmul: int  # instructions, as the two that follow
+    asynchronous: int
+    wide_loads: int
     assembly: str
 
 
@@ -115,11 +120,92 @@ def compile_one(target: str, kernel, grid: tuple, args: tuple, options: dict) ->
         spilled,
         found.shared,
         found.num_warps,
-        len(re.findall(MATMUL, assembly)),
-        len(re.findall(ASYNCHRONOUS, assembly)),
+        *(len(re.findall(pattern, assembly)) for pattern in (MATMUL[target], ASYNCHRONOUS, WIDE_LOAD)),
         assembly,
     )
     return reports[made.hash]
+
+
+# -- what is shipped ----------------------------------------------------------------------------------------------
+ROWS, VOCAB = 64, 151936
+HIDDEN = {"": 4096, ", D = 80": 80}  # whole blocks of columns, or a piece of one
+
+
+def everything(n: int, V: int) -> dict:
+    return dict(bias=torch.empty(V), scale=0.5, softcap=30.0, temperature=torch.empty(n))
+
+
+PLAIN = dict(bias=None, scale=1.0, softcap=None, temperature=1.0)
+
+
+def row_calls(dtype: torch.dtype, out: torch.dtype, V: int, full: bool) -> Callable[[], None]:
+    def call() -> None:
+        z, state = torch.empty(ROWS, V, dtype=dtype), torch.empty(ROWS, 8, dtype=torch.float64)
+        targets, g = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
+        common = dict(offset=0, vocab=V, **(everything(ROWS, V) if full else PLAIN))
+        clamp, h = ((0.1, 0.5, "residual"), g) if full else (None, None)
+        backend.forward(z, state, targets, **common)
+        dz = z if out == dtype else torch.empty(ROWS, V, dtype=out)
+        backend.backward(z, state, targets, g, h, clamp=clamp, out=dz, **common)
+        backend.peaks(z, state, targets, targets, out=torch.empty(V), **common)
+
+    return call
+
+
+def linear_calls(dtype: torch.dtype, D: int, full: bool) -> Callable[[], None]:
+    def call() -> None:
+        x, w = torch.empty(ROWS, D, dtype=dtype), torch.empty(VOCAB, D, dtype=dtype)
+        state, targets = torch.empty(ROWS, 8, dtype=torch.float64), torch.empty(ROWS, dtype=torch.int64)
+        common = dict(offset=0, vocab=VOCAB, **(everything(ROWS, VOCAB) if full else PLAIN))
+        backend.forward_linear(x, w, state, targets, **common)
+
+    return call
+
+
+def shipped(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What a kernel is compiled for, and the calls that make it."""
+    single, half, short = torch.float32, torch.bfloat16, torch.float16
+    for full in (False, True):
+        head = "all options" if full else "plain"
+        for dtype, out in ((single, single), (single, half), (half, half), (short, short)):
+            names = [str(x).removeprefix("torch.") for x in (dtype, out)]
+            name = names[0] if dtype == out else f"{names[0]} to {names[1]}"
+            yield f"{name}, {head}", row_calls(dtype, out, VOCAB, full)
+        for dtype in (half, short):
+            for suffix, D in HIDDEN.items():
+                if not suffix or target in ("sm_80", "gfx942"):  # a tensor descriptor knows one kind of D
+                    name = str(dtype).removeprefix("torch.")
+                    yield f"{name}, {head}{suffix}", linear_calls(dtype, D, full)
+    yield "float32, plain, V = 50257", row_calls(single, single, 50257, False)
+
+
+def compile_all(target: str) -> list[tuple[str, Report]]:
+    """Every kernel once, by the first name under which it was made."""
+    seen: dict[int, tuple[str, Report]] = {}
+    for name, call in shipped(target):
+        for report in compile_for(target, call):
+            seen.setdefault(id(report), (name, report))
+    return list(seen.values())
+
+
+def table(made: dict[str, list[tuple[str, Report]]]) -> str:
+    lines = [
+        "# Registers and shared memory of the Triton kernels",
+        "",
+        f"Written by `make gpu-registers` with Triton {triton.__version__}, on a machine without a GPU: what the",
+        "compiler says of every shipped kernel. Times on a GPU are not yet measured.",
+        "",
+        "matmul, async, wide: instructions that multiply matrices, copies from global to shared memory that are",
+        "asynchronous, loads of 16 bytes a thread.",
+        "",
+        "| target | kernel | for | warps | registers | spilled | shared bytes | matmul | async | wide |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for target, reports_of_target in made.items():
+        for name, r in reports_of_target:
+            cells = (target, r.kernel.removesuffix("_kernel"), name, r.warps, r.registers, r.spilled, r.shared)
+            lines.append(f"| {' | '.join(map(str, (*cells, r.matmul, r.asynchronous, r.wide_loads)))} |")
+    return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
@@ -130,3 +216,7 @@ def patched(module, **replacements):
         yield
     finally:
         vars(module).update(before)
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table({target: compile_all(target) for target in TARGETS}))

@@ -1,0 +1,38 @@
+"""Every shipped Triton kernel compiles for every target, fits it, spills nothing and uses what the target has."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import triton
+from triton_compile import SHARED, TABLE, TARGETS, Report, compile_all, table
+
+made: dict[str, list[tuple[str, Report]]] = {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target(target: str):
+    made[target] = compile_all(target)
+    for name, report in made[target]:
+        what = f"{report.kernel} for {name} on {target}"
+        assert report.spilled == 0, f"{what} spills {report.spilled}"
+        assert report.shared <= SHARED[target], f"{what} takes {report.shared} bytes of {SHARED[target]}"
+        assert 0 < report.registers <= (512 if target == "gfx942" else 255), what
+        if report.kernel == "statistics_kernel":
+            assert report.matmul, f"{what} has no matrix instruction"
+            assert report.asynchronous or target == "gfx942", f"{what} copies to shared memory synchronously"
+        elif report.kernel in ("forward_kernel", "backward_kernel") and "50257" not in name:
+            assert report.wide_loads, f"{what} loads less than 16 bytes a thread"
+        if report.kernel == "statistics_kernel" and target == "sm_90":
+            waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", report.assembly)
+            assert "1" in waits, f"{what} waits for every product before it begins the next"
+    kernels = {report.kernel for _, report in made[target]}
+    assert kernels == {"forward_kernel", "backward_kernel", "peaks_kernel", "statistics_kernel", "merge_kernel"}
+
+
+def test_the_committed_table():
+    """docs/gpu_registers.md says what the compiler says; `make gpu-registers` writes it anew."""
+    committed = TABLE.read_text()
+    if f"Triton {triton.__version__}," in committed:
+        assert committed == table(made)
