@@ -349,7 +349,7 @@ def averaged(kind: str, each: Tensor) -> Tensor:
 def group(options: dict[str, Any], each: Callable[[Batch], Tensor], extra: Callable[[Batch], Any] = lambda x: 0.0):
     """A row of grpo_loss: `each` gives [B, T] values, averaged as its loss type says."""
     kind = options.get("loss_type", "dapo")
-    own = {"max_completion_length": 11, "old_logps": OLD, "ref_logps": REF} | options
+    own = {"max_completion_length": 11, "old_logps": OLD, "ref_logps": REF, "use_bias_correction_kl": False} | options
     call = lambda h, w, t, **head: ak.grpo_loss(h, w, t, own["old_logps"], ADV, **rest, **head)  # noqa: E731
     rest = {k: v for k, v in own.items() if k != "old_logps"}
     shown = {k: "tensor" if isinstance(v, Tensor) else v for k, v in options.items()}

@@ -186,7 +186,7 @@ def grpo(case: Case, *, loss_type="dapo", level="token", beta=0.0, delta=None, o
         return out | ({"kl": mean(kl(fields["logp"]), mask)} if beta else {})
 
     hyper = dict(loss_type=loss_type, importance_sampling_level=level, beta=beta, delta=delta, epsilon=low)
-    hyper |= dict(epsilon_high=high, ref_logps=ref, max_completion_length=longest)
+    hyper |= dict(epsilon_high=high, ref_logps=ref, max_completion_length=longest, use_bias_correction_kl=False)
     return Twin(
         lambda *args, **head: grpo_loss(*args, None if on_policy else old, advantages, **hyper, **head),
         formula,

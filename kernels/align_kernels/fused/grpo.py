@@ -41,7 +41,7 @@ def grpo_loss(
     importance_sampling_level: str = "token",
     max_completion_length: int | None = None,
     kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False,
+    use_bias_correction_kl: bool = True,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
     vespo_k_pos: float = 2.0,
@@ -61,7 +61,7 @@ def grpo_loss(
 ) -> LossOutput:
     """Group-relative policy optimisation (arXiv:2402.03300): per token, with r = pi / pi_old,
 
-        l_t = keep_t * sampler_t * term_t + beta KL_t
+        l_t = keep_t * sampler_t * term_t + beta r KL_t
         term  clip   -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
               cispo  -sg(min(r, epsilon_high)) A log pi
               sapo   -(4 / tau) sigma(tau (r - 1)) A
@@ -92,7 +92,8 @@ def grpo_loss(
         importance_sampling_level: "token", or "sequence": one ratio exp(mean log r) per sequence (GSPO).
         max_completion_length: needed by "dr_grpo".
         kl_estimator: "k3" (default), "k2" or "k1" of `align_kernels.losses.kl`.
-        use_bias_correction_kl: multiply the KL by r. Default False.
+        use_bias_correction_kl: multiply the KL by r, which makes its gradient that of the KL (arXiv:2512.02556 eq. 7).
+            Default True, as TRL since 1.16.
         sapo_temperature_pos, sapo_temperature_neg: tau where A > 0 and elsewhere. Defaults 1.0 and 1.05.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda where A >= 0, and elsewhere.
         entropy_coef: weight of the mean entropy of the tokens. Default 0.0.
