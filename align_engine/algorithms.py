@@ -152,7 +152,7 @@ ROWS = (
               prepare=reference_point),
     # from rollouts
     Algorithm("direct", DirectRecipe, "prompt", collate_rollouts, "sequence", _sequences, online.direct, False, False,
-              credit=online.direct_credit, kl="beta"),
+              credit=online.direct_credit, kl="beta", present_policy=True),
     Algorithm("grpo", GrpoRecipe, "prompt", collate_rollouts, "token or sequence", online.grpo_units, online.grpo,
               False, False, credit=online.grpo_credit, kl="beta", present_policy=True),
     Algorithm("ppo", PpoRecipe, "prompt", collate_rollouts, "token", _tokens, online.ppo, False, False,
@@ -163,6 +163,8 @@ ALGORITHMS = {row.name: row for row in ROWS}
 
 def metric_weight(algorithm: Algorithm, name: str, batch: Batch, units: int) -> int:
     """What a metric of a batch is a mean over: tokens, those of a class or half, rows of a class, or units."""
+    if algorithm.credit and algorithm.unit == "sequence" and name.startswith("clip_ratio/"):
+        return units
     if algorithm.credit or name in ("entropy", "mean_token_accuracy"):
         return batch.num_tokens
     if name == "nll_loss":

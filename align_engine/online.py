@@ -10,41 +10,44 @@ from torch import Tensor, nn
 from align_engine import credit, heads
 from align_engine.data import Batch
 from align_engine.data.batches import IGNORE
-from align_kernels import LossOutput, grpo_loss, ppo_clip_loss, value_loss
+from align_kernels import LossOutput, grpo_loss, ppo_clip_loss, rloo_loss, value_loss
 from align_kernels.losses.grpo import LOSS_TYPES
+from align_kernels.losses.kl import KL_ESTIMATORS
 
 if TYPE_CHECKING:
     from align_engine.experience import Experience
     from align_engine.recipe import DirectRecipe, GrpoRecipe, PpoRecipe
 
+NOT_OF_THE_LOSS = ("scale_rewards", "num_iterations", "vllm_importance_sampling_correction")
 Given = tuple[dict[str, Tensor], dict[str, Any]]  # (columns of the rollout [R, T], metrics)
 
 
-def mismatch(batch: Batch, logps: Tensor) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from ours of the same weights: the mean of |difference| over tokens."""
-    assert batch.sampling_logps is not None
-    ours = logps.detach() if batch.old_logps is None else batch.old_logps
+def mismatch(batch: Batch, logps: Tensor | None) -> dict[str, Tensor]:
+    """How far the sampler's log-probs are from ours of the same weights (`logps`, unless the batch has them from
+    before the rollout's first step): the mean of |difference| over tokens."""
+    ours = logps if batch.old_logps is None else batch.old_logps
+    if ours is None or batch.sampling_logps is None:
+        return {}
     known = (batch.targets != IGNORE) & ~batch.sampling_logps.isnan()
-    difference = (ours - batch.sampling_logps).where(known, 0.0).abs().sum() / known.sum().clamp(min=1)
+    difference = (ours.detach() - batch.sampling_logps).where(known, 0.0).abs().sum() / known.sum().clamp(min=1)
     return {"sampling/sampling_logp_difference/mean": difference}
 
 
-def direct(
-    hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecipe | PpoRecipe, num_items: float
-) -> LossOutput:
-    """The policy gradient, with PPO's clipped ratio where a rollout serves several steps."""
-    assert batch.old_logps is not None and batch.advantages is not None
-    out = ppo_clip_loss(
+def direct(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecipe, num_items: float) -> LossOutput:
+    """The policy gradient of whole completions; their ratio is clipped where a rollout serves several steps."""
+    assert batch.advantages is not None
+    first = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
+    out = rloo_loss(
         hidden,
         targets=batch.targets,
         old_logps=batch.old_logps,
-        advantages=batch.advantages,
-        cliprange=recipe.loss.cliprange,
-        entropy_coef=recipe.loss.entropy_coef,
+        advantages=batch.advantages.gather(1, first)[:, 0],
+        epsilon=recipe.loss.epsilon,
+        epsilon_high=recipe.loss.epsilon_high,
         num_items=num_items,
         **head,
     )
-    return out._replace(metrics=out.metrics | mismatch(batch, out.logps))
+    return out._replace(metrics=out.metrics | mismatch(batch, batch.old_logps))
 
 
 def direct_credit(found: Experience, recipe: DirectRecipe, state: dict[str, Any]) -> Given:
@@ -62,22 +65,22 @@ def direct_credit(found: Experience, recipe: DirectRecipe, state: dict[str, Any]
 
 
 def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe, num_items: float) -> LossOutput:
+    """The GRPO family; the fields of the recipe's `loss` are the kernel's keywords, but for those of the credit."""
     assert batch.advantages is not None
-    options = recipe.loss
+    options = {name: value for name, value in vars(recipe.loss).items() if name not in NOT_OF_THE_LOSS}
+    if options["loss_type"] == "bnpo":  # dapo whose batch is one forward pass; here it is the whole window
+        options["loss_type"] = "dapo"
     out = grpo_loss(
         hidden,
         targets=batch.targets,
         old_logps=batch.old_logps,
         advantages=batch.advantages,
-        loss_type="dapo" if options.loss_type == "bnpo" else options.loss_type,  # the batch is the whole window
-        epsilon=options.epsilon,
-        epsilon_high=options.epsilon_high,
-        delta=options.delta,
-        beta=options.beta,
         ref_logps=batch.ref_logps,
-        importance_sampling_level=options.importance_sampling_level,
+        sampling_logps=batch.sampling_logps if recipe.loss.vllm_importance_sampling_correction else None,
         max_completion_length=recipe.rollout.max_completion_length,
         num_items=num_items,
+        num_tokens=num_items if options["entropy_coef"] else None,
+        **options,
         **head,
     )
     return out._replace(metrics=out.metrics | mismatch(batch, out.logps))
@@ -125,16 +128,24 @@ def ppo(
 ) -> LossOutput:
     """The clipped surrogate, and vf_coef times the clipped value loss."""
     assert batch.values is not None and batch.returns is not None
-    policy, options = direct(hidden, head, batch, recipe, num_items), recipe.loss
-    mask, tokens = batch.targets != IGNORE, max(batch.num_tokens, 1)
-    value = value_loss(
-        values, batch.values, batch.returns, mask, cliprange_value=options.cliprange_value, num_items=num_items
+    assert batch.old_logps is not None and batch.advantages is not None
+    options, tokens = recipe.loss, max(batch.num_tokens, 1)
+    policy = ppo_clip_loss(
+        hidden,
+        targets=batch.targets,
+        old_logps=batch.old_logps,
+        advantages=batch.advantages,
+        cliprange=options.cliprange,
+        entropy_coef=options.entropy_coef,
+        dual_clip=options.dual_clip,
+        num_items=num_items,
+        **head,
     )
-    metrics = policy.metrics | value.metrics
-    metrics |= {
-        "loss/policy_avg": policy.loss.detach() * num_items / tokens,
-        "loss/value_avg": value.loss.detach() * num_items / tokens,
-    }
+    mask, clip = batch.targets != IGNORE, options.cliprange_value
+    value = value_loss(values, batch.values, batch.returns, mask, cliprange_value=clip, num_items=num_items)
+    metrics = policy.metrics | value.metrics | mismatch(batch, policy.logps)
+    metrics["loss/policy_avg"] = policy.loss.detach() * num_items / tokens
+    metrics["loss/value_avg"] = value.loss.detach() * num_items / tokens
     return policy._replace(loss=policy.loss + options.vf_coef * value.loss, metrics=metrics)
 
 
@@ -145,8 +156,7 @@ def ppo_credit(found: Experience, recipe: PpoRecipe, state: dict[str, Any]) -> G
     coefficient = state.setdefault("kl_coef", options.kl_coef)
     kl = torch.zeros_like(found.old_logps)
     if found.ref_logps is not None:
-        log_ratio = (found.ref_logps - found.old_logps).where(mask, 0.0)
-        kl = -log_ratio if options.kl_estimator == "k1" else log_ratio.expm1() - log_ratio
+        kl = KL_ESTIMATORS[options.kl_estimator](found.old_logps, found.ref_logps).where(mask, 0.0)
     scored = ~found.rewards.isnan()
     rewards = credit.token_rewards(found.rewards.nan_to_num(0.0).float(), kl, mask, coefficient)
     learnt = mask & scored[:, None]

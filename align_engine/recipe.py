@@ -244,10 +244,11 @@ class DirectLoss:
     """Divide the advantages by their spread over the rollout, after taking off their mean."""
     num_iterations: int = 1
     """Passes over each rollout."""
-    cliprange: float = 0.2
-    """Largest change of a token's probability ratio that is rewarded."""
-    entropy_coef: float = 0.0
-    """Weight of an entropy bonus."""
+    epsilon: float = 0.2
+    """How far below 1 a completion's probability ratio may go before its gradient stops, and above, unless epsilon_high
+    says."""
+    epsilon_high: float | None = None
+    """How far above 1 (None: epsilon)."""
 
 
 @dataclass
@@ -255,7 +256,8 @@ class GrpoLoss:
     """Loss."""
 
     loss_type: str = "dapo"
-    """How tokens are averaged: dapo, grpo, dr_grpo, bnpo (here dapo: its batch is the whole step)."""
+    """How tokens are weighed and averaged: dapo, grpo, dr_grpo, bnpo (here dapo: its batch is the whole step), luspo,
+    cispo, sapo, vespo."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation divides the advantages."""
     beta: float = 0.0
@@ -268,6 +270,38 @@ class GrpoLoss:
     """Upper limit of the ratio for negative advantages too (None: none)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """One ratio for each token, or for each sequence (GSPO)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL term."""
+    use_bias_correction_kl: bool = True
+    """Multiply the KL term by the ratio."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus (with a loss_type that is a mean over tokens)."""
+    top_entropy_quantile: float = 1.0
+    """Learn from this share of the tokens of each forward pass, those of highest entropy."""
+    off_policy_mask_threshold: float | None = None
+    """Leave out completions of negative advantage that have become so much less likely than when sampled."""
+    sapo_temperature_pos: float = 1.0
+    """sapo's temperature where the advantage is positive."""
+    sapo_temperature_neg: float = 1.05
+    """And where it is not."""
+    vespo_k_pos: float = 2.0
+    """vespo's power where the advantage is not negative."""
+    vespo_lambda_pos: float = 3.0
+    """And its rate."""
+    vespo_k_neg: float = 3.0
+    """vespo's power where the advantage is negative."""
+    vespo_lambda_neg: float = 2.0
+    """And its rate."""
+    vllm_importance_sampling_correction: bool = False
+    """Correct for a sampler (of a server) whose log-probs are not quite the policy's."""
+    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
+        "sequence_mask"
+    )
+    """Per token or completion; ratios outside the limits are clipped (truncate) or left out (mask)."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """Lower limit of that ratio."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Upper limit of that ratio."""
     num_iterations: int = 1
     """Passes over each rollout."""
 
@@ -280,7 +314,7 @@ class PpoLoss:
     """Passes over each rollout."""
     kl_coef: float = 0.05
     """Weight of the KL penalty in the reward of each token (0: no reference is loaded)."""
-    kl_estimator: Literal["k1", "k3"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """k1: log pi - log ref. k3: never negative."""
     kl_target: float | None = None
     """KL divergence per completion that kl_coef is steered to (None: kl_coef stays)."""
@@ -288,6 +322,8 @@ class PpoLoss:
     """Completions in which kl_coef can about double or halve."""
     cliprange: float = 0.2
     """Largest change of a token's probability ratio that is rewarded."""
+    dual_clip: float | None = None
+    """The loss of a token of negative advantage is at most this times it (None: unbounded)."""
     cliprange_value: float = 0.2
     """Largest change of a value in one rollout that is rewarded."""
     vf_coef: float = 0.1
@@ -641,13 +677,18 @@ def rollout_rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
     rules = [(name, values[name] >= low, f"must be at least {low}") for name, low in least.items() if name in values]
     above = ("temperature", "top_p", "cliprange", "cliprange_value", "epsilon_high", "delta", "kl_target")
     rules += [(name, values[name] > 0, "must be above 0") for name in above if values.get(name) is not None]
-    shares = ("top_p", "gamma", "lam")
+    shares = ("top_p", "gamma", "lam", "top_entropy_quantile")
     rules += [(name, 0 <= values[name] <= 1, "must lie in [0, 1]") for name in shares if name in values]
     accumulation, steps = values["gradient_accumulation_steps"], values["steps_per_generation"]
     weights, scorers = values["reward_weights"], values["reward_funcs"]
+    by_sequence = values.get("loss_type") in ("grpo", "dr_grpo", "luspo", "sapo")
     return [
         *rules,
         ("reward_funcs", bool(scorers), "is required"),
+        ("dual_clip", (values.get("dual_clip") or 2) > 1, "must be above 1"),
+        ("entropy_coef", not (values.get("entropy_coef") and by_sequence), "needs a loss_type that counts tokens"),
+        ("epsilon_high", values.get("loss_type") != "cispo" or values["epsilon_high"] is not None,
+         "is the limit of cispo's ratio: give it (5.0 is usual)"),
         ("reward_weights", weights is None or len(weights) == len(scorers), f"must be {len(scorers)}, as reward_funcs"),
         ("steps_per_generation", steps is None or (steps > 0 and steps % accumulation == 0),
          f"must be a multiple of gradient_accumulation_steps = {accumulation}"),

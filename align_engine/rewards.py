@@ -145,12 +145,10 @@ def combine(scores: Tensor, settings: RolloutSection, ended: Sequence[bool]) -> 
 
 
 def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, group_size: int) -> dict[str, float]:
-    """Means and spreads of the rewards, as TRL names them; the spread is that within a prompt's completions (over all,
-    where a prompt has one)."""
-    spread = nanstd(total.view(-1, group_size if group_size > 1 else len(total)))
-    found = {"reward": total.nanmean(), "reward_std": spread.mean()}
+    """Means and spreads of the rewards over the rollout, and the share of the groups without any, as TRL names them."""
+    found = {"reward": total.nanmean(), "reward_std": nanstd(total)}
     if group_size > 1:
-        found["frac_reward_zero_std"] = (spread < 1e-8).double().mean()
+        found["frac_reward_zero_std"] = (nanstd(total.view(-1, group_size)) < 1e-8).double().mean()
     for reward, column in zip(rewards, scores.T):
         found[f"rewards/{reward.name}/mean"] = column.nanmean().nan_to_num()
         found[f"rewards/{reward.name}/std"] = nanstd(column)
