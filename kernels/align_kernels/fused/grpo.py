@@ -92,7 +92,7 @@ def grpo_loss(
         importance_sampling_level: "token", or "sequence": one ratio exp(mean log r) per sequence (GSPO).
         max_completion_length: needed by "dr_grpo".
         kl_estimator: "k3" (default), "k2" or "k1" of `align_kernels.losses.kl`.
-        use_bias_correction_kl: multiply the KL by r, which makes its gradient that of the KL (arXiv:2512.02556 eq. 7).
+        use_bias_correction_kl: multiply the KL by r, which makes its gradient that of the KL (arXiv:2512.02556).
             Default True, as TRL since 1.16.
         sapo_temperature_pos, sapo_temperature_neg: tau where A > 0 and elsewhere. Defaults 1.0 and 1.05.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda where A >= 0, and elsewhere.

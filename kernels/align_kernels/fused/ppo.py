@@ -29,7 +29,7 @@ def ppo_clip_loss(
         advantages: [...].
         cliprange: largest change of the ratio that is rewarded, > 0. Default 0.2.
         entropy_coef: weight of the entropy bonus. Default 0.0: entropy is measured alone.
-        dual_clip: c > 1: where the advantage is negative the loss is at most -c A (arXiv:1912.09729 eq. 5).
+        dual_clip: c > 1: where the advantage is negative the loss is at most -c A (arXiv:1912.09729).
             Default None: unbounded.
         num_items: the normaliser. Default None: the kept tokens of this call.
         **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.

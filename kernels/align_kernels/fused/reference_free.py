@@ -152,8 +152,8 @@ def slic_loss(
     num_tokens: Items = None,
     **head,
 ) -> LossOutput:
-    """Sequence likelihood calibration, SLiC-HF (arXiv:2305.10425 eq. 2): max(0, delta - log pi(y_w) + log pi(y_l)) plus
-    nll_coef times the negative log-likelihood of the chosen tokens.
+    """Sequence likelihood calibration, SLiC-HF (arXiv:2305.10425 section 2): max(0, delta - log pi(y_w) +
+    log pi(y_l)) plus nll_coef times the negative log-likelihood of the chosen tokens.
 
     Args:
         hidden: [2P, T, D], the first half chosen, the second rejected; weight: [V, D]; targets: [2P, T].

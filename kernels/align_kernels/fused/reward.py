@@ -18,7 +18,7 @@ def reward_loss(
     num_items: Items = None,
 ) -> LossOutput:
     """Bradley-Terry on scores: -log sigma(r_w - r_l - margin) (arXiv:2307.09288 eq. 2), plus center_coef *
-    (r_w + r_l)^2 (arXiv:2312.09244), which pulls the scores towards 0.
+    (r_w + r_l)^2 (arXiv:2312.09244 eq. 2), which pulls the scores towards 0.
 
     Args:
         chosen, rejected: [P] scores, differentiable.

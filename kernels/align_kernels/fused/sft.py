@@ -15,7 +15,7 @@ def sft_loss(
 
     Args:
         hidden: [..., D]; weight: [V, D]; targets: [...] int64, already shifted, -100 where ignored.
-        loss_type: "nll" (default), or "dft": each token weighted with its own probability (arXiv:2508.05629 eq. 9).
+        loss_type: "nll" (default), or "dft": each token weighted with its own probability (arXiv:2508.05629).
         num_items: the normaliser, one for all micro-batches of a window. Default None: the kept tokens of this call.
         **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
 

@@ -34,7 +34,7 @@ def kto_loss(
     num_items: Items = None,
     **head,
 ) -> LossOutput:
-    """Kahneman-Tversky optimisation of single completions marked good or bad (arXiv:2402.01306 eq. 8).
+    """Kahneman-Tversky optimisation of single completions marked good or bad (arXiv:2402.01306 eq. 7).
 
     Args:
         hidden: [B, T, D]; weight: [V, D]; targets: [B, T].
@@ -81,14 +81,14 @@ def bco_loss(
     num_items: Items = None,
     **head,
 ) -> LossOutput:
-    """Binary classifier optimisation (arXiv:2404.04656 eq. 8): a logistic regression of the mark on the reward.
+    """Binary classifier optimisation (arXiv:2404.04656): a logistic regression of the mark on the reward.
 
     Args:
         hidden, weight, targets, ref_logps, desirable: as in `kto_loss`.
         delta: the reward shift, a number or []: the running mean, over all ranks, of (rewards/chosen +
             rewards/rejected) / 2, which the metrics give. No gradient flows through it.
         beta: strength of the tie to the reference, > 0. Default 0.1.
-        weights: [B] factors, such as the density ratio of undesirable prompts (eq. 11). Default None: 1.
+        weights: [B] factors, such as the density ratio of undesirable prompts. Default None: 1.
         num_items: the normaliser. Default None: the B sequences of this call.
         **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
 

@@ -41,7 +41,7 @@ def off_policy_keep(
 
 
 def top_entropy(entropy: Tensor, quantile: float) -> Tensor:
-    """1 at the tokens (n,) whose entropy is among the top `quantile` of them, else 0, arXiv:2506.01939 eq. 5."""
+    """1 at the tokens (n,) whose entropy is among the top `quantile` of them, else 0, arXiv:2506.01939."""
     if not len(entropy):
         return entropy.detach()
     entropy = entropy.detach()

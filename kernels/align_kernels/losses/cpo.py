@@ -49,10 +49,10 @@ def cpo(
 
     sigmoid  -log sigma(z)                                r = log pi(y|x)            arXiv:2401.08417 eq. 3
     simpo    -log sigma(z - gamma)                        r = log pi(y|x) / |y|      arXiv:2405.14734 eq. 6
-    hinge    max(0, 1 - z)                                r = log pi(y|x)            arXiv:2305.10425
+    hinge    max(0, 1 - z)                                r = log pi(y|x)            arXiv:2305.10425 section 2
     ipo      (r_w - r_l - 1 / (2 beta))^2                 r = log pi(y|x) / |y|      arXiv:2310.12036 eq. 17
 
-    alpha is not 0: r = (1 - exp(-alpha r)) / alpha in its place, AlphaPO (arXiv:2501.03884 eq. 6).
+    alpha is not 0: r = (1 - exp(-alpha r)) / alpha in its place, AlphaPO (arXiv:2501.03884).
     """
     score = logps / lengths.clamp(min=1) if loss_type in AVERAGED else logps
     if alpha:
@@ -91,6 +91,6 @@ def slic(
     nll_weight: Tensor | None = None,  # ()
     delta: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (P,)
-    """max(0, delta - log pi(y_w|x) + log pi(y_l|x)) + NLL, arXiv:2305.10425 eq. 2 with the chosen as target: delta
+    """max(0, delta - log pi(y_w|x) + log pi(y_l|x)) + NLL, arXiv:2305.10425 section 2 with the chosen as target: delta
     times the hinge of CPO at beta = 1 / delta."""
     return torch.relu(delta - torch.sub(*logps.chunk(2))) + nll(logps, nll_weight), rewards_of(logps)

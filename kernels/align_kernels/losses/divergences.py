@@ -1,6 +1,6 @@
 """Scores of a log-ratio D = log(pi / ref) = log u under f-divergences: f'(u), which is 0 where the policies agree.
 
-arXiv:2309.16240 table 1. The alpha divergence holds two of the others: alpha = 0 is the forward KL, alpha -> 1 the
+arXiv:2309.16240. The alpha divergence holds two of the others: alpha = 0 is the forward KL, alpha -> 1 the
 reverse KL, whose DPO is the plain one.
 """
 

@@ -44,23 +44,23 @@ class Options(NamedTuple):
 
 # -- the losses, (P,) -> (P,) ---------------------------------------------------------------------------------------
 def sigmoid(x: Pairs, o: Options) -> Tensor:
-    """Bradley-Terry on log-ratios, arXiv:2305.18290 eq. 7; with label_smoothing cDPO (arXiv:2403.00409 eq. 2)."""
+    """Bradley-Terry on log-ratios, arXiv:2305.18290 eq. 7; with label_smoothing cDPO (Mitchell 2023)."""
     return bradley_terry(o.beta * x.delta, o.label_smoothing)
 
 
 def sigmoid_norm(x: Pairs, o: Options) -> Tensor:
-    """Bradley-Terry on log-ratios per token: length-normalised DPO, arXiv:2411.15124 section 5.1."""
+    """Bradley-Terry on log-ratios per token: length-normalised DPO, arXiv:2411.15124 section 5.1 (Tulu 3)."""
     return bradley_terry(o.beta * (x.mean_w - x.mean_l), o.label_smoothing)
 
 
 def robust(x: Pairs, o: Options) -> Tensor:
-    """[-(1 - e) log sigma(beta delta) + e log sigma(-beta delta)] / (1 - 2e), arXiv:2403.00409 eq. 3."""
+    """[-(1 - e) log sigma(beta delta) + e log sigma(-beta delta)] / (1 - 2e), arXiv:2403.00409 section 3.1."""
     z, e = o.beta * x.delta, o.label_smoothing
     return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
 
 
 def hinge(x: Pairs, o: Options) -> Tensor:
-    """max(0, 1 - beta delta), arXiv:2309.06657 eq. 5, after arXiv:2305.10425."""
+    """max(0, 1 - beta delta): SLiC's hinge (arXiv:2305.10425 section 2) on log-ratios, arXiv:2309.06657."""
     return torch.relu(1 - o.beta * x.delta)
 
 
@@ -77,13 +77,13 @@ def exo_pair(x: Pairs, o: Options) -> Tensor:
 
 
 def nca_pair(x: Pairs, o: Options) -> Tensor:
-    """-log sigma(beta D_w) - log sigma(-beta D_w) / 2 - log sigma(-beta D_l) / 2, arXiv:2402.05369 eq. 11."""
+    """-log sigma(beta D_w) - log sigma(-beta D_w) / 2 - log sigma(-beta D_l) / 2, arXiv:2402.05369 section 4.1."""
     w, l = o.beta * x.w, o.beta * x.l
     return -F.logsigmoid(w) - 0.5 * F.logsigmoid(-w) - 0.5 * F.logsigmoid(-l)
 
 
 def bco_pair(x: Pairs, o: Options) -> Tensor:
-    """-log sigma(beta D_w) - log sigma(-beta D_l), arXiv:2404.04656 eq. 8 without its shift of the rewards."""
+    """-log sigma(beta D_w) - log sigma(-beta D_l), arXiv:2404.04656 section 4 without its shift of the rewards."""
     return -F.logsigmoid(o.beta * x.w) - F.logsigmoid(-o.beta * x.l)
 
 
@@ -126,12 +126,12 @@ def discopop(x: Pairs, o: Options) -> Tensor:
 
 
 def dpop(x: Pairs, o: Options) -> Tensor:
-    """-log sigma(beta (delta - lambda max(0, -D_w))), arXiv:2402.13228 eq. 3: chosen log-probs must not fall."""
+    """-log sigma(beta (delta - lambda max(0, -D_w))), arXiv:2402.13228 (Smaug): chosen log-probs must not fall."""
     return bradley_terry(o.beta * (x.delta - o.dpop_lambda * torch.relu(-x.w)), o.label_smoothing)
 
 
 def sft(x: Pairs, o: Options) -> Tensor:
-    """Cross-entropy of the chosen tokens, a mean over tokens. Beside sigmoid: RPO (arXiv:2404.19733 eq. 1)."""
+    """Cross-entropy of the chosen tokens, a mean over tokens. Beside sigmoid: RPO (arXiv:2404.19733)."""
     assert x.nll is not None
     return x.nll
 
@@ -180,9 +180,9 @@ def dpo(
     discopop_tau: float = 0.05,
     dpop_lambda: float = 50.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (P,)
-    """The weighted sum (arXiv:2411.10442 eq. 1: MPO) of the losses that `loss_type` names, see `PAIR_LOSSES`.
+    """The weighted sum (MPO, arXiv:2411.10442) of the losses that `loss_type` names, see `PAIR_LOSSES`.
 
-    LD-DPO, arXiv:2409.06411 eq. 10: log pi(y) counts the tokens beyond the pair's shorter length `ld_alpha` times, and
+    LD-DPO, arXiv:2409.06411: log pi(y) counts the tokens beyond the pair's shorter length `ld_alpha` times, and
     so must `ref_logps`. WPO, arXiv:2406.11827 eq. 2: a pair is weighted with both its completions'
     exp(mean_t(log p_t - log sum_v p_v^2)), without gradient.
     """

@@ -64,14 +64,14 @@ def clip(p: Policy, o: Options) -> Value:
 
 
 def cispo(p: Policy, o: Options) -> Value:
-    """-sg(min(r, epsilon_high)) A log pi, arXiv:2506.13585 eq. 4: every token keeps its gradient."""
+    """-sg(min(r, epsilon_high)) A log pi, arXiv:2506.13585: every token keeps its gradient."""
     value = -p.ratio.detach().clamp(max=o.epsilon_high) * p.advantages * p.logps
     clipped = (p.ratio > o.epsilon_high) & (p.advantages > 0)
     return value, {"cispo_clip_ratio": clipped.to(value.dtype)}
 
 
 def sapo(p: Policy, o: Options) -> Value:
-    """-(4 / tau) sigma(tau (r - 1)) A with tau by the sign of A: a soft gate for the clip, arXiv:2511.20347 eq. 5."""
+    """-(4 / tau) sigma(tau (r - 1)) A with tau by the sign of A: a soft gate for the clip, arXiv:2511.20347."""
     tau = either(p.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
     return -(tau * (p.ratio - 1)).sigmoid() * 4 / tau * p.advantages, {}
 

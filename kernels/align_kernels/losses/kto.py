@@ -22,7 +22,7 @@ def kto(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (S,)
-    """arXiv:2402.01306 eq. 8, with D = log pi(y|x) - log ref(y|x):
+    """arXiv:2402.01306 eq. 7, with D = log pi(y|x) - log ref(y|x):
 
     desirable    w_D (1 - sigma(beta (D - z0)))
     undesirable  w_U (1 - sigma(beta (z0 - D)))
@@ -43,7 +43,7 @@ def bco(
     weights: Tensor | float = 1.0,  # (S,)
     beta: float = 0.1,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (S,)
-    """arXiv:2404.04656 eq. 8: -w log sigma(beta D - delta) for desirable ones, -w log sigma(delta - beta D) for others.
+    """arXiv:2404.04656 section 4: -w log sigma(beta D - delta) for desirable ones, else -w log sigma(delta - beta D).
 
     A logistic regression of the mark on the reward beta D, with delta as its threshold.
     """

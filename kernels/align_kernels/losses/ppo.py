@@ -17,7 +17,7 @@ def clip_surrogate(
     """-min(min(r, delta) A, clip(r, 1 - low, 1 + high) A): arXiv:1707.06347 eq. 7, its clip of two sizes from
     arXiv:2503.14476 eq. 8.
 
-    `delta` above 1 + high bounds the loss where A < 0: dual clip, arXiv:1912.09729 eq. 5, there called c.
+    `delta` above 1 + high bounds the loss where A < 0: dual clip, arXiv:1912.09729, there called c.
     """
     free = ratio if delta is None else ratio.clamp(max=delta)
     return -torch.minimum(free * advantages, ratio.clamp(1 - low, 1 + high) * advantages)

@@ -14,6 +14,6 @@ def reward(
     center_coef: float = 0.0,
 ) -> Tensor:  # (P,)
     """Bradley-Terry on scores: -log sigma(r_w - r_l - margin) (arXiv:2307.09288 eq. 2), plus center_coef *
-    (r_w + r_l)^2 (arXiv:2312.09244), which pulls the scores towards 0. DPO is the same on log-ratios."""
+    (r_w + r_l)^2 (arXiv:2312.09244 eq. 2), which pulls the scores towards 0. DPO is the same on log-ratios."""
     value = bradley_terry(chosen - rejected - margin)
     return value + center_coef * (chosen + rejected) ** 2 if center_coef else value
