@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from accuracy import check, largest
+from devices import there
 from torch import Tensor
 
 from align_kernels import LogitGradClamp, linear_logprobs
 
+linear_logprobs = there(linear_logprobs)
 FIELDS = ("logp", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "correct")
 LEAVES = ("hidden", "weight", "bias", "lora_A", "lora_B")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import there
 from torch import Tensor
 
 from align_kernels import LogitGradClamp, logprobs_from_logits
@@ -13,6 +14,7 @@ from align_kernels import LogitGradClamp, logprobs_from_logits
 from .oracle import FIELDS, Case, Result, judge, truth
 from .test_logprobs import GRADIENTS, labels, normal, rows, upstream
 
+logprobs_from_logits = there(logprobs_from_logits)
 IMPLS = ("torch", "cpu", "eager")
 
 

@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
+from devices import PROFILE, SEED
 from torch import Tensor
 
 from align_kernels import LogitGradClamp, planner
@@ -143,10 +144,10 @@ def carry_out(call: Call) -> dict[str, float]:
 
 def test_random_calls(monkeypatch, capsys):
     worst: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    profile, failures = planner.PROFILES["cpu"], []
-    for seed in range(CALLS):
+    profile, failures = planner.PROFILES[PROFILE], []
+    for seed in range(SEED, SEED + CALLS):
         call = draw(seed)
-        monkeypatch.setitem(planner.PROFILES, "cpu", profile._replace(**call.profile))
+        monkeypatch.setitem(planner.PROFILES, PROFILE, profile._replace(**call.profile))
         try:
             ratios = carry_out(call)
         except Exception as error:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy import check
+from devices import PROFILE
 from torch import Tensor
 
 from align_kernels import LogitGradClamp, dpo_loss, explain, linear_logprobs, planner, sequence_logprobs, sft_loss
@@ -76,8 +77,8 @@ WAYS = {  # impl, workspace, rows per chunk
 def way(request, monkeypatch) -> dict[str, Any]:
     impl, workspace, chunk = request.param
     if chunk is not None:
-        small = planner.PROFILES["cpu"]._replace(max_rows=chunk, min_rows=4, tile_bytes=chunk * 64 * 4)
-        monkeypatch.setitem(planner.PROFILES, "cpu", small)
+        small = planner.PROFILES[PROFILE]._replace(max_rows=chunk, min_rows=4, tile_bytes=chunk * 64 * 4)
+        monkeypatch.setitem(planner.PROFILES, PROFILE, small)
     return dict(impl=impl, workspace=workspace)
 
 

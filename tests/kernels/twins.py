@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from accuracy import check
+from devices import there
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from align_kernels import LossOutput, dpo_loss, grpo_loss, kto_loss, linear_logprobs, ppo_clip_loss, sft_loss
 
 from .oracle import Case, Result, judge, loss_truth, near_ties
+
+dpo_loss, grpo_loss, kto_loss, ppo_clip_loss, sft_loss = map(
+    there, (dpo_loss, grpo_loss, kto_loss, ppo_clip_loss, sft_loss)
+)
+linear_logprobs = there(linear_logprobs)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,152 @@
+"""A whole optimiser step of DPO and GRPO on a randomly initialised model: this library's head, TRL's head, eager torch.
+
+    python benches/gpu/steps.py [0.5B | 7B] [--dry]
+
+The model's body, its data, the optimiser and gradient checkpointing are the same for all; the log-probs of the
+reference and of the sampling policy are given. TRL's head is what its trainers call, ChunkedLogProbFunction.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import Options, free, interleaved, read_options, why, write
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from align_kernels import dpo_loss, grpo_loss
+
+MODELS = {
+    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                 intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+               intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False),
+}  # fmt: skip
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+            vocab_size=211, tie_word_embeddings=True)  # fmt: skip
+SEQUENCES, LENGTH = 8, 1024
+BETA = 0.1
+
+
+class Step:
+    """A model, a batch and an optimiser."""
+
+    def __init__(self, shape: dict[str, Any], lora: bool, options: Options) -> None:
+        b, t = (4, 12) if options.dry else (SEQUENCES, LENGTH)
+        torch.manual_seed(time.time_ns() % 2**31)
+        with options.device:
+            default = torch.get_default_dtype()
+            torch.set_default_dtype(options.dtype)
+            self.model: Any = Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=2 * t))
+            torch.set_default_dtype(default)
+            self.ids = torch.randint(0, shape["vocab_size"], (b, t))
+            self.targets = self.ids.roll(-1, 1)
+            self.ref = torch.randn(b) - 10.0 * t
+            self.old = torch.randn(b, t) - 10.0
+            self.advantages = torch.randn(b)
+        self.targets[:, : t // 4] = -100
+        self.targets[:, -1] = -100
+        if lora:
+            from peft import LoraConfig, get_peft_model
+
+            self.model = get_peft_model(self.model, LoraConfig(r=16, target_modules="all-linear", lora_alpha=32))
+        base = self.model.get_base_model() if lora else self.model
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+        self.model.train()
+        self.body, self.weight = base.model, base.lm_head.weight
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=not options.dry)
+
+    def run(self, loss: Callable[[Step, Tensor], Tensor]) -> None:
+        hidden = self.body(input_ids=self.ids, use_cache=False).last_hidden_state
+        loss(self, hidden).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+# -- log-probs of the others --------------------------------------------------------------------------------------
+def eager_logps(s: Step, hidden: Tensor) -> Tensor:
+    z = F.linear(hidden, s.weight).float()
+    return z.log_softmax(-1).gather(-1, s.targets.clamp(min=0)[..., None])[..., 0]
+
+
+def trl_logps(s: Step, hidden: Tensor) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    labels = s.targets.clamp(min=0).flatten()
+    outputs = ("entropy", "mean_logits", "is_top1")
+    x = hidden.flatten(0, 1)
+    out = ChunkedLogProbFunction.apply(x, s.weight, None, labels, 1.0, 32768, None, 1.0, outputs)
+    return out[0].view(s.targets.shape)
+
+
+def dpo_of(logps: Tensor, s: Step) -> Tensor:
+    chosen, rejected = ((logps * (s.targets != -100)).sum(1) - s.ref).chunk(2)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def grpo_of(logps: Tensor, s: Step) -> Tensor:
+    ratio, a, mask = (logps - s.old).exp(), s.advantages[:, None], s.targets != -100
+    value = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    return (value * mask).sum() / mask.sum()
+
+
+Loss = Callable[[Step, Tensor], Tensor]
+
+
+def losses(kind: str, dry: bool) -> dict[str, Loss]:
+    def ours(impl: str) -> Loss:
+        if kind == "dpo":
+            return lambda s, x: dpo_loss(x, s.weight, s.targets, s.ref, beta=BETA, impl=impl).loss
+        return lambda s, x: grpo_loss(x, s.weight, s.targets, s.old, s.advantages, impl=impl).loss
+
+    of = dpo_of if kind == "dpo" else grpo_of
+    own = ("cpu", "torch") if dry else ("triton", "cuda", "torch")
+    return {
+        **{f"align_kernels, {impl}": ours(impl) for impl in own},
+        "TRL's head": lambda s, x: of(trl_logps(s, x), s),
+        "eager": lambda s, x: of(eager_logps(s, x), s),
+    }
+
+
+def table(name: str, options: Options) -> list[dict[str, Any]]:
+    began, rows = time.monotonic(), []
+    for lora in (True, False):
+        about = {"model": name, "trained": "LoRA" if lora else "all"}
+        if time.monotonic() - began > options.budget:
+            rows.append({**about, "head": "not reached"})
+            continue
+        try:
+            step = Step(TINY if options.dry else MODELS[name], lora, options)
+        except Exception as error:
+            rows.append({**about, "note": why(error)})
+            continue
+        for kind in ("dpo", "grpo"):
+            runs = {key: lambda f=f, s=step: s.run(f) for key, f in losses(kind, options.dry).items()}
+            took = interleaved(runs, options)
+            peer = took["TRL's head"].milliseconds
+            for key, measured in took.items():
+                row = {**about, "loss": kind, "head": key, "ms": measured.milliseconds, "peak MiB": measured.peak_mib}
+                if measured.milliseconds is None:
+                    row["note"] = measured.note
+                elif peer is not None:
+                    row["TRL's time over this"] = peer / measured.milliseconds
+                rows.append(row)
+        del step
+        free()
+    return rows
+
+
+def main() -> None:
+    options = read_options(__doc__, tuple(MODELS))
+    for name in MODELS if options.choice is None else (options.choice,):
+        write(options, f"step-{name}", table(name, options))
+
+
+if __name__ == "__main__":
+    main()
