@@ -31,7 +31,8 @@ def load_scalar_model(path: str, section: ModelSection, pad_token_id: int) -> nn
 
     model: Any = policy.load_model(path, section, AutoModelForSequenceClassification, num_labels=1)
     model.config.get_text_config().pad_token_id = pad_token_id
-    score_module(model)
+    score = score_module(model)
+    score.to(torch.promote_types(next(score.parameters()).dtype, torch.float32))  # a bfloat16 score has three digits
     return model
 
 
@@ -65,7 +66,7 @@ def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select
     head, dtype = module.forward, next(module.parameters()).dtype
 
     def forward(hidden: Tensor) -> Tensor:  # [B, T, D]
-        with torch.autocast(hidden.device.type, enabled=False):  # a score in bfloat16 has three digits
+        with torch.autocast(hidden.device.type, enabled=False):
             found = head(select(hidden).to(dtype)).squeeze(-1)  # [B, K]
             found = found.to(torch.promote_types(dtype, torch.float32))
         # transformers picks one position of what comes back: each of them holds all

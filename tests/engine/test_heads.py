@@ -120,3 +120,10 @@ def test_rm_with_lora_trains_adapter_and_head(model, pairs, tmp_path):
 def test_ranks_that_are_not_there_are_refused(model, pairs, tmp_path):
     with pytest.raises(BadInput, match="no column chosen_rank and no rejected_rank"):
         train("rm", tiny.recipe(RmRecipe, model, pairs, tmp_path / "run", rank_margin=1.0))
+
+
+def test_the_head_of_a_bfloat16_model_scores_in_float32(model):
+    made = heads.load_scalar_model(str(model), ModelSection(dtype="bfloat16"), 1)
+    assert next(made.model.parameters()).dtype == torch.bfloat16 and made.score.weight.dtype == torch.float32
+    found = heads.scores(made, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64))
+    assert found.dtype == torch.float32 and found.item() != found.bfloat16().item()

@@ -1,5 +1,6 @@
 """Recipes from YAML: sections or not, what is refused, what identifies a run."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from align_engine import recipe as recipes
 from align_engine.cli import RECIPES
 from align_engine.errors import BadInput
+from align_engine.importing import load_object
 from align_engine.recipe import DpoRecipe, SftRecipe, flat
 
 
@@ -62,6 +64,21 @@ def test_where_a_run_writes_does_not_change_what_it_is():
 
 
 FOLDER = Path(__file__).parents[2] / "recipes"
+
+
+def test_real_models_fit_on_their_cards():
+    """The line on memory is what recipes/memory.py computes; published sizes of the models stand beside it."""
+    memory = load_object(f"{FOLDER / 'memory.py'}:__dict__", "recipes")
+    sizes = {name: round((shape.embeddings + shape.blocks) / 1e9, 2) for name, shape in memory["SHAPES"].items()}
+    assert sizes == {"Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.62, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.25}
+    real = [path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("demo-")]
+    assert {path.stem.rpartition("-")[2] for path in real} == {"sft", "rm", "dpo", "kto"} and len(real) >= 16
+    for path in real:
+        line = memory["describe"](*memory["load"](path))
+        text = path.read_text()
+        assert f"# expected memory: {line} (recipes/memory.py)" in text, path
+        card, need = (float(re.search(found, text)[1]) for found in (r"card of (\d+) GB", r"= ([\d.]+) GiB"))
+        assert need < 0.9 * card * 1e9 / 2**30, path
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
