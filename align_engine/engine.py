@@ -203,7 +203,7 @@ class Engine:
         """Go back to a checkpoint."""
         self.accelerator.load_state(str(path))
 
-    def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
+    def save_model(self, folder: RunFolder, tokenizer: Any, name: str = "final") -> None:
         """Write the trained model (or its adapter) and the tokenizer, for transformers (or peft) to load."""
         state: Any = self.accelerator.get_state_dict(self.model)
         state = {name: value for name, value in state.items() if "value_head." not in name}
@@ -213,7 +213,7 @@ class Engine:
         if self.recipe.model.use_peft:
             options = {"save_embedding_layers": False, "selected_adapters": [model.active_adapter]}
         if self.accelerator.is_main_process:
-            with folder.written("final") as path:
+            with folder.written(name) as path:
                 model.save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
         self.accelerator.wait_for_everyone()

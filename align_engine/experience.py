@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,18 +17,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from align_engine import rewards as scoring
+from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, collate_rollouts, epoch_order
 from align_engine.data.batches import IGNORE
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import OnlineRecipe, flat
 from align_engine.reference import token_logps
 from align_engine.rollout import Completion, Sampler, sample_all
+from align_engine.server import reload_weights
 from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from align_engine.checkpoint import RunFolder
     from align_engine.engine import Engine
     from align_engine.metrics import Clock
 
@@ -115,6 +117,7 @@ class Rollouts(Source):
         prompts = self.rows[asked]["prompt_ids"]
         batch_size, seeds = settings.per_device_generation_batch_size, (self.seed, number)
         with clock("generate"):
+            self.refresh_server()
             completions = sample_all(self.sampler, prompts, batch_size, seeds, engine.accelerator)
         self.experience = [
             {"index": i, "prompt_ids": ids, "completion_ids": one.ids, "sampling_logps": one.logps,
@@ -142,6 +145,15 @@ class Rollouts(Source):
         metrics |= scoring.reward_metrics(self.rewards, scores, rewards, settings.num_generations)
         for name, value in metrics.items():
             engine.progress.sums.add(name, float(value), 1)
+
+    def refresh_server(self) -> None:
+        """Hand a server that samples the present policy."""
+        if self.settings.server_weights:
+            path = Path(self.settings.server_weights)
+            self.engine.save_model(RunFolder(path.parent, {}), self.tokenizer, path.name)
+            if self.engine.accelerator.is_main_process:
+                reload_weights(self.settings)
+            self.engine.accelerator.wait_for_everyone()
 
     def score(self, number: int, asked: list[int], completions: list[Completion]) -> Tensor:
         """[R, F] float64: what each scorer says. Ranks share the groups out."""

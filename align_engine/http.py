@@ -50,7 +50,7 @@ async def _post_all(url: str, payloads: Sequence[Any], concurrency: int, timeout
         async def once(payload: Any) -> Any:
             answer = await client.post(url, json=payload)
             answer.raise_for_status()
-            return answer.json()
+            return answer.json() if answer.content else None
 
         async def one(payload: Any) -> Any:
             async with slots:

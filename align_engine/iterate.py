@@ -32,6 +32,7 @@ from align_engine.experience import length_metrics
 from align_engine.recipe import IterateRecipe, Recipe
 from align_engine.rollout import Completion, sample_all, transformers_sampler
 from align_engine.run import make_accelerator, train
+from align_engine.server import check_server, reload_weights, server_sampler
 from align_engine.source import endless_order
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class Sampling:
         data = recipe.data
         self.recipe, self.settings, self.folder, self.accelerator = recipe, recipe.rollout, folder, accelerator
         self.tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path)
+        check_server(self.settings)
         self.rewards = scoring.load_rewards(self.settings.reward_funcs, accelerator.device)
         limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "overlong", "bad_rows")}
         with accelerator.main_process_first():
@@ -173,10 +175,18 @@ class Sampling:
 
     def sample(self, model_path: str, prompts: list[list[int]], seeds: tuple[int, int]) -> list[Completion]:
         """One completion of each prompt by the model at a path, which is freed again."""
-        model = self.accelerator.prepare_model(policy.load_model(model_path, self.recipe.model), evaluation_mode=True)
-        sampler = transformers_sampler(model, self.tokenizer, self.settings)
-        size = self.settings.per_device_generation_batch_size
-        found = sample_all(sampler, prompts, size, seeds, self.accelerator)
+        settings, name = self.settings, self.recipe.model.model_name_or_path
+        if settings.server_base_url:
+            sampler = server_sampler(self.tokenizer, settings, name)
+            if settings.server_weights and self.accelerator.is_main_process:
+                shutil.copytree(model_path, settings.server_weights, dirs_exist_ok=True)
+                reload_weights(settings)
+            self.accelerator.wait_for_everyone()
+        else:
+            model = policy.load_model(model_path, self.recipe.model)
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+            sampler = transformers_sampler(model, self.tokenizer, settings)
+        found = sample_all(sampler, prompts, settings.per_device_generation_batch_size, seeds, self.accelerator)
         self.accelerator.free_memory()
         return found
 

@@ -202,6 +202,14 @@ class RolloutSection:
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
+    server_base_url: str | None = None
+    """Sample from this OpenAI-compatible server, e.g. http://localhost:8000 (None: from the policy in this process)."""
+    server_model: str | None = None
+    """The model's name there (None: model_name_or_path)."""
+    server_concurrency: int = 64
+    """Most requests under way at a time."""
+    server_weights: str | None = None
+    """Folder that a vLLM server reads its weights from: the policy is written there before each rollout."""
 
 
 @dataclass
@@ -673,7 +681,7 @@ def rollout_rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
     """What must hold of a recipe with rollouts: (field, holds, rule)."""
     least = {"num_generations": 1, "max_completion_length": 1, "per_device_generation_batch_size": 1, "top_k": 0,
              "num_iterations": 1, "num_ppo_epochs": 1, "beta": 0, "kl_coef": 0, "vf_coef": 0, "entropy_coef": 0,
-             "epsilon": 0, "kl_horizon": 1, "rounds": 1}  # fmt: skip
+             "epsilon": 0, "kl_horizon": 1, "rounds": 1, "server_concurrency": 1}  # fmt: skip
     rules = [(name, values[name] >= low, f"must be at least {low}") for name, low in least.items() if name in values]
     above = ("temperature", "top_p", "cliprange", "cliprange_value", "epsilon_high", "delta", "kl_target")
     rules += [(name, values[name] > 0, "must be above 0") for name in above if values.get(name) is not None]
@@ -685,6 +693,8 @@ def rollout_rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
     return [
         *rules,
         ("reward_funcs", bool(scorers), "is required"),
+        ("server_weights", not values["server_weights"] or bool(values["server_base_url"]), "needs server_base_url"),
+        ("server_weights", not (values["server_weights"] and values["use_peft"]), "needs use_peft: false"),
         ("dual_clip", (values.get("dual_clip") or 2) > 1, "must be above 1"),
         ("entropy_coef", not (values.get("entropy_coef") and by_sequence), "needs a loss_type that counts tokens"),
         ("epsilon_high", values.get("loss_type") != "cispo" or values["epsilon_high"] is not None,

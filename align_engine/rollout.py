@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from align_engine.data import collate_prompts, split_order
+from align_engine.errors import BadInput
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -87,6 +88,8 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
         model: a causal LM of transformers, bare or inside accelerate's wrappers; put in eval mode for the call.
         tokenizer: its tokenizer; the pad token may be the EOS token.
         settings: max_completion_length, temperature, top_p, top_k, stop_strings.
+    Raises:
+        BadInput: a tokenizer in which transformers cannot find stop strings (of whole words, for one).
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -102,7 +105,12 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
     )
-    stop = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
+    try:
+        stop = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
+    except ValueError as error:
+        raise BadInput(
+            f"stop_strings = {settings.stop_strings}: transformers cannot find them in the tokens"
+        ) from error
 
     @torch.no_grad()
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:

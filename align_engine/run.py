@@ -30,7 +30,8 @@ from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
 from align_engine.recipe import GrpoRecipe, KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
-from align_engine.rollout import transformers_sampler
+from align_engine.rollout import Sampler, transformers_sampler
+from align_engine.server import check_server, server_sampler
 from align_engine.source import Source, rows_seen, total_steps
 
 
@@ -93,7 +94,12 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     if needs_reference(recipe, algorithm):
         add_reference(engine, source, evaluation, rows_seen(source, steps) if algorithm.reference else [], folder)
     if isinstance(source, Rollouts):
-        source.start(engine, transformers_sampler(engine.model, tokenizer, source.settings), folder)
+        sampler: Sampler
+        if source.settings.server_base_url:
+            sampler = server_sampler(tokenizer, source.settings, recipe.model.model_name_or_path)
+        else:
+            sampler = transformers_sampler(engine.model, tokenizer, source.settings)
+        source.start(engine, sampler, folder)
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1])
         accelerator.print(f"going on from {checkpoints[-1]}")
@@ -190,6 +196,7 @@ def load_source(
         raise BadInput(f"{where}: {error}") from error
     accelerator.print(f"{where}: {describe(report)}")
     if isinstance(recipe, OnlineRecipe):
+        check_server(recipe.rollout)
         scorers = rewards.load_rewards(recipe.rollout.reward_funcs, accelerator.device)
         rank, world = accelerator.process_index, accelerator.num_processes
         return Rollouts(rows, asked, tokenizer, recipe, scorers, rank, world)

@@ -1,0 +1,270 @@
+"""Completions: token for token what was sampled, by generate or by a server; and what scores them."""
+
+import json
+import math
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from align_engine import metrics, rewards
+from align_engine.demo.make import make_model, make_tokenizer
+from align_engine.errors import BadInput, RunFailed
+from align_engine.recipe import DirectRecipe, GrpoRecipe, RolloutSection
+from align_engine.rollout import sample_all, transformers_sampler
+from align_engine.run import train
+from align_engine.server import server_sampler
+
+EOS = 1  # and the pad token
+
+
+@pytest.fixture(scope="module")
+def loaded(model):
+    return AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(12))
+
+
+def ids_of(tokenizer, count, seed=0):
+    return [tokenizer(row["prompt"])["input_ids"] for row in tiny.prompt_rows(count, seed)]
+
+
+def full_logps(model, prompt, completion, temperature):
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].double()
+    return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probs_ends_and_cuts(temperature, loaded):
+    """Pad is EOS: what follows an end must not count, and the end itself must."""
+    model, tokenizer = loaded
+    settings = RolloutSection(max_completion_length=30, temperature=temperature)
+    prompts = ids_of(tokenizer, 60)
+    found = transformers_sampler(model, tokenizer, settings)(prompts, 3)
+    assert {one.ended for one in found} == {True, False}
+    for prompt, one in zip(prompts, found):
+        assert one.ended == (one.ids[-1] == EOS) and EOS not in one.ids[:-1]
+        assert len(one.ids) == 30 or one.ended
+        want = full_logps(model, prompt, one.ids, temperature)
+        torch.testing.assert_close(one.logps.double(), want.detach(), atol=1e-4, rtol=1e-4)
+    assert model.training is False and model.generation_config.max_new_tokens is None
+
+
+def test_stop_strings_end_at_the_token_that_completes_them(loaded):
+    tokenizer = make_tokenizer(["some words that people use, and some that they do not"] * 3, vocab_size=300)
+    model = make_model(tokenizer, hidden=32, layers=1).eval()
+    settings = RolloutSection(max_completion_length=40, stop_strings=["e", "ou"], temperature=2.0)
+    prompts = [tokenizer(f"{'a' * i} some people")["input_ids"] for i in range(60)]  # a prompt's own do not count
+    found = transformers_sampler(model, tokenizer, settings)(prompts, 0)
+    ends = {tokenizer.decode(one.ids)[-1:] for one in found if one.ended and one.ids[-1] != tokenizer.eos_token_id}
+    assert len(ends) > 1, "more than one stop must have been met"
+    for one in found:
+        before = tokenizer.decode(one.ids[:-1])
+        assert "e" not in before and "ou" not in before
+        last = one.ids[-1] == tokenizer.eos_token_id or any(stop in tokenizer.decode(one.ids) for stop in ("e", "ou"))
+        assert one.ended == last and (last or len(one.ids) == 40)
+    with pytest.raises(BadInput, match="stop_strings"):
+        transformers_sampler(*loaded, settings)
+
+
+def test_sampling_is_a_function_of_weights_prompts_and_seed(loaded):
+    model, tokenizer = loaded
+    sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=8))
+    prompts, accelerator = ids_of(tokenizer, 9), Accelerator(cpu=True)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = [one.ids for one in sample_all(sampler, prompts, 4, (1, 2), accelerator)]
+    assert torch.equal(torch.get_rng_state(), state), "training's random numbers must not be touched"
+    torch.rand(7)
+    assert [one.ids for one in sample_all(sampler, prompts, 4, (1, 2), accelerator)] == first
+    assert [one.ids for one in sample_all(sampler, prompts, 4, (1, 3), accelerator)] != first
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as vLLM does, from the tiny model; every third request fails first, and scores are word counts."""
+
+    def __init__(self, model, tokenizer, token_ids=True):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock, self.token_ids, self.posts, self.failed, self.now, self.most = (
+            threading.Lock(),
+            token_ids,
+            [],
+            set(),
+            0,
+            0,
+        )
+        self.sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=6))
+        self.tokenizer, self.url = tokenizer, f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.reply(200, {"data": []})
+
+    def reply(self, code, content):
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        here, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with here.lock:
+            here.posts.append((self.path, body))
+            here.now += 1
+            here.most = max(here.most, here.now)
+            key = json.dumps(body)
+            fails = len(here.posts) % 3 == 0 and key not in here.failed
+            here.failed |= {key} if fails else set()
+        time.sleep(0.005)
+        try:
+            if fails:
+                self.reply(503, {"error": "busy"})
+            elif self.path == "/v1/completions":
+                with here.lock:
+                    (one,) = here.sampler([body["prompt"]], body["seed"])
+                choice = {"text": here.tokenizer.decode(one.ids, skip_special_tokens=True),
+                          "finish_reason": "stop" if one.ended else "length"}  # fmt: skip
+                if here.token_ids:
+                    choice |= {"token_ids": one.ids, "logprobs": {"token_logprobs": one.logps.tolist()}}
+                self.reply(200, {"choices": [choice]})
+            elif self.path == "/score":
+                self.reply(200, {"scores": [len(text.split()) or None for text in body["completions"]]})
+            else:
+                self.reply(200 if self.path in ("/collective_rpc", "/reset_prefix_cache") else 404, {})
+        finally:
+            with here.lock:
+                here.now -= 1
+
+
+@pytest.fixture
+def serve(loaded):
+    started = []
+
+    def start(**options):
+        started.append(Server(*loaded, **options))
+        threading.Thread(target=started[-1].serve_forever, daemon=True).start()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()
+
+
+@pytest.mark.parametrize("token_ids", [True, False])
+def test_a_server_samples(token_ids, serve, loaded):
+    server, (model, tokenizer) = serve(token_ids=token_ids), loaded
+    settings = RolloutSection(max_completion_length=6, server_base_url=server.url, server_concurrency=3)
+    prompts = ids_of(tokenizer, 20)
+    found = server_sampler(tokenizer, settings, "policy")(prompts, 4)
+    assert server.failed, "some requests must have been tried again"
+    assert 1 < server.most <= 3
+    sent = server.posts[0][1]
+    assert (sent["model"], sent["max_tokens"], sent["return_token_ids"]) == ("policy", 6, True)
+    assert {one.ended for one in found} == {True, False}
+    for prompt, one in zip(prompts, found):
+        assert one.ended == (one.ids[-1] == EOS)
+        if token_ids:
+            want = full_logps(model, prompt, one.ids, 1.0)
+            torch.testing.assert_close(one.logps.double(), want.detach(), atol=1e-4, rtol=1e-4)
+        else:
+            assert one.logps.isnan().all() and len(one.logps) == len(one.ids)
+
+
+def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_path):
+    """The policy goes to the server before each rollout; at first both agree, then the server here stays behind."""
+    server, served = serve(), tmp_path / "served"
+    recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", server_base_url=server.url, learning_rate=1e-2,
+                         server_weights=str(served), vllm_importance_sampling_correction=True,
+                         vllm_importance_sampling_mode="token_truncate")  # fmt: skip
+    folder = train("grpo", recipe)
+    differences = [record["sampling/sampling_logp_difference/mean"] for record in metrics.read(folder.metrics)]
+    assert differences[0] < 1e-5 < 1e-2 < differences[-1]
+    assert [path for path, _ in server.posts].count("/reset_prefix_cache") >= 3
+    assert AutoModelForCausalLM.from_pretrained(served).num_parameters() > 0
+
+
+def test_where_nothing_answers_is_refused(model, prompts, tmp_path):
+    recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", server_base_url="http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="no server answers"):
+        train("grpo", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+# -- rewards --------------------------------------------------------------------------------------------------------
+async def later(prompts, completions, **_):
+    return [None if text == "b" else 2.0 for text in completions]
+
+
+def plain(prompts, completions, wanted, **_):
+    return [1.0 if text == one else None for text, one in zip(completions, wanted)]
+
+
+def short(prompts, completions, **_):
+    return [0.0]
+
+
+def answers(*completions):
+    count = len(completions)
+    return rewards.Answers(["p"] * count, list(completions), [[2]] * count, {"wanted": ["a"] * count})
+
+
+def test_functions_are_weighted_and_unscorable_is_nan():
+    both = [rewards.Reward("later", later), rewards.Reward("plain", plain)]
+    scores = rewards.score(both, answers("a", "b", "c"))
+    assert torch.equal(scores.isnan(), torch.tensor([[False, False], [True, True], [False, True]]))
+    settings = RolloutSection(reward_weights=[1.0, 10.0], missing_eos_penalty=0.5)
+    total = rewards.combine(scores, settings, [True, True, False])
+    assert total[[0, 2]].tolist() == [12.0, 1.5] and math.isnan(total[1])
+
+
+def test_a_function_that_gives_too_little_is_refused():
+    with pytest.raises(RunFailed, match=r"'short' gave \[0.0\] for 2 completions"):
+        rewards.score([rewards.Reward("short", short)], answers("a", "b"))
+
+
+def test_an_http_scorer(serve):
+    (scorer,) = rewards.load_rewards([f"{serve().url}/score"], torch.device("cpu"))
+    scores = rewards.score([scorer], answers(*["a b c", ""] * 20))
+    assert scores[:2, 0].nan_to_num(-1).tolist() == [3.0, -1.0] and len(scores) == 40
+
+
+def test_a_reward_model_scores_as_it_was_trained(model, pairs, tmp_path):
+    from align_engine.recipe import RmRecipe
+
+    folder = train("rm", tiny.recipe(RmRecipe, model, pairs, tmp_path / "rm", max_steps=30, learning_rate=1e-2))
+    rows = tiny.preference_rows(8)
+    (reward,) = rewards.load_rewards([str(folder.final)], torch.device("cpu"))
+    good, bad = (reward.score([row["prompt"] for row in rows], [row[side] for row in rows]) for side in
+                 ("chosen", "rejected"))  # fmt: skip
+    accuracy = metrics.read(folder.metrics)[-1]["accuracy"]
+    assert sum(a > b for a, b in zip(good, bad)) / 8 == accuracy == 1.0
+
+
+def test_people_mark_completions_in_a_file(model, prompts, tmp_path):
+    recipe = tiny.online(DirectRecipe, model, prompts, tmp_path / "run", reward_funcs=["human"], max_steps=2)
+    for number in range(2):
+        with pytest.raises(RunFailed, match="8 of 8 completions wait for marks"):
+            train("direct", recipe)
+        path = tmp_path / "run" / "marks" / f"rollout-{number:06d}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, row in enumerate(rows):
+            row["score"] = "skip" if i == 0 else len(row["completion"].split())
+        tiny.write_rows(path, rows)
+    folder = train("direct", recipe)
+    assert [record["step"] for record in metrics.read(folder.metrics)] == [1, 2] and folder.final.exists()
