@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test check bench bench-peers gpu-registers clean
+.PHONY: demo test check bench bench-peers gpu-registers architectures clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -40,6 +40,10 @@ bench-peers: $(VENV)/.installed-dev
 # docs/gpu_registers.md: every Triton kernel compiled for every GPU, which needs none
 gpu-registers: $(VENV)/.installed-dev
 	PYTHONPATH=kernels:tests $(BIN)/python tests/triton_compile.py
+
+# the table of docs/architectures.md, each line checked as it is written
+architectures: $(VENV)/.installed-dev
+	$(BIN)/python tests/architectures.py docs/architectures.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/align_kernels/*.so

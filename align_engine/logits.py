@@ -20,7 +20,7 @@ SAME = {"float", "contiguous", "to", "type", "clone"}  # methods that leave the 
 
 
 class Step(NamedTuple):
-    """One thing done to the logits: "*", "/" or "tanh"; anything else is source that is not understood."""
+    """One thing done to the logits: "*", "/" or "tanh"; anything else says what of the source is not understood."""
 
     what: str
     value: Any = None
@@ -61,9 +61,13 @@ def _meaning(name: str, steps: list[Step]) -> Logits:
         elif cap is None and what in ("*", "/"):
             scale = scale * value if what == "*" else scale / value
         else:
-            return Logits("logits", f"{name} does `{what if value is None else f'{what} {value}'}` to its logits", {})
+            return Logits("logits", f"{name}: {what if value is None else f'`{what} {value}` after a softcap'}", {})
     found = {"logit_scale": (float(scale), 1.0), "softcap": (cap, None)}
     return Logits("hook", "", {key: value for key, (value, neutral) in found.items() if value != neutral})
+
+
+def _unknown(node: ast.AST) -> Step:
+    return Step(f"`{ast.unparse(node).splitlines()[0]}` is not understood")
 
 
 @functools.cache
@@ -92,12 +96,12 @@ class Reader:
         forward = inspect.unwrap(self.parent.forward)
         function = _source(getattr(forward, "__func__", forward))
         if function is None:
-            return [Step(f"{name}, whose source is not at hand,")]
+            return [Step(f"the source of {name} is not at hand")]
         self.walk(function.body)
         named = [steps for as_logits, steps in self.returned if as_logits]
         found = named or [steps for _, steps in self.returned]
         if not found or any(steps != found[0] for steps in found):
-            return [Step(f"{name}, which does not show what becomes of {self.child},")]
+            return [Step(f"{name} does not show what becomes of its {self.child}")]
         return found[0]
 
     def walk(self, body: list[ast.stmt]) -> None:
@@ -130,7 +134,7 @@ class Reader:
         self.walk(body)
         for name, steps in before.items():
             if self.tracked.get(name) != steps:
-                self.tracked[name] = [Step(ast.unparse(node).splitlines()[0])]
+                self.tracked[name] = [_unknown(node)]
 
     def assign(self, target: ast.expr, value: ast.expr, node: ast.stmt) -> None:
         steps = self.follow(value)
@@ -142,11 +146,12 @@ class Reader:
             return
         base = target.value if isinstance(target, ast.Subscript) else target
         if isinstance(base, ast.Name) and (base.id in self.tracked or steps is not None):
-            self.tracked[base.id] = [Step(ast.unparse(node))]  # changed in place
+            self.tracked[base.id] = [_unknown(node)]  # changed in place
 
     def leave(self, node: ast.expr) -> None:
         keywords = {k.arg: k.value for k in node.keywords} if isinstance(node, ast.Call) else {}
-        if isinstance(node, ast.Tuple | ast.BinOp) or (steps := self.follow(keywords.get("logits", node))) is None:
+        as_tuple = isinstance(node, ast.Tuple) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add))
+        if as_tuple or (steps := self.follow(keywords.get("logits", node))) is None:
             return
         self.returned.append(("logits" in keywords, steps))
 
@@ -172,7 +177,7 @@ class Reader:
             factor = self.value(node.right)
             if isinstance(factor, int | float):
                 steps, step = self.follow(node.left), Step("*" if isinstance(node.op, ast.Mult) else "/", factor)
-        return [Step(ast.unparse(node))] if steps is None else [*steps, step]
+        return [_unknown(node)] if steps is None else [*steps, step]
 
     def value(self, node: ast.expr) -> Any:
         """The value of an expression of constants, locals and this model's attributes, or UNKNOWN."""

@@ -67,7 +67,7 @@ def logit_transform(causal: Any) -> dict[str, Any]:
     if read.path == "hook":
         return read.transform
     instead = " Call logprobs_from_logits(model(...).logits, targets), which gives the same." * (read.path == "logits")
-    raise BadInput(f"{read.why}, which the fused loss does not know: it cannot stand in for the LM head.{instead}")
+    raise BadInput(f"{read.why}: the fused loss cannot stand in for the LM head.{instead}")
 
 
 def head_weights(module: Any) -> dict[str, Any]:

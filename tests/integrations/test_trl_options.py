@@ -178,7 +178,7 @@ def test_second_path_with_a_warning(trl_model):
             out.logits = out.logits**2
             return out
 
-    with pytest.warns(UserWarning, match=r"Squared\.forward, which does not show .* from whole logits"):
+    with pytest.warns(UserWarning, match=r"Squared\.forward does not show .* from whole logits"):
         results = scored(Squared.from_pretrained(trl_model), ours.add_fused_lm_head)
     exact = scored(Squared.from_pretrained(trl_model), eager_head)
     for field in ("log_probs", "entropy"):

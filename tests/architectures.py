@@ -1,0 +1,173 @@
+"""Small models of every class that transformers calls a causal LM, and what each of them makes of the fused head."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from align_engine.logits import read_logits
+from align_engine.policy import fused_head
+from align_kernels import linear_logprobs, logprobs_from_logits
+
+V = 99
+# the names under which configurations keep their sizes -> what they are here; those that a class lacks are left out
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"], V),
+    **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim",
+                     "lru_width", "hidden_dim", "hidden_size_global"], 32),
+    **dict.fromkeys(["intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size", "d_inner",
+                     "shared_expert_intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "dff",
+                     "feed_forward_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+                     "dense_intermediate_size", "intermediate_size_mlp", "n_ff"], 48),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+                     "num_decoder_layers"], 2),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+                     "encoder_attention_heads", "num_decoder_attention_heads"], 4),
+    **dict.fromkeys(["num_key_value_heads", "n_head_kv", "num_kv_heads"], 2),
+    **dict.fromkeys(["head_dim", "d_kv", "kv_channels", "attention_head_dim", "global_head_dim"], 8),
+    **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
+    **dict.fromkeys(["num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "num_experts_per_token"], 2),
+    **dict.fromkeys(["n_shared_experts", "num_shared_experts", "n_group", "topk_group", "first_k_dense_replace"], 1),
+    **dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"], 64),
+    **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 16),
+    **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"], 8),
+    **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"], 1),
+    "layer_types": None,
+    "use_cache": False,
+    # what is done to logits, away from the values at which it does nothing
+    **dict.fromkeys(["logit_scale", "lm_head_multiplier", "output_multiplier"], 0.3),
+    **dict.fromkeys(["logits_scaling", "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"], 3.0),
+}  # fmt: skip
+# what single classes need beside
+FULL = {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+OWN: dict[str, dict[str, Any]] = {
+    "BambaForCausalLM": dict(mamba_n_heads=8),
+    "BltForCausalLM": dict(encoder_hash_byte_group_vocab=50),
+    "CodeGenForCausalLM": dict(rotary_dim=4),
+    "CohereCompassForCausalLM": dict(rope_parameters=FULL),
+    "DbrxForCausalLM": dict(attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
+                            ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2)),
+    "Dots3NoteForCausalLM": dict(num_key_value_heads=4),
+    "GPTJForCausalLM": dict(rotary_dim=4),
+    "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]]),
+    "Gemma3nForCausalLM": dict(num_kv_shared_layers=0),
+    "GraniteMoeHybridForCausalLM": dict(mamba_n_heads=8),
+    "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
+    "Mamba2ForCausalLM": dict(num_heads=8, head_dim=8),
+    "ReformerModelWithLMHead": dict(is_decoder=True, axial_pos_embds=False, attn_layers=["local", "lsh"]),
+    "XmodForCausalLM": dict(default_language="en_XX"),
+    "ZambaForCausalLM": dict(num_hidden_layers=4, head_dim=16,
+                             layers_block_type=["linear_attention", "linear_attention", "hybrid", "hybrid"]),
+    "Zamba2ForCausalLM": dict(head_dim=16, layers_block_type=["linear_attention", "hybrid"]),
+    "ZayaForCausalLM": dict(num_experts_per_tok=1),
+}  # fmt: skip
+UNMADE = {  # classes that cannot be made here, or cannot run by themselves
+    "Gemma3nForConditionalGeneration": "its vision tower needs timm",
+    "Gemma4AssistantForCausalLM": "it drafts for another model, whose keys and values it takes",
+    "Gemma4UnifiedAssistantForCausalLM": "it drafts for another model, whose keys and values it takes",
+}
+
+
+def classes() -> Iterator[tuple[type[PretrainedConfig], type[PreTrainedModel]]]:
+    """(configuration, model) of each class, once."""
+    seen = set()
+    for config in MODEL_FOR_CAUSAL_LM_MAPPING.keys():
+        models = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        for model in models if isinstance(models, list | tuple) else [models]:
+            if model not in seen:
+                seen.add(model)
+                yield model.config_class or config, model
+
+
+def small(config: type[PretrainedConfig], name: str = "") -> PretrainedConfig:
+    default = config()
+    fields = vars(default)
+    known = fields.keys() | set(getattr(config, "attribute_map", {})) - {"layer_types"}
+    given = {key: value for key, value in SIZES.items() if key in known}
+    given |= {key: small(type(value)) for key, value in fields.items() if isinstance(value, PretrainedConfig)}
+    if "kv_lora_rank" in known:
+        given["num_key_value_heads"] = given["num_attention_heads"]
+    return config(**given | OWN.get(name, {}))
+
+
+class Row(NamedTuple):
+    """One line of docs/architectures.md."""
+
+    model: str
+    path: str  # "hook", "logits", "refused" or "untried"
+    read: str  # of "hook": what it does to its logits; else why
+
+    def __str__(self) -> str:
+        return f"| {self.model} | {self.path} | {self.read} |"
+
+
+def judge(config: type[PretrainedConfig], kind: type[PreTrainedModel]) -> Row:
+    """Instantiate, read, and hold the log-probs of the path taken against the model's own logits.
+
+    Raises:
+        AssertionError: they differ by more than 1e-5.
+    """
+    name = kind.__name__
+    if name in UNMADE:
+        return Row(name, "untried", UNMADE[name])
+    torch.manual_seed(0)
+    model = kind(small(config, name)).eval()
+    found = read_logits(model)
+    if found.path == "none":
+        return Row(name, "refused", found.why.removeprefix(f"{name} "))
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.normal_(0, 0.7)
+        ids = torch.randint(3, V - 3, (2, 9), generator=torch.Generator().manual_seed(1))
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        logits = model(input_ids=ids).logits
+        want = logits.double().log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        if found.path == "logits":
+            logp = logprobs_from_logits(logits, targets).logp
+        else:
+            with fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
+                logp = model(input_ids=ids).logits
+    error = (logp - want.where(targets != -100, 0)).abs().max().item() / want.abs().max().item()
+    assert error < 1e-5, f"{name}: log-probs differ by {error:.1e}"
+    assert want.std() > 0.1, f"{name}: log-probs of {want.std():.1e} prove nothing"
+    settings = ", ".join(f"{key} {value:g}" for key, value in found.transform.items())
+    return Row(name, found.path, settings if found.path == "hook" else found.why.removeprefix(f"{name}: "))
+
+
+HEAD = """# Which of transformers' causal LMs take the fused head
+
+Every class that transformers {version} lists for causal language modelling, in a small configuration whose settings of
+the logits are away from neutral.
+
+- `hook`: `fused_head`, `fuse` and `FusedTrainer` make no logits. The last column says what the model does to its
+  logits, which the operators take over.
+- `logits`: the model does something to its logits that the operators do not know. `fuse` takes log-probs from its whole
+  logits, with a warning; elsewhere `logprobs_from_logits(model(...).logits, targets)` gives the same.
+- `refused`: there is no one LM head.
+- `untried`: it cannot be made here, or cannot run by itself.
+
+The path is decided by reading the source of each `forward` (`align_engine/logits.py`). Under `hook` and `logits` the
+log-probs equal those of the model's own logits within 1e-5.
+
+{hook} hook, {logits} logits, {refused} refused, {untried} untried. Made by `make architectures`.
+
+| class | path | |
+|---|---|---|
+"""
+
+
+def table(rows: list[Row]) -> str:
+    counts = {path: sum(row.path == path for row in rows) for path in ("hook", "logits", "refused", "untried")}
+    return HEAD.format(version=transformers.__version__, **counts) + "".join(f"{row}\n" for row in rows)
+
+
+if __name__ == "__main__":
+    rows = [judge(*pair) for pair in sorted(classes(), key=lambda pair: pair[1].__name__)]
+    Path(sys.argv[1]).write_text(table(rows))
