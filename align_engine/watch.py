@@ -33,6 +33,44 @@ RULES: list[Rule] = [
         "the KL divergence from the reference has run to {now:.4g} (at first {first:.4g}). Lower learning_rate or "
         "raise beta",
     ),
+    Rule(
+        "objective/kl",
+        lambda first, now: now > 50,
+        "the KL divergence of a completion from the reference has run to {now:.4g} (at first {first:.4g}). Lower "
+        "learning_rate, raise kl_coef, or give a kl_target",
+    ),
+    Rule(
+        "reward_std",
+        lambda first, now: now < 1e-6,
+        "all completions have the same reward: there is nothing to learn from. Look at the scorer, raise temperature, "
+        "or take prompts of another difficulty",
+    ),
+    Rule(
+        "frac_reward_zero_std",
+        lambda first, now: now > 0.95,
+        "in {now:.0%} of the groups all completions have the same reward, so that they teach nothing. Raise "
+        "temperature or num_generations, or take prompts of another difficulty",
+    ),
+    *(
+        Rule(
+            metric,
+            lambda first, now: now > 0.9,
+            "{now:.0%} of the tokens are clipped: the policy has left the one that sampled. Lower learning_rate, or "
+            "make fewer passes over a rollout",
+        )
+        for metric in ("clip_ratio/region_mean", "policy/clipfrac_avg")
+    ),
+    Rule(
+        "completions/clipped_ratio",
+        lambda first, now: now > 0.9,
+        "{now:.0%} of the completions are cut off at max_completion_length. Raise it, or set missing_eos_penalty",
+    ),
+    Rule(
+        "sampling/sampling_logp_difference/mean",
+        lambda first, now: now > 0.1,
+        "the sampler's log-probs differ from the policy's by {now:.4g} on average: it has other weights, another "
+        "temperature or another precision. Set vllm_importance_sampling_correction, or mend the server",
+    ),
 ]
 
 
