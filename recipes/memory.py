@@ -7,9 +7,14 @@
                  4 V D bytes more
     activations  N tokens in one forward pass (2 sequences a row for pairs): the layers' inputs, 2 N D L bytes (with
                  gradient checkpointing), and one layer at work, 2 N (12 D + 5 F)
+    reference    of online methods with a KL term on all weights: those weights again
+    scorer       a reward model's weights, in the type that it was saved in (float32 of a float32 run)
+    cache        keys and values of the completions sampled at a time; counted where larger than the activations, which
+                 are not there meanwhile
     rest         2 GiB: CUDA's context, logits under the workspace limit, cuBLAS, fragments
 
-D hidden size, F intermediate size, L layers, V vocabulary. No second model: references are precomputed or adapter-off.
+D hidden size, F intermediate size, L layers, V vocabulary. Offline there is no second model: references are precomputed
+or adapter-off.
 """
 
 from __future__ import annotations
@@ -65,6 +70,11 @@ SHAPES = {
 }
 
 
+def shape_of(path: str) -> Shape:
+    """The shape of a model by its hub name, or by a folder that bears it."""
+    return next(shape for known, shape in SHAPES.items() if known.lower() in path.lower())
+
+
 def parts(name: str, recipe: Recipe) -> dict[str, float]:
     """Bytes by part.
 
@@ -74,7 +84,7 @@ def parts(name: str, recipe: Recipe) -> dict[str, float]:
     """
     model, train = recipe.model, recipe.train
     path = model.model_name_or_path
-    shape = next(shape for known, shape in SHAPES.items() if known in path)
+    shape = shape_of(path)
     embeddings = shape.embeddings
     if name == "rm" and not shape.tied:
         embeddings //= 2  # a score head in the LM head's place
@@ -88,13 +98,36 @@ def parts(name: str, recipe: Recipe) -> dict[str, float]:
     else:
         trained = (embeddings + shape.blocks) * (12 if size == 4 else 6)
         trained += 4 * shape.vocabulary * shape.hidden * (name != "rm")
-    sequences = train.per_device_train_batch_size * (2 if name in ("rm", "dpo") else 1)
-    tokens = sequences * recipe.data.max_length
+    rollout = getattr(recipe, "rollout", None)
+    length = recipe.data.max_length
+    if rollout:
+        length = (recipe.data.max_prompt_length or length) + rollout.max_completion_length
+    tokens = train.per_device_train_batch_size * (2 if name in ("rm", "dpo", "iterate") else 1) * length
     inputs = tokens * shape.hidden * shape.layers
     if not train.gradient_checkpointing:
         inputs = tokens * (12 * shape.hidden + 5 * shape.intermediate) * shape.layers
     activations = 2 * (inputs + tokens * (12 * shape.hidden + 5 * shape.intermediate))
-    return {"weights": weights, "trained": trained, "activations": activations, "rest": REST}
+    found = {"weights": weights, "trained": trained, "activations": activations}
+    if rollout:
+        found |= online_parts(recipe, shape, weights, length)
+        found.pop("activations" if found["cache"] > activations else "cache")
+    return found | {"rest": REST}
+
+
+def online_parts(recipe: Recipe, shape: Shape, weights: float, length: int) -> dict[str, float]:
+    """What sampling, scoring and a reference add."""
+    rollout, values, found = recipe.rollout, recipes.flat(recipe), {}
+    if (values.get("kl_coef") or values.get("beta")) and not recipe.model.use_peft:
+        found["reference"] = weights
+    for scorer in rollout.reward_funcs:
+        if ":" not in scorer:
+            model = shape_of(scorer)
+            head = 0 if model.tied else model.embeddings // 2
+            found["scorer"] = (model.embeddings - head + model.blocks) * (4 if "full" in scorer else 2)
+    size = 4 if recipe.model.dtype == "float32" and not recipe.train.bf16 else 2
+    per_token = 2 * shape.layers * shape.kv_heads * shape.head_size * size
+    found["cache"] = rollout.per_device_generation_batch_size * length * per_token
+    return found
 
 
 def describe(name: str, recipe: Recipe) -> str:

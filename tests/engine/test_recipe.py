@@ -72,7 +72,8 @@ def test_real_models_fit_on_their_cards():
     sizes = {name: round((shape.embeddings + shape.blocks) / 1e9, 2) for name, shape in memory["SHAPES"].items()}
     assert sizes == {"Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.62, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.25}
     real = [path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("demo-")]
-    assert {path.stem.rpartition("-")[2] for path in real} == {"sft", "rm", "dpo", "kto"} and len(real) >= 16
+    assert {path.stem.rpartition("-")[2] for path in real} == {"sft", "rm", "dpo", "kto", "grpo", "ppo", "iterate"}
+    assert len(real) >= 22
     for path in real:
         line = memory["describe"](*memory["load"](path))
         text = path.read_text()
