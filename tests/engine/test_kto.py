@@ -79,7 +79,9 @@ def plain_logps(model, prompts, completions):
     return torch.stack(found)
 
 
-def test_kto_loss_and_metrics_equal_the_formula(model, other_model, tmp_path):
+@pytest.mark.parametrize("swapped", [False, True])  # one way the strangers' mean is above 0, the other way below
+def test_kto_loss_and_metrics_equal_the_formula(swapped, model, other_model, tmp_path):
+    model, other_model = (other_model, model) if swapped else (model, other_model)
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.mark_rows(8))
     settings = dict(beta=0.05, max_steps=1, desirable_weight=1.5, undesirable_weight=0.7, gradient_accumulation_steps=3,
                     ref_model_name_or_path=str(other_model), per_device_train_batch_size=3, reference="frozen",
@@ -95,7 +97,7 @@ def test_kto_loss_and_metrics_equal_the_formula(model, other_model, tmp_path):
             for name in ("completion_ids", "kl_completion_ids")
         )
     z0, good = strange.mean().clamp(min=0), torch.tensor(rows["label"][:])
-    assert z0 > 0, "the case must not be trivial"
+    assert (strange.mean() < 0) == swapped, "both cases must be there"
     values = torch.where(
         good, 1.5 * (1 - torch.sigmoid(0.05 * (ratio - z0))), 0.7 * (1 - torch.sigmoid(0.05 * (z0 - ratio)))
     )
