@@ -152,12 +152,11 @@ def row_calls(dtype: torch.dtype, out: torch.dtype, V: int, full: bool) -> Calla
     return call
 
 
-def linear_calls(dtype: torch.dtype, D: int, full: bool) -> Callable[[], None]:
+def linear_calls(dtype: torch.dtype, D: int, options: dict) -> Callable[[], None]:
     def call() -> None:
         x, w = torch.empty(ROWS, D, dtype=dtype), torch.empty(VOCAB, D, dtype=dtype)
         state, targets = torch.empty(ROWS, 8, dtype=torch.float64), torch.empty(ROWS, dtype=torch.int64)
-        common = dict(offset=0, vocab=VOCAB, **(everything(ROWS, VOCAB) if full else PLAIN))
-        backend.forward_linear(x, w, state, targets, **common)
+        backend.forward_linear(x, w, state, targets, offset=0, vocab=VOCAB, **options)
 
     return call
 
@@ -175,7 +174,10 @@ def shipped(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
             for suffix, D in HIDDEN.items():
                 if not suffix or target in ("sm_80", "gfx942"):  # a tensor descriptor knows one kind of D
                     name = str(dtype).removeprefix("torch.")
-                    yield f"{name}, {head}{suffix}", linear_calls(dtype, D, full)
+                    options = everything(ROWS, VOCAB) if full else PLAIN
+                    yield f"{name}, {head}{suffix}", linear_calls(dtype, D, options)
+                    if full and not suffix:
+                        yield f"{name}, {head} but softcap", linear_calls(dtype, D, options | dict(softcap=None))
     yield "float32, plain, V = 50257", row_calls(single, single, 50257, False)
 
 

@@ -16,3 +16,4 @@ else:
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # memory that is not written is NaN

@@ -16,7 +16,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # columns of a block and warps of a program
-FORWARD = dict(BLOCK=2048, num_warps=8)
+FORWARD = dict(BLOCK=1024, num_warps=4)
 BACKWARD = dict(BLOCK=2048, num_warps=4)
 PEAKS = dict(ROWS=8, BLOCK=256, num_warps=4)
 MERGE = dict(BP=16, BN=32, num_warps=4)
@@ -191,6 +191,8 @@ def forward_linear(
         return
     arch = architecture(x.device)
     tile = TILES.get(arch, SMALL)
+    if tile is WIDE and softcap is not None:  # tanh and 256 columns do not fit in the registers
+        tile = DEEP
     tiles = -(-V // tile["BV"])
     parts = torch.empty(6, -(-V // PART), n, dtype=torch.float32, device=x.device)
     picked = torch.empty(n, dtype=torch.float32, device=x.device)

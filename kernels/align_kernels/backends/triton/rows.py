@@ -68,7 +68,8 @@ def fold(state_ptr, some, peak, arg, s, a, q, total, target, here):
     old_arg = tl.load(state_ptr + 6, mask=some, other=0.0)
     m = tl.where(old_m > peak, old_m, peak)
     old_shift, shift = tl.where(old_s == 0, 0.0, old_m - m), tl.where(s == 0, 0.0, peak - m)
-    old_f, f = tl.exp(old_shift), tl.exp(shift)
+    # the larger side's factor is exactly 1, and the other's error is lost beside it
+    old_f, f = tl.exp(old_shift.to(tl.float32)).to(tl.float64), tl.exp(shift.to(tl.float32)).to(tl.float64)
     new_s = old_f * old_s + f * s
     tl.store(state_ptr, tl.where(new_s != new_s, new_s, m), mask=some)
     tl.store(state_ptr + 1, new_s, mask=some)
