@@ -32,7 +32,8 @@ MOST_COLUMNS = 0.3  # of the vocabulary: with more, dense GEMMs are cheaper (doc
 FLAT = 0.01  # of the vocabulary: measured blocks whose exp(entropy) sum to more kept nearly every column (docs/LOG.md)
 PROBES = 8  # rows of a block that are tried first
 HALVINGS = 20  # of eps, before a block is given up
-STEP = 1024  # columns of one gather, GEMM and scatter
+STEP = 1024  # columns of one gather, GEMM and scatter on a CPU
+STEP_GPU = 8192  # a guess: launches cost more there; not yet measured
 ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
 
 
@@ -219,7 +220,7 @@ def _sparse(run: Runner, rows: Rows, blocks: Iterable[Block | Tensor], grads: Gr
 
 def _pieces(run: Runner, part: Chunk, block: Block) -> Iterator[Piece]:
     K, m = len(block.columns), len(block.rows)
-    step = min(STEP, run.plan.tile_cols)
+    step = min(STEP if block.z.device.type == "cpu" else STEP_GPU, run.plan.tile_cols)
     for begin in range(0, K, step):
         end = min(begin + step, K)
         z, columns = block.z[:, begin:end], block.columns[begin:end]
