@@ -86,11 +86,13 @@ class Rollouts(Source):
         self.number, self.experience, self.state = -1, [], {}
 
     def start(self, engine: Engine, sampler: Sampler, folder: RunFolder) -> None:
-        """Give it what it needs to sample and measure. `engine.reference`, if any, is taken over: the rows carry its
-        log-probs."""
+        """Give it what it needs to sample and score."""
         self.engine, self.sampler, self.folder = engine, sampler, folder
-        self.reference, engine.reference = engine.reference, None
-        engine.accelerator.register_for_checkpointing(self)
+
+    def learn_from(self) -> None:
+        """Become part of the checkpoints, and take over `engine.reference`, if any: the rows carry its log-probs."""
+        self.reference, self.engine.reference = self.engine.reference, None
+        self.engine.accelerator.register_for_checkpointing(self)
 
     def window_rows(self, step: int) -> list[int]:
         """Numbers of the completions that a step sees, of this step's rollout."""
@@ -125,7 +127,7 @@ class Rollouts(Source):
             for i, (ids, one) in enumerate(zip(prompts, completions))
         ]  # fmt: skip
         with clock("score"):
-            scores = self.score(number, asked, completions)
+            scores = self.score(number, asked, completions, settings.num_generations)
         rewards = scoring.combine(scores, settings, [one.ended for one in completions])
         if rewards.isnan().all():
             raise RunFailed(f"rollout {number}: none of its {len(rewards)} completions could be scored")
@@ -155,13 +157,13 @@ class Rollouts(Source):
                 reload_weights(self.settings)
             self.engine.accelerator.wait_for_everyone()
 
-    def score(self, number: int, asked: list[int], completions: list[Completion]) -> Tensor:
+    def score(self, number: int, asked: list[int], completions: list[Completion], group_size: int) -> Tensor:
         """[R, F] float64: what each scorer says. Ranks share the groups out."""
         columns = self.columns[self.rows[asked]["index"]]
         answers = scoring.Answers.of(columns, [one.ids for one in completions], self.tokenizer)
         accelerator = self.engine.accelerator
         if self.settings.reward_funcs != [scoring.HUMAN]:
-            return scoring.score_over_ranks(self.rewards, answers, self.settings.num_generations, accelerator)
+            return scoring.score_over_ranks(self.rewards, answers, group_size, accelerator)
         if not self.folder.checkpoint(self.engine.progress.step).exists():
             self.engine.save(self.folder)
         with accelerator.main_process_first():
@@ -192,6 +194,16 @@ class Rollouts(Source):
         self.engine.model.train(training)
         parts = sorted(gather_object(list(zip(rows, columns))), key=lambda part: part[0])
         return pad_sequence([column for _, column in parts], batch_first=True).permute(2, 0, 1)
+
+    def evaluate(self) -> dict[str, float]:
+        """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time."""
+        settings, asked = self.settings, list(range(len(self.rows)))
+        prompts, size = self.rows["prompt_ids"][:], settings.per_device_generation_batch_size
+        completions = sample_all(self.sampler, prompts, size, (self.seed,), self.engine.accelerator)
+        scores, ended = self.score(0, asked, completions, 1), [one.ended for one in completions]
+        found = scoring.reward_metrics(self.rewards, scores, scoring.combine(scores, settings, ended), 1)
+        found |= length_metrics([len(one.ids) for one in completions], ended)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The rollout, where steps on it are left, and the credit's state."""

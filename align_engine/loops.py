@@ -71,7 +71,10 @@ class Training:
         found, best = {}, False
         if self.evaluation and due(options.eval.eval_steps, callbacks.control.should_evaluate):
             with self.journal.clock("eval"):
-                found = self.engine.evaluate(self.evaluation)
+                if isinstance(self.evaluation, Rollouts):
+                    found = self.evaluation.evaluate()
+                else:
+                    found = self.engine.evaluate(self.evaluation)
             best = callbacks.evaluated(found)
         if due(options.output.logging_steps, callbacks.control.should_log):
             means, progress.sums = progress.sums.means(), Sums()

@@ -693,6 +693,7 @@ def rollout_rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
     return [
         *rules,
         ("reward_funcs", bool(scorers), "is required"),
+        ("eval_dataset_name", not values["eval_dataset_name"] or scorers != ["human"], "needs a scorer, not people"),
         ("server_weights", not values["server_weights"] or bool(values["server_base_url"]), "needs server_base_url"),
         ("server_weights", not (values["server_weights"] and values["use_peft"]), "needs use_peft: false"),
         ("dual_clip", (values.get("dual_clip") or 2) > 1, "must be above 1"),

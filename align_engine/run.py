@@ -30,7 +30,7 @@ from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
 from align_engine.recipe import GrpoRecipe, KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
-from align_engine.rollout import Sampler, transformers_sampler
+from align_engine.rollout import transformers_sampler
 from align_engine.server import check_server, server_sampler
 from align_engine.source import Source, rows_seen, total_steps
 
@@ -94,12 +94,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     if needs_reference(recipe, algorithm):
         add_reference(engine, source, evaluation, rows_seen(source, steps) if algorithm.reference else [], folder)
     if isinstance(source, Rollouts):
-        sampler: Sampler
-        if source.settings.server_base_url:
-            sampler = server_sampler(tokenizer, source.settings, recipe.model.model_name_or_path)
-        else:
-            sampler = transformers_sampler(engine.model, tokenizer, source.settings)
-        source.start(engine, sampler, folder)
+        start_rollouts(source, evaluation, engine, tokenizer, folder)
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1])
         accelerator.print(f"going on from {checkpoints[-1]}")
@@ -338,6 +333,19 @@ def add_reference(
                 f"reference log-probs of {len(needed)} {name} rows {'read again' if served else 'computed'}"
             )
     model.train(training)
+
+
+def start_rollouts(
+    source: Rollouts, evaluation: Source | None, engine: Engine, tokenizer: Any, folder: RunFolder
+) -> None:
+    """Give training and evaluation their sampler."""
+    settings, sampler = source.settings, transformers_sampler(engine.model, tokenizer, source.settings)
+    if settings.server_base_url:
+        sampler = server_sampler(tokenizer, settings, engine.recipe.model.model_name_or_path)
+    source.start(engine, sampler, folder)
+    source.learn_from()
+    if isinstance(evaluation, Rollouts):
+        evaluation.start(engine, sampler, folder)
 
 
 def summary(engine: Engine, source: Source, steps: int) -> str:

@@ -31,6 +31,42 @@ def test_the_reward_rises(name, model, prompts, tmp_path):
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1, rewards
 
 
+def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
+    held_out = tiny.write_rows(tmp_path / "held_out.jsonl", tiny.prompt_rows(7, seed=9))
+    settings = dict(eval_dataset_name=str(held_out), eval_steps=10, max_steps=20, learning_rate=3e-3,
+                    per_device_train_batch_size=32)  # fmt: skip
+    with_it = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings))
+    found = [record for record in metrics.read(with_it.metrics) if "eval_reward" in record]
+    assert [record["step"] for record in found] == [10, 20]
+    assert 0 <= found[0]["eval_reward"] < found[1]["eval_reward"]
+    settings["eval_dataset_name"] = None
+    without = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "without", **settings))
+    a, b = (load_file(folder.final / "model.safetensors") for folder in (with_it, without))
+    assert all(a[name].equal(b[name]) for name in a), "evaluation must not touch training"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("grpo", dict(loss_type="cispo", epsilon_high=5.0, entropy_coef=0.01)),
+        ("grpo", dict(loss_type="sapo", mask_truncated_completions=True, scale_rewards="none")),
+        ("grpo", dict(loss_type="vespo", off_policy_mask_threshold=0.1, num_iterations=2)),
+        ("grpo", dict(loss_type="dr_grpo", importance_sampling_level="sequence", top_entropy_quantile=0.5)),
+        ("grpo", dict(use_peft=True, beta=0.1, lora_target_modules=["q_proj", "lm_head"])),
+        ("direct", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),
+        ("ppo", dict(whiten_rewards=True, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.01, use_peft=True)),
+        ("ppo", dict(missing_eos_penalty=1.0, kl_coef=0.0, value_model_name_or_path="MODEL", bf16=True)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
+def test_every_option_trains(name, settings, model, prompts, tmp_path):
+    settings = {key: str(model) if value == "MODEL" else value for key, value in settings.items()}
+    folder = train(name, tiny.online(KINDS[name], model, prompts, tmp_path / "run", max_steps=3, **settings))
+    records = metrics.read(folder.metrics)
+    assert len(records) == 3 and all(record["grad_norm"] > 0 for record in records)
+    assert not any("value_head" in key for path in folder.final.glob("*.safetensors") for key in load_file(path))
+
+
 def test_what_cannot_be_is_refused(model, prompts, tmp_path):
     for settings, message in (
         ({"reward_funcs": []}, "reward_funcs = .* is required"),
@@ -38,6 +74,8 @@ def test_what_cannot_be_is_refused(model, prompts, tmp_path):
         ({"reward_weights": [1.0, 2.0]}, "reward_weights"),
         ({"num_generations": 3}, "num_generations = 3 does not divide the 8 completions"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps = 2"),
+        ({"loss_type": "grpo", "entropy_coef": 0.1}, "entropy_coef = 0.1 needs a loss_type that counts tokens"),
+        ({"server_weights": "somewhere"}, "server_weights = 'somewhere' needs server_base_url"),
         ({"loss_type": "sigmoid"}, "loss_type = 'sigmoid' is none of"),
     ):
         with pytest.raises(BadInput, match=message):
