@@ -5,11 +5,13 @@ docs/losses.md names these tests, and those of test_compat.py and test_loss_trl.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
 import pytest
 import torch
+import trl
 from liger_kernel.chunked_loss import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
@@ -111,6 +113,12 @@ def test_trl_options_without_effect(bench: Bench):
             call(*args, **options)
 
 
+def test_trl_has_no_ppo_and_no_bco():
+    assert not hasattr(trl, "PPOTrainer")
+    for name in ("ppo", "bco"):
+        assert importlib.util.find_spec(f"trl.experimental.{name}") is None
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (dict(loss_type=[]), "loss_type must be one of sigmoid"),
     (dict(loss_type=["sigmoid", "sfd"]), "loss_type must be one of sigmoid, .*got 'sfd'"),
@@ -176,6 +184,25 @@ def test_liger_lacks_ipo():
 
 def test_liger_kto_has_no_class_weights():
     assert not {"desirable_weight", "undesirable_weight"} & set(inspect.signature(LigerFusedLinearKTOLoss).parameters)
+
+
+def test_liger_drops_smoothing():
+    x, options = leaves(), dict(loss_type="hinge", use_ref_model=False)
+    losses = [
+        LigerFusedLinearDPOLoss(**LIGER, **options, label_smoothing=e)(x["weight"], x["hidden"], RAGGED, x["bias"])[0]
+        for e in (0.0, 0.3)
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.3 is read by loss_type .*, not by hinge"):
+        ak.compat.LigerFusedLinearDPOLoss(**options, label_smoothing=0.3)
+
+
+def test_liger_ratios_overflow():
+    x, options = leaves(), dict(beta=0.0, use_ref_model=False)
+    arguments = (x["hidden"], x["weight"], FULL, torch.ones_like(FULL), normal(6, seed=3), x["bias"])
+    old = dict(old_per_token_logps=torch.full(FULL.shape, -200.0))
+    assert not LigerFusedLinearGRPOLoss(**LIGER, **options)(*arguments, **old)[0].isfinite()
+    assert ak.compat.LigerFusedLinearGRPOLoss(**options)(*arguments, **old)[0].isfinite()
 
 
 MISSING = ("entropy_coef", "top_entropy_quantile", "off_policy_mask_threshold", "kl_estimator", "sampling_logps")

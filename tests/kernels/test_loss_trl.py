@@ -156,7 +156,8 @@ def test_dpo_done_right(bench: Bench):
         dpo_pair(bench, dict(loss_type="sft", use_weighting=True))
     with pytest.raises(NotImplementedError, match="aot"):
         dpo_pair(bench, dict(loss_type="aot", use_weighting=True))
-    trainer, _ = bench.build(DPOTrainer, DPOConfig, ROWS, *bench.models, label_smoothing=0.7)  # accepted
+    options: dict[str, Any] = dict(loss_type="robust", label_smoothing=0.7)  # accepted with a warning in the log
+    trainer, _ = bench.build(DPOTrainer, DPOConfig, ROWS, *bench.models, **options)
     assert trainer.label_smoothing == 0.7
     trainer, _ = bench.build(DPOTrainer, DPOConfig, ROWS, *bench.models, ld_alpha=3.0)
     assert trainer.ld_alpha == 3.0
