@@ -14,6 +14,7 @@ from torch import Tensor
 
 import align_kernels as ak
 from align_kernels import LogitGradClamp, ProbGate
+from align_kernels.losses.common import bounded_exp
 from align_kernels.losses.cpo import CPO_LOSSES
 from align_kernels.losses.dpo import BATCH_TYPES, LOSS_TYPES
 from align_kernels.losses.grpo import LOSS_TYPES as GROUP_TYPES
@@ -110,6 +111,16 @@ def test_groups_at_the_limits(shift: float, loss_type: str):
         assert out.loss.isfinite()
         for grad in torch.autograd.grad(out.loss, list(leaves.values())):
             assert grad.isfinite().all()
+
+
+def test_the_tangent_of_an_exponential():
+    """Beyond the limit the value goes on rising and the gradient stays: a policy far away is still pulled back."""
+    x = torch.tensor([3.0, 20.0, 25.0, 1000.0], dtype=torch.float64, requires_grad=True)
+    y = bounded_exp(x, 20.0)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    top = math.exp(20)
+    assert y.tolist() == pytest.approx([math.exp(3), top, 6 * top, 981 * top])
+    assert grad[[0, 2, 3]].tolist() == pytest.approx([math.exp(3), top, top])
 
 
 @pytest.mark.parametrize("loss_type", CPO_LOSSES)
