@@ -5,7 +5,7 @@ python benches/engine_vs_trl.py [--methods dpo kto] [--vocabulary 32000] [--leng
 Each run has a process of its own; the first two steps are warm-up. Memory is what the process grew by after the model
 and the data were there: resident on a CPU, allocated on a GPU.
 KTO's losses part after some steps: TRL pairs the first prompt of a batch with its last completion, the engine with the
-completion before it in the permutation of all rows.
+completion before it in the permutation of all rows. GRPO's are those of each side's own samples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any
 
 WARM_UP = 2
 ROOT = Path(__file__).parents[1]
-METHODS = ("dpo", "kto")
+METHODS = ("dpo", "kto", "grpo")
+GROUP = 4  # completions of a prompt
 
 
 def write_inputs(folder: Path, options: argparse.Namespace) -> None:
@@ -52,16 +53,25 @@ def write_inputs(folder: Path, options: argparse.Namespace) -> None:
                 row: dict[str, Any] = {"prompt": text(quarter).strip()}
                 if method == "dpo":
                     row |= {"chosen": text(answer), "rejected": text(answer)}
-                else:
+                elif method == "kto":
                     row |= {"completion": text(answer), "label": i % 2 == 0}
                 file.write(json.dumps(row) + "\n")
 
 
 def settings(options: argparse.Namespace, method: str, folder: Path, out: str) -> dict[str, Any]:
     """What both sides share, under the names that both have."""
-    return {"output_dir": str(folder / f"{method}-{out}"), "max_steps": options.steps, "learning_rate": 1e-5,
+    shared = {"output_dir": str(folder / f"{method}-{out}"), "max_steps": options.steps, "learning_rate": 1e-5,
             "per_device_train_batch_size": options.batch, "logging_steps": 1, "bf16": False, "report_to": [],
-            "max_length": options.length, "gradient_checkpointing": False}  # fmt: skip
+            "gradient_checkpointing": False}  # fmt: skip
+    if method == "grpo":
+        room = options.length - options.length // 4
+        return shared | {"num_generations": GROUP, "max_completion_length": room, "beta": 0.0}
+    return shared | {"max_length": options.length}
+
+
+def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Share of a completion's words with an even number."""
+    return [sum(word[-1] in "02468" for word in text.split()) / max(len(text.split()), 1) for text in completions]
 
 
 def clock(record: list[tuple[float, float]]) -> Any:
@@ -93,7 +103,7 @@ def engine(method: str, folder: Path, shared: dict[str, Any], record: list[tuple
     quiet_libraries()
     recipe = RECIPES[method]()
     given = shared | {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / f"{method}.jsonl"),
-                      "save_steps": 10**6, "reference": "frozen"}  # fmt: skip
+                      "save_steps": 10**6, "reference": "frozen", "reward_funcs": [f"{__file__}:reward"]}  # fmt: skip
     for section in vars(recipe).values():
         for name in set(vars(section)) & set(given):
             setattr(section, name, given[name])
@@ -109,15 +119,15 @@ def trl(method: str, folder: Path, shared: dict[str, Any], record: list[tuple[fl
 
     rows = load_dataset("json", data_files=str(folder / f"{method}.jsonl"), split="train")
     name = method.upper()
-    config = getattr(trl, f"{name}Config")(
-        **shared, save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential"
-    )
+    order = {"shuffle_dataset": False} if method == "grpo" else {"train_sampling_strategy": "sequential"}
+    config = getattr(trl, f"{name}Config")(**shared, **order, save_strategy="no", disable_tqdm=True)
     trainer = getattr(trl, f"{name}Trainer")(
         model=AutoModelForCausalLM.from_pretrained(folder / "model"),
         args=config,
         train_dataset=rows.select(epoch_order(len(rows), 42, 0)),
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[clock(record)],
+        **({"reward_funcs": reward} if method == "grpo" else {}),
     )
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]

@@ -11,6 +11,7 @@ from align_engine.errors import BadInput
 from align_engine.iterate import iterate
 from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
 from align_engine.run import train
+from align_engine.watch import warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
@@ -114,3 +115,16 @@ def test_iterate_with_lora_goes_on_from_the_merged_model(model, prompts, tmp_pat
     base, merged = (load_file(path / "model.safetensors") for path in (model, folder.final))
     assert base.keys() == merged.keys()
     assert any(not base[name].equal(merged[name]) for name in base)
+
+
+def test_warnings_of_online_training():
+    healthy = {"reward_std": 0.3, "frac_reward_zero_std": 0.2, "clip_ratio/region_mean": 0.1, "objective/kl": 3.0,
+               "completions/clipped_ratio": 0.5, "sampling/sampling_logp_difference/mean": 0.01}  # fmt: skip
+    ill = {"reward_std": 0.0, "frac_reward_zero_std": 1.0, "clip_ratio/region_mean": 0.95, "objective/kl": 60.0,
+           "completions/clipped_ratio": 1.0, "sampling/sampling_logp_difference/mean": 0.5}  # fmt: skip
+    assert warnings({}, [], healthy) == []
+    assert [text.partition(": ")[0] for text in warnings({}, [], ill)] == [
+        "objective/kl", "reward_std", "frac_reward_zero_std", "clip_ratio/region_mean", "completions/clipped_ratio",
+        "sampling/sampling_logp_difference/mean",
+    ]  # fmt: skip
+    assert "95% of the tokens are clipped" in warnings({}, [], ill)[3]
