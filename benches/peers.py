@@ -195,7 +195,7 @@ def narrow(shape: int, rounds: int) -> None:
         }
         in_turn(runs, 1)
         seconds = in_turn(runs, rounds)
-        print(f"{SHAPES[shape]}, head {'trained' if trained else 'frozen'}:", end="")
+        print(f"{SHAPES[shape]}, head {'trained' if trained else 'frozen'}:")
         print(
             *(f"{name} {value:.3f} s ({value / seconds['float32']:.2f})" for name, value in seconds.items()), sep=", "
         )
