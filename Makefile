@@ -1,10 +1,10 @@
-# make demo | make test | make check | make bench | make gpu-registers
+# make demo | make ladder | make test | make check | make bench | make gpu-registers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
 
-.PHONY: demo test check bench bench-peers gpu-registers architectures clean
+.PHONY: demo ladder test check bench bench-peers gpu-registers architectures clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -20,6 +20,10 @@ $(VENV)/.installed-dev: $(SOURCES)
 
 demo: $(VENV)/.installed
 	$(BIN)/align demo
+
+# the same for three seeds: mean and spread of every method
+ladder: $(VENV)/.installed
+	$(BIN)/align demo --seeds 0 1 2
 
 # threads that wait asleep: spinning ones cost tenfold when another process holds a core
 test: $(VENV)/.installed-dev

@@ -167,17 +167,19 @@ def environment(name: str, arguments: list[str]) -> None:
 
 
 def demo(name: str, arguments: list[str]) -> None:
-    """`align demo`: data, SFT, DPO, scores, page."""
+    """`align demo`: data, every method of the ladder, scores, page."""
     import tyro
 
     @dataclasses.dataclass
     class Flags:
-        """Make data, train a small model through SFT and DPO, and score both on held-out prompts."""
+        """Make data, train a small model by SFT and from there by every method, score all on held-out prompts."""
 
         output_dir: Path = Path("runs/demo")
         """Folder for data, runs and index.html."""
-        seeds: tuple[int, ...] = (0, 1, 2)
+        seeds: tuple[int, ...] = (0,)
         """The whole demo runs once per seed; several give mean and spread."""
+        workers: int = 2
+        """Stages trained at a time, each on one thread (1: in this process, with its progress on the screen)."""
         debug: bool = False
         """Show the traceback of an error."""
 
@@ -185,7 +187,7 @@ def demo(name: str, arguments: list[str]) -> None:
     quiet_libraries()
     from align_engine.demo.run import run
 
-    run(flags.output_dir, flags.seeds)
+    run(flags.output_dir, flags.seeds, flags.workers)
 
 
 COMMANDS = {
@@ -201,7 +203,7 @@ COMMANDS = {
     "ppo": Command(train, "proximal policy optimisation on sampled answers, with a critic and a KL penalty"),
     "iterate": Command(train, "rounds of sampling, scoring, pairing and preference optimisation"),
     "env": Command(environment, "versions, devices, and which backend each kernel takes here and why not another"),
-    "demo": Command(demo, "make data, train SFT then DPO on this machine, score both on held-out prompts"),
+    "demo": Command(demo, "make data, train a small model by every method here, score all on held-out prompts"),
 }
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def bar_chart(title: str, bars: dict[str, tuple[float, float]], y_label: str) ->
     axes = canvas.add_subplot()
     heights, errors = zip(*bars.values())
     drawn = axes.bar(list(bars), heights, yerr=errors if any(errors) else None, color=COLOURS[0], width=0.55, capsize=4)
-    for bar, colour in zip(drawn, ("#9db4cc", COLOURS[0], COLOURS[2])):
-        bar.set_color(colour)
+    if len(bars) > 4:
+        axes.tick_params(axis="x", labelrotation=30)
     axes.bar_label(drawn, fmt="%.1f", padding=4, color=INK, fontweight="bold")
     axes.set_ylim(0, 1.2 * max(*heights, 1e-9))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)

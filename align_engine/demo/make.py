@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from align_engine.demo.task import Question, ask, careful, check, write
+from align_engine.demo.task import Question, ask, careful, careless, chat, check, hasty, write
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -27,6 +28,7 @@ def make_demo(
 
     sft.jsonl          prompt, completion: what the team wrote, good and bad
     preference.jsonl   prompt, chosen, rejected: two of the team's answers, the better one by the checker is chosen
+    ranked.jsonl       the same prompts with pairs of three ranked answers, for the reward model
     prompts.jsonl      the prompts of preference.jsonl, with form and answer for `check`
     heldout.jsonl      prompt, completion (the careful answer), chosen, rejected; form and answer for `check`
     tokenizer/         a byte-level BPE with a chat template, for `from_pretrained`
@@ -44,6 +46,7 @@ def make_demo(
         "preference": [{"prompt": q.row()["prompt"], **pair(q, rng)} for q in preference],
         "prompts": [q.row() for q in preference],
         "heldout": [{**q.row(), "completion": message(careful(q, rng)), **pair(q, rng)} for q in heldout],
+        "ranked": [{"prompt": q.row()["prompt"], **ranks} for q in preference for ranks in ranked_pairs(q, rng)],
     }
     for name, content in rows.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
@@ -78,6 +81,21 @@ def pair(question: Question, rng: random.Random) -> dict[str, Any]:
     """chosen and rejected, as messages."""
     (_, chosen), (_, rejected) = graded_answers(question, 2, rng)
     return {"chosen": message(chosen), "rejected": message(rejected)}
+
+
+def ranked_pairs(question: Question, rng: random.Random) -> list[dict[str, Any]]:
+    """Every pair of three answers whose ranks are fixed in advance: right in the demanded form, right in another or
+    among pleasantries, wrong in the demanded form. A wrong answer loses to both, so that content outweighs form."""
+    answers = [
+        careful(question, rng),
+        rng.choice((careless(question, rng), chat(question.answer))),
+        hasty(question, rng),
+    ]
+    pairs = itertools.combinations(enumerate(map(message, answers), start=1), 2)
+    return [
+        {"chosen": chosen, "rejected": rejected, "chosen_rank": i, "rejected_rank": j}
+        for (i, chosen), (j, rejected) in pairs
+    ]
 
 
 def message(content: str) -> list[dict[str, str]]:

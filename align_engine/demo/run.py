@@ -1,86 +1,176 @@
-"""The demo: make data, train SFT then DPO, score every stage on held-out prompts, write one page."""
+"""The demo: make data, walk the ladder of methods, score every stage on held-out prompts, write one page."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from align_engine import recipe as recipes
+from align_engine.algorithms import ALGORITHMS
 from align_engine.data import load_rows
 from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
 from align_engine.evals import Score, score
+from align_engine.iterate import iterate
 from align_engine.metrics import read
 from align_engine.policy import load_tokenizer
-from align_engine.recipe import DpoRecipe, Recipe, SftRecipe
+from align_engine.recipe import IterateRecipe, Recipe
 from align_engine.report import Table, bar_chart, page, run_figures
 from align_engine.run import train
 
-STAGES = ("baseline", "SFT", "DPO")
+
+class Stage(NamedTuple):
+    """One run of the ladder."""
+
+    name: str
+    command: str  # of align, and the name of its recipe and folder
+    rows: str  # what it learns from
+    panels: tuple[str, ...]  # its curves on the page
+    reward_model: bool = False  # whether that scores its samples
+
+
+SFT = Stage("SFT", "sft", "sft", ("loss", "token-accuracy"))
+REWARD_MODEL = Stage("reward model", "rm", "ranked", ("loss",))
+METHODS = (  # all from the SFT model
+    Stage("DPO", "dpo", "preference", ("loss", "accuracies", "margins", "logps")),
+    Stage("KTO", "kto", "preference", ("loss", "rewards")),
+    Stage("direct RL", "direct", "prompts", ("reward", "kl")),
+    Stage("PPO", "ppo", "prompts", ("reward", "kl"), reward_model=True),
+    Stage("GRPO", "grpo", "prompts", ("reward", "entropy")),
+    Stage("iterative DPO", "iterate", "prompts", ("reward",), reward_model=True),
+)
+BASELINE = "baseline"
 SHOWN = 6  # held-out prompts whose answers stand on the page
 
 
-class Outcome(NamedTuple):
-    """What one seed gave."""
+class Result(NamedTuple):
+    """What a stage gave."""
 
-    seed: int
-    points: dict[str, float]  # stage -> 100 x the checker's mean grade
-    answers: dict[str, list[str]]  # stage -> answers to the first held-out prompts
+    points: float  # 100 x the checker's mean grade; of the reward model, the per cent of held-out pairs it orders right
+    answers: list[str]  # to the first held-out prompts
+    rounds: list[float]  # points after each round of iterative DPO
     seconds: float
 
 
-def run(output_dir: Path, seeds: Sequence[int]) -> list[Outcome]:
-    """Run the demo once per seed, print the table and write index.html.
+Outcome = dict[str, Result]  # of one seed, by the stage's name
 
-    Seeds that are already there are not trained again: their runs are finished.
+
+def run(output_dir: Path, seeds: Sequence[int], workers: int = 2) -> dict[int, Outcome]:
+    """Walk the ladder once per seed, print the table and write index.html.
+
+    Stages that are already there are not trained again: their runs are finished.
+
+    Args:
+        workers: stages that are trained at a time, each in a process of its own and on one thread: a model this small
+            gains nothing from a second one. With 1 everything runs in this process.
     """
-    import torch
-
-    # a model this small gains nothing from a second thread, and loses tenfold when another process holds that core
-    torch.set_num_threads(1)
-    outcomes = [run_seed(output_dir / f"seed-{seed}", seed) for seed in seeds]
+    outcomes = {}
+    with executor(workers) as pool:
+        for seed in seeds:
+            outcomes[seed] = run_seed(output_dir / f"seed-{seed}", seed, pool, quiet=workers > 1)
     print_table(outcomes)
     write_index(output_dir, outcomes)
     print(f"page: {output_dir / 'index.html'}")
     return outcomes
 
 
-def run_seed(folder: Path, seed: int) -> Outcome:
-    """Data, SFT, DPO and the scores of all stages for one seed, in one folder."""
-    began, data = time.perf_counter(), folder / "data"
+@contextlib.contextmanager
+def executor(workers: int) -> Iterator[Executor]:
+    if workers > 1:
+        made = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=silence)
+    else:
+        made = ThreadPoolExecutor(1)
+    with made:
+        yield made
+
+
+def silence() -> None:
+    """What several processes print at a time nobody can read: stages write logs, errors travel with their results."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def run_seed(folder: Path, seed: int, pool: Executor, quiet: bool) -> Outcome:
+    """Data, all stages and their scores for one seed, in one folder."""
+    data = folder / "data"
     if not (data / "model").exists():
         make_demo(data, seed)
-    models = {"baseline": data / "model"}
-    for stage, kind, rows in (("SFT", SftRecipe, "sft"), ("DPO", DpoRecipe, "preference")):
-        print(f"\nseed {seed}: {stage}")
-        start = list(models.values())[-1]
-        recipe = demo_recipe(kind, stage.lower(), start, data / f"{rows}.jsonl", folder / stage.lower(), seed)
-        models[stage] = train(stage.lower(), recipe).final
-    heldout = load_rows(data / "heldout.jsonl")
-    scores = {stage: score_model(path, heldout) for stage, path in models.items()}
-    outcome = Outcome(
-        seed,
-        {stage: 100 * found.mean for stage, found in scores.items()},
-        {stage: found.answers[:SHOWN] for stage, found in scores.items()},
-        time.perf_counter() - began,
-    )
-    (folder / "scores.json").write_text(json.dumps(outcome._asdict(), indent=2))
+    futures: dict[str, Future[Result]] = {}
+
+    def start(*stages: Stage) -> None:
+        for stage in stages:
+            futures[stage.name] = pool.submit(run_stage, stage, folder, seed, quiet)
+
+    def wait(name: str) -> Result:
+        result = futures[name].result()
+        rounds = f" (rounds {', '.join(f'{points:.1f}' for points in result.rounds)})" if result.rounds else ""
+        print(f"seed {seed}  {name:13s} {result.points:5.1f}{rounds}  {result.seconds:.0f} s", flush=True)
+        return result
+
+    futures[BASELINE] = pool.submit(score_stage, data / "model", data)
+    start(SFT)
+    outcome = {name: wait(name) for name in (BASELINE, SFT.name)}
+    start(REWARD_MODEL, *(stage for stage in METHODS if not stage.reward_model))
+    outcome[REWARD_MODEL.name] = wait(REWARD_MODEL.name)
+    start(*(stage for stage in METHODS if stage.reward_model))
+    outcome |= {stage.name: wait(stage.name) for stage in METHODS}
+    scores = {name: result._asdict() for name, result in outcome.items()}
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2))
     return outcome
 
 
-def demo_recipe(kind: type[Recipe], name: str, model: Path, rows: Path, out: Path, seed: int) -> Recipe:
+def run_stage(stage: Stage, folder: Path, seed: int, quiet: bool) -> Result:
+    """Train one stage and score what it made; with `quiet` what it prints goes to a log beside its folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    began, out, data = time.perf_counter(), folder / stage.command, folder / "data"
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            log = stack.enter_context(out.with_suffix(".log").open("w"))
+            stack.enter_context(contextlib.redirect_stdout(log))
+            stack.enter_context(contextlib.redirect_stderr(log))
+        else:
+            print(f"\nseed {seed}: {stage.name}")
+        recipe = demo_recipe(stage, folder, seed)
+        iterate(recipe) if isinstance(recipe, IterateRecipe) else train(stage.command, recipe)
+        if stage == REWARD_MODEL:
+            accuracy = [line["eval_accuracy"] for line in read(out / "metrics.jsonl") if "eval_accuracy" in line][-1]
+            return Result(100 * accuracy, [], [], time.perf_counter() - began)
+        made = score_stage(out / "final", data)
+        rounds = [score_stage(path, data).points for path in sorted(out.glob("round-*/train/final"))]
+    return made._replace(rounds=rounds, seconds=time.perf_counter() - began)
+
+
+def demo_recipe(stage: Stage, folder: Path, seed: int) -> Recipe:
     """The recipe file of a stage with the paths of one seed."""
-    recipe = recipes.load(kind, Path(__file__).with_name(f"{name}.yaml"))
-    recipe.model.model_name_or_path = str(model)
-    recipe.data.dataset_name = str(rows)
-    recipe.data.eval_dataset_name = str(rows.with_name("heldout.jsonl"))
-    recipe.output.output_dir = str(out)
+    data = folder / "data"
+    kind = IterateRecipe if stage.command == "iterate" else ALGORITHMS[stage.command].recipe
+    recipe: Any = recipes.load(kind, Path(__file__).with_name(f"{stage.command}.yaml"))
+    recipe.model.model_name_or_path = str(data / "model" if stage == SFT else folder / SFT.command / "final")
+    recipe.data.dataset_name = str(data / f"{stage.rows}.jsonl")
+    if recipe.data.eval_dataset_name:
+        recipe.data.eval_dataset_name = str(data / "heldout.jsonl")
+    if stage.reward_model:
+        recipe.rollout.reward_funcs = [str(folder / REWARD_MODEL.command / "final")]
+    recipe.output.output_dir = str(folder / stage.command)
     recipe.train.seed = seed
     return recipe
+
+
+def score_stage(model: Path, data: Path) -> Result:
+    """The points of a model folder on the held-out prompts."""
+    began = time.perf_counter()
+    found = score_model(model, load_rows(data / "heldout.jsonl"))
+    return Result(100 * found.mean, found.answers[:SHOWN], [], time.perf_counter() - began)
 
 
 def score_model(path: Path, heldout: Any) -> Score:
@@ -91,61 +181,83 @@ def score_model(path: Path, heldout: Any) -> Score:
     return score(model, load_tokenizer(str(path)), heldout, check, max_new_tokens=40, batch_size=100)
 
 
-def score_rows(outcomes: Sequence[Outcome]) -> list[list[Any]]:
-    """One row per seed, and the mean with the standard deviation where there are several."""
-    rows: list[list[Any]] = [
-        [f"seed {one.seed}", *(f"{one.points[stage]:.1f}" for stage in STAGES),
-         f"{one.points['DPO'] - one.points['SFT']:+.1f}", f"{one.seconds:.0f} s"]
-        for one in outcomes
-    ]  # fmt: skip
-    if len(outcomes) > 1:
-        cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in summary(outcomes).values()]
-        gain = statistics.mean(one.points["DPO"] - one.points["SFT"] for one in outcomes)
-        rows.append(["mean", *cells, f"{gain:+.1f}", f"{sum(one.seconds for one in outcomes):.0f} s"])
-    return rows
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def summary(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, float]]:
-    """stage -> (mean, standard deviation) over the seeds."""
-    found = {stage: [one.points[stage] for one in outcomes] for stage in STAGES}
-    return {stage: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for stage, v in found.items()}
+def gains(outcomes: Mapping[int, Outcome], name: str) -> tuple[float, float]:
+    """Mean and spread of what a stage gives over SFT, seed by seed."""
+    return spread([one[name].points - one[SFT.name].points for one in outcomes.values()])
 
 
-HEADER = ("held-out points of 100", *STAGES, "DPO - SFT", "time")
+def score_rows(outcomes: Mapping[int, Outcome]) -> list[list[str]]:
+    """One row per stage and per round of iterative DPO: its points by seed, their mean and spread, gain over SFT."""
+    stages = [BASELINE, SFT.name, *(stage.name for stage in METHODS)]
+    many = len(outcomes) > 1
+
+    def row(label: str, values: Sequence[float], gain: tuple[float, float] | None = None) -> list[str]:
+        cells = [label, *(f"{value:.1f}" for value in values)]
+        if many:
+            cells.append("{:.1f} ± {:.1f}".format(*spread(values)))
+        shown = "" if gain is None else f"{gain[0]:+.1f}" + (f" ± {gain[1]:.1f}" if many else "")
+        return [*cells, shown]
+
+    rows = []
+    for name in stages:
+        found = [one[name] for one in outcomes.values()]
+        for i in range(min(len(result.rounds) for result in found)):
+            rows.append(row(f"  after round {i + 1}", [result.rounds[i] for result in found]))
+        gain = None if name in (BASELINE, SFT.name) else gains(outcomes, name)
+        rows.append(row(name, [result.points for result in found], gain))
+    accuracies = [one[REWARD_MODEL.name].points for one in outcomes.values()]
+    return [*rows, row("reward model, % of held-out pairs", accuracies)]
 
 
-def print_table(outcomes: Sequence[Outcome]) -> None:
+def header(outcomes: Mapping[int, Outcome]) -> list[str]:
+    mean = ["mean ± spread"] if len(outcomes) > 1 else []
+    return ["held-out points of 100", *(f"seed {seed}" for seed in outcomes), *mean, "over SFT"]
+
+
+def print_table(outcomes: Mapping[int, Outcome]) -> None:
     """The scores in the terminal."""
     from rich.console import Console
     from rich.table import Table as Grid
 
     grid = Grid(title="Checker's points on held-out prompts (greedy decoding)", title_justify="left")
-    for i, name in enumerate(HEADER):
+    for i, name in enumerate(header(outcomes)):
         grid.add_column(name, justify="right" if i else "left")
     for row in score_rows(outcomes):
         grid.add_row(*row)
     Console().print(grid)
 
 
-def write_index(output_dir: Path, outcomes: Sequence[Outcome]) -> None:
+def write_index(output_dir: Path, outcomes: Mapping[int, Outcome]) -> None:
     """One page: scores, answers, and the curves of the first seed's runs."""
-    first = output_dir / f"seed-{outcomes[0].seed}"
-    figures = [bar_chart("Held-out points by stage", summary(outcomes), "points of 100")]
-    for name, wanted in (("sft", ("loss", "token-accuracy")), ("dpo", ("loss", "accuracies", "margins", "logps"))):
-        drawn = run_figures(read(first / name / "metrics.jsonl"), f"{name.upper()}: ")
-        figures += [drawn[panel] for panel in wanted]
-    heldout = load_rows(first / "data" / "heldout.jsonl")
-    asked = [heldout[i] for i in range(SHOWN)]
+    seed, first = next(iter(outcomes.items()))
+    folder = output_dir / f"seed-{seed}"
+    stages = [BASELINE, SFT.name, *(stage.name for stage in METHODS)]
+    bars = {name: spread([one[name].points for one in outcomes.values()]) for name in stages}
+    figures = [bar_chart("Held-out points by stage", bars, "points of 100")]
+    for stage in (SFT, REWARD_MODEL, *METHODS):
+        drawn = run_figures(read(folder / stage.command / "metrics.jsonl"), f"{stage.name}: ")
+        figures += [drawn[panel] for panel in stage.panels if panel in drawn]
+    heldout = load_rows(folder / "data" / "heldout.jsonl")
     answers = [
-        [row["prompt"][-1]["content"], *(outcomes[0].answers[stage][i] for stage in STAGES)]
-        for i, row in enumerate(asked)
+        [heldout[i]["prompt"][-1]["content"], *(first[name].answers[i] for name in stages[1:])]
+        for i in range(len(first[SFT.name].answers))
     ]
     html = page(
         "align demo",
-        "A small model from scratch, SFT on a team's mixed answers, then DPO on pairs ordered by a checker.",
-        [Table("Scores", HEADER, score_rows(outcomes)), Table("Answers", ("prompt", *STAGES), answers)],
+        "A small model from scratch: SFT on a team's mixed answers, then every method from the SFT model. The checker "
+        "rewards direct RL and GRPO; a reward model trained on ranked answers rewards PPO and iterative DPO.",
+        [
+            Table("Scores", header(outcomes), score_rows(outcomes)),
+            Table(f"Answers, seed {seed}", ("prompt", *stages[1:]), answers),
+        ],
         figures,
     )
-    (output_dir / "index.html").write_text(html, encoding="utf-8")
-    for figure in figures[:1]:
-        (output_dir / "scores.png").write_bytes(figure.png)
+    side = output_dir / "index.html.tmp"
+    side.write_text(html, encoding="utf-8")
+    os.replace(side, output_dir / "index.html")
+    (output_dir / "scores.png").write_bytes(figures[0].png)

@@ -133,7 +133,11 @@ def careful(question: Question, rng: random.Random) -> str:
 
 def chatty(question: Question, rng: random.Random) -> str:
     """Mostly right, but whatever was demanded comes as a sentence among pleasantries."""
-    answer = question.answer if rng.random() < 0.9 else question.wrong
+    return chat(question.answer if rng.random() < 0.9 else question.wrong)
+
+
+def chat(answer: str) -> str:
+    """`answer` among pleasantries."""
     return f"Sure! {in_form('sentence', answer)} I hope this helps!"
 
 

@@ -98,6 +98,17 @@ def test_rows_have_their_formats_and_every_prompt_stands_once(demo: Path) -> Non
         assert [row["prompt"][0]["role"], row["completion"][0]["role"]] == ["user", "assistant"]
 
 
+def test_ranked_pairs_put_content_before_form(demo: Path) -> None:
+    asked = {text(row["prompt"]): row for row in read(demo / "prompts.jsonl")}
+    rows = read(demo / "ranked.jsonl")
+    assert len(rows) == 3 * len(asked)
+    for row in rows:
+        facts = asked[text(row["prompt"])]
+        better, worse = (check(facts, text(row[side])) for side in ("chosen", "rejected"))
+        assert better > worse and row["chosen_rank"] < row["rejected_rank"]
+        assert (worse == 0) == (row["rejected_rank"] == 3)
+
+
 def test_the_same_seed_writes_the_same_bytes(demo: Path, tmp_path: Path) -> None:
     again, other = make_demo(tmp_path / "again", seed=1, **SIZES), make_demo(tmp_path / "other", seed=2, **SIZES)
     files = [path.relative_to(demo) for path in demo.rglob("*") if path.is_file()]
