@@ -1,6 +1,6 @@
 """What a training step of TRL's trainers spends in the LM head, with `fuse` and without.
 
-    python benches/trl_steps.py            # under five minutes on two cores
+    python benches/trl_steps.py            # about four and a half minutes on two cores
 
 V = 151936, D = 256, one layer, float32, every sequence half prompt, half completion. Each run is a process of its own:
 TRL's hook, ours, and one whose log-probs cost nothing; what a run takes above the last is the head's. Seconds are the
@@ -23,7 +23,15 @@ from pathlib import Path
 from typing import Any
 
 V, D, PROMPT, COMPLETION, ROWS = 151936, 256, 96, 96, 2
-CASES = (("dpo", True), ("sft", True), ("kto", True), ("dpo", False), ("sft", False))  # trainer, head trained
+CASES = (
+    ("dpo", True),
+    ("sft", True),
+    ("kto", True),
+    ("grpo", True),
+    ("rloo", True),
+    ("dpo", False),
+)  # trainer, head trained
+ONLINE = ("grpo", "rloo")
 MODES = ("free", "fused", "trl")
 WARM, STEPS = 1, 3
 
@@ -51,12 +59,12 @@ def free_head(model: Any, **_: Any) -> None:
 def rows(kind: str, count: int) -> list[dict[str, Any]]:
     """Texts of fixed length in a vocabulary of which they use little."""
     text = lambda start, n: " ".join(f"w{(start + i) % 900}" for i in range(n))  # noqa: E731
-    made = []
+    made, online = [], kind in ONLINE
     for i in range(count):
-        row: dict[str, Any] = {"prompt": text(7 * i, PROMPT)}
+        row: dict[str, Any] = {"prompt": text(7 * i, PROMPT // 4 if online else PROMPT)}
         if kind == "dpo":
             row |= {"chosen": " " + text(i, COMPLETION - 1), "rejected": " " + text(i + 450, COMPLETION - 1)}
-        else:
+        elif not online:
             row["completion"] = " " + text(i, COMPLETION - 1)
         made.append(row | ({"label": i % 2 == 0} if kind == "kto" else {}))
     return made
@@ -91,9 +99,17 @@ def measure(kind: str, mode: str, trained: bool) -> dict[str, float]:
 
     name = kind.upper()
     with tempfile.TemporaryDirectory() as folder:
-        own = {"precompute_ref_log_probs": True} if kind != "sft" else {}
+        own: dict[str, Any] = dict(per_device_train_batch_size=ROWS // (2 if kind == "dpo" else 1))
+        given: dict[str, Any] = {}
+        if kind in ONLINE:  # a quarter of the length, four times the sequences
+            own = dict(
+                per_device_train_batch_size=4 * ROWS, num_generations=2, max_completion_length=COMPLETION // 4, beta=0.0
+            )
+            given = dict(reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 97) for ids in completion_ids])
+        elif kind != "sft":
+            own |= dict(precompute_ref_log_probs=True)
         args = getattr(trl, f"{name}Config")(
-            folder, max_steps=WARM + STEPS, per_device_train_batch_size=ROWS // (2 if kind == "dpo" else 1),
+            folder, max_steps=WARM + STEPS,
             optim="sgd", max_grad_norm=0.0, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
             disable_tqdm=True, logging_steps=1000, gradient_checkpointing=False, **own,
         )  # fmt: skip
@@ -104,8 +120,8 @@ def measure(kind: str, mode: str, trained: bool) -> dict[str, float]:
             fuse()
         adapter = None if trained else peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
         trainer = trainer(
-            LlamaForCausalLM(config), args, train_dataset=Dataset.from_list(rows(kind, 8)),
-            processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()],
+            model=LlamaForCausalLM(config), args=args, train_dataset=Dataset.from_list(rows(kind, 8)),
+            processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()], **given,
         )  # fmt: skip
         trainer.train()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -118,7 +134,7 @@ def alone(kind: str, mode: str, trained: bool) -> dict[str, float]:
     paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, __file__, "--one", kind, mode, str(int(trained))]
     env = os.environ | {"PYTHONPATH": paths, "CI": "1", "OMP_WAIT_POLICY": "passive"}
-    out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.strip().splitlines()[-1])
 
 

@@ -121,6 +121,12 @@ def test_what_cannot_be_read_exactly_is_refused():
         policy.check_head(model)
 
 
+def test_virtual_tokens_are_refused():
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(BadInput, match=r"PROMPT_TUNING: it adds virtual tokens, so that .* not those of the targets"):
+        policy.check_head(peft.get_peft_model(make("llama"), prompt))
+
+
 def test_an_unknown_transformation_of_the_logits_is_refused():
     model = make("llama")
     forward = type(model).forward
