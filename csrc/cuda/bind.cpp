@@ -69,14 +69,14 @@ PYBIND11_MODULE(ALIGN_MODULE, m, py::mod_gil_not_used()) {
 
   py::class_<TokenLoss>(m, "TokenLoss", "A loss of tokens, its side tensors and results.", py::module_local())
       .def(py::init([](int kind, double epsilon_low, double epsilon_high, double delta, double beta,
-                       double entropy_coef, bool on_policy, uintptr_t old_logps, uintptr_t advantages,
+                       double entropy_coef, bool on_policy, bool kl_by_ratio, uintptr_t old_logps, uintptr_t advantages,
                        uintptr_t ref_logps, uintptr_t weights, uintptr_t scale, uintptr_t value, uintptr_t metrics) {
-             return TokenLoss{Token(kind), epsilon_low, epsilon_high, delta, beta, entropy_coef, on_policy,
+             return TokenLoss{Token(kind), epsilon_low, epsilon_high, delta, beta, entropy_coef, on_policy, kl_by_ratio,
                               at<float>(old_logps), at<float>(advantages), at<float>(ref_logps), at<float>(weights),
                               at<double>(scale), at<float>(value), at<float>(metrics)};
            }),
            py::kw_only(), py::arg("kind"), py::arg("epsilon_low"), py::arg("epsilon_high"), py::arg("delta"),
-           py::arg("beta"), py::arg("entropy_coef"), py::arg("on_policy"), py::arg("old_logps"), py::arg("advantages"),
+           py::arg("beta"), py::arg("entropy_coef"), py::arg("on_policy"), py::arg("kl_by_ratio"), py::arg("old_logps"), py::arg("advantages"),
            py::arg("ref_logps"), py::arg("weights"), py::arg("scale"), py::arg("value"), py::arg("metrics"));
 
   py::class_<UnitLoss>(m, "UnitLoss", "A loss of sequences or pairs, its side tensors and results.", py::module_local())

@@ -62,9 +62,10 @@ ALIGN_FN Coefficient grpo(const TokenLoss& loss, int64_t row, double logp) {
   if (loss.beta != 0) {
     const double d = loss.ref_logps[row] - logp;
     const BoundedExp e = bounded_exp(d);
-    kl = e.value - 1 - d;
+    const double by = loss.kl_by_ratio ? ratio.value : 1, slope = loss.kl_by_ratio ? ratio.slope : 0;
+    g += loss.beta * ((1 - e.slope) * by + (e.value - 1 - d) * slope);
+    kl = (e.value - 1 - d) * by;
     value += loss.beta * kl;
-    g += loss.beta * (1 - e.slope);
   }
   const bool below = ratio.value < 1 - loss.epsilon_low && advantage < 0;
   const bool above = ratio.value > 1 + loss.epsilon_high && advantage > 0;

@@ -7,7 +7,7 @@
 namespace align_cuda {
 
 constexpr int kThreads = 448;       // of the primitives: two blocks leave 72 registers a thread, and nothing spills
-constexpr int kFusedThreads = 768;  // one block fills a multiprocessor: its shared memory holds a row
+constexpr int kFusedThreads = 640;  // one block fills a multiprocessor: its shared memory holds a row
 
 template <class T, bool kPlain>
 ALIGN_FN void forward_row(Block<kThreads>& block, const Logits& in, State* state, int64_t index) {

@@ -67,7 +67,7 @@ enum class Token : int { sft = 0, ppo_clip = 1, grpo = 2 };
 struct TokenLoss {
   Token kind;
   double epsilon_low, epsilon_high, delta, beta, entropy_coef;  // delta = +inf for none
-  bool on_policy;
+  bool on_policy, kl_by_ratio;  // ratio 1; the KL times the ratio
   const float* old_logps;   // [rows], as the three below; null where the loss does not read it
   const float* advantages;
   const float* ref_logps;

@@ -40,6 +40,7 @@ class TokenLoss:
         beta: float,
         entropy_coef: float,
         on_policy: bool,
+        kl_by_ratio: bool,
         old_logps: int,
         advantages: int,
         ref_logps: int,

@@ -40,7 +40,7 @@ ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass kee
 class Piece(NamedTuple):
     """Raw logits of some columns."""
 
-    z: Tensor  # (m, c)
+    z: Tensor | None  # (m, c); None: `out` holds their gradient already
     out: Tensor  # (m, c) for their gradient, may be z
     columns: slice | Tensor  # (c,) of this rank
     w: Tensor | None  # (c, D) their weight; None where hidden needs no gradient

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_kernels import compaction, exponentials
+from align_kernels import accelerated, compaction, exponentials
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.schedules import Chunk, Grads, Needs, Runner
 from align_kernels.units import Fields, LossCall, Units, coefficients, keep_rows, sum_metrics, unit_values
@@ -264,7 +264,9 @@ def loss_forward(
     grads = Grads(run)
     dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     dtype = float_dtype(hidden)
-    capacity = run.plan.chunk_rows
+    by_token = accelerated.takes_tokens(run, call, side, train)
+    by_unit = train and call.loss.unit != "token" and accelerated.serves(run, call, side)
+    capacity = accelerated.capacity(run) if by_token else run.plan.chunk_rows
     store = run.store(min(capacity, len(kept))) if run.plan.schedule == "one pass" else None
     scale = 1.0 / num_items
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -284,7 +286,11 @@ def loss_forward(
         states.extend(parts)
         state = torch.cat(parts) if parts else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
         fields = Fields.of(read_state(state, head.targets[kept[span[2] : span[3]]], run.vocab))
-        value, measured, g, g_entropy = coefficients(units, call, side, span, fields, scale, train)
+        if by_unit:
+            value, measured, g = accelerated.coefficients(run, units, call, side, span, state, scale)
+            g_entropy = None
+        else:
+            value, measured, g, g_entropy = coefficients(units, call, side, span, fields, scale, train)
         g, g_entropy = g.to(dtype), None if g_entropy is None else g_entropy.to(dtype)
         total += value
         sums += measured
@@ -300,8 +306,19 @@ def loss_forward(
                 scatter_rows(dx, chunk, dhidden)
             begin = end
 
+    def close_tokens(span: tuple[int, int, int, int]) -> None:
+        """The same in one kernel between the GEMMs."""
+        nonlocal total, sums
+        assert store is not None
+        made = accelerated.tokens(run, units, call, side, span, store, scale, grads)
+        states.append(made.state)
+        total += made.value
+        sums += made.sums
+        if dhidden is not None and made.dx is not None:
+            scatter_rows(made.dx, run.chunk(span[2], span[3]), dhidden)
+
     for span in units.groups(capacity):
-        close(span)
+        close_tokens(span) if by_token else close(span)
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
     logp, entropy, _, _, mean_logit, correct = read_state(state, head.targets[kept], run.vocab)
     size = len(head.targets)

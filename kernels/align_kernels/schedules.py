@@ -361,9 +361,10 @@ class Runner:
         if chunk.xa is not None and (needs.hidden or needs.lora_A):
             dxa = self.zeros(*chunk.xa.shape)
         for z, dz, columns, w, common in pieces:
-            self.backend.backward(
-                z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz, **common
-            )
+            if z is not None:
+                self.backend.backward(
+                    z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz, **common
+                )
             if dx is not None:
                 assert w is not None
                 product(dx, dz, w, add=True)

@@ -23,6 +23,7 @@ TOKEN_LOSSES = [  # name, options, side tensors
     ("ppo_clip", dict(cliprange=0.1, dual_clip=1.4, entropy_coef=0.3), RATIO),
     ("grpo", dict(epsilon=0.2, epsilon_high=0.3, delta=1.4, beta=0.0), (*RATIO, "weights")),
     ("grpo", dict(epsilon=0.2, epsilon_high=0.2, delta=None, beta=0.2), REF),
+    ("grpo", dict(epsilon=0.2, epsilon_high=0.2, beta=0.2, use_bias_correction_kl=True), REF),
     ("grpo", dict(epsilon=0.2, epsilon_high=0.2, delta=None, beta=0.2), ("advantages", "ref_logps", "weights")),
 ]
 UNIT_LOSSES = [
@@ -88,7 +89,7 @@ def test_coefficients_of_tokens(name: str, hyper: dict, given: tuple, spread: fl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [0, 4000, -1], ids=["nothing kept", "a part kept", "all kept"])
 @pytest.mark.parametrize("place", ["apart", "in z", "16 bits"])
-@pytest.mark.parametrize(("name", "hyper", "given"), TOKEN_LOSSES[2:5])
+@pytest.mark.parametrize(("name", "hyper", "given"), TOKEN_LOSSES[2:6])
 def test_rows_of_a_token_loss(name: str, hyper: dict, given: tuple, shared: int, dtype: torch.dtype, place: str):
     """The one kernel equals statistics, the loss's definition and the gradient, one after the other."""
     case = Case(6, 3501, dtype=dtype, softcap=9.0 if shared else None, temperature="rows", shift=3, spread=1.0)

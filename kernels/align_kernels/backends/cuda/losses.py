@@ -41,9 +41,9 @@ TOKEN = {
         2,
         frozenset({"advantages", "weights"}),
         frozenset({"old_logps", "ref_logps"}),
-        taken=dict(epsilon=0.2, epsilon_high=0.2, delta=None, beta=0.0),
+        taken=dict(epsilon=0.2, epsilon_high=0.2, delta=None, beta=0.0, use_bias_correction_kl=False),
         neutral=dict(
-            term="clip", level="token", kl_estimator="k3", use_bias_correction_kl=False, entropy_coef=0.0,
+            term="clip", level="token", kl_estimator="k3", entropy_coef=0.0,
             top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         ),
         unread=frozenset(
@@ -138,6 +138,7 @@ def token_loss(
         beta=o.get("beta", 0.0),
         entropy_coef=o.get("entropy_coef", 0.0),
         on_policy="old_logps" not in side,
+        kl_by_ratio=o.get("use_bias_correction_kl", False),
         **{key: address(side.get(key)) for key in ("old_logps", "advantages", "ref_logps", "weights")},
         scale=address(factor),
         value=address(made.values),
