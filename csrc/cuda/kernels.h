@@ -127,6 +127,7 @@ ALIGN_FN void unit_loss_unit(Block<kThreads>& block, const UnitLoss& loss, int64
   const UnitSums* parts = block.warps(sums, add);
   const UnitCoefficient& c = block.template once<UnitCoefficient>([&] {
     UnitSums whole = parts[0];
+    ALIGN_ROLLED
     for (int i = 1; i < Block<kThreads>::kWarps; i++) whole = add(whole, parts[i]);
     UnitCoefficient made = unit_coefficient(loss, unit, whole);
     loss.value[unit] = float(made.value);

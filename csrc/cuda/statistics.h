@@ -82,6 +82,7 @@ ALIGN_FN State merge(State into, State part, bool has_target) {
 template <class R>
 ALIGN_FN State part_of(const R& row, Best best, const Sums* warps, int count, int64_t offset) {
   State part{};
+  ALIGN_ROLLED  // loads of all warps at once would take more registers than the rows' own loop
   for (int i = 0; i < count; i++) {
     part.sum += double(warps[i].count) + double(warps[i].rest);
     part.sum_x += warps[i].sum_x;
@@ -97,6 +98,7 @@ ALIGN_FN State part_of(const R& row, Best best, const Sums* warps, int count, in
   } else {
     const int begin = row.first(best.slot), size = row.size(best.slot);
     int column = begin;
+    ALIGN_ROLLED
     for (int i = begin + 1; i < begin + size; i++)
       if (row.x_at(i) > row.x_at(column)) column = i;
     part.argmax = double(offset + column);
@@ -126,6 +128,7 @@ ALIGN_FN State statistics(Block<kThreads>& block, const R& row, const State& bef
   typename Threads::template Each<Best> whole;
   block.each([&](int thread) {
     Best top = bests[0];
+    ALIGN_ROLLED
     for (int i = 1; i < Threads::kWarps; i++)
       if (bests[i].max > top.max || (bests[i].max == top.max && bests[i].slot < top.slot)) top = bests[i];
     whole[thread] = top;
