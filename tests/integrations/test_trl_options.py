@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "gmpo": ("grpo", lambda: dict(trainer=experimental("gmpo", "GMPOTrainer"))),
     "bema": ("dpo", lambda: dict(trainer=experimental("bema_for_ref_model", "DPOTrainer"))),
 }  # fmt: skip
+AFTER = {"adapter, reference by switching it off", "precomputed reference", "soft prompt", "experts", "head in float32"}
 LOOSE = {"bfloat16 autocast": 3e-2}  # theirs rounds logits to bfloat16
 
 
@@ -84,8 +85,8 @@ def test_options(case, trl_model, tmp_path):
     with fuse():
         results = run(build(kind, trl_model, tmp_path, max_steps=STEPS, **make()))
     same(results, theirs, LOOSE.get(case, 1e-4))
-    after = run(fuse(build(kind, trl_model, tmp_path, max_steps=STEPS, **make())))
-    same(after, results)
+    if case in AFTER:
+        same(run(fuse(build(kind, trl_model, tmp_path, max_steps=STEPS, **make()))), results)
 
 
 # -- LoRA on the head: TRL refuses --------------------------------------------------------------------------------
