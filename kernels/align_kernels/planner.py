@@ -34,12 +34,14 @@ class Profile(NamedTuple):
     tile_bytes: int  # a tile of logits that stays in cache between the GEMM and the row kernel
     min_rows: int  # below this many rows a chunk, making the logits twice is cheaper than streaming dW again
     max_rows: int  # more rows a chunk gain nothing
+    frozen_rows: int  # the same with a frozen head, where no dW is streamed
     workspace: int  # default limit in bytes
 
 
 PROFILES = {
-    "cpu": Profile(tile_bytes=16 * MIB, min_rows=96, max_rows=1024, workspace=256 * MIB),
-    "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, workspace=2048 * MIB),
+    "cpu": Profile(tile_bytes=16 * MIB, min_rows=96, max_rows=1024, frozen_rows=1024, workspace=256 * MIB),
+    # estimates until measured: benches/results
+    "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, frozen_rows=1024, workspace=2048 * MIB),
 }
 
 
@@ -159,7 +161,8 @@ def plan(
     wide_enough = room >= min(rows, least)
     # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole
     chunk = room if workspace else min(room, max(-(-rows // 2), largest_unit, least))
-    chunk = min(chunk, max(profile.max_rows, largest_unit))
+    most_rows = profile.max_rows if needs_head else min(profile.max_rows, profile.frozen_rows)
+    chunk = min(chunk, max(most_rows, largest_unit))
     size = f"{rows * per_row / MIB:.0f} MiB of logits"
     one_pass = not late and wide_enough and largest_unit <= room
     if plain and not needs_head and drop_mass == 0 and not (sparse and one_pass):
