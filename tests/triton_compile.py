@@ -138,25 +138,29 @@ def everything(n: int, V: int) -> dict:
 PLAIN = dict(bias=None, scale=1.0, softcap=None, temperature=1.0)
 
 
-def row_calls(dtype: torch.dtype, out: torch.dtype, V: int, full: bool) -> Callable[[], None]:
+def row_calls(
+    dtype: torch.dtype, out: torch.dtype, V: int, full: bool, n: int = ROWS, offset: int = 0
+) -> Callable[[], None]:
     def call() -> None:
-        z, state = torch.empty(ROWS, V, dtype=dtype), torch.empty(ROWS, 8, dtype=torch.float64)
-        targets, g = torch.empty(ROWS, dtype=torch.int64), torch.empty(ROWS)
-        common = dict(offset=0, vocab=V, **(everything(ROWS, V) if full else PLAIN))
+        z, state = torch.empty(n, V, dtype=dtype), torch.empty(n, 8, dtype=torch.float64)
+        targets, g = torch.empty(n, dtype=torch.int64), torch.empty(n)
+        common = dict(offset=offset, vocab=V + offset, **(everything(n, V) if full else PLAIN))
         clamp, h = ((0.1, 0.5, "residual"), g) if full else (None, None)
         backend.forward(z, state, targets, **common)
-        dz = z if out == dtype else torch.empty(ROWS, V, dtype=out)
+        dz = z if out == dtype else torch.empty(n, V, dtype=out)
         backend.backward(z, state, targets, g, h, clamp=clamp, out=dz, **common)
         backend.peaks(z, state, targets, targets, out=torch.empty(V), **common)
 
     return call
 
 
-def linear_calls(dtype: torch.dtype, D: int, options: dict) -> Callable[[], None]:
+def linear_calls(
+    dtype: torch.dtype, D: int, options: dict, V: int = VOCAB, n: int = ROWS, offset: int = 0
+) -> Callable[[], None]:
     def call() -> None:
-        x, w = torch.empty(ROWS, D, dtype=dtype), torch.empty(VOCAB, D, dtype=dtype)
-        state, targets = torch.empty(ROWS, 8, dtype=torch.float64), torch.empty(ROWS, dtype=torch.int64)
-        backend.forward_linear(x, w, state, targets, offset=0, vocab=VOCAB, **options)
+        x, w = torch.empty(n, D, dtype=dtype), torch.empty(V, D, dtype=dtype)
+        state, targets = torch.empty(n, 8, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
+        backend.forward_linear(x, w, state, targets, offset=offset, vocab=V + offset, **options)
 
     return call
 

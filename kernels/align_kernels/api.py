@@ -99,7 +99,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
         lora: (A [R, D], B [V, R], scaling), an update of a frozen weight. Default None.
         tp_group: process group over which weight (bias, lora's B) is sharded along V in the order of its ranks; hidden
             and targets are the same on every rank. Default None.
-        impl: "auto", "eager" (whole logits, autograd), "torch", "cpu", "cuda". A backend asked for by name
+        impl: "auto", "eager" (whole logits, autograd), "torch", "cpu", "triton", "cuda". A backend asked for by name
             serves or raises.
         workspace: limit in bytes for kept logits and scratch. Default None: by device.
 

@@ -74,7 +74,7 @@ def logprobs_from_logits(
         temperature: a float or one per position [...]. Default 1.0.
         ignore_index: positions with this target read 0 and receive no gradient. Default -100.
         grad_clamp: `LogitGradClamp`. Default None.
-        impl: "auto", "eager", "torch", "cpu"; see `linear_logprobs`.
+        impl: "auto", "eager", "torch", "cpu", "triton", "cuda"; see `linear_logprobs`.
 
     Returns:
         LogProbs, each field [...]; logp and entropy are differentiable.

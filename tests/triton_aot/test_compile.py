@@ -5,8 +5,20 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 import triton
-from triton_compile import SHARED, TABLE, TARGETS, Report, compile_all, table
+from triton_compile import (
+    PLAIN,
+    SHARED,
+    TABLE,
+    TARGETS,
+    Report,
+    compile_all,
+    compile_for,
+    linear_calls,
+    row_calls,
+    table,
+)
 
 made: dict[str, list[tuple[str, Report]]] = {}
 
@@ -29,6 +41,16 @@ def test_target(target: str):
             assert "1" in waits, f"{what} waits for every product before it begins the next"
     kernels = {report.kernel for _, report in made[target]}
     assert kernels == {"forward_kernel", "backward_kernel", "peaks_kernel", "statistics_kernel", "merge_kernel"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("n", "V", "offset"), [(1, 1, 1), (5, 70, 1 << 33)])
+def test_an_argument_of_one_is_a_constant_to_the_compiler(n: int, V: int, offset: int, target: str):
+    for call in (
+        row_calls(torch.float32, torch.float32, V, False, n, offset),
+        linear_calls(torch.bfloat16, 16, PLAIN, V, n, offset),
+    ):
+        assert compile_for(target, call)
 
 
 def test_the_committed_table():

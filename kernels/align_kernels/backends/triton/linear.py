@@ -53,7 +53,8 @@ def statistics(
     tl.store(at + 3 * step, tl.sum(e * e, 1), mask=some)
 
 
-@triton.jit
+# one binary whatever the sizes: nothing but strides and D decides how fast it loads
+@triton.jit(do_not_specialize=["n", "V", "offset"])
 def statistics_kernel(
     x_ptr,  # (n, D), or its descriptor
     w_ptr,  # (V, D), or its descriptor
@@ -123,7 +124,7 @@ def statistics_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "V", "offset"])
 def merge_kernel(
     parts_ptr,  # (6, parts, n) float32
     picked_ptr,  # (n,) float32

@@ -202,7 +202,7 @@ def backward_kernel(
     tl.store(out_ptr + row * out_stride + columns, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def peaks_kernel(
     z_ptr,  # (n, c)
     out_ptr,  # (c,) float32
