@@ -153,6 +153,6 @@ def sequence_logprobs(
                 f"logps of shape {tuple(logps.shape)}"
             )
         place = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths)
-        total = values.new_zeros(len(lengths)).index_add(0, place, values)
+        total = values.new_zeros(len(lengths)).index_put((place,), values, accumulate=True)
         count = torch.zeros_like(lengths, dtype=torch.int64).index_add(0, place, mask.long())
     return total / count.clamp(min=1) if average else total

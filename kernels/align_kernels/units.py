@@ -152,7 +152,8 @@ def unit_values(
 
     def total(x: Tensor) -> Tensor:
         assert ids is not None and place is not None
-        return x.new_zeros(len(ids)).index_add(0, place, x)
+        # sorted before it is summed on a GPU, so that a sum has one order; index_add has none there
+        return x.new_zeros(len(ids)).index_put((place,), x, accumulate=True)
 
     if place is not None:
         if loss.per != "token":

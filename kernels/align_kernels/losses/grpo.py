@@ -182,7 +182,7 @@ def grpo(
 
     def total(x: Tensor) -> Tensor:
         assert sequence is not None and lengths is not None
-        return torch.zeros_like(lengths).index_add(0, sequence, x)[sequence]
+        return torch.zeros_like(lengths).index_put((sequence,), x, accumulate=True)[sequence]
 
     def length() -> Tensor:
         assert sequence is not None and lengths is not None
