@@ -95,6 +95,9 @@ def executor(workers: int) -> Iterator[Executor]:
 
 def silence() -> None:
     """What several processes print at a time nobody can read: stages write logs, errors travel with their results."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
     sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
