@@ -214,12 +214,12 @@ def score_rows(outcomes: Mapping[int, Outcome]) -> list[list[str]]:
         gain = None if name in (BASELINE, SFT.name) else gains(outcomes, name)
         rows.append(row(name, [result.points for result in found], gain))
     accuracies = [one[REWARD_MODEL.name].points for one in outcomes.values()]
-    return [*rows, row("reward model, % of held-out pairs", accuracies)]
+    return [*rows, row("reward model: pairs, %", accuracies)]
 
 
 def header(outcomes: Mapping[int, Outcome]) -> list[str]:
     mean = ["mean ± spread"] if len(outcomes) > 1 else []
-    return ["held-out points of 100", *(f"seed {seed}" for seed in outcomes), *mean, "over SFT"]
+    return ["points of 100", *(f"seed {seed}" for seed in outcomes), *mean, "over SFT"]
 
 
 def print_table(outcomes: Mapping[int, Outcome]) -> None:

@@ -60,4 +60,4 @@ def test_several_seeds_give_mean_spread_and_gain():
     assert rows["SFT"] == ["50.0", "51.0", "52.0", "51.0 ± 1.0", ""]
     assert rows["KTO"] == ["70.0", "73.0", "76.0", "73.0 ± 3.0", "+22.0 ± 2.0"]
     assert rows["  after round 1"] == ["60.0", "60.0", "60.0", "60.0 ± 0.0", ""]
-    assert rows["reward model, % of held-out pairs"] == ["80.0", "80.0", "80.0", "80.0 ± 0.0", ""]
+    assert rows["reward model: pairs, %"] == ["80.0", "80.0", "80.0", "80.0 ± 0.0", ""]
