@@ -18,7 +18,7 @@ INK, GRID, COLOURS = "#1c2733", "#e3e8ee", ("#2166ac", "#d6604d", "#4d9221", "#8
 PANELS: dict[str, tuple[str, tuple[str, ...]]] = {  # file name -> (title, metrics drawn in one picture)
     "reward": ("Reward of the sampled answers", ("reward", "eval_reward")),
     "loss": ("Loss", ("loss", "eval_loss")),
-    "accuracies": ("Pairs in which the chosen answer has the higher reward",
+    "accuracies": ("Share of pairs ordered right",
                    ("rewards/accuracies", "eval_rewards/accuracies")),
     "margins": ("Reward margin, chosen minus rejected", ("rewards/margins", "eval_rewards/margins")),
     "rewards": ("Rewards", ("rewards/chosen", "rewards/rejected")),
