@@ -50,7 +50,7 @@ def test_several_seeds_give_mean_spread_and_gain():
     outcomes = {i: outcome(i) for i in (0, 1, 2)}
     rows = {row[0]: row[1:] for row in demo.score_rows(outcomes)}
     assert demo.header(outcomes) == [
-        "held-out points of 100",
+        "points of 100",
         "seed 0",
         "seed 1",
         "seed 2",
