@@ -14,22 +14,11 @@ from align_engine.data import Batch, collate_marks, collate_pairs, collate_rollo
 from align_engine.data.batches import IGNORE
 from align_engine.errors import BadInput
 from align_engine.kto import reference_point
-from align_engine.recipe import (
-    CpoRecipe,
-    DirectRecipe,
-    DpoRecipe,
-    GrpoRecipe,
-    KtoRecipe,
-    OrpoRecipe,
-    PpoRecipe,
-    Recipe,
-    RmRecipe,
-    SftRecipe,
-    SimpoRecipe,
-)
+from align_engine.recipe import Recipe, ReferenceFields, RmRecipe
 from align_kernels import LossOutput, cpo_loss, dpo_loss, kto_loss, orpo_loss, reward_loss, sft_loss, simpo_loss
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
+NOT_OF_THE_LOSS = ReferenceFields.__dataclass_fields__.keys() - {"beta"} | {"balance_classes"}
 
 
 @dataclass(frozen=True)
@@ -37,71 +26,38 @@ class Algorithm:
     """One row of the table."""
 
     name: str
-    recipe: type[Recipe]
     kind: Literal["sft", "preference", "unpaired", "prompt"]  # of rows, as align_engine.data.prepare names it
     collate: Callable[..., Batch]
-    unit: str  # what the loss is a mean over
-    count: Callable[..., int]  # (batch, recipe) -> units in a batch
+    count: Callable[..., int]  # (batch, recipe) -> units in a batch, which the loss is a mean over
     loss: Loss
-    reference: bool  # whether batches need ref_logps
-    dropout: bool  # whether the model's dropout stays on in training
     prepare: Callable[..., None] | None = None  # (engine, window) fills what a batch has of its whole window
+    reference: bool = False  # whether batches need ref_logps
+    dropout: bool = False  # whether the model's dropout stays on in training
     scalar: bool = False  # the model has a score head: the loss gets scores [B] in place of hidden states
     credit: Callable[..., online.Given] | None = None  # learns from rollouts: (experience, recipe, state) -> columns
     kl: str = ""  # the recipe's weight of a reference for rollouts
     present_policy: bool = False  # the loss can do without old_logps where the policy has not changed since
 
 
-def _sft(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: SftRecipe, num_items: float) -> LossOutput:
-    return sft_loss(hidden, targets=batch.targets, num_items=num_items, **head)
-
-
-def _dpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DpoRecipe, num_items: float) -> LossOutput:
-    assert batch.ref_logps is not None, "the table says that batches need a reference"
-    options = recipe.loss
-    return dpo_loss(
-        hidden,
-        targets=batch.targets,
-        ref_logps=batch.ref_logps,
-        beta=options.beta,
-        loss_type=options.loss_type.split(","),
-        loss_weights=options.loss_weights,
-        label_smoothing=options.label_smoothing,
-        f_divergence_type=options.f_divergence_type,
-        f_alpha_divergence_coef=options.f_alpha_divergence_coef,
-        use_weighting=options.use_weighting,
-        num_items=num_items,
-        num_tokens=batch.shared["chosen_tokens"],
-        **head,
-    )
-
-
-def _reference_free(fused: Loss) -> Loss:
-    """A loss of pairs whose settings are all that its recipe's loss section holds."""
+def _fused(fused: Loss, *parts: str) -> Loss:
+    """A loss of the kernels whose settings are the fields of its recipe's section `loss`; `parts` are those of the
+    batch that it takes beside the targets and the numbers of the whole window."""
 
     def loss(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: Any, num_items: float) -> LossOutput:
-        tokens = {} if fused is simpo_loss else {"num_tokens": batch.shared["chosen_tokens"]}
-        return fused(hidden, targets=batch.targets, num_items=num_items, **vars(recipe.loss), **tokens, **head)
+        given = {name: getattr(batch, name) for name in parts} | batch.shared
+        settings = vars(recipe.loss) if hasattr(recipe, "loss") else {}
+        options = {name: value for name, value in settings.items() if name not in NOT_OF_THE_LOSS}
+        return fused(hidden, targets=batch.targets, num_items=num_items, **options, **given, **head)
 
     return loss
 
 
-def _kto(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: KtoRecipe, num_items: float) -> LossOutput:
-    assert batch.ref_logps is not None and batch.desirable is not None, "the table says so"
-    options = recipe.loss
-    out = kto_loss(
-        hidden,
-        targets=batch.targets,
-        ref_logps=batch.ref_logps,
-        desirable=batch.desirable,
-        kl=batch.shared["kl"],
-        loss_type=options.loss_type,
-        beta=options.beta,
-        desirable_weight=options.desirable_weight,
-        undesirable_weight=options.undesirable_weight,
-        num_items=num_items,
-        **head,
-    )
+def _dpo(hidden: Tensor, *, loss_type: str, **more: Any) -> LossOutput:
+    return dpo_loss(hidden, loss_type=loss_type.split(","), **more)
+
+
+def _kto(hidden: Tensor, **more: Any) -> LossOutput:
+    out = kto_loss(hidden, **more)
     # a margin between classes is one of means over the whole window, see Sums.means
     dropped = ("rewards/margins", "count/chosen", "count/rejected")
     return out._replace(metrics={name: value for name, value in out.metrics.items() if name not in dropped})
@@ -122,7 +78,7 @@ def _count_chosen(engine: Any, window: list[Any]) -> None:
     mean over them: this rank's share of those of all ranks."""
     total = engine.total(sum(_chosen(batch) for batch, real in window if real))
     for batch, _ in window:
-        batch.shared = {"chosen_tokens": max(total, 1.0) / engine.accelerator.num_processes}
+        batch.shared = {"num_tokens": max(total, 1.0) / engine.accelerator.num_processes}
 
 
 def _tokens(batch: Batch, recipe: Recipe) -> int:
@@ -137,46 +93,41 @@ def _sequences(batch: Batch, recipe: Recipe) -> int:
     return len(batch.targets)
 
 
+PAIRS = ("preference", collate_pairs, _pairs)
+MARKS = ("unpaired", collate_marks, _sequences)
 ROWS = (
-    #         name   recipe     rows          collate        unit     units    loss  reference dropout
-    Algorithm("sft", SftRecipe, "sft",        collate_sft,   "token", _tokens, _sft, False,    True),
-    Algorithm("rm",  RmRecipe,  "preference", collate_pairs, "pair",  _pairs,  _rm,  False,    False, scalar=True),
-    Algorithm("dpo", DpoRecipe, "preference", collate_pairs, "pair",  _pairs,  _dpo, True,     False, _count_chosen),
-    Algorithm("simpo", SimpoRecipe, "preference", collate_pairs, "pair", _pairs, _reference_free(simpo_loss), False,
-              False),
-    Algorithm("orpo", OrpoRecipe, "preference", collate_pairs, "pair", _pairs, _reference_free(orpo_loss), False, False,
-              _count_chosen),
-    Algorithm("cpo", CpoRecipe, "preference", collate_pairs, "pair", _pairs, _reference_free(cpo_loss), False, False,
-              _count_chosen),
-    Algorithm("kto", KtoRecipe, "unpaired",   collate_marks, "sequence", _sequences, _kto, True, False,
-              prepare=reference_point),
+    #         name     rows, units      loss                            numbers of the whole window
+    Algorithm("sft", "sft", collate_sft, _tokens, _fused(sft_loss), dropout=True),
+    Algorithm("rm",    *PAIRS,          _rm,                            scalar=True),
+    Algorithm("dpo",   *PAIRS,          _fused(_dpo, "ref_logps"),      _count_chosen, reference=True),
+    Algorithm("simpo", *PAIRS,          _fused(simpo_loss)),
+    Algorithm("orpo",  *PAIRS,          _fused(orpo_loss),              _count_chosen),
+    Algorithm("cpo",   *PAIRS,          _fused(cpo_loss),               _count_chosen),
+    Algorithm("kto",   *MARKS, _fused(_kto, "ref_logps", "desirable"),  reference_point, reference=True),
     # from rollouts
-    Algorithm("direct", DirectRecipe, "prompt", collate_rollouts, "sequence", _sequences, online.direct, False, False,
-              credit=online.direct_credit, kl="beta", present_policy=True),
-    Algorithm("grpo", GrpoRecipe, "prompt", collate_rollouts, "token or sequence", online.grpo_units, online.grpo,
-              False, False, credit=online.grpo_credit, kl="beta", present_policy=True),
-    Algorithm("ppo", PpoRecipe, "prompt", collate_rollouts, "token", _tokens, online.ppo, False, False,
-              credit=online.ppo_credit, kl="kl_coef"),
+    Algorithm("direct", "prompt", collate_rollouts, _sequences, online.direct, credit=online.direct_credit, kl="beta",
+              present_policy=True),
+    Algorithm("grpo", "prompt", collate_rollouts, online.grpo_units, online.grpo, credit=online.grpo_credit, kl="beta",
+              present_policy=True),
+    Algorithm("ppo", "prompt", collate_rollouts, _tokens, online.ppo, credit=online.ppo_credit, kl="kl_coef"),
 )  # fmt: skip
 ALGORITHMS = {row.name: row for row in ROWS}
 
 
 def metric_weight(algorithm: Algorithm, name: str, batch: Batch, units: int) -> int:
     """What a metric of a batch is a mean over: tokens, those of a class or half, rows of a class, or units."""
-    if algorithm.credit and algorithm.unit == "sequence" and name.startswith("clip_ratio/"):
+    if algorithm.credit and algorithm.count is _sequences and name.startswith("clip_ratio/"):
         return units
     if algorithm.credit or name in ("entropy", "mean_token_accuracy"):
         return batch.num_tokens
     if name == "nll_loss":
         return _chosen(batch)
-    word = name.rpartition("/")[2]
-    if word not in ("chosen", "rejected") or (batch.desirable is None and not name.startswith("logits/")):
+    word, of_tokens = name.rpartition("/")[2], name.startswith("logits/")
+    if word not in ("chosen", "rejected") or (batch.desirable is None and not of_tokens):
         return units
-    rows = (
-        batch.desirable if batch.desirable is not None else torch.arange(len(batch.targets)) < len(batch.targets) // 2
-    )
+    rows = torch.arange(len(batch.targets)) < len(batch.targets) // 2 if batch.desirable is None else batch.desirable
     rows = rows if word == "chosen" else ~rows
-    return int((batch.targets[rows] != IGNORE).sum() if name.startswith("logits/") else rows.sum())
+    return int((batch.targets[rows] != IGNORE).sum() if of_tokens else rows.sum())
 
 
 def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:
@@ -187,11 +138,11 @@ def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:
     """
     if algorithm.credit or algorithm.scalar:
         return
-    one, two = [1], [2, 1]
-    row = {"index": 0, "prompt_ids": one, "chosen_ids": one, "rejected_ids": two, "completion_ids": one, "label": True,
-           "kl_completion_ids": two, "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0, "ref_logps": 0.0}  # fmt: skip
+    row = {"index": 0, "prompt_ids": [1], "completion_ids": [1], "kl_completion_ids": [2, 1], "label": True,
+           "chosen_ids": [1], "rejected_ids": [2, 1], "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0,
+           "ref_logps": 0.0}  # fmt: skip
     batch = algorithm.collate([row, row], pad_id=0)
-    batch.shared = {"chosen_tokens": 2.0, "kl": 0.0}
+    batch.shared = {_count_chosen: {"num_tokens": 2.0}, reference_point: {"kl": 0.0}}.get(algorithm.prepare, {})
     try:
         algorithm.loss(torch.zeros(*batch.targets.shape, 4), {"weight": torch.zeros(3, 4)}, batch, recipe, 2.0)
     except ValueError as error:

@@ -11,18 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "align-engine",
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "triton",
-    "flash-attn",
-    "trl",
-    "vllm",
-)
+PACKAGES = "align-engine torch transformers accelerate datasets peft triton flash-attn trl vllm".split()
 
 
 def version(package: str) -> str | None:
@@ -33,36 +22,26 @@ def version(package: str) -> str | None:
         return None
 
 
-def extension_state() -> str:
-    """What became of the compiled CPU extension."""
-    from align_kernels.backends import cpu
-
-    reason = cpu.why_not(torch.device("cpu"), torch.float32)
-    return "built and in use" if reason is None else reason
-
-
-def devices() -> list[str]:
-    """Processors and accelerators, with their memory."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    found = [f"cpu: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"]
-    for i in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(i)
-        found.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}")
-    return found
-
-
 def gather() -> dict[str, Any]:
     """Everything that `show` prints, as JSON values."""
     from align_kernels import backends_report
+    from align_kernels.backends import cpu
 
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    devices = [
+        f"cpu: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"
+    ]
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        devices.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}")
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
-        "devices": devices(),
+        "devices": devices,
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
-        "cpu_extension": extension_state(),
-        "backends": [dict(zip(status._fields, status, strict=True)) for status in backends_report()],
+        "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32) or "built and in use",
+        "backends": [status._asdict() for status in backends_report()],
     }
 
 
@@ -75,7 +54,6 @@ def show(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     table = Table("what", "state", title="This machine", title_justify="left")
     table.add_row("python", f"{facts['python']} on {facts['system']}")
     for name, found in facts["packages"].items():
@@ -83,15 +61,15 @@ def show(as_json: bool) -> None:
     table.add_row("devices", "\n".join(facts["devices"]))
     table.add_row("C++ compiler", facts["compiler"] or "[yellow]none found: the CPU extension cannot be built[/yellow]")
     table.add_row("CPU extension", facts["cpu_extension"])
-    console.print(table)
-
-    table = Table("device", "dtype", "backend", "state", title="Kernels: backends by preference", title_justify="left")
+    kernels = Table(
+        "device", "dtype", "backend", "state", title="Kernels: backends by preference", title_justify="left"
+    )
     taken = set()
     for status in facts["backends"]:
-        where = (status["device"], status["dtype"])
-        state = status["why_not"]
+        where, state = (status["device"], status["dtype"]), status["why_not"]
         if status["available"]:
             state = "available" if where in taken else "[green]taken by auto[/green]"
             taken.add(where)
-        table.add_row(*where, status["name"], state)
-    console.print(table)
+        kernels.add_row(*where, status["name"], state)
+    for made in (table, kernels):
+        Console().print(made)

@@ -96,7 +96,7 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
     known = [name for name, row in ALGORITHMS.items() if row.kind == "preference" and not row.scalar]
     if options.method not in known:
         raise BadInput(f"method = {options.method!r} is none of {', '.join(known)}")
-    made: Any = ALGORITHMS[options.method].recipe()
+    made: Any = recipes.RECIPES[options.method]()
     try:
         changes = OmegaConf.from_dotlist([f"loss.{setting}" for setting in options.method_settings])
         made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(made), changes))

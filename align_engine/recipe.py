@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from align_engine.errors import BadInput
 
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
+EVALUATED = "needs eval_steps and an evaluation dataset"
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit")
 
 
@@ -87,6 +89,8 @@ class ReferenceFields:
     """ema: the reference becomes alpha x model + (1 - alpha) x reference, arXiv:2404.09656 ..."""
     ref_model_sync_steps: int = 512
     """... every so many steps."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference: higher stays closer to it."""
 
 
 @dataclass
@@ -98,8 +102,6 @@ class DpoLoss(ReferenceFields):
     the pairs of one forward pass, so with them 8 x 1 is not 1 x 8."""
     loss_weights: list[float] | None = None
     """Weight of each of several losses (None: 1)."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference: higher stays closer to it."""
     label_smoothing: float = 0.0
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
@@ -123,19 +125,15 @@ class SimpoLoss:
 
 
 @dataclass
-class CpoLoss:
+class CpoLoss(SimpoLoss):
     """Loss."""
 
     loss_type: str = "sigmoid"
-    """sigmoid, hinge, ipo, or simpo."""
+    """sigmoid, hinge, ipo, or simpo (the only one with simpo_gamma)."""
     beta: float = 0.1
     """Factor on the difference of the log-probs."""
     cpo_alpha: float = 1.0
     """Weight of the chosen answers' negative log-likelihood."""
-    simpo_gamma: float = 0.5
-    """Margin of the loss type simpo."""
-    label_smoothing: float = 0.0
-    """Share of the preference labels taken to be flipped, in [0, 0.5)."""
 
 
 @dataclass
@@ -152,8 +150,6 @@ class KtoLoss(ReferenceFields):
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto, or the same with the reference point 0."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference: higher stays closer to it."""
     desirable_weight: float = 1.0
     """Weight of the desirable rows."""
     undesirable_weight: float = 1.0
@@ -241,7 +237,19 @@ class RoundsSection:
 
 
 @dataclass
-class DirectLoss:
+class ClippedRatio:
+    """Of the losses that clip the ratio of a completion's probability to that when it was sampled."""
+
+    num_iterations: int = 1
+    """Passes over each rollout."""
+    epsilon: float = 0.2
+    """How far below 1 the probability ratio may go before its gradient stops, and above, unless epsilon_high says."""
+    epsilon_high: float | None = None
+    """How far above 1 (None: epsilon)."""
+
+
+@dataclass
+class DirectLoss(ClippedRatio):
     """Loss."""
 
     baseline: Literal["leave_one_out", "batch_mean", "none"] = "leave_one_out"
@@ -250,17 +258,10 @@ class DirectLoss:
     """Weight of the KL divergence from the reference in the reward."""
     normalize_advantages: bool = False
     """Divide the advantages by their spread over the rollout, after taking off their mean."""
-    num_iterations: int = 1
-    """Passes over each rollout."""
-    epsilon: float = 0.2
-    """How far below 1 a completion's probability ratio may go before its gradient stops, and above, unless epsilon_high
-    says."""
-    epsilon_high: float | None = None
-    """How far above 1 (None: epsilon)."""
 
 
 @dataclass
-class GrpoLoss:
+class GrpoLoss(ClippedRatio):
     """Loss."""
 
     loss_type: str = "dapo"
@@ -270,10 +271,6 @@ class GrpoLoss:
     """Whose standard deviation divides the advantages."""
     beta: float = 0.0
     """Weight of the KL divergence from the reference (0: no reference is loaded)."""
-    epsilon: float = 0.2
-    """How far below 1 the probability ratio may go before its gradient stops, and above, unless epsilon_high says."""
-    epsilon_high: float | None = None
-    """How far above 1 (None: epsilon)."""
     delta: float | None = None
     """Upper limit of the ratio for negative advantages too (None: none)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
@@ -310,8 +307,6 @@ class GrpoLoss:
     """Lower limit of that ratio."""
     vllm_importance_sampling_clip_max: float | None = 3.0
     """Upper limit of that ratio."""
-    num_iterations: int = 1
-    """Passes over each rollout."""
 
 
 @dataclass
@@ -447,43 +442,45 @@ class SftRecipe(Recipe):
 
 
 @dataclass
-class DpoRecipe(Recipe):
+class GentleRecipe(Recipe):
+    """What the methods share that go on from a model which answers already."""
+
+    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
+
+
+@dataclass
+class DpoRecipe(GentleRecipe):
     """Direct preference optimisation: raise the chosen completion above the rejected one, relative to a reference."""
 
     loss: DpoLoss = field(default_factory=DpoLoss)
-    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
 @dataclass
-class SimpoRecipe(Recipe):
+class SimpoRecipe(GentleRecipe):
     """SimPO: raise the mean log-probability of the chosen completion above the rejected one's, by a margin."""
 
     loss: SimpoLoss = field(default_factory=SimpoLoss)
-    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
 @dataclass
-class OrpoRecipe(Recipe):
+class OrpoRecipe(GentleRecipe):
     """ORPO: supervised fine-tuning on the chosen completions with an odds ratio against the rejected ones."""
 
     loss: OrpoLoss = field(default_factory=OrpoLoss)
-    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
 @dataclass
-class CpoRecipe(Recipe):
+class CpoRecipe(GentleRecipe):
     """Contrastive preference optimisation: DPO with a uniform reference, and the chosen completions' likelihood."""
 
     loss: CpoLoss = field(default_factory=CpoLoss)
-    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
 @dataclass
-class KtoRecipe(Recipe):
+class KtoRecipe(GentleRecipe):
     """Kahneman-Tversky optimisation: raise the answers marked desirable, lower the others, against a reference."""
 
     loss: KtoLoss = field(default_factory=KtoLoss)
-    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
 @dataclass
@@ -496,12 +493,11 @@ class RmRecipe(Recipe):
 
 
 @dataclass
-class OnlineRecipe(Recipe):
+class OnlineRecipe(GentleRecipe):
     """What the methods share that learn from their own rollouts."""
 
     rollout: RolloutSection = field(default_factory=RolloutSection)
     kl: KlReference = field(default_factory=KlReference)
-    train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
 @dataclass
@@ -540,6 +536,10 @@ class IterateRecipe(Recipe):
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=5e-7, num_train_epochs=1.0))
 
 
+RECIPES: dict[str, type[Recipe]] = {
+    "sft": SftRecipe, "rm": RmRecipe, "dpo": DpoRecipe, "simpo": SimpoRecipe, "orpo": OrpoRecipe, "cpo": CpoRecipe,
+    "kto": KtoRecipe, "direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe,
+}  # fmt: skip
 R = TypeVar("R", bound=Recipe)
 
 
@@ -575,10 +575,9 @@ def load(kind: type[R], path: str | Path) -> R:
         raise BadInput(f"recipe {path} is not readable YAML: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(f"recipe {path} holds no `name: value` lines")
-    defaults = OmegaConf.structured(kind())
     tree = _into_sections(kind(), content, path)
     try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(defaults, tree))
+        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind()), tree))
         return made
     except OmegaConfBaseException as error:
         raise BadInput(f"recipe {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
@@ -594,9 +593,8 @@ def _into_sections(recipe: Recipe, content: dict[Any, Any], path: str | Path) ->
             if owner is not None and is_section and owner != key:
                 raise BadInput(f"recipe {path}: `{name}` belongs under `{owner}`, not under `{key}`")
             if owner is None:
-                close = difflib.get_close_matches(str(name), section_of, n=1, cutoff=0.4)
-                hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(sorted(section_of))}"
-                raise BadInput(f"recipe {path}: unknown key `{name}`; {hint}")
+                (close,) = difflib.get_close_matches(str(name), section_of, n=1, cutoff=0.0)
+                raise BadInput(f"recipe {path}: unknown key `{name}`; did you mean `{close}`?")
             tree.setdefault(owner, {})[name] = inner
     return tree
 
@@ -608,6 +606,33 @@ def save(recipe: Recipe, path: str | Path) -> None:
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
 
 
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # what a number must be, where it is given -> which fields
+    "must be at least 0": (
+        lambda x: x >= 0,
+        "weight_decay max_grad_norm seed center_rewards_coefficient rank_margin desirable_weight undesirable_weight "
+        "top_k beta kl_coef vf_coef entropy_coef epsilon",
+    ),
+    "must be at least 1": (
+        lambda x: x >= 1,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps save_steps "
+        "save_total_limit lora_r lora_alpha eval_steps early_stopping_patience workspace max_prompt_length kl_horizon "
+        "dataset_num_proc ref_model_sync_steps num_generations max_completion_length per_device_generation_batch_size "
+        "num_iterations num_ppo_epochs rounds prompts_per_round server_concurrency steps_per_generation",
+    ),
+    "must be at least 2": (lambda x: x >= 2, "max_length"),
+    "must be above 0": (
+        lambda x: x > 0,
+        "learning_rate num_train_epochs temperature cliprange cliprange_value epsilon_high delta kl_target",
+    ),
+    "must be above 1": (lambda x: x > 1, "dual_clip"),
+    "must be above 0, or -1 for whole epochs": (lambda x: x > 0 or x == -1, "max_steps"),
+    "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam top_entropy_quantile"),
+    "must lie in [0, 1)": (lambda x: 0 <= x < 1, "lora_dropout"),
+    "must lie in (0, 1]": (lambda x: 0 < x <= 1, "top_p ref_model_mixup_alpha"),
+    "must lie in [0, 0.5)": (lambda x: 0 <= x < 0.5, "label_smoothing"),
+}
+
+
 def check(recipe: Recipe) -> None:
     """Refuse values that no run can use, all of them in one message.
 
@@ -615,92 +640,36 @@ def check(recipe: Recipe) -> None:
         BadInput: naming each value and what it must be.
     """
     values = flat(recipe)
-    rules = [(name, bool(values[name]), "is required") for name in REQUIRED]
-    rules += [
-        (name, values[name] >= low, f"must be at least {low}")
-        for name, low in {
-            "max_length": 2, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1, "logging_steps": 1, "save_steps": 1, "lora_r": 1, "lora_alpha": 1,
-            "weight_decay": 0, "max_grad_norm": 0, "seed": 0,
-        }.items()
-    ]  # fmt: skip
-    positive = ["learning_rate"] if isinstance(recipe, OnlineRecipe) else ["learning_rate", "beta"]
-    rules += [(name, values[name] > 0, "must be above 0") for name in positive if name in values]
-    rules += [
-        (name, values[name] is None or values[name] >= 1, "must be at least 1 (or left out)")
-        for name in (
-            "eval_steps",
-            "early_stopping_patience",
-            "save_total_limit",
-            "workspace",
-            "max_prompt_length",
-            "dataset_num_proc",
-        )
-    ]
-    rules += [
+    rules = [(name, bool(values[name]), "is required") for name in (*REQUIRED, "reward_funcs") if name in values]
+    for text, (holds, names) in RANGES.items():
+        rules += [(name, holds(values[name]), text) for name in names.split() if values.get(name) is not None]
+    get, peft, accumulation = values.get, values["use_peft"], values["gradient_accumulation_steps"]
+    judged = values["eval_steps"] and (values["eval_dataset_name"] or values["dataset_test_split"])
+    kind, scorers, weights = get("reference", "auto"), get("reward_funcs", []), get("reward_weights")
+    relations = [
+        ("beta", get("beta") or isinstance(recipe, OnlineRecipe), "must be above 0"),
         ("max_prompt_length", (values["max_prompt_length"] or 0) < values["max_length"],
          f"must leave room for a completion: below max_length = {values['max_length']}"),
-        ("max_steps", values["max_steps"] > 0 or values["max_steps"] == -1, "must be above 0, or -1 for whole epochs"),
-        ("num_train_epochs", values["num_train_epochs"] > 0 or values["max_steps"] > 0, "must be above 0"),
-        ("warmup_ratio", 0 <= values["warmup_ratio"] <= 1, "must lie in [0, 1]"),
-        ("lora_dropout", 0 <= values["lora_dropout"] < 1, "must lie in [0, 1)"),
-    ]  # fmt: skip
-    rules += [
-        (name, values[name] >= 0, "must be at least 0")
-        for name in ("center_rewards_coefficient", "rank_margin", "desirable_weight", "undesirable_weight")
-        if name in values
-    ]
-    if "label_smoothing" in values:
-        rules.append(("label_smoothing", 0 <= values["label_smoothing"] < 0.5, "must lie in [0, 0.5)"))
-    if values["load_best_model_at_end"] or values["early_stopping_patience"]:
-        wanted = "load_best_model_at_end" if values["load_best_model_at_end"] else "early_stopping_patience"
-        judged = bool(values["eval_steps"] and (values["eval_dataset_name"] or values["dataset_test_split"]))
-        rules.append((wanted, judged, "needs eval_steps and an evaluation dataset"))
-    for name in ("load_in_4bit", "load_in_8bit"):
-        rules.append((name, not values[name] or values["use_peft"], "needs --use_peft: such weights cannot be trained"))
-    rules.append(("load_in_8bit", not (values["load_in_4bit"] and values["load_in_8bit"]), "is not load_in_4bit"))
-    kind = values.get("reference", "auto")
-    if kind.startswith("adapter"):
-        rules.append(("reference", values["use_peft"], "needs --use_peft: there are no adapters"))
-    if kind in ("none", "ema", "adapter-off", "adapter-copy"):
-        own = values["ref_model_name_or_path"]
-        rules.append(("ref_model_name_or_path", not own, f"is another reference than reference = {kind!r}"))
-    if kind == "ema":
-        rules += [
-            ("ref_model_mixup_alpha", 0 < values["ref_model_mixup_alpha"] <= 1, "must lie in (0, 1]"),
-            ("ref_model_sync_steps", values["ref_model_sync_steps"] >= 1, "must be at least 1"),
-        ]
-    if "reward_funcs" in values:
-        rules += rollout_rules(values)
-    broken = [f"{name} = {values[name]!r} {rule}" for name, holds, rule in rules if not holds]
-    if broken:
-        raise BadInput("; ".join(broken))
-
-
-def rollout_rules(values: dict[str, Any]) -> list[tuple[str, bool, str]]:
-    """What must hold of a recipe with rollouts: (field, holds, rule)."""
-    least = {"num_generations": 1, "max_completion_length": 1, "per_device_generation_batch_size": 1, "top_k": 0,
-             "num_iterations": 1, "num_ppo_epochs": 1, "beta": 0, "kl_coef": 0, "vf_coef": 0, "entropy_coef": 0,
-             "epsilon": 0, "kl_horizon": 1, "rounds": 1, "server_concurrency": 1}  # fmt: skip
-    rules = [(name, values[name] >= low, f"must be at least {low}") for name, low in least.items() if name in values]
-    above = ("temperature", "top_p", "cliprange", "cliprange_value", "epsilon_high", "delta", "kl_target")
-    rules += [(name, values[name] > 0, "must be above 0") for name in above if values.get(name) is not None]
-    shares = ("top_p", "gamma", "lam", "top_entropy_quantile")
-    rules += [(name, 0 <= values[name] <= 1, "must lie in [0, 1]") for name in shares if name in values]
-    accumulation, steps = values["gradient_accumulation_steps"], values["steps_per_generation"]
-    weights, scorers = values["reward_weights"], values["reward_funcs"]
-    by_sequence = values.get("loss_type") in ("grpo", "dr_grpo", "luspo", "sapo")
-    return [
-        *rules,
-        ("reward_funcs", bool(scorers), "is required"),
+        ("load_best_model_at_end", not values["load_best_model_at_end"] or judged, EVALUATED),
+        ("early_stopping_patience", not values["early_stopping_patience"] or judged, EVALUATED),
+        ("load_in_4bit", not values["load_in_4bit"] or peft, "needs --use_peft: such weights cannot be trained"),
+        ("load_in_8bit", not values["load_in_8bit"] or peft, "needs --use_peft: such weights cannot be trained"),
+        ("load_in_8bit", not (values["load_in_4bit"] and values["load_in_8bit"]), "is not load_in_4bit"),
+        ("reference", not kind.startswith("adapter") or peft, "needs --use_peft: there are no adapters"),
+        ("ref_model_name_or_path", kind not in ("none", "ema", "adapter-off", "adapter-copy")
+         or not get("ref_model_name_or_path"), f"is another reference than reference = {kind!r}"),
         ("eval_dataset_name", not values["eval_dataset_name"] or scorers != ["human"], "needs a scorer, not people"),
-        ("server_weights", not values["server_weights"] or bool(values["server_base_url"]), "needs server_base_url"),
-        ("server_weights", not (values["server_weights"] and values["use_peft"]), "needs use_peft: false"),
-        ("dual_clip", (values.get("dual_clip") or 2) > 1, "must be above 1"),
-        ("entropy_coef", not (values.get("entropy_coef") and by_sequence), "needs a loss_type that counts tokens"),
-        ("epsilon_high", values.get("loss_type") != "cispo" or values["epsilon_high"] is not None,
+        ("server_weights", not get("server_weights") or get("server_base_url"), "needs server_base_url"),
+        ("server_weights", not (get("server_weights") and peft), "needs use_peft: false"),
+        ("entropy_coef", not get("entropy_coef") or get("loss_type") not in ("grpo", "dr_grpo", "luspo", "sapo"),
+         "needs a loss_type that counts tokens"),
+        ("epsilon_high", get("loss_type") != "cispo" or get("epsilon_high") is not None,
          "is the limit of cispo's ratio: give it (5.0 is usual)"),
         ("reward_weights", weights is None or len(weights) == len(scorers), f"must be {len(scorers)}, as reward_funcs"),
-        ("steps_per_generation", steps is None or (steps > 0 and steps % accumulation == 0),
+        ("steps_per_generation", (get("steps_per_generation") or 0) % max(accumulation, 1) == 0,
          f"must be a multiple of gradient_accumulation_steps = {accumulation}"),
     ]  # fmt: skip
+    rules += [rule for rule in relations if rule[0] in values]
+    broken = [f"{name} = {values[name]!r} {text}" for name, holds, text in rules if not holds]
+    if broken:
+        raise BadInput("; ".join(broken))

@@ -96,8 +96,9 @@ def clock(record: list[tuple[float, float]]) -> Any:
 
 
 def engine(method: str, folder: Path, shared: dict[str, Any], record: list[tuple[float, float]]) -> list[float]:
-    from align_engine.cli import RECIPES, quiet_libraries
+    from align_engine.cli import quiet_libraries
     from align_engine.metrics import read
+    from align_engine.recipe import RECIPES
     from align_engine.run import train
 
     quiet_libraries()

@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from align_engine import recipe as recipes
-from align_engine.cli import RECIPES
-from align_engine.recipe import Recipe
+from align_engine.recipe import RECIPES, Recipe
 
 GIB = 2**30
 REST = 2 * GIB

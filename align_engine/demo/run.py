@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align_engine import recipe as recipes
-from align_engine.algorithms import ALGORITHMS
 from align_engine.data import load_rows
 from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
@@ -23,7 +22,7 @@ from align_engine.evals import Score, score
 from align_engine.iterate import iterate
 from align_engine.metrics import read
 from align_engine.policy import load_tokenizer
-from align_engine.recipe import IterateRecipe, Recipe
+from align_engine.recipe import RECIPES, IterateRecipe, Recipe
 from align_engine.report import Table, bar_chart, page, run_figures
 from align_engine.run import train
 
@@ -156,8 +155,7 @@ def run_stage(stage: Stage, folder: Path, seed: int, quiet: bool) -> Result:
 def demo_recipe(stage: Stage, folder: Path, seed: int) -> Recipe:
     """The recipe file of a stage with the paths of one seed."""
     data = folder / "data"
-    kind = IterateRecipe if stage.command == "iterate" else ALGORITHMS[stage.command].recipe
-    recipe: Any = recipes.load(kind, Path(__file__).with_name(f"{stage.command}.yaml"))
+    recipe: Any = recipes.load(RECIPES[stage.command], Path(__file__).with_name(f"{stage.command}.yaml"))
     recipe.model.model_name_or_path = str(data / "model" if stage == SFT else folder / SFT.command / "final")
     recipe.data.dataset_name = str(data / f"{stage.rows}.jsonl")
     if recipe.data.eval_dataset_name:

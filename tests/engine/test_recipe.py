@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from align_engine import recipe as recipes
-from align_engine.cli import RECIPES
 from align_engine.errors import BadInput
 from align_engine.importing import load_object
-from align_engine.recipe import DpoRecipe, SftRecipe, flat
+from align_engine.recipe import RECIPES, DpoRecipe, SftRecipe, flat
 
 
 def read(tmp_path, text, kind=DpoRecipe):
