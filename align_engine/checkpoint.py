@@ -19,7 +19,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,18 @@ class RunFolder:
                 + "Make room and run the same command again: it goes on from there"
             ) from error
 
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Write a file with one JSON object per line."""
+        with self.written(name) as path:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     def truncate_metrics(self, step: int) -> None:
         """Drop the lines after `step` (and a last line cut by a crash)."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in self.metrics.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in kept if json.loads(line)["step"] <= step]
-        with self.written("metrics.jsonl") as path:
-            path.write_text("".join(line + "\n" for line in kept))
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            self.write_rows("metrics.jsonl", [row for row in rows if row["step"] <= step])
 
 
 def is_write_error(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,17 +22,26 @@ from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, collate_rollouts, epoch_order
 from align_engine.data.batches import IGNORE
 from align_engine.errors import BadInput, RunFailed
-from align_engine.recipe import OnlineRecipe, flat
+from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps
-from align_engine.rollout import Completion, Sampler, sample_all
-from align_engine.server import reload_weights
+from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
+from align_engine.server import check_server, reload_weights, server_sampler
 from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from datasets import Dataset
 
     from align_engine.engine import Engine
     from align_engine.metrics import Clock
+
+
+class Judged(NamedTuple):
+    """Completions with their scores."""
+
+    rewards: Tensor  # [R] float64, NaN where nobody could score
+    answers: dict[str, list[Any]]  # what the scorers saw
+    metrics: dict[str, float]
 
 
 class Experience(NamedTuple):
@@ -45,54 +55,92 @@ class Experience(NamedTuple):
     values: Tensor | None
 
 
-class Rollouts(Source):
-    """A source whose rows the policy writes.
+@dataclass
+class Prompts:
+    """Prompts that are answered and scored, by all ranks together.
 
     Args:
-        rows: prompts, as `align_engine.data.prepare` returns them.
+        rows: as `align_engine.data.prepare` returns them.
         columns: the data set's own rows, for reward functions.
         tokenizer: the policy's.
-        recipe: its section `rollout`, and the credit's settings.
-        rewards: what scores completions.
-        rank, world: this process, and how many there are.
+        recipe: its section `rollout` above all.
+        accelerator: shares the work out among the ranks.
+        folder: of the run, where people find what to mark.
+    Raises:
+        BadInput: no server answers where the recipe names one, or there is no such scorer.
     """
 
-    def __init__(
-        self,
-        rows: Dataset,
-        columns: Dataset,
-        tokenizer: Any,
-        recipe: OnlineRecipe,
-        rewards: list[scoring.Reward],
-        rank: int,
-        world: int,
-    ) -> None:
-        train, settings, values = recipe.train, recipe.rollout, flat(recipe)
-        accumulation, batch_size = train.gradient_accumulation_steps, train.per_device_train_batch_size
+    rows: Dataset
+    columns: Dataset
+    tokenizer: Any
+    recipe: OnlineRecipe | IterateRecipe
+    accelerator: Accelerator
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        self.settings, self.seed = self.recipe.rollout, self.recipe.train.seed
+        check_server(self.settings)
+        self.scorers = scoring.load_rewards(self.settings.reward_funcs, self.accelerator.device)
+
+    def sampler(self, model: Any) -> Sampler:
+        """Of this model, or of the server that the recipe names."""
+        if self.settings.server_base_url:
+            return server_sampler(self.tokenizer, self.settings, self.recipe.model.model_name_or_path)
+        return transformers_sampler(model, self.tokenizer, self.settings)
+
+    def asked(self, number: int, count: int) -> list[int]:
+        """The rows that time `number` asks: `count` of an endless shuffled order, each num_generations times."""
+        chosen = [endless_order(len(self.rows), self.seed, number * count + i) for i in range(count)]
+        return [row for row in chosen for _ in range(self.settings.num_generations)]
+
+    def answers(self, sampler: Sampler, asked: list[int], *seeds: int) -> list[Completion]:
+        """A completion of each row asked, a function of the sampler's model and the seeds."""
+        prompts, size = self.rows[asked]["prompt_ids"], self.settings.per_device_generation_batch_size
+        return sample_all(sampler, prompts, size, (self.seed, *seeds), self.accelerator)
+
+    def judge(self, asked: list[int], completions: list[Completion], group_size: int, number: int) -> Judged:
+        """What the scorers, or people in the `number`-th file of theirs, say of the completions."""
+        ids, ended = [one.ids for one in completions], [one.ended for one in completions]
+        answers = scoring.answers(self.columns[self.rows[asked]["index"]], ids, self.tokenizer)
+        if self.settings.reward_funcs == [scoring.HUMAN]:
+            with self.accelerator.main_process_first():
+                scores = scoring.human_scores(self.folder, number, answers)
+        else:
+            scores = scoring.score_over_ranks(self.scorers, answers, group_size, self.accelerator)
+        total = scoring.combine(scores, self.settings, ended)
+        metrics = scoring.reward_metrics(self.scorers, scores, total, group_size)
+        return Judged(total, answers, metrics | length_metrics([len(one) for one in ids], ended))
+
+
+class Rollouts(Source):
+    """A source whose rows the policy writes, in answer to prompts."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        self.prompts, self.settings, self.recipe = prompts, prompts.settings, prompts.recipe
+        train, values, accelerator = self.recipe.train, flat(self.recipe), prompts.accelerator
+        accumulation, group_size = train.gradient_accumulation_steps, self.settings.num_generations
         super().__init__(
-            rows, collate_rollouts, tokenizer.pad_token_id, batch_size, accumulation, rank, world, train.seed
-        )
-        self.columns, self.tokenizer, self.recipe, self.rewards = columns, tokenizer, recipe, rewards
-        self.settings = settings
-        self.windows = (settings.steps_per_generation or accumulation) // accumulation
+            prompts.rows, collate_rollouts, prompts.tokenizer.pad_token_id, train.per_device_train_batch_size,
+            accumulation, accelerator.process_index, accelerator.num_processes, train.seed,
+        )  # fmt: skip
+        self.windows = (self.settings.steps_per_generation or accumulation) // accumulation
         self.steps_per_rollout = self.windows * (values.get("num_iterations") or values["num_ppo_epochs"])
-        self.prompts_per_rollout = self.window_size * self.windows // settings.num_generations
-        if self.window_size * self.windows % settings.num_generations:
+        self.prompts_per_rollout, left = divmod(self.window_size * self.windows, group_size)
+        if left:
             raise BadInput(
-                f"num_generations = {settings.num_generations} does not divide the {self.window_size * self.windows} "
+                f"num_generations = {group_size} does not divide the {self.window_size * self.windows} "
                 f"completions of a rollout (per_device_train_batch_size x steps_per_generation x processes)"
             )
-        self.steps_per_epoch = math.ceil(len(rows) / self.prompts_per_rollout) * self.steps_per_rollout
+        self.steps_per_epoch = math.ceil(len(self.rows) / self.prompts_per_rollout) * self.steps_per_rollout
         self.number, self.experience, self.state = -1, [], {}
 
-    def start(self, engine: Engine, sampler: Sampler, folder: RunFolder) -> None:
-        """Give it what it needs to sample and score."""
-        self.engine, self.sampler, self.folder = engine, sampler, folder
-
-    def learn_from(self) -> None:
-        """Become part of the checkpoints, and take over `engine.reference`, if any: the rows carry its log-probs."""
-        self.reference, self.engine.reference = self.engine.reference, None
-        self.engine.accelerator.register_for_checkpointing(self)
+    def start(self, engine: Engine, learns: bool) -> None:
+        """Sample from the engine's model. What it learns from becomes part of the checkpoints, and takes over
+        `engine.reference`, if any: the rows carry its log-probs."""
+        self.engine, self.sampler = engine, self.prompts.sampler(engine.model)
+        if learns:
+            self.reference, engine.reference = engine.reference, None
+            engine.accelerator.register_for_checkpointing(self)
 
     def window_rows(self, step: int) -> list[int]:
         """Numbers of the completions that a step sees, of this step's rollout."""
@@ -112,62 +160,48 @@ class Rollouts(Source):
 
     def collect(self, number: int, clock: Clock) -> None:
         """Sample rollout `number` from the present policy, score it, and give its tokens their credit."""
-        settings, engine = self.settings, self.engine
-        first, count = number * self.prompts_per_rollout, self.prompts_per_rollout
-        chosen = [endless_order(len(self.rows), self.seed, place) for place in range(first, first + count)]
-        asked = [row for row in chosen for _ in range(settings.num_generations)]
-        prompts = self.rows[asked]["prompt_ids"]
-        batch_size, seeds = settings.per_device_generation_batch_size, (self.seed, number)
+        settings, engine, prompts = self.settings, self.engine, self.prompts
+        asked = prompts.asked(number, self.prompts_per_rollout)
         with clock("generate"):
             self.refresh_server()
-            completions = sample_all(self.sampler, prompts, batch_size, seeds, engine.accelerator)
+            completions = prompts.answers(self.sampler, asked, number)
         self.experience = [
             {"index": i, "prompt_ids": ids, "completion_ids": one.ids, "sampling_logps": one.logps,
              "masked": settings.mask_truncated_completions and not one.ended}
-            for i, (ids, one) in enumerate(zip(prompts, completions))
+            for i, (ids, one) in enumerate(zip(self.rows[asked]["prompt_ids"], completions))
         ]  # fmt: skip
         with clock("score"):
-            scores = self.score(number, asked, completions, settings.num_generations)
-        rewards = scoring.combine(scores, settings, [one.ended for one in completions])
-        if rewards.isnan().all():
-            raise RunFailed(f"rollout {number}: none of its {len(rewards)} completions could be scored")
+            if (
+                settings.reward_funcs == [scoring.HUMAN]
+                and not prompts.folder.checkpoint(engine.progress.step).exists()
+            ):
+                engine.save(prompts.folder)  # people take their time: the same completions must come again
+            judged = prompts.judge(asked, completions, settings.num_generations, number)
+        if judged.rewards.isnan().all():
+            raise RunFailed(f"rollout {number}: none of its {len(asked)} completions could be scored")
         with clock("measure"):
             measured = self.measure()
         lengths = torch.tensor([len(one.ids) for one in completions])
         mask = torch.arange(int(lengths.max())) < lengths[:, None]
         parts = [measured.get(name) for name in ("old_logps", "ref_logps", "values")]
         assert engine.algorithm.credit is not None, "the table says how rollouts get their credit"
-        found = Experience(rewards, settings.num_generations, mask, *parts)
+        found = Experience(judged.rewards, settings.num_generations, mask, *parts)
         given, metrics = engine.algorithm.credit(found, self.recipe, self.state)
         for name, table in {**measured, **given}.items():
             for row, values, length in zip(self.experience, table, lengths.tolist()):
                 row[name] = values[:length].float().clone()
         self.number = number
-        metrics |= length_metrics([len(one.ids) for one in completions], [one.ended for one in completions])
-        metrics |= scoring.reward_metrics(self.rewards, scores, rewards, settings.num_generations)
-        for name, value in metrics.items():
+        for name, value in (metrics | judged.metrics).items():
             engine.progress.sums.add(name, float(value), 1)
 
     def refresh_server(self) -> None:
         """Hand a server that samples the present policy."""
         if self.settings.server_weights:
             path = Path(self.settings.server_weights)
-            self.engine.save_model(RunFolder(path.parent, {}), self.tokenizer, path.name)
+            self.engine.save_model(RunFolder(path.parent, {}), self.prompts.tokenizer, path.name)
             if self.engine.accelerator.is_main_process:
                 reload_weights(self.settings)
             self.engine.accelerator.wait_for_everyone()
-
-    def score(self, number: int, asked: list[int], completions: list[Completion], group_size: int) -> Tensor:
-        """[R, F] float64: what each scorer says. Ranks share the groups out."""
-        columns = self.columns[self.rows[asked]["index"]]
-        answers = scoring.Answers.of(columns, [one.ids for one in completions], self.tokenizer)
-        accelerator = self.engine.accelerator
-        if self.settings.reward_funcs != [scoring.HUMAN]:
-            return scoring.score_over_ranks(self.rewards, answers, group_size, accelerator)
-        if not self.folder.checkpoint(self.engine.progress.step).exists():
-            self.engine.save(self.folder)
-        with accelerator.main_process_first():
-            return scoring.human_scores(self.folder.path / "marks", number, answers)
 
     def measure(self) -> dict[str, Tensor]:
         """Log-probs of the rollout under policy and reference, and values, where they are needed: name -> [R, T]."""
@@ -197,12 +231,8 @@ class Rollouts(Source):
 
     def evaluate(self) -> dict[str, float]:
         """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time."""
-        settings, asked = self.settings, list(range(len(self.rows)))
-        prompts, size = self.rows["prompt_ids"][:], settings.per_device_generation_batch_size
-        completions = sample_all(self.sampler, prompts, size, (self.seed,), self.engine.accelerator)
-        scores, ended = self.score(0, asked, completions, 1), [one.ended for one in completions]
-        found = scoring.reward_metrics(self.rewards, scores, scoring.combine(scores, settings, ended), 1)
-        found |= length_metrics([len(one.ids) for one in completions], ended)
+        asked = list(range(len(self.rows)))
+        found = self.prompts.judge(asked, self.prompts.answers(self.sampler, asked), 1, 0).metrics
         return {f"eval_{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,22 +18,17 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from align_engine import policy
 from align_engine import recipe as recipes
-from align_engine import rewards as scoring
 from align_engine.algorithms import ALGORITHMS
 from align_engine.checkpoint import RunFolder
 from align_engine.credit import best_versus_worst
-from align_engine.data import describe, load_rows, prepare
 from align_engine.errors import BadInput, RunFailed
-from align_engine.experience import length_metrics
+from align_engine.experience import Prompts
 from align_engine.recipe import IterateRecipe, Recipe
-from align_engine.rollout import Completion, sample_all, transformers_sampler
-from align_engine.run import make_accelerator, train
-from align_engine.server import check_server, reload_weights, server_sampler
-from align_engine.source import endless_order
+from align_engine.rollout import Sampler
+from align_engine.run import begin, finish, load_prepared, make_accelerator, open_folder, train
+from align_engine.server import reload_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,36 +45,27 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     recipes.check(recipe)
     options, accelerator = recipe.iteration, make_accelerator(recipe)
     recipes.check(round_recipe(recipe, "model", Path("round-1"), 1))
-    identity = {"algorithm": "iterate", "processes": accelerator.num_processes, **recipes.identity(recipe)}
-    folder = RunFolder(recipe.output.output_dir, identity)
-    if folder.inspect(recipe.output.overwrite) == "finished":
-        accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
+    folder, finished = open_folder("iterate", recipe, accelerator)
+    if finished:
         return folder
-    sampling = Sampling(recipe, folder, accelerator)
-    with accelerator.main_process_first():
-        folder.begin({}, recipe.output.overwrite and accelerator.is_main_process)
-    if accelerator.is_main_process:
-        with folder.written("recipe.yaml") as path:
-            recipes.save(recipe, path)
+    data, tokenizer = recipe.data, policy.load_tokenizer(recipe.model.model_name_or_path)
+    rows = load_prepared(data.dataset_name, data.dataset_train_split, "prompt", recipe, tokenizer, accelerator)
+    prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
+    begin(folder, recipe, accelerator, {})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"
     accelerator.print(f"reference {options.reference}: the model that {started} from")
     model = recipe.model.model_name_or_path
     for number in range(1, options.rounds + 1):
         here = folder.path / f"round-{number}"
         if not (here / "pairs.jsonl").exists():
-            sampling.write(number, model)
+            write_pairs(prompts, number, options.prompts_per_round or len(prompts.rows), model)
         accelerator.print(f"round {number} of {options.rounds}: {options.method} on {here / 'pairs.jsonl'}")
         train(options.method, round_recipe(recipe, model, here, number))
         model = merge(model, here, folder, accelerator) if recipe.model.use_peft else str(here / "train" / "final")
     if accelerator.is_main_process:
-        from align_engine.report import write_report
-
         with folder.written("final") as path:
             shutil.copytree(model, path)
-        write_report(folder, "iterate", recipe)
-        folder.finish()
-    accelerator.wait_for_everyone()
-    accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
+    finish(folder, "iterate", recipe, accelerator)
     return folder
 
 
@@ -114,105 +100,61 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
     return made
 
 
-class Sampling:
-    """The first half of a round: completions, scores and pairs.
+def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
+    """Write samples.jsonl and pairs.jsonl of round `number`: answers of the model at a path to `count` prompts.
+    pairs.jsonl comes last: it says that the rest is there.
 
-    Args:
-        recipe: its sections data, rollout and iteration.
-        folder: of the run.
-        accelerator: shares the work out among the ranks.
+    Raises:
+        RunFailed: all completions of every prompt tie.
     """
-
-    def __init__(self, recipe: IterateRecipe, folder: RunFolder, accelerator: Accelerator) -> None:
-        data = recipe.data
-        self.recipe, self.settings, self.folder, self.accelerator = recipe, recipe.rollout, folder, accelerator
-        self.tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path)
-        check_server(self.settings)
-        self.rewards = scoring.load_rewards(self.settings.reward_funcs, accelerator.device)
-        limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "overlong", "bad_rows")}
-        with accelerator.main_process_first():
-            self.columns = load_rows(data.dataset_name, data.dataset_train_split)
-            self.rows, report = prepare(self.columns, self.tokenizer, "prompt", **limits)
-        accelerator.print(f"{data.dataset_name}: {describe(report)}")
-
-    def write(self, number: int, model_path: str) -> None:
-        """Write samples.jsonl and pairs.jsonl of round `number`, sampled from the model at `model_path`.
-
-        Raises:
-            RunFailed: all completions of every prompt tie.
-        """
-        size, seed, n = self.settings.num_generations, self.recipe.train.seed, len(self.rows)
-        count = self.recipe.iteration.prompts_per_round or n
-        chosen = [endless_order(n, seed, place) for place in range((number - 1) * count, number * count)]
-        asked = [row for row in chosen for _ in range(size)]
-        prompts = self.rows[asked]["prompt_ids"]
-        completions = self.sample(model_path, prompts, (seed, number))
-        ids = [one.ids for one in completions]
-        answers = scoring.Answers.of(self.columns[self.rows[asked]["index"]], ids, self.tokenizer)
-        if self.settings.reward_funcs == [scoring.HUMAN]:
-            with self.accelerator.main_process_first():
-                scores = scoring.human_scores(self.folder.path / "marks", number, answers)
-        else:
-            scores = scoring.score_over_ranks(self.rewards, answers, size, self.accelerator)
-        ended = [one.ended for one in completions]
-        total = scoring.combine(scores, self.settings, ended)
-        pairs = best_versus_worst(total, size)
-        numbers = scoring.reward_metrics(self.rewards, scores, total, size) | length_metrics(list(map(len, ids)), ended)
-        numbers |= {"pairs": len(pairs), "frac_tied": 1 - len(pairs) / count}
-        if pairs:
-            sides = zip(("rewards/chosen", "rewards/rejected"), zip(*pairs))
-            numbers |= {name: float(total[list(places)].mean()) for name, places in sides}
-        self.accelerator.print(
-            f"round {number}: reward {numbers['reward']:.4g}, {len(pairs)} pairs of {count} prompts (the others tie)"
-        )
-        if not pairs:
-            raise RunFailed(
-                f"round {number}: the completions of every prompt tie; raise num_generations or temperature"
-            )
-        if self.accelerator.is_main_process:
-            self.put(number, answers, prompts, total, pairs, numbers)
-        self.accelerator.wait_for_everyone()
-
-    def sample(self, model_path: str, prompts: list[list[int]], seeds: tuple[int, int]) -> list[Completion]:
-        """One completion of each prompt by the model at a path, which is freed again."""
-        settings, name = self.settings, self.recipe.model.model_name_or_path
-        if settings.server_base_url:
-            sampler = server_sampler(self.tokenizer, settings, name)
-            if settings.server_weights and self.accelerator.is_main_process:
-                shutil.copytree(model_path, settings.server_weights, dirs_exist_ok=True)
-                reload_weights(settings)
-            self.accelerator.wait_for_everyone()
-        else:
-            model = policy.load_model(model_path, self.recipe.model)
-            model = self.accelerator.prepare_model(model, evaluation_mode=True)
-            sampler = transformers_sampler(model, self.tokenizer, settings)
-        found = sample_all(sampler, prompts, settings.per_device_generation_batch_size, seeds, self.accelerator)
-        self.accelerator.free_memory()
-        return found
-
-    def put(
-        self, number: int, answers: scoring.Answers, prompts: list[list[int]], total: Tensor,
-        pairs: list[tuple[int, int]], numbers: dict[str, float],
-    ) -> None:  # fmt: skip
-        """Write the round's files, pairs.jsonl last: it says that the others are there."""
-        here = f"round-{number}"
-        (self.folder.path / here).mkdir(exist_ok=True)
-        scores = [None if math.isnan(score) else score for score in total.tolist()]
-        said = zip(answers.prompts, answers.completions, scores)
-        samples = [{"prompt": prompt, "completion": completion, "score": score} for prompt, completion, score in said]
-        self.folder.truncate_metrics(number - 1)
-        with self.folder.metrics.open("a") as file:
+    accelerator, folder, size = prompts.accelerator, prompts.folder, prompts.settings.num_generations
+    asked = prompts.asked(number - 1, count)
+    completions = prompts.answers(sampler_of(prompts, model), asked, number)
+    accelerator.free_memory()
+    judged = prompts.judge(asked, completions, size, number)
+    pairs = best_versus_worst(judged.rewards, size)
+    numbers = {**judged.metrics, "pairs": len(pairs), "frac_tied": 1 - len(pairs) / count}
+    accelerator.print(
+        f"round {number}: reward {numbers['reward']:.4g}, {len(pairs)} pairs of {count} prompts (the others tie)"
+    )
+    if not pairs:
+        raise RunFailed(f"round {number}: the completions of every prompt tie; raise num_generations or temperature")
+    for side, places in zip(("chosen", "rejected"), zip(*pairs)):
+        numbers[f"rewards/{side}"] = float(judged.rewards[list(places)].mean())
+    if accelerator.is_main_process:
+        folder.truncate_metrics(number - 1)
+        with folder.metrics.open("a") as file:
             file.write(json.dumps({"step": number, **numbers}) + "\n")
-        ids = answers.completion_ids
+        ids = prompts.rows[asked]["prompt_ids"]
+        scores = [None if math.isnan(score) else score for score in judged.rewards.tolist()]
+        said = judged.answers["completions"]
+        samples = [
+            {"prompt": prompt, "completion": text, "score": score}
+            for prompt, text, score in zip(judged.answers["prompts"], said, scores)
+        ]
         rows = [
-            {"prompt_ids": prompts[best], "chosen_ids": ids[best], "rejected_ids": ids[worst],
-             "chosen": answers.completions[best], "rejected": answers.completions[worst],
+            {"prompt_ids": ids[best], "chosen_ids": completions[best].ids, "rejected_ids": completions[worst].ids,
+             "chosen": said[best], "rejected": said[worst],
              "chosen_score": scores[best], "rejected_score": scores[worst]}
             for best, worst in pairs
         ]  # fmt: skip
-        for name, content in (("samples", samples), ("pairs", rows)):
-            with self.folder.written(f"{here}/{name}.jsonl") as path:
-                path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        folder.write_rows(f"round-{number}/samples.jsonl", samples)
+        folder.write_rows(f"round-{number}/pairs.jsonl", rows)
+    accelerator.wait_for_everyone()
+
+
+def sampler_of(prompts: Prompts, path: str) -> Sampler:
+    """A sampler of the model at a path."""
+    settings, accelerator, model = prompts.settings, prompts.accelerator, None
+    if not settings.server_base_url:
+        model = policy.load_model(path, prompts.recipe.model)
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+    elif settings.server_weights:
+        if accelerator.is_main_process:
+            shutil.copytree(path, settings.server_weights, dirs_exist_ok=True)
+            reload_weights(settings)
+        accelerator.wait_for_everyone()
+    return prompts.sampler(model)
 
 
 def merge(model: str, here: Path, folder: RunFolder, accelerator: Accelerator) -> str:

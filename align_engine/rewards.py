@@ -29,6 +29,7 @@ from align_engine.importing import load_object
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from align_engine.checkpoint import RunFolder
     from align_engine.recipe import RolloutSection
 
 HUMAN = "human"
@@ -42,29 +43,21 @@ class Reward(NamedTuple):
     score: Callable[..., Any]
 
 
-class Answers(NamedTuple):
-    """Completions with all that a scorer may look at, one entry each."""
+def answers(columns: dict[str, list[Any]], ids: list[list[int]], tokenizer: Any) -> dict[str, list[Any]]:
+    """What scorers see of the completions `ids` of a data set's rows: columns of equal length, prompts, completions and
+    completion_ids among them. Completions are texts, or messages where the prompts are."""
+    prompts, texts = columns["prompt"], tokenizer.batch_decode(ids, skip_special_tokens=True)
+    said = [
+        [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+        for prompt, text in zip(prompts, texts)
+    ]
+    others = {name: values for name, values in columns.items() if name != "prompt"}
+    return others | {"prompts": prompts, "completions": said, "completion_ids": ids}
 
-    prompts: list[Any]
-    completions: list[Any]
-    completion_ids: list[list[int]]
-    columns: dict[str, list[Any]]
 
-    @classmethod
-    def of(cls, columns: dict[str, list[Any]], ids: list[list[int]], tokenizer: Any) -> Answers:
-        """The answers `ids` to the prompts of a data set's rows: texts, or messages where the prompts are."""
-        columns = dict(columns)
-        prompts, texts = columns.pop("prompt"), tokenizer.batch_decode(ids, skip_special_tokens=True)
-        said = [
-            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-            for prompt, text in zip(prompts, texts)
-        ]
-        return cls(prompts, said, ids, columns)
-
-    def __getitem__(self, part: Any) -> Any:
-        """A slice of the completions."""
-        columns = {name: values[part] for name, values in self.columns.items()}
-        return Answers(self.prompts[part], self.completions[part], self.completion_ids[part], columns)
+def part(answers: dict[str, list[Any]], start: int, end: int) -> dict[str, list[Any]]:
+    """Completions `start` to `end`."""
+    return {name: values[start:end] for name, values in answers.items()}
 
 
 def load_rewards(specs: Sequence[str], device: torch.device) -> list[Reward]:
@@ -97,43 +90,39 @@ def _people(**_: Any) -> None:
     raise BadInput("reward_funcs: 'human' stands alone, without other scorers")
 
 
-def score(rewards: Sequence[Reward], answers: Answers) -> Tensor:
+def score(rewards: Sequence[Reward], answers: dict[str, list[Any]]) -> Tensor:
     """What each scorer says of each completion, [R, F] float64; NaN where it cannot say. Async ones run together.
 
     Raises:
         RunFailed: a function does not give one number (or None) for each completion.
     """
-    arguments = {**answers._asdict(), **answers.columns}
-    del arguments["columns"]
-
-    async def all_of_them() -> list[Any]:
-        waiting = [reward.score(**arguments) for reward in rewards]
-        later = [value for value in waiting if inspect.isawaitable(value)]
-        done = iter(await asyncio.gather(*later))
-        return [next(done) if inspect.isawaitable(value) else value for value in waiting]
-
-    asynchronous = any(inspect.iscoroutinefunction(reward.score) for reward in rewards)
-    found = asyncio.run(all_of_them()) if asynchronous else [reward.score(**arguments) for reward in rewards]
-    columns = []
+    count, found = len(answers["completions"]), [reward.score(**answers) for reward in rewards]
+    if waiting := [values for values in found if inspect.isawaitable(values)]:
+        done = iter(asyncio.run(_together(waiting)))
+        found = [next(done) if inspect.isawaitable(values) else values for values in found]
     for reward, values in zip(rewards, found):
-        values = [math.nan if value is None else value for value in values]
-        if len(values) != len(answers.completions) or not all(isinstance(value, (int, float)) for value in values):
+        if len(values) != count or not all(value is None or isinstance(value, (int, float)) for value in values):
             raise RunFailed(
-                f"reward {reward.name!r} gave {values!r:.200} for {len(answers.completions)} completions: it must give "
-                "a list with one number (or None) for each"
+                f"reward {reward.name!r} gave {values!r:.200} for {count} completions: it must give a list with one "
+                "number (or None) for each"
             )
-        columns.append(torch.tensor(values, dtype=torch.float64))
-    return torch.stack(columns, 1)
+    return torch.tensor(np.array(found, dtype=np.float64)).T
 
 
-def score_over_ranks(rewards: Sequence[Reward], answers: Answers, group_size: int, accelerator: Accelerator) -> Tensor:
+async def _together(waiting: list[Any]) -> list[Any]:
+    return await asyncio.gather(*waiting)
+
+
+def score_over_ranks(
+    rewards: Sequence[Reward], answers: dict[str, list[Any]], group_size: int, accelerator: Accelerator
+) -> Tensor:
     """`score`, with the groups shared out among the ranks (none is split) and the whole known to all of them."""
     from accelerate.utils import gather_object
 
-    starts = range(0, len(answers.completions), group_size)
+    starts = range(0, len(answers["completions"]), group_size)
     mine = np.array_split(starts, accelerator.num_processes)[accelerator.process_index].tolist()
-    part = score(rewards, answers[slice(mine[0], mine[-1] + group_size)]).tolist() if mine else []
-    return torch.tensor(gather_object(part), dtype=torch.float64)
+    scores = score(rewards, part(answers, mine[0], mine[-1] + group_size)).tolist() if mine else []
+    return torch.tensor(gather_object(scores), dtype=torch.float64)
 
 
 def combine(scores: Tensor, settings: RolloutSection, ended: Sequence[bool]) -> Tensor:
@@ -158,15 +147,13 @@ def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, gro
 def _http_scorer(url: str) -> Callable[..., list[float | None]]:
     """POSTs {"prompts": [...], "completions": [...], ...columns}, expects {"scores": [...]}."""
 
-    def fn(prompts: list[Any], completions: list[Any], completion_ids: Any, **columns: list[Any]) -> list[float | None]:
-        every = {"prompts": prompts, "completions": completions, **columns}
-        starts = range(0, len(completions), HTTP_CHUNK)
-        payloads = [{name: values[start : start + HTTP_CHUNK] for name, values in every.items()} for start in starts]
-        answers = post_all(url, payloads, concurrency=16)
+    def fn(completion_ids: list[list[int]], **columns: list[Any]) -> list[float | None]:
+        starts = range(0, len(completion_ids), HTTP_CHUNK)
+        replies = post_all(url, [part(columns, start, start + HTTP_CHUNK) for start in starts], concurrency=16)
         try:
-            return [value for answer in answers for value in answer["scores"]]
+            return [value for reply in replies for value in reply["scores"]]
         except (KeyError, TypeError) as error:
-            raise RunFailed(f"{url} answered {answers[0]!r:.200}, expected {{'scores': [...]}}") from error
+            raise RunFailed(f"{url} answered {replies[0]!r:.200}, expected {{'scores': [...]}}") from error
 
     return fn
 
@@ -206,29 +193,24 @@ class RewardModel:
         return found
 
 
-def human_scores(folder: Path, number: int, answers: Answers) -> Tensor:
-    """People's marks of rollout `number`, from a file that they fill in: [R, 1].
+def human_scores(folder: RunFolder, number: int, answers: dict[str, list[Any]]) -> Tensor:
+    """People's marks of rollout `number`, from a file in the run's folder that they fill in: [R, 1].
 
     Raises:
         RunFailed: the file has just been written, or marks are missing in it; the same command goes on afterwards.
     """
-    path = folder / f"rollout-{number:06d}.jsonl"
+    name = f"marks/rollout-{number:06d}.jsonl"
+    path, completions = folder.path / name, answers["completions"]
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = zip(answers.prompts, answers.completions)
-        lines = [json.dumps({"prompt": prompt, "completion": completion, "score": None}) for prompt, completion in rows]
-        side = path.with_suffix(".tmp")
-        side.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        side.rename(path)
+        pairs = zip(answers["prompts"], completions)
+        folder.write_rows(name, [{"prompt": prompt, "completion": text, "score": None} for prompt, text in pairs])
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if [row["completion"] for row in rows] != answers.completions:
+    if [row["completion"] for row in rows] != completions:
         raise BadInput(f"{path} holds marks of other completions than this run's; delete it")
-    waiting = [
-        i for i, row in enumerate(rows) if not isinstance(row.get("score"), (int, float)) and row.get("score") != "skip"
-    ]
-    if waiting:
+    marks = [math.nan if row.get("score") == "skip" else row.get("score") for row in rows]
+    if waiting := [mark for mark in marks if not isinstance(mark, (int, float))]:
         raise RunFailed(
             f"{len(waiting)} of {len(rows)} completions wait for marks: put a number (or 'skip') at `score` in {path}, "
             "then give the same command again"
         )
-    return torch.tensor([[math.nan if row["score"] == "skip" else row["score"]] for row in rows], dtype=torch.float64)
+    return torch.tensor(marks, dtype=torch.float64)[:, None]

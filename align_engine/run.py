@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
-from align_engine import heads, policy, rewards
+from align_engine import heads, policy
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
@@ -24,14 +24,12 @@ from align_engine.checkpoint import RunFolder
 from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
-from align_engine.experience import Rollouts
+from align_engine.experience import Prompts, Rollouts
 from align_engine.kto import class_weights, with_strangers
 from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
 from align_engine.recipe import GrpoRecipe, KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
-from align_engine.rollout import transformers_sampler
-from align_engine.server import check_server, server_sampler
 from align_engine.source import Source, rows_seen, total_steps
 
 
@@ -51,25 +49,19 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     check_choices(recipe, accelerator.device)
     check_loss(algorithm, recipe)
     callbacks = [*from_recipe(recipe), *callbacks]
-    processes = accelerator.num_processes
-    folder = RunFolder(
-        recipe.output.output_dir, {"algorithm": name, "processes": processes, **recipes.identity(recipe)}
-    )
-    if folder.inspect(recipe.output.overwrite) == "finished":
-        accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
+    folder, finished = open_folder(name, recipe, accelerator)
+    if finished:
         return folder
 
     tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path, distinct_pad=algorithm.scalar)
     if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
         accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")
     data = recipe.data
-    source = load_source(data.dataset_name, data.dataset_train_split, recipe, algorithm, tokenizer, accelerator)
-    evaluation = None
+    shared, evaluation = (recipe, algorithm, tokenizer, folder, accelerator), None
+    source = load_source(data.dataset_name, data.dataset_train_split, *shared)
     if data.eval_dataset_name or data.dataset_test_split:
         where = data.eval_dataset_name or data.dataset_name
-        evaluation = load_source(
-            where, data.dataset_test_split, recipe, algorithm, tokenizer, accelerator, training=False
-        )
+        evaluation = load_source(where, data.dataset_test_split, *shared, training=False)
     if isinstance(recipe, KtoRecipe):
         loss, said = class_weights(source.rows, recipe.loss)
         recipe = dataclasses.replace(recipe, loss=loss)
@@ -83,18 +75,14 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     if not algorithm.scalar:
         policy.check_head(model)
     check_room(folder, model, recipe)
-    facts = {"data": source.fingerprint()}
-    with accelerator.main_process_first():
-        folder.begin(facts, recipe.output.overwrite and accelerator.is_main_process)
-    if accelerator.is_main_process:
-        with folder.written("recipe.yaml") as path:
-            recipes.save(recipe, path)
+    begin(folder, recipe, accelerator, {"data": source.fingerprint()})
     set_seed(recipe.train.seed, device_specific=True)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
     if needs_reference(recipe, algorithm):
         add_reference(engine, source, evaluation, rows_seen(source, steps) if algorithm.reference else [], folder)
-    if isinstance(source, Rollouts):
-        start_rollouts(source, evaluation, engine, tokenizer, folder)
+    for part in (source, evaluation):
+        if isinstance(part, Rollouts):
+            part.start(engine, learns=part is source)
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1])
         accelerator.print(f"going on from {checkpoints[-1]}")
@@ -113,6 +101,33 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         accelerator.print(f"the model is that of step {best}, the best evaluation")
         engine.restore(folder.checkpoint(best))
     engine.save_model(folder, tokenizer)
+    finish(folder, name, recipe, accelerator)
+    for tracker in accelerator.trackers:  # not end_training: the processes stay together for a further run
+        tracker.finish()
+    return folder
+
+
+def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> tuple[RunFolder, bool]:
+    """The folder of the run, and whether it holds the run already, finished."""
+    identity = {"algorithm": name, "processes": accelerator.num_processes, **recipes.identity(recipe)}
+    folder = RunFolder(recipe.output.output_dir, identity)
+    finished = folder.inspect(recipe.output.overwrite) == "finished"
+    if finished:
+        accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
+    return folder, finished
+
+
+def begin(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, facts: dict[str, Any]) -> None:
+    """Make the folder, or go on in it, with the recipe in it; `facts` are as RunFolder.begin has them."""
+    with accelerator.main_process_first():
+        folder.begin(facts, recipe.output.overwrite and accelerator.is_main_process)
+    if accelerator.is_main_process:
+        with folder.written("recipe.yaml") as path:
+            recipes.save(recipe, path)
+
+
+def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Write the report of a run whose model is there."""
     if accelerator.is_main_process:
         from align_engine.report import write_report
 
@@ -120,9 +135,6 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         folder.finish()
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
-    for tracker in accelerator.trackers:  # not end_training: the processes stay together for a further run
-        tracker.finish()
-    return folder
 
 
 def check_choices(recipe: Recipe, device: torch.device) -> None:
@@ -168,35 +180,32 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
-def load_source(
-    where: str, split: str | None, recipe: Recipe, algorithm: Algorithm, tokenizer: Any, accelerator: Accelerator,
-    training: bool = True,
-) -> Source:  # fmt: skip
-    """Rows from file to token ids, with what was dropped or cut said once."""
-    data, train = recipe.data, recipe.train
+def load_prepared(
+    where: str, split: str | None, kind: Any, recipe: Recipe, tokenizer: Any, accelerator: Accelerator
+) -> tuple[Any, Any]:
+    """Rows from file to token ids, with what was dropped or cut said once: (prepared, as they stand in the file)."""
+    names = ("max_length", "max_prompt_length", "overlong", "bad_rows")
+    limits = {name: getattr(recipe.data, name) for name in names}
     try:
         with accelerator.main_process_first():
-            asked = load_rows(where, split)
-            rows, report = prepare(
-                asked,
-                tokenizer,
-                algorithm.kind,
-                max_length=data.max_length,
-                max_prompt_length=data.max_prompt_length,
-                overlong=data.overlong,
-                bad_rows=data.bad_rows,
-                num_proc=data.dataset_num_proc,
-            )
+            found = load_rows(where, split)
+            rows, report = prepare(found, tokenizer, kind, num_proc=recipe.data.dataset_num_proc, **limits)
     except (ValueError, FileNotFoundError) as error:
         raise BadInput(f"{where}: {error}") from error
     accelerator.print(f"{where}: {describe(report)}")
+    return rows, found
+
+
+def load_source(
+    where: str, split: str | None, recipe: Recipe, algorithm: Algorithm, tokenizer: Any, folder: RunFolder,
+    accelerator: Accelerator, training: bool = True,
+) -> Source:  # fmt: skip
+    """The rows of a file as the algorithm learns from them."""
+    train, (rows, found) = recipe.train, load_prepared(where, split, algorithm.kind, recipe, tokenizer, accelerator)
     if isinstance(recipe, OnlineRecipe):
-        check_server(recipe.rollout)
-        scorers = rewards.load_rewards(recipe.rollout.reward_funcs, accelerator.device)
-        rank, world = accelerator.process_index, accelerator.num_processes
-        return Rollouts(rows, asked, tokenizer, recipe, scorers, rank, world)
+        return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder))
     if algorithm.kind == "unpaired":
-        rows = with_strangers(rows, train.seed, data.max_length)
+        rows = with_strangers(rows, train.seed, recipe.data.max_length)
     rank_margin = recipes.flat(recipe).get("rank_margin", 0.0)
     return Source(
         with_margins(rows, rank_margin) if rank_margin else rows,
@@ -333,19 +342,6 @@ def add_reference(
                 f"reference log-probs of {len(needed)} {name} rows {'read again' if served else 'computed'}"
             )
     model.train(training)
-
-
-def start_rollouts(
-    source: Rollouts, evaluation: Source | None, engine: Engine, tokenizer: Any, folder: RunFolder
-) -> None:
-    """Give training and evaluation their sampler."""
-    settings, sampler = source.settings, transformers_sampler(engine.model, tokenizer, source.settings)
-    if settings.server_base_url:
-        sampler = server_sampler(tokenizer, settings, engine.recipe.model.model_name_or_path)
-    source.start(engine, sampler, folder)
-    source.learn_from()
-    if isinstance(evaluation, Rollouts):
-        evaluation.start(engine, sampler, folder)
 
 
 def summary(engine: Engine, source: Source, steps: int) -> str:

@@ -221,7 +221,8 @@ def short(prompts, completions, **_):
 
 def answers(*completions):
     count = len(completions)
-    return rewards.Answers(["p"] * count, list(completions), [[2]] * count, {"wanted": ["a"] * count})
+    return {"prompts": ["p"] * count, "completions": list(completions), "completion_ids": [[2]] * count,
+            "wanted": ["a"] * count}  # fmt: skip
 
 
 def test_functions_are_weighted_and_unscorable_is_nan():
