@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import tiny
 import torch
 import trl
+import trl_async
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,15 +36,33 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [sum(map(ord, text)) % 7 + len(text) / 10 for text in completions]
 
 
-# kind -> (trainer, its config, rows, settings)
-KINDS: dict[str, tuple[str, Callable[[int], list[dict[str, Any]]], dict[str, Any]]] = {
-    "dpo": ("DPO", tiny.preference_rows, {}),
-    "sft": ("SFT", tiny.sft_rows, {}),
-    "kto": ("KTO", marked, {}),
-    "grpo": ("GRPO", prompts, dict(num_generations=2, max_completion_length=6, beta=0.1, temperature=0.9)),
-    "rloo": ("RLOO", prompts, dict(num_generations=2, max_completion_length=6, beta=0.1)),
-    "reward": ("Reward", tiny.preference_rows, {}),
-}
+class Kind(NamedTuple):
+    """A trainer of TRL: where it is, what it trains on, and what it is set to."""
+
+    trainer: str
+    rows: Callable[[int], list[dict[str, Any]]]
+    settings: Mapping[str, Any] = MappingProxyType({})
+
+    def find(self, what: str) -> Any:
+        """Its class ("Trainer") or that of its settings ("Config"), which may be those of its base."""
+        path, _, name = f"trl.{self.trainer}".rpartition(".")
+        return getattr(importlib.import_module(path), name + what, None) or getattr(trl, name + what)
+
+
+ONLINE = dict(num_generations=2, max_completion_length=6, beta=0.1)
+KINDS = {
+    "dpo": Kind("DPO", tiny.preference_rows),
+    "sft": Kind("SFT", tiny.sft_rows),
+    "kto": Kind("KTO", marked),
+    "grpo": Kind("GRPO", prompts, ONLINE | dict(temperature=0.9)),
+    "rloo": Kind("RLOO", prompts, ONLINE),
+    "reward": Kind("Reward", tiny.preference_rows),
+    "gmpo": Kind("experimental.gmpo.GMPO", prompts, ONLINE | dict(num_iterations=2, epsilon=0.05)),
+    "old_kto": Kind("experimental.kto.KTO", marked),  # the path it had before it was stable
+    "bema": Kind("experimental.bema_for_ref_model.DPO", tiny.preference_rows),
+    "async_grpo": Kind("experimental.async_grpo.AsyncGRPO", prompts,
+                       dict(temperature=0.9, token_budget=0, max_staleness=100)),
+}  # fmt: skip
 
 
 class Losses(TrainerCallback):
@@ -55,11 +76,11 @@ class Losses(TrainerCallback):
 def build(kind: str, folder: Path, out: Path, *, model: Any = None, trainer: Any = None, peft_config: Any = None,
           rows: int = 16, **settings: Any) -> Any:  # fmt: skip
     """A trainer of TRL over the model in `folder`, on the CPU, without files or reports."""
-    name, make, own = KINDS[kind]
+    made = KINDS[kind]
     defaults = dict(output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-3,
                     logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", bf16=False, disable_tqdm=True,
                     gradient_checkpointing=False, seed=3)  # fmt: skip
-    config = getattr(trl, f"{name}Config")(**defaults | own | settings)
+    config = made.find("Config")(**{**defaults, **made.settings, **settings})
     kind_of_model = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
     options = dict(num_labels=1) if kind == "reward" else {}
     torch.manual_seed(0)
@@ -67,17 +88,29 @@ def build(kind: str, folder: Path, out: Path, *, model: Any = None, trainer: Any
     given = dict(
         model=kind_of_model.from_pretrained(folder, dtype=torch.float32, **options) if model is None else model,
         args=config,
-        train_dataset=Dataset.from_list(make(rows)),
+        train_dataset=Dataset.from_list(made.rows(rows)),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Losses()],
     )
     if "eval_strategy" in settings:
-        given["eval_dataset"] = Dataset.from_list(make(6))
-    if kind in ("grpo", "rloo"):
+        given["eval_dataset"] = Dataset.from_list(made.rows(6))
+    if kind in ("grpo", "rloo", "gmpo"):
         given["reward_funcs"] = reward
+    elif kind == "bema":
+        given["callbacks"].append(bema())
+    elif kind == "async_grpo":
+        given |= trl_async.without_server(V, config.per_device_train_batch_size * (config.max_steps + 2))
+        given["model"] = str(folder)
     if peft_config is not None:
         given["peft_config"] = peft_config
-    return (trainer or getattr(trl, f"{name}Trainer"))(**given)
+    return (trainer or made.find("Trainer"))(**given)
+
+
+def bema() -> TrainerCallback:
+    """The reference follows the model, every second step, along its bias-corrected average."""
+    from trl.experimental.bema_for_ref_model import BEMACallback
+
+    return BEMACallback(update_freq=1, update_ref_model=True, ref_model_update_freq=2)
 
 
 def run(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
@@ -90,7 +123,7 @@ def run(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
 
 def same(ours: tuple[list, dict], theirs: tuple[list, dict], tolerance: float = 1e-4) -> None:
     """Every number of every step, but clocks, and every weight."""
-    clocks = ("time", "runtime", "per_second")
+    clocks = ("time", "runtime", "per_second", "perf/")
     assert len(ours[0]) == len(theirs[0]) > 0
     for step, (a, b) in enumerate(zip(ours[0], theirs[0])):
         names = [name for name in b if not any(word in name for word in clocks)]

@@ -1,7 +1,7 @@
 """TRL's trainers on the fused LM head of align_kernels. Their own loss code runs untouched.
 
-Since 1.16 every TRL trainer asks its model for log-probs through one hook, `add_fused_lm_head`. `fuse` puts another
-function behind that hook, with the same outputs:
+Since 1.16 most TRL trainers ask their model for log-probs through one hook, `add_fused_lm_head`. `fuse` puts another
+function behind that hook, with the same outputs, and refuses the other trainers by name:
 
     from align_engine.integrations.trl import fuse
 
@@ -17,7 +17,7 @@ function behind that hook, with the same outputs:
 What changes: the gradients of the head come from logits that are kept where they fit in the workspace, not made twice
 (6NVD FLOPs against 8, with a frozen head 4 against 6); prompt and padding never meet the head, on a CPU too; log-probs
 are float32 for any dtype of the model; the head runs inside the model's own forward, so that FSDP2 and hooks on it see
-it; and LoRA on the LM head is trained (TRL refuses it: call `fuse()` first).
+it; and LoRA on the LM head is trained (TRL refuses it: call `fuse()` first; async GRPO goes on refusing it).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from align_kernels import linear_logprobs, logprobs_from_logits
 from align_kernels.api import LogProbs
 
 TESTED = "1.16"
-TRAINERS = ("dpo", "grpo", "kto", "rloo", "sft")  # and what calls or inherits from them: GMPO, BEMA's DPO, async GRPO
+TRAINERS = ("dpo", "grpo", "kto", "rloo", "sft")
+SERVED = "DPO, KTO, GRPO, RLOO, SFT, async GRPO and what inherits from them (GMPO, BEMA's DPO)"
 WHOLE_LOGITS = {"GKDTrainer", "GOLDTrainer"}  # their SFT base has the hook, their losses do not use it
 
 Trainer = TypeVar("Trainer")
@@ -51,7 +52,7 @@ def fuse() -> contextlib.ExitStack: ...
 @overload
 def fuse(trainer: Trainer) -> Trainer: ...
 def fuse(trainer: Any = None) -> Any:
-    """Put align_kernels behind the LM head of TRL's DPO, KTO, GRPO, RLOO and SFT trainers.
+    """Put align_kernels behind the LM head of TRL's DPO, KTO, GRPO, RLOO, SFT, GMPO and async GRPO trainers.
 
     Args:
         trainer: one that is built and not yet trained: its model and reference change, and it is returned. Default
@@ -60,7 +61,8 @@ def fuse(trainer: Any = None) -> Any:
 
     Raises:
         BadInput: a TRL release that this was not tested with; a trainer that does not take its log-probs through
-            `add_fused_lm_head`; a head that cannot be taken exactly (see `add_fused_lm_head`). All before training.
+            `add_fused_lm_head`, given or built inside the block; a head that cannot be taken exactly (see
+            `add_fused_lm_head`). All before training.
     """
     import trl
 
@@ -70,21 +72,51 @@ def fuse(trainer: Any = None) -> Any:
 
 
 def _everywhere() -> contextlib.ExitStack:
-    from trl.trainer import utils
+    from trl.trainer import base_trainer, utils
 
-    trainers = [importlib.import_module(f"trl.trainer.{name}_trainer") for name in TRAINERS]
-    hook = [module for path, module in sys.modules.items() if path.startswith("trl.")]
     undo = contextlib.ExitStack()
-    _rebind(hook, "add_fused_lm_head", utils.add_fused_lm_head, add_fused_lm_head, undo)
-    _rebind(trainers, "BaseTunerLayer", trainers[0].BaseTunerLayer, _NoRefusal, undo)
+    if utils.add_fused_lm_head is add_fused_lm_head:
+        return undo
+    trainers = [importlib.import_module(f"trl.trainer.{name}_trainer") for name in TRAINERS]
+    for name, old, new, modules in (
+        ("add_fused_lm_head", utils.add_fused_lm_head, add_fused_lm_head, None),
+        ("BaseTunerLayer", trainers[0].BaseTunerLayer, _NoRefusal, trainers),
+    ):
+        _rebind(name, old, new, modules)
+        undo.callback(_rebind, name, new, old, modules)
+    init = base_trainer._BaseTrainer.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        why = None if _named(type(self), {"RewardTrainer"}) else _why_not(type(self))
+        if why:
+            raise BadInput(f"{why}; build it outside of the `with fuse()` block, or after its close()")
+        init(self, *args, **kwargs)
+
+    base_trainer._BaseTrainer.__init__ = checked
+    undo.callback(setattr, base_trainer._BaseTrainer, "__init__", init)
     return undo
 
 
-def _rebind(modules: list[types.ModuleType], name: str, old: Any, new: Any, undo: contextlib.ExitStack) -> None:
-    for module in modules:
+def _rebind(name: str, old: Any, new: Any, modules: list[types.ModuleType] | None) -> None:
+    """In these modules; None: in all of TRL's that are loaded, which may be more when it is undone."""
+    for module in modules or [module for path, module in list(sys.modules.items()) if path.startswith("trl.")]:
         if vars(module).get(name) is old:
             setattr(module, name, new)
-            undo.callback(setattr, module, name, old)
+
+
+def _named(kind: type, names: set[str]) -> bool:
+    return not names.isdisjoint(base.__name__ for base in kind.__mro__)
+
+
+def _why_not(kind: type) -> str | None:
+    """What keeps the trainers of a class from being fused, told from where it and its bases are defined."""
+    name = kind.__name__
+    if _named(kind, WHOLE_LOGITS):
+        return f"{name} takes its loss from whole logits of student and teacher: there is nothing to fuse"
+    if any(hasattr(sys.modules.get(base.__module__), "add_fused_lm_head") for base in kind.__mro__):
+        return None
+    return f"{name} does not take its log-probs through TRL's add_fused_lm_head: fuse serves {SERVED}"
 
 
 class _Never(type):
@@ -99,20 +131,20 @@ class _NoRefusal(metaclass=_Never):
 def _one(trainer: Trainer) -> Trainer:
     from accelerate.utils import extract_model_from_parallel
 
-    name = type(trainer).__name__
-    whole = WHOLE_LOGITS & {base.__name__ for base in type(trainer).__mro__}
-    if whole:
-        raise BadInput(f"{name} takes its loss from whole logits of student and teacher: there is nothing to fuse")
+    why = _why_not(type(trainer))
+    if why:
+        raise BadInput(why)
     models = [m for m in (getattr(trainer, part, None) for part in ("model", "ref_model")) if m is not None]
     found = []
     for model in models:
         model = extract_model_from_parallel(model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(model.forward, "fused", False):
+            continue
         settings = _settings(model)
         if settings is None:
             raise BadInput(
-                f"{name} does not take its log-probs through TRL's add_fused_lm_head: fuse serves DPO, KTO, GRPO, "
-                "RLOO, SFT and what inherits from them"
+                f"{type(trainer).__name__} did not put TRL's add_fused_lm_head on its {type(model).__name__}"
             )
         found.append((model, settings))
     for model, settings in found:
@@ -232,4 +264,5 @@ def add_fused_lm_head(
             aux_loss=aux_loss,
         )
 
+    forward.__dict__["fused"] = True
     model.forward = forward

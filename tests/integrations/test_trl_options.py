@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
+import sys
+import types
 from typing import Any
 
 import peft
 import pytest
+import tiny
 import torch
 import trl
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaForCausalLM, MixtralConfig, RobertaConfig
-from trl.trainer import utils
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    LlamaForCausalLM,
+    MixtralConfig,
+    RobertaConfig,
+)
+from trl.trainer import base_trainer, utils
 from trl_runs import V, build, run, same
 
 from align_engine.errors import BadInput
@@ -48,10 +60,6 @@ def capped() -> Any:
     return AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=3.0))
 
 
-def experimental(path: str, name: str) -> Any:
-    return getattr(importlib.import_module(f"trl.experimental.{path}"), name)
-
-
 CASES: dict[str, tuple[str, Any]] = {
     "checkpointing": ("sft", lambda: dict(gradient_checkpointing=True)),
     "reentrant checkpointing": (
@@ -71,8 +79,6 @@ CASES: dict[str, tuple[str, Any]] = {
     "entropy bonus": ("grpo", lambda: dict(entropy_coef=0.2)),
     "two rounds": ("grpo", lambda: dict(num_iterations=2, epsilon=0.01)),
     "head in float32": ("grpo", lambda: dict(cast_lm_head_to_fp32=True)),
-    "gmpo": ("grpo", lambda: dict(trainer=experimental("gmpo", "GMPOTrainer"))),
-    "bema": ("dpo", lambda: dict(trainer=experimental("bema_for_ref_model", "DPOTrainer"))),
 }  # fmt: skip
 AFTER = {"adapter, reference by switching it off", "precomputed reference", "soft prompt", "experts", "head in float32"}
 LOOSE = {"bfloat16 autocast": 3e-2}  # theirs rounds logits to bfloat16
@@ -187,12 +193,31 @@ def test_second_path_with_a_warning(trl_model):
 
 
 # -- what is refused, before training -----------------------------------------------------------------------------
-def test_refusals(trl_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("version", ["0.20.0", "0.29.1", "1.15.2", "1.17.0", "1.160.0", "2.0.0.dev0"])
+def test_other_releases(version, monkeypatch):
+    monkeypatch.setattr(trl, "__version__", version)
+    message = re.escape(f"TRL {version}: fuse is tested with 1.16; install trl==1.16.*")
+    for given in ((), (object(),)):
+        with pytest.raises(BadInput, match=message):
+            fuse(*given)
+
+
+def test_refusals(trl_model, tmp_path):
     with pytest.raises(BadInput, match="RewardTrainer does not take its log-probs through TRL's add_fused_lm_head"):
         fuse(build("reward", trl_model, tmp_path))
     gkd = type("GKDTrainer", (trl.SFTTrainer,), {})
     with pytest.raises(BadInput, match="GKDTrainer takes its loss from whole logits"):
         fuse(build("sft", trl_model, tmp_path, trainer=gkd))
+    cpo = importlib.import_module("trl.experimental.cpo")
+    data = Dataset.from_list(tiny.preference_rows(4))
+    config = cpo.CPOConfig(str(tmp_path), report_to=[], use_cpu=True, bf16=False)
+    given = dict(train_dataset=data, processing_class=AutoTokenizer.from_pretrained(trl_model))
+    with fuse():
+        with pytest.raises(BadInput, match=r"GKDTrainer takes .* build it outside of the `with fuse"):
+            build("sft", trl_model, tmp_path, trainer=gkd)
+        with pytest.raises(BadInput, match=r"CPOTrainer does not take .* fuse serves DPO, .* build it outside"):
+            cpo.CPOTrainer(str(trl_model), config, **given)
+    cpo.CPOTrainer(str(trl_model), config, **given)
     with fuse():
         for settings, message in ((dict(lora_dropout=0.1), r"lora_dropout = 0\.1"), (dict(use_dora=True), "DoRA")):
             with pytest.raises(BadInput, match=message):
@@ -200,18 +225,30 @@ def test_refusals(trl_model, tmp_path, monkeypatch):
     adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(trl_model), lora("lm_head")).get_base_model()
     with pytest.raises(BadInput, match="TRL's cast drops the adapter"):
         ours.add_fused_lm_head(adapted, cast_lm_head_to_fp32=True)
-    monkeypatch.setattr(trl, "__version__", "1.17.0")
-    with pytest.raises(BadInput, match=r"TRL 1\.17\.0: fuse is tested with 1\.16; install trl==1\.16\.\*"):
-        fuse()
 
 
-def test_a_block_ends(trl_model):
+def test_fused_once(trl_model, tmp_path):
+    with fuse():
+        trainer = build("sft", trl_model, tmp_path)
+    forward = trainer.model.forward
+    assert fuse(trainer).model.forward is forward
+
+
+def test_a_block_ends(trl_model, monkeypatch):
     names = [f"trl.trainer.{name}_trainer" for name in ours.TRAINERS]
     state = lambda: [(m.add_fused_lm_head, m.BaseTunerLayer) for m in map(importlib.import_module, names)]  # noqa: E731
     before = state()
+    late, start = types.ModuleType("trl.late"), base_trainer._BaseTrainer.__init__
     with fuse():
         assert all(hook is ours.add_fused_lm_head for hook, _ in state())
+        vars(late)["add_fused_lm_head"] = utils.add_fused_lm_head
+        monkeypatch.setitem(sys.modules, "trl.late", late)
+        with fuse():
+            pass
+        assert utils.add_fused_lm_head is ours.add_fused_lm_head
     assert state() == before and utils.add_fused_lm_head is before[0][0]
+    assert vars(late)["add_fused_lm_head"] is before[0][0]
+    assert base_trainer._BaseTrainer.__init__ is start
     undo = fuse()
     assert utils.add_fused_lm_head is ours.add_fused_lm_head
     undo.close()
