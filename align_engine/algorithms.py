@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from align_engine import online
-from align_engine.data import Batch, collate_marks, collate_pairs, collate_rollouts, collate_sft
-from align_engine.data.batches import IGNORE
+from align_engine.data.batches import IGNORE, Batch, collate_marks, collate_pairs, collate_rollouts, collate_sft
 from align_engine.errors import BadInput
 from align_engine.kto import reference_point
 from align_engine.recipe import Recipe, ReferenceFields, RmRecipe

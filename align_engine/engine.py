@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from align_engine import heads
 from align_engine.algorithms import Algorithm, metric_weight
 from align_engine.checkpoint import RunFolder
-from align_engine.data import Batch
+from align_engine.data.batches import Batch
 from align_engine.errors import RunFailed
 from align_engine.metrics import Sums
 from align_engine.policy import causal_model, fused_head

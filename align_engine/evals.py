@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from align_engine.data import collate_prompts, prepare
+from align_engine.data.batches import collate_prompts
+from align_engine.data.tokenize import prepare
 
 Checker = Callable[[dict[str, Any], str], float]  # (row, answer) -> grade
 

@@ -19,8 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from align_engine import rewards as scoring
 from align_engine.checkpoint import RunFolder
-from align_engine.data import Batch, collate_rollouts, epoch_order
-from align_engine.data.batches import IGNORE
+from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_order
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps

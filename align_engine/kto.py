@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 
-from align_engine.data import epoch_order
+from align_engine.data.batches import epoch_order
 from align_engine.errors import BadInput
 from align_engine.reference import reference_logps
 from align_engine.source import Micro

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align_engine import credit, heads
-from align_engine.data import Batch
-from align_engine.data.batches import IGNORE
+from align_engine.data.batches import IGNORE, Batch
 from align_kernels import LossOutput, grpo_loss, ppo_clip_loss, rloo_loss, value_loss
 from align_kernels.losses.grpo import LOSS_TYPES
 from align_kernels.losses.kl import KL_ESTIMATORS

@@ -564,23 +564,30 @@ def load(kind: type[R], path: str | Path) -> R:
         BadInput: no such file, not YAML, an unknown key (with the nearest known one), a value of the wrong type.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except OSError as error:
         raise BadInput(f"recipe {path}: {error.strerror or error}") from error
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, ValueError) as error:
         raise BadInput(f"recipe {path} is not readable YAML: {error}") from error
     if not isinstance(content, dict):
         raise BadInput(f"recipe {path} holds no `name: value` lines")
-    tree = _into_sections(kind(), content, path)
+    return typed(kind(), _into_sections(kind(), content, path), f"recipe {path}")
+
+
+def typed(recipe: R, changes: dict[str, dict[str, Any]], where: str) -> R:
+    """The recipe with `changes` (section -> field -> value); raises BadInput for a value that is not of its field's
+    type, with `where` in front."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind()), tree))
+        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(recipe), changes))
         return made
     except OmegaConfBaseException as error:
-        raise BadInput(f"recipe {path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def _into_sections(recipe: Recipe, content: dict[Any, Any], path: str | Path) -> dict[str, dict[str, Any]]:
@@ -639,7 +646,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         BadInput: naming each value and what it must be.
     """
-    values = flat(recipe)
+    values = flat(typed(recipe, {}, "recipe"))
     rules = [(name, bool(values[name]), "is required") for name in (*REQUIRED, "reward_funcs") if name in values]
     for text, (holds, names) in RANGES.items():
         rules += [(name, holds(values[name]), text) for name in names.split() if values.get(name) is not None]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from align_engine import policy
 from align_engine import source as sources
 from align_engine.checkpoint import RunFolder
-from align_engine.data import Batch
+from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.policy import fused_head
 from align_engine.source import Source

@@ -180,7 +180,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        from align_engine.data import collate_sft
+        from align_engine.data.batches import collate_sft
 
         rows = []
         for prompt, completion in zip(prompts, completions):

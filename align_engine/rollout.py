@@ -23,7 +23,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from align_engine.data import collate_prompts, split_order
+from align_engine.data.batches import collate_prompts, split_order
 from align_engine.errors import BadInput
 
 if TYPE_CHECKING:

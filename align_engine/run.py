@@ -21,7 +21,9 @@ from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
 from align_engine.callbacks import Callbacks, from_recipe
 from align_engine.checkpoint import RunFolder
-from align_engine.data import Batch, check_vocab, describe, load_rows, prepare
+from align_engine.data.batches import Batch
+from align_engine.data.sources import load_rows
+from align_engine.data.tokenize import check_vocab, describe, prepare
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
 from align_engine.experience import Prompts, Rollouts

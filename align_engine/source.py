@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from align_engine.data import Batch, epoch_order, split_order
+from align_engine.data.batches import Batch, epoch_order, split_order
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -116,7 +116,7 @@ def trl(method: str, folder: Path, shared: dict[str, Any], record: list[tuple[fl
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from align_engine.data import epoch_order
+    from align_engine.data.batches import epoch_order
 
     rows = load_dataset("json", data_files=str(folder / f"{method}.jsonl"), split="train")
     name = method.upper()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORE = -100
 
@@ -48,54 +49,38 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
 
-def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
-    """R rows of prompt_ids, completion_ids -> Batch with B = R. T is padded to a multiple of `multiple_of`."""
-    return _batch([(row["prompt_ids"], row["completion_ids"]) for row in rows], rows, pad_id, multiple_of)
+def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
+    """R rows of prompt_ids, completion_ids -> Batch with B = R."""
+    return _batch(rows, pad_id, "completion")
 
 
-def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
+def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
     """P rows of prompt_ids, chosen_ids, rejected_ids -> Batch with B = 2P, chosen first.
 
     Rows with `ref_chosen_logps` and `ref_rejected_logps` (TRL's names) fill `ref_logps` [2P] in the same order, rows
     with `margin` fill `margin` [P].
     """
-    sides = ("chosen", "rejected")
-    batch = _batch(
-        [(row["prompt_ids"], row[f"{side}_ids"]) for side in sides for row in rows], rows, pad_id, multiple_of
-    )
-    if "ref_chosen_logps" in rows[0]:
-        batch.ref_logps = torch.tensor(
-            [row[f"ref_{side}_logps"] for side in sides for row in rows], dtype=torch.float32
-        )
-    if "margin" in rows[0]:
-        batch.margin = torch.tensor([row["margin"] for row in rows], dtype=torch.float32)
+    batch = _batch(rows, pad_id, "chosen", "rejected")
+    batch.ref_logps = _numbers(rows, "ref_chosen_logps", "ref_rejected_logps")
+    batch.margin = _numbers(rows, "margin")
     return batch
 
 
-def collate_marks(rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int = 1) -> Batch:
+def collate_marks(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
     """R rows of prompt_ids, completion_ids, label, kl_completion_ids -> Batch with B = R, marks and `other`.
 
     Rows with `ref_logps` and `ref_KL_logps` (TRL's names) fill `ref_logps` [B] of the batch and of `other`.
     """
-    batch = collate_sft(rows, pad_id, multiple_of)
-    batch.desirable = torch.tensor([bool(row["label"]) for row in rows])
-    strangers = [(row["prompt_ids"], row["kl_completion_ids"]) for row in rows]
-    batch.other = _batch(strangers, rows, pad_id, multiple_of)
-    for part, name in ((batch, "ref_logps"), (batch.other, "ref_KL_logps")):
-        if name in rows[0]:
-            part.ref_logps = torch.tensor([row[name] for row in rows], dtype=torch.float32)
+    batch, other = _batch(rows, pad_id, "completion"), _batch(rows, pad_id, "kl_completion")
+    batch.ref_logps, other.ref_logps = _numbers(rows, "ref_logps"), _numbers(rows, "ref_KL_logps")
+    batch.desirable, batch.other = torch.tensor([bool(row["label"]) for row in rows]), other
     return batch
 
 
 def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompt ids -> (input_ids [B, T], attention_mask [B, T]), int64, padded on the left for generation."""
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, ids in enumerate(prompts):
-        input_ids[i, width - len(ids) :] = torch.tensor(ids, dtype=torch.int64)
-        attention_mask[i, width - len(ids) :] = 1
-    return input_ids, attention_mask
+    ids = [torch.tensor(prompt) for prompt in prompts]
+    return _padded(ids, pad_id, "left"), _padded([torch.ones_like(row) for row in ids], 0, "left")
 
 
 TOKEN_COLUMNS = ("ref_logps", "sampling_logps", "old_logps", "advantages", "values", "returns")
@@ -106,7 +91,7 @@ def collate_rollouts(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
 
     Rows that are `masked` have no targets.
     """
-    batch = _batch([(row["prompt_ids"], row["completion_ids"]) for row in rows], rows, pad_id, 1)
+    batch = collate_sft(rows, pad_id)
     for name in TOKEN_COLUMNS:
         if name in rows[0]:
             values = torch.cat([row[name] for row in rows])
@@ -127,17 +112,22 @@ def split_order(order: Sequence[int], size: int) -> list[list[int]]:
     return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 
-def _batch(
-    sequences: list[tuple[list[int], list[int]]], rows: Sequence[dict[str, Any]], pad_id: int, multiple_of: int
-) -> Batch:
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    width = -(-width // multiple_of) * multiple_of
-    input_ids = torch.full((len(sequences), width), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
-    for i, (prompt, completion) in enumerate(sequences):
-        ids, begin = torch.tensor([*prompt, *completion], dtype=torch.int64), max(len(prompt), 1)
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
-        targets[i, begin - 1 : len(ids) - 1] = ids[begin:]
-    return Batch(input_ids, attention_mask, targets, torch.tensor([row["index"] for row in rows], dtype=torch.int64))
+def _batch(rows: Sequence[dict[str, Any]], pad_id: int, *sides: str) -> Batch:
+    """All rows with their first side, then all with their second."""
+    ids, targets = [], []
+    for prompt, completion in [(row["prompt_ids"], row[f"{side}_ids"]) for side in sides for row in rows]:
+        whole, begin = [*prompt, *completion], max(len(prompt), 1)
+        ids.append(torch.tensor(whole))
+        targets.append(torch.tensor([IGNORE] * (begin - 1) + whole[begin:] + [IGNORE]))
+    mask, index = _padded([torch.ones_like(row) for row in ids], 0), torch.tensor([row["index"] for row in rows])
+    return Batch(_padded(ids, pad_id), mask, _padded(targets, IGNORE), index)
+
+
+def _padded(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def _numbers(rows: Sequence[dict[str, Any]], *names: str) -> Tensor | None:
+    """The columns one behind the other, float32; None where the rows have none."""
+    if names[0] in rows[0]:
+        return torch.tensor([row[name] for name in names for row in rows], dtype=torch.float32)

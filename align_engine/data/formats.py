@@ -21,7 +21,6 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from align_engine.data.errors import DataError
 from align_engine.errors import BadInput
 
 Kind = Literal["sft", "preference", "unpaired", "prompt"]
@@ -37,20 +36,23 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {  # the first that fits is ta
 
 
 class BadRow(Exception):
-    """One row that cannot be used; its text is the reason."""
+    """One row that cannot be used; its text is the reason, and `kind` says who decides: the recipe's `bad_rows` ("bad")
+    or `overlong` ("long"), or nobody ("drop")."""
+
+    def __init__(self, reason: str, kind: str = "bad") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 def detect_layout(columns: Sequence[str], kind: Kind) -> tuple[str, ...]:
-    """The columns to train on, e.g. ("prompt", "chosen", "rejected"). Raises DataError where no layout fits."""
-    if kind not in LAYOUTS:
-        raise BadInput(f"unknown kind of data '{kind}', expected one of {', '.join(LAYOUTS)}")
+    """The columns to train on, e.g. ("prompt", "chosen", "rejected"). Raises BadInput where no layout fits."""
     for layout in LAYOUTS[kind]:
         if set(layout) <= set(columns):
             return layout
     wanted = " or ".join(" + ".join(f"'{key}'" for key in layout) for layout in LAYOUTS[kind])
     others = [other for other in LAYOUTS if other != kind and any(set(one) <= set(columns) for one in LAYOUTS[other])]
     hint = f"; these rows look like {others[0]} data" if others else ""
-    raise DataError(f"{kind} data needs the columns {wanted}, but there are {sorted(columns)}{hint}")
+    raise BadInput(f"{kind} data needs the columns {wanted}, but there are {sorted(columns)}{hint}")
 
 
 def is_conversational(value: Any) -> bool:

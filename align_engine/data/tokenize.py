@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import datasets
 import pyarrow.compute
 
 from align_engine.data.encoder import Encoder
-from align_engine.data.errors import DataError
 from align_engine.data.formats import BadRow, Kind, detect_layout, normalise, template_arguments
-from align_engine.data.limits import Limits, TooLong, fit
+from align_engine.data.limits import fit
 from align_engine.errors import BadInput
 
 pc: Any = pyarrow.compute
-CARRIED = {
-    "preference": ("margin", "chosen_rank", "rejected_rank"),
-    "unpaired": ("label",),
-}  # columns of numbers that rows may have besides
+CARRIED = {"preference": ("margin", "chosen_rank", "rejected_rank"), "unpaired": ("label",)}  # numbers beside the texts
+WAYS = {"bad": "bad_rows='drop' leaves them out", "long": "overlong='truncate' or 'drop' goes on"}
 SIDES = {"sft": ("completion",), "unpaired": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 
 
@@ -50,67 +46,60 @@ def prepare(
     drops such rows, "error" raises. `bad_rows` says what to do with rows that lack a value, hold a wrong type, an empty
     completion, or a chosen equal to its rejected. The work is cached by `datasets` and shared by `num_proc` processes.
 
-    Raises DataError (a BadInput, a ValueError): missing columns, bad rows, no row left. BadInput: bad settings, a
-    tokenizer without a chat template or an EOS token where one is needed.
+    Raises BadInput: missing columns, bad rows, no row left; a tokenizer without a chat template or an EOS token where
+    one is needed.
     """
-    if bad_rows not in ("error", "drop"):
-        raise BadInput(f"bad_rows='{bad_rows}': expected 'error' or 'drop'")
-    own = ["prompt_ids", *(f"{side}_ids" for side in SIDES[kind])]
-    if kind != "unpaired" and set(own) <= set(rows.column_names):
-        kept = rows.select_columns(own).add_column("index", list(range(len(rows))))
-        longest = max(map(sum, zip(_lengths(kept, "prompt_ids"), _longest_side(kept, SIDES[kind]))))
-        return kept, {"rows": len(rows), "kept": len(rows), "dropped": {}, "changed": {}, "longest": longest}
+    sides, settings = SIDES[kind], {"max_length": max_length, "max_prompt_length": max_prompt_length}
     if kind == "unpaired" and "label" not in rows.column_names and "rejected" in rows.column_names:
-        limits: Any = {"max_length": max_length, "max_prompt_length": max_prompt_length, "overlong": overlong}
-        kept, report = prepare(rows, tokenizer, "preference", **limits, bad_rows=bad_rows, num_proc=num_proc)
+        more: Any = {"overlong": overlong, "bad_rows": bad_rows, "num_proc": num_proc}
+        kept, report = prepare(rows, tokenizer, "preference", **settings, **more)
         report["changed"]["pairs, each split into a desirable and an undesirable row"] = len(kept)
         return _split_pairs(kept), report
-    layout = tuple(name for name in detect_layout(rows.column_names, kind) if name != "label")
-    ids = datasets.List(datasets.Value("int32"))
-    columns = {name: ids for name in ("prompt_ids", *(f"{side}_ids" for side in SIDES[kind]))}
+    names = ["prompt_ids", *(f"{side}_ids" for side in sides)]
+    ready = kind != "unpaired" and set(names) <= set(rows.column_names)
+    layout = () if ready else tuple(name for name in detect_layout(rows.column_names, kind) if name != "label")
+    text, number = datasets.Value("string"), datasets.Value("int64")
+    columns = dict.fromkeys(names, datasets.List(datasets.Value("int32")))
     done = rows.map(
         _encode_row,
         with_indices=True,
-        fn_kwargs={
-            "encoder": Encoder(tokenizer),
-            "layout": layout,
-            "sides": SIDES[kind],
-            "limits": Limits(max_length, max_prompt_length, overlong),
-        },
+        fn_kwargs=settings
+        | {"encoder": Encoder(tokenizer), "layout": layout, "sides": sides, "truncate": overlong == "truncate"},
         remove_columns=rows.column_names,
         features=datasets.Features(
-            {
-                "index": datasets.Value("int64"),
-                **columns,
-                "status": datasets.Value("string"),
-                "notes": datasets.List(datasets.Value("string")),
-            }
+            {"index": number, **columns, "length": number, "status": text, "notes": datasets.List(text)}
         ),
         num_proc=num_proc,
         desc=f"Tokenising {kind} data",
     )
-    status = done["status"][:]
-    report = _report(status, done["notes"][:])
-    _raise_where_asked(status, report, {"bad": bad_rows == "error", "long": overlong == "error"})
-    kept = done.select([i for i, reason in enumerate(status) if not reason]).remove_columns(["status", "notes"])
-    kept = _carry(rows, kept, kind)
-    report["longest"] = max(map(sum, zip(_lengths(kept, "prompt_ids"), _longest_side(kept, SIDES[kind]))))
-    return kept, report
+    dropped: dict[str, list[int]] = {}
+    for i, status in enumerate(done["status"]):
+        if status:
+            dropped.setdefault(status, []).append(i)
+    kept = done.filter(lambda status: not status, input_columns="status")
+    _refuse(dropped, len(rows), len(kept), {"bad": bad_rows, "long": overlong})
+    report = {
+        "rows": len(rows),
+        "kept": len(kept),
+        "longest": max(kept["length"]),
+        "dropped": {status.partition(": ")[2]: where for status, where in dropped.items()},
+        "changed": dict(Counter(note for notes in done["notes"] for note in notes)),
+    }
+    return _carry(rows, kept.remove_columns(["length", "status", "notes"]), kind), report
 
 
 def describe(report: dict[str, Any]) -> str:
     """The report of `prepare` as lines for the terminal."""
     lines = [f"{report['kept']} of {report['rows']} rows kept, the longest of {report['longest']} tokens"]
-    for reason, count in report["dropped"].items():
-        lines.append(f"dropped {count}: {reason} ({_row_numbers(report['dropped_rows'][reason], count)})")
-    lines += [f"changed {count}: {note}" for note, count in report["changed"].items()]
-    return "\n".join(lines)
+    lines += [f"dropped {len(where)}: {reason} ({_rows(where)})" for reason, where in report["dropped"].items()]
+    return "\n".join([*lines, *(f"changed {count}: {note}" for note, count in report["changed"].items())])
 
 
 def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
-    """Raise ValueError, naming the id and the row, where a token id does not fit a model with `vocab_size` tokens."""
+    """Raise BadInput, naming the id and the row, where a token id does not fit a model with `vocab_size` tokens."""
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
-    for table in _tables(dataset):
+    table: Any
+    for table in dataset.with_format("arrow").iter(batch_size=10_000):
         for name in columns:
             largest = pc.max(pc.list_flatten(table[name])).as_py()
             if largest is not None and largest >= vocab_size:
@@ -123,40 +112,41 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
 
 
 def _encode_row(
-    row: dict[str, Any],
-    index: int,
-    *,
-    encoder: Encoder,
-    layout: tuple[str, ...],
-    sides: tuple[str, ...],
-    limits: Limits,
+    row: dict[str, Any], index: int, *, encoder: Encoder, layout: tuple[str, ...], sides: tuple[str, ...], **limits: Any
 ) -> dict[str, Any]:
-    out = {"index": index, "prompt_ids": [], **{f"{side}_ids": [] for side in sides}, "status": "", "notes": []}
+    ids, notes, status = [[] for _ in ("prompt", *sides)], [], ""
     try:
-        parts, arguments = normalise(row, layout), template_arguments(row)
-        notes: list[str] = []
-        if not sides:
-            prompt, completions = encoder.prompt(parts["prompt"], arguments), []
-        elif "prompt" in parts:
-            prompt, completions, notes = encoder.split(parts["prompt"], [parts[side] for side in sides], arguments)
-        else:
-            prompt, completions = [], [encoder.whole(parts[layout[0]], arguments)]
-        prompt, completions, cuts = fit(prompt, completions, limits, encoder.bos)
+        if layout:
+            ids, notes = _ids(row, encoder, layout, sides, limits)
+        else:  # ids already
+            ids = [row["prompt_ids"], *(row[f"{side}_ids"] for side in sides)]
     except BadRow as error:
-        return {**out, "status": f"bad: {error}"}
-    except TooLong as error:
-        return {**out, "status": f"long: {error}"}
+        status = f"{error.kind}: {error}"
+    columns = dict(zip(["prompt_ids", *(f"{side}_ids" for side in sides)], ids))
+    length = len(ids[0]) + max(map(len, ids[1:]), default=0)
+    return {"index": index, **columns, "length": length, "status": status, "notes": notes}
+
+
+def _ids(
+    row: dict[str, Any], encoder: Encoder, layout: tuple[str, ...], sides: tuple[str, ...], limits: dict[str, Any]
+) -> tuple[list[list[int]], list[str]]:
+    """([ids of the prompt, of each side], what was changed); raises BadRow."""
+    parts, arguments = normalise(row, layout), template_arguments(row)
+    notes: list[str] = []
+    if not sides:
+        prompt, completions = encoder.prompt(parts["prompt"], arguments), []
+    elif "prompt" in parts:
+        prompt, completions, notes = encoder.split(parts["prompt"], [parts[side] for side in sides], arguments)
+    else:
+        prompt, completions = [], [encoder.whole(parts[layout[0]], arguments)]
+    prompt, completions, cuts = fit(prompt, completions, encoder.bos, **limits)
     if any(len(completion) < 2 - bool(prompt) for completion in completions):
-        return {**out, "status": "drop: no completion token is left to predict"}
+        raise BadRow("no completion token is left to predict", "drop")
     if len(completions) == 2 and completions[0] == completions[1]:
-        return {
-            **out,
-            "status": "drop: chosen and rejected are the same tokens" + (" after truncation" if cuts else ""),
-        }
+        raise BadRow("chosen and rejected are the same tokens" + (" after truncation" if cuts else ""), "drop")
     if not sides and not prompt:
-        return {**out, "status": "bad: 'prompt' is empty"}
-    ids = {f"{side}_ids": completion for side, completion in zip(sides, completions)}
-    return {**out, "prompt_ids": prompt, **ids, "notes": [*dict.fromkeys(notes), *cuts]}
+        raise BadRow("'prompt' is empty")
+    return [prompt, *completions], [*dict.fromkeys(notes), *cuts]
 
 
 def _carry(rows: datasets.Dataset, kept: datasets.Dataset, kind: Kind) -> datasets.Dataset:
@@ -165,7 +155,7 @@ def _carry(rows: datasets.Dataset, kept: datasets.Dataset, kind: Kind) -> datase
     for name in names:
         column = part[name][:]
         if wrong := [i for i, x in zip(kept["index"], column) if not isinstance(x, (int, float)) or x != x]:
-            raise DataError(f"'{name}' must be a number: row {wrong[0]} (counted from 0) has none")
+            raise BadInput(f"'{name}' must be a number: row {wrong[0]} (counted from 0) has none")
         kept = kept.add_column(name, column)
     return kept
 
@@ -182,53 +172,21 @@ def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
     return pairs.map(split, batched=True, remove_columns=pairs.column_names, desc="Splitting pairs")
 
 
-def _report(status: list[str], notes: list[list[str]]) -> dict[str, Any]:
-    dropped: dict[str, list[int]] = {}
-    for i, reason in enumerate(status):
-        if reason:
-            dropped.setdefault(reason.partition(": ")[2], []).append(i)
-    return {
-        "rows": len(status),
-        "kept": sum(not reason for reason in status),
-        "dropped": {reason: len(where) for reason, where in dropped.items()},
-        "dropped_rows": {reason: where[:5] for reason, where in dropped.items()},
-        "changed": dict(Counter(note for row in notes for note in row)),
-    }
+def _refuse(dropped: dict[str, list[int]], rows: int, kept: int, asked: dict[str, str]) -> None:
+    """Raise BadInput where rows are dropped for a reason that the recipe asks an error for, or none is left."""
+    kinds = [kind for kind, way in asked.items() if way == "error" and any(one.startswith(kind) for one in dropped)]
+    if kept and not kinds:
+        return
+    refused = {status: where for status, where in dropped.items() if status.partition(":")[0] in kinds}
+    count = sum(map(len, refused.values()))
+    head = f"{count} of {rows} rows cannot be used:" if refused else f"none of {rows} rows is left:"
+    reasons = [
+        f"{len(where)} x {status.partition(': ')[2]} ({_rows(where)})" for status, where in (refused or dropped).items()
+    ]
+    hints = [f"({'; '.join(WAYS[kind] for kind in kinds)})"] if kept else []
+    raise BadInput("\n  ".join([head, *reasons, *hints]))
 
 
-def _raise_where_asked(status: list[str], report: dict[str, Any], forbidden: dict[str, bool]) -> None:
-    counts = Counter(reason for reason in status if forbidden.get(reason.partition(": ")[0]))
-    if counts or not report["kept"]:
-        reasons = [reason.partition(": ")[2] for reason in counts] or list(report["dropped"])
-        lines = [
-            f"{report['dropped'][one]} x {one} ({_row_numbers(report['dropped_rows'][one], report['dropped'][one])})"
-            for one in reasons
-        ]
-        ways = {"bad": "bad_rows='drop' leaves them out", "long": "overlong='truncate' or 'drop' goes on"}
-        hints = [way for key, way in ways.items() if any(reason.startswith(key) for reason in counts)]
-        head = (
-            f"{counts.total()} of {report['rows']} rows cannot be used"
-            if counts
-            else f"none of {report['rows']} rows is left"
-        )
-        tail = f"\n  ({'; '.join(hints)})" if hints and report["kept"] else ""
-        raise DataError("\n  ".join([head + ":", *lines]) + tail, dict(report["dropped"]))
-
-
-def _row_numbers(where: list[int], count: int) -> str:
-    more = ", ..." if count > len(where) else ""
-    return f"{'rows' if count > 1 else 'row'} {', '.join(str(i) for i in where)}{more}, counted from 0"
-
-
-def _lengths(dataset: datasets.Dataset, column: str) -> list[int]:
-    return [length for table in _tables(dataset) for length in pc.list_value_length(table[column]).to_pylist()]
-
-
-def _longest_side(dataset: datasets.Dataset, sides: tuple[str, ...]) -> list[int]:
-    columns = [_lengths(dataset, f"{side}_ids") for side in sides]
-    return [max(lengths) for lengths in zip(*columns)] if columns else [0] * len(dataset)
-
-
-def _tables(dataset: datasets.Dataset) -> Iterator[Any]:
-    """The rows as Arrow tables: ids of long data sets are counted without making Python lists of them."""
-    return dataset.with_format("arrow").iter(batch_size=10_000)
+def _rows(where: list[int]) -> str:
+    more = ", ..." if len(where) > 5 else ""
+    return f"{'rows' if len(where) > 1 else 'row'} {', '.join(map(str, where[:5]))}{more}, counted from 0"

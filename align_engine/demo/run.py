@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align_engine import recipe as recipes
-from align_engine.data import load_rows
+from align_engine.data.sources import load_rows
 from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
 from align_engine.evals import Score, score

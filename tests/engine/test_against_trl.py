@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import metrics
-from align_engine.data import epoch_order
+from align_engine.data.batches import epoch_order
 from align_engine.run import train
 
 STEPS, SEED = 20, 42

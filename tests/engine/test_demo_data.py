@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine.data import load_rows, prepare
+from align_engine.data.sources import load_rows
+from align_engine.data.tokenize import prepare
 from align_engine.demo import check, make_demo
 from align_engine.demo.make import distinct_questions, graded_answers
 from align_engine.demo.task import FORMS, MAKERS, careful, careless, chatty, hasty

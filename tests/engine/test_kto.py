@@ -7,7 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import metrics
-from align_engine.data import DataError, epoch_order, load_rows, prepare
+from align_engine.data.batches import epoch_order
+from align_engine.data.sources import load_rows
+from align_engine.data.tokenize import prepare
 from align_engine.errors import BadInput
 from align_engine.kto import class_weights, with_strangers
 from align_engine.recipe import KtoLoss, KtoRecipe
@@ -55,7 +57,7 @@ def test_pairs_are_taken_apart(model, pairs):
 def test_a_mark_that_is_none_is_refused(model, tmp_path):
     rows = [row | {"label": None if i == 5 else row["label"]} for i, row in enumerate(tiny.mark_rows(8))]
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(DataError, match="'label' must be a number: row 5"):
+    with pytest.raises(BadInput, match="'label' must be a number: row 5"):
         prepare(load_rows(path), AutoTokenizer.from_pretrained(model), "unpaired")
 
 

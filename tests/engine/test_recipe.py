@@ -54,6 +54,16 @@ def test_all_that_is_wrong_is_said_at_once():
         assert text in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_length", 1), ("max_prompt_length", 0), ("overlong", "cut"), ("bad_rows", "x")]
+)
+def test_a_recipe_made_in_python_is_held_to_the_same(name, value):
+    made = DpoRecipe()
+    setattr(made.data, name, value)
+    with pytest.raises(BadInput, match=f"{name}.*{value}"):
+        recipes.check(made)
+
+
 def test_where_a_run_writes_does_not_change_what_it_is():
     one, two = DpoRecipe(), DpoRecipe()
     two.output.output_dir, two.output.overwrite = "elsewhere", True

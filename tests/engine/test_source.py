@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from align_engine.data import collate_sft
+from align_engine.data.batches import collate_sft
 from align_engine.metrics import Sums
 from align_engine.source import Source, rows_seen, total_steps
 
