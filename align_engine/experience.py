@@ -79,7 +79,7 @@ class Prompts:
     def __post_init__(self) -> None:
         self.settings, self.seed = self.recipe.rollout, self.recipe.train.seed
         check_server(self.settings)
-        self.scorers = scoring.load_rewards(self.settings.reward_funcs, self.accelerator.device)
+        self.scorers = [scoring.load_reward(spec, self.accelerator.device) for spec in self.settings.reward_funcs]
 
     def sampler(self, model: Any) -> Sampler:
         """Of this model, or of the server that the recipe names."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
     from align_engine.experience import Experience
     from align_engine.recipe import DirectRecipe, GrpoRecipe, PpoRecipe
 
-NOT_OF_THE_LOSS = ("scale_rewards", "num_iterations", "vllm_importance_sampling_correction")
 Given = tuple[dict[str, Tensor], dict[str, Any]]  # (columns of the rollout [R, T], metrics)
 
 
@@ -32,20 +33,19 @@ def mismatch(batch: Batch, logps: Tensor | None) -> dict[str, Tensor]:
     return {"sampling/sampling_logp_difference/mean": difference}
 
 
+def given(fused: Callable[..., LossOutput], batch: Batch, recipe: Any, num_items: float) -> dict[str, Any]:
+    """Keywords of a loss of the kernels: what each takes, and the fields of the recipe's `loss` that it has."""
+    known, settings = inspect.signature(fused).parameters, vars(recipe.loss)
+    shared = {"targets": batch.targets, "old_logps": batch.old_logps, "advantages": batch.advantages}
+    return {name: settings[name] for name in known if name in settings} | shared | {"num_items": num_items}
+
+
 def direct(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecipe, num_items: float) -> LossOutput:
     """The policy gradient of whole completions; their ratio is clipped where a rollout serves several steps."""
     assert batch.advantages is not None
     first = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
-    out = rloo_loss(
-        hidden,
-        targets=batch.targets,
-        old_logps=batch.old_logps,
-        advantages=batch.advantages.gather(1, first)[:, 0],
-        epsilon=recipe.loss.epsilon,
-        epsilon_high=recipe.loss.epsilon_high,
-        num_items=num_items,
-        **head,
-    )
+    one = {"advantages": batch.advantages.gather(1, first)[:, 0]}
+    out = rloo_loss(hidden, **given(rloo_loss, batch, recipe, num_items) | one, **head)
     return out._replace(metrics=out.metrics | mismatch(batch, batch.old_logps))
 
 
@@ -64,24 +64,17 @@ def direct_credit(found: Experience, recipe: DirectRecipe, state: dict[str, Any]
 
 
 def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe, num_items: float) -> LossOutput:
-    """The GRPO family; the fields of the recipe's `loss` are the kernel's keywords, but for those of the credit."""
-    assert batch.advantages is not None
-    options = {name: value for name, value in vars(recipe.loss).items() if name not in NOT_OF_THE_LOSS}
-    if options["loss_type"] == "bnpo":  # dapo whose batch is one forward pass; here it is the whole window
-        options["loss_type"] = "dapo"
-    out = grpo_loss(
-        hidden,
-        targets=batch.targets,
-        old_logps=batch.old_logps,
-        advantages=batch.advantages,
-        ref_logps=batch.ref_logps,
-        sampling_logps=batch.sampling_logps if recipe.loss.vllm_importance_sampling_correction else None,
-        max_completion_length=recipe.rollout.max_completion_length,
-        num_items=num_items,
-        num_tokens=num_items if options["entropy_coef"] else None,
-        **options,
-        **head,
-    )
+    """The GRPO family."""
+    options = recipe.loss
+    more = {
+        "ref_logps": batch.ref_logps,
+        "sampling_logps": batch.sampling_logps if options.vllm_importance_sampling_correction else None,
+        "max_completion_length": recipe.rollout.max_completion_length,
+        "num_tokens": num_items if options.entropy_coef else None,
+        # bnpo is dapo whose batch is one forward pass; here it is the whole window
+        "loss_type": "dapo" if options.loss_type == "bnpo" else options.loss_type,
+    }
+    out = grpo_loss(hidden, **given(grpo_loss, batch, recipe, num_items) | more, **head)
     return out._replace(metrics=out.metrics | mismatch(batch, out.logps))
 
 
@@ -127,25 +120,14 @@ def ppo(
 ) -> LossOutput:
     """The clipped surrogate, and vf_coef times the clipped value loss."""
     assert batch.values is not None and batch.returns is not None
-    assert batch.old_logps is not None and batch.advantages is not None
-    options, tokens = recipe.loss, max(batch.num_tokens, 1)
-    policy = ppo_clip_loss(
-        hidden,
-        targets=batch.targets,
-        old_logps=batch.old_logps,
-        advantages=batch.advantages,
-        cliprange=options.cliprange,
-        entropy_coef=options.entropy_coef,
-        dual_clip=options.dual_clip,
-        num_items=num_items,
-        **head,
-    )
-    mask, clip = batch.targets != IGNORE, options.cliprange_value
+    tokens, mask = max(batch.num_tokens, 1), batch.targets != IGNORE
+    policy = ppo_clip_loss(hidden, **given(ppo_clip_loss, batch, recipe, num_items), **head)
+    clip = recipe.loss.cliprange_value
     value = value_loss(values, batch.values, batch.returns, mask, cliprange_value=clip, num_items=num_items)
     metrics = policy.metrics | value.metrics | mismatch(batch, policy.logps)
     metrics["loss/policy_avg"] = policy.loss.detach() * num_items / tokens
     metrics["loss/value_avg"] = value.loss.detach() * num_items / tokens
-    return policy._replace(loss=policy.loss + options.vf_coef * value.loss, metrics=metrics)
+    return policy._replace(loss=policy.loss + recipe.loss.vf_coef * value.loss, metrics=metrics)
 
 
 def ppo_credit(found: Experience, recipe: PpoRecipe, state: dict[str, Any]) -> Given:

@@ -665,6 +665,7 @@ def check(recipe: Recipe) -> None:
         ("reference", not kind.startswith("adapter") or peft, "needs --use_peft: there are no adapters"),
         ("ref_model_name_or_path", kind not in ("none", "ema", "adapter-off", "adapter-copy")
          or not get("ref_model_name_or_path"), f"is another reference than reference = {kind!r}"),
+        ("reward_funcs", len(scorers) == 1 or "human" not in scorers, "takes 'human' alone, without other scorers"),
         ("eval_dataset_name", not values["eval_dataset_name"] or scorers != ["human"], "needs a scorer, not people"),
         ("server_weights", not get("server_weights") or get("server_base_url"), "needs server_base_url"),
         ("server_weights", not (get("server_weights") and peft), "needs use_peft: false"),

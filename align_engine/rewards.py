@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,16 +22,19 @@ from torch import Tensor
 
 from align_engine import heads
 from align_engine.credit import nanstd
+from align_engine.data.batches import collate_sft
+from align_engine.data.encoder import Encoder
 from align_engine.data.formats import is_conversational
 from align_engine.errors import BadInput, RunFailed
-from align_engine.http import post_all
 from align_engine.importing import load_object
+from align_engine.policy import load_tokenizer
+from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.server import post_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from align_engine.checkpoint import RunFolder
-    from align_engine.recipe import RolloutSection
 
 HUMAN = "human"
 HTTP_CHUNK = 16  # completions of one request to a scorer
@@ -60,34 +64,26 @@ def part(answers: dict[str, list[Any]], start: int, end: int) -> dict[str, list[
     return {name: values[start:end] for name, values in answers.items()}
 
 
-def load_rewards(specs: Sequence[str], device: torch.device) -> list[Reward]:
-    """A scorer for each of the recipe's `reward_funcs`.
+def load_reward(spec: str, device: torch.device) -> Reward:
+    """The scorer that one of the recipe's `reward_funcs` stands for.
 
     Args:
-        specs: "package.module:function", "path/to/file.py:function", the folder or hub name of a reward model,
+        spec: "package.module:function", "path/to/file.py:function", the folder or hub name of a reward model,
             "http://..." of a scorer, or "human".
         device: of reward models.
     Raises:
         BadInput: nothing of that name.
     """
-    return [_load(spec, device) for spec in specs]
-
-
-def _load(spec: str, device: torch.device) -> Reward:
     if spec == HUMAN:
-        return Reward(HUMAN, _people)
+        return Reward(HUMAN, human_scores)
     if spec.startswith(("http://", "https://")):
-        return Reward("http", _http_scorer(spec))
+        return Reward("http", partial(_ask, spec))
     if ":" not in spec:
         return Reward(Path(spec).name, RewardModel(spec, device))
     function = load_object(spec, "reward_funcs")
     if not callable(function):
         raise BadInput(f"reward_funcs: {spec!r} is not a function")
     return Reward(spec.rpartition(":")[2], function)
-
-
-def _people(**_: Any) -> None:
-    raise BadInput("reward_funcs: 'human' stands alone, without other scorers")
 
 
 def score(rewards: Sequence[Reward], answers: dict[str, list[Any]]) -> Tensor:
@@ -144,18 +140,14 @@ def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, gro
     return {name: float(value) for name, value in found.items()}
 
 
-def _http_scorer(url: str) -> Callable[..., list[float | None]]:
+async def _ask(url: str, completion_ids: list[list[int]], **columns: list[Any]) -> list[float | None]:
     """POSTs {"prompts": [...], "completions": [...], ...columns}, expects {"scores": [...]}."""
-
-    def fn(completion_ids: list[list[int]], **columns: list[Any]) -> list[float | None]:
-        starts = range(0, len(completion_ids), HTTP_CHUNK)
-        replies = post_all(url, [part(columns, start, start + HTTP_CHUNK) for start in starts], concurrency=16)
-        try:
-            return [value for reply in replies for value in reply["scores"]]
-        except (KeyError, TypeError) as error:
-            raise RunFailed(f"{url} answered {replies[0]!r:.200}, expected {{'scores': [...]}}") from error
-
-    return fn
+    starts = range(0, len(completion_ids), HTTP_CHUNK)
+    replies = await post_all(url, [part(columns, start, start + HTTP_CHUNK) for start in starts])
+    try:
+        return [value for reply in replies for value in reply["scores"]]
+    except (KeyError, TypeError) as error:
+        raise RunFailed(f"{url} answered {replies[0]!r:.200}, expected {{'scores': [...]}}") from error
 
 
 class RewardModel:
@@ -168,10 +160,6 @@ class RewardModel:
     """
 
     def __init__(self, path: str, device: torch.device, batch_size: int = 32) -> None:
-        from align_engine.data.encoder import Encoder
-        from align_engine.policy import load_tokenizer
-        from align_engine.recipe import ModelSection
-
         tokenizer = load_tokenizer(path, distinct_pad=True)
         model: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
         self.model = model.to(device).eval().requires_grad_(False)
@@ -180,8 +168,6 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        from align_engine.data.batches import collate_sft
-
         rows = []
         for prompt, completion in zip(prompts, completions):
             prompt_ids, (ids,), _notes = self.encoder.split(prompt, [completion], {"tools": None})

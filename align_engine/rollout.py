@@ -6,8 +6,7 @@ whatever the number of processes, and each has a seed of its own. So nothing abo
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +84,8 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     """A sampler that runs the policy itself, with its KV cache.
 
     Args:
-        model: a causal LM of transformers, bare or inside accelerate's wrappers; put in eval mode for the call.
+        model: a causal LM of transformers, bare or inside accelerate's wrappers; put in eval mode for the call, which
+            leaves training's random numbers untouched.
         tokenizer: its tokenizer; the pad token may be the EOS token.
         settings: max_completion_length, temperature, top_p, top_k, stop_strings.
     Raises:
@@ -99,9 +99,7 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     config = GenerationConfig(
         max_new_tokens=settings.max_completion_length,
         do_sample=True,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
+        **{name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")},
         eos_token_id=eos,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -118,13 +116,18 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
         input_ids, mask = (x.to(device) for x in collate_prompts(prompts, tokenizer.pad_token_id))
         ends = Ends(input_ids.shape[1], len(prompts), torch.tensor(eos, device=device), stop)
         recorder = Recorder(settings.temperature)
-        with generating(inner, config, seed):
-            out = inner.generate(
-                input_ids=input_ids,
-                attention_mask=mask,
-                logits_processor=LogitsProcessorList([recorder]),
-                stopping_criteria=StoppingCriteriaList([ends]),
-            )
+        watchers = {
+            "logits_processor": LogitsProcessorList([recorder]),
+            "stopping_criteria": StoppingCriteriaList([ends]),
+        }
+        training, before = inner.training, inner.generation_config
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            try:
+                inner.eval().generation_config = config  # in place of the model's own, which may hold penalties
+                out = inner.generate(input_ids=input_ids, attention_mask=mask, **watchers)
+            finally:
+                inner.train(training).generation_config = before
         recorder.take(out)
         new, logps = out[:, input_ids.shape[1] :].cpu(), torch.cat(recorder.logps, 1).cpu()
         lengths = ends.lengths.tolist()
@@ -134,21 +137,6 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
         ]
 
     return sample
-
-
-@contextlib.contextmanager
-def generating(model: Any, config: GenerationConfig, seed: int) -> Iterator[None]:
-    """Eval mode, `config` in place of the model's own (which may hold penalties), and random numbers that leave those
-    of training untouched."""
-    training, before = model.training, model.generation_config
-    device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        try:
-            model.eval().generation_config = config
-            yield
-        finally:
-            model.train(training).generation_config = before
 
 
 def sample_all(

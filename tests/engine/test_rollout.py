@@ -131,24 +131,24 @@ class Handler(BaseHTTPRequestHandler):
             fails = len(here.posts) % 3 == 0 and key not in here.failed
             here.failed |= {key} if fails else set()
         time.sleep(0.005)
-        try:
-            if fails:
-                self.reply(503, {"error": "busy"})
-            elif self.path == "/v1/completions":
-                with here.lock:
-                    (one,) = here.sampler([body["prompt"]], body["seed"])
-                choice = {"text": here.tokenizer.decode(one.ids, skip_special_tokens=True),
-                          "finish_reason": "stop" if one.ended else "length"}  # fmt: skip
-                if here.token_ids:
-                    choice |= {"token_ids": one.ids, "logprobs": {"token_logprobs": one.logps.tolist()}}
-                self.reply(200, {"choices": [choice]})
-            elif self.path == "/score":
-                self.reply(200, {"scores": [len(text.split()) or None for text in body["completions"]]})
-            else:
-                self.reply(200 if self.path in ("/collective_rpc", "/reset_prefix_cache") else 404, {})
-        finally:
+        code, content = (503, {"error": "busy"}) if fails else self.answer(body)
+        with here.lock:  # before the reply: after it the client may ask again
+            here.now -= 1
+        self.reply(code, content)
+
+    def answer(self, body):
+        here = self.server
+        if self.path == "/v1/completions":
             with here.lock:
-                here.now -= 1
+                (one,) = here.sampler([body["prompt"]], body["seed"])
+            choice = {"text": here.tokenizer.decode(one.ids, skip_special_tokens=True),
+                      "finish_reason": "stop" if one.ended else "length"}  # fmt: skip
+            if here.token_ids:
+                choice |= {"token_ids": one.ids, "logprobs": {"token_logprobs": one.logps.tolist()}}
+            return 200, {"choices": [choice]}
+        if self.path == "/score":
+            return 200, {"scores": [len(text.split()) or None for text in body["completions"]]}
+        return (200 if self.path in ("/collective_rpc", "/reset_prefix_cache") else 404), {}
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ def test_a_function_that_gives_too_little_is_refused():
 
 
 def test_an_http_scorer(serve):
-    (scorer,) = rewards.load_rewards([f"{serve().url}/score"], torch.device("cpu"))
+    scorer = rewards.load_reward(f"{serve().url}/score", torch.device("cpu"))
     scores = rewards.score([scorer], answers(*["a b c", ""] * 20))
     assert scores[:2, 0].nan_to_num(-1).tolist() == [3.0, -1.0] and len(scores) == 40
 
@@ -250,7 +250,7 @@ def test_a_reward_model_scores_as_it_was_trained(model, pairs, tmp_path):
 
     folder = train("rm", tiny.recipe(RmRecipe, model, pairs, tmp_path / "rm", max_steps=30, learning_rate=1e-2))
     rows = tiny.preference_rows(8)
-    (reward,) = rewards.load_rewards([str(folder.final)], torch.device("cpu"))
+    reward = rewards.load_reward(str(folder.final), torch.device("cpu"))
     good, bad = (reward.score([row["prompt"] for row in rows], [row[side] for row in rows]) for side in
                  ("chosen", "rejected"))  # fmt: skip
     accuracy = metrics.read(folder.metrics)[-1]["accuracy"]
