@@ -39,70 +39,57 @@ class RunFolder:
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
         self.path = Path(path)
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = identity
         self.metrics = self.path / "metrics.jsonl"
         self.final = self.path / "final"
 
-    def inspect(self, overwrite: bool) -> str:
-        """Look, change nothing: "new", "resume" or "finished".
+    def finished(self, overwrite: bool) -> bool:
+        """Whether the folder holds this run already, finished. Changes nothing.
 
         Raises:
             BadInput: the folder holds foreign files, or another run, naming what differs; not with `overwrite`.
         """
-        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
-            return "new"
-        if not self.path.is_dir():
+        if self.path.is_file():
             raise BadInput(f"output_dir = {str(self.path)!r} is a file")
-        if overwrite:
-            return "new"
-        record = self.path / "run.json"
-        if not record.exists():
-            names = sorted(entry.name for entry in self.path.iterdir())
+        names = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
+        if overwrite or not names:
+            return False
+        if "run.json" not in names:
             raise BadInput(
                 f"output_dir = {str(self.path)!r} holds files that are no run of ours ({', '.join(names[:3])}"
                 f"{', ...' if len(names) > 3 else ''}); give an empty or new folder"
             )
-        held = json.loads(record.read_text())
-        there = held["identity"]
-        changed = [
-            f"{name}: {there.get(name)!r} there, {self.identity.get(name)!r} now"
-            for name in {**there, **self.identity}
-            if name in there and name in self.identity and there[name] != self.identity[name]
-        ]
+        held, mine = json.loads((self.path / "run.json").read_text()), json.loads(json.dumps(self.identity))
+        there = {name: value for name, value in held["identity"].items() if name in mine}
+        changed = [f"{name}: {was!r} there, {mine[name]!r} now" for name, was in there.items() if was != mine[name]]
         if changed:
             raise BadInput(
                 f"output_dir = {str(self.path)!r} holds another run ({'; '.join(changed)}); give another folder, or "
                 "--overwrite to delete that run"
             )
-        return "finished" if held["finished"] else "resume"
+        return held["finished"]
 
     def begin(self, facts: dict[str, Any], overwrite: bool) -> None:
         """Make the folder, or check that `facts` (found while loading, e.g. the data's hash) still hold in it.
 
         Raises:
-            BadInput: as `inspect`.
+            BadInput: as `finished`.
         """
-        if overwrite:
-            for pattern in OWN:
-                for entry in self.path.glob(pattern):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self.identity |= json.loads(json.dumps(facts))
-        if (self.path / "run.json").exists():
-            self.inspect(overwrite=False)
-            for stale in self.path.glob("*.tmp"):
-                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._record(finished=False)
+        self.identity |= facts
+        new = overwrite or not (self.path / "run.json").exists()
+        if not new:
+            self.finished(overwrite=False)
+        for pattern in OWN if overwrite else ("*.tmp",):
+            for entry in self.path.glob(pattern):
+                remove(entry)
+        if new:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.mark(finished=False)
 
-    def finish(self) -> None:
-        """Mark the run as finished."""
-        self._record(finished=True)
-
-    def _record(self, finished: bool) -> None:
-        content = json.dumps({"finished": finished, "identity": self.identity}, indent=2)
+    def mark(self, finished: bool) -> None:
+        """Say of the run what it is, and whether it has finished."""
         with self.written("run.json") as path:
-            path.write_text(content)
+            path.write_text(json.dumps({"finished": finished, "identity": self.identity}, indent=2))
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -131,12 +118,13 @@ class RunFolder:
             yield side
             settle(side, target)
         except Exception as error:
-            if not is_write_error(error):
+            reason = refusal(error)
+            if reason is None:
                 raise
             remove(side)
             left = [path.name for path in self.checkpoints()]
             raise RunFailed(
-                f"cannot write {target}: {reason(error)}. Nothing earlier was touched"
+                f"cannot write {target}: {reason}. Nothing earlier was touched"
                 + (f"; the last checkpoint is {left[-1]}. " if left else ". ")
                 + "Make room and run the same command again: it goes on from there"
             ) from error
@@ -155,18 +143,13 @@ class RunFolder:
             self.write_rows("metrics.jsonl", [row for row in rows if row["step"] <= step])
 
 
-def is_write_error(error: BaseException) -> bool:
-    """Whether an error is the disk's: torch.save and safetensors wrap what the system says in errors of their own."""
-    kind = f"{type(error).__module__}.{type(error).__name__}"
-    marks = ("PytorchStreamWriter", "unexpected pos", "No space left", "I/O error", "File too large")
-    return isinstance(error, OSError) or "SafetensorError" in kind or any(mark in str(error) for mark in marks)
-
-
-def reason(error: BaseException) -> str:
-    """What the system said, without torch's C++ trace."""
+def refusal(error: Exception) -> str | None:
+    """What the disk said, None for another error: torch.save and safetensors wrap it in errors of their own."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).splitlines()[0]
+    marks = ("SafetensorError", "PytorchStreamWriter", "unexpected pos", "No space left", "I/O error", "File too large")
+    ours = isinstance(error, OSError) or any(mark in f"{type(error).__name__} {error}" for mark in marks)
+    return str(error).splitlines()[0] if ours else None
 
 
 def remove(path: Path) -> None:
@@ -179,16 +162,14 @@ def remove(path: Path) -> None:
 
 def settle(side: Path, target: Path) -> None:
     """Flush what lies at `side` to the disk and give it the name `target`."""
-    for path in [*side.rglob("*"), side] if side.is_dir() else [side]:
+    for path in [*side.rglob("*"), side]:
         _sync(path)
-    if target.is_dir():
-        old = target.with_name(f"{target.name}.old.tmp")
+    old = target.with_name(f"{target.name}.old.tmp")
+    if target.is_dir():  # a folder that holds something cannot be replaced
         remove(old)
         os.replace(target, old)
-        os.replace(side, target)
-        remove(old)
-    else:
-        os.replace(side, target)
+    os.replace(side, target)
+    remove(old)
     _sync(target.parent)
 
 

@@ -50,24 +50,18 @@ class Engine:
         recipe: its settings.
         total_steps: length of the learning-rate schedule.
         accelerator: device, precision, processes and trackers.
-        reference: fills `ref_logps` of a batch ([B] float32); None where batches carry them or need none.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        algorithm: Algorithm,
-        recipe: Recipe,
-        total_steps: int,
-        accelerator: Accelerator,
-        reference: Callable[[Batch], Tensor] | None = None,
+        self, model: nn.Module, algorithm: Algorithm, recipe: Recipe, total_steps: int, accelerator: Accelerator
     ) -> None:
         from transformers import get_scheduler
 
-        train = recipe.train
-        self.algorithm, self.recipe, self.accelerator, self.reference = algorithm, recipe, accelerator, reference
-        self.head_options = head_options(recipe)
-        self.progress = Progress()
+        train, self.progress = recipe.train, Progress()
+        self.algorithm, self.recipe, self.accelerator = algorithm, recipe, accelerator
+        self.reference: Callable[[Batch], Tensor] | None = None  # fills ref_logps, where batches do not carry them
+        temperature = recipe.rollout.temperature if isinstance(recipe, OnlineRecipe) else 1.0
+        self.head_options = {**vars(recipe.kernels), "temperature": temperature}  # keywords of linear_logprobs
         self.critic: Any = getattr(causal_model(model), "value_head", None)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
@@ -80,7 +74,7 @@ class Engine:
             train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
         )
         accelerator.register_for_checkpointing(self.scheduler, self.progress)
-        save_trained_weights_alone(accelerator)
+        accelerator.register_save_state_pre_hook(drop_frozen)
         self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model
         self._sums = Sums()
 
@@ -201,7 +195,7 @@ class Engine:
 
     def restore(self, path: Path) -> None:
         """Go back to a checkpoint."""
-        self.accelerator.load_state(str(path))
+        self.accelerator.load_state(str(path), strict=False)  # frozen weights are not in it
 
     def save_model(self, folder: RunFolder, tokenizer: Any, name: str = "final") -> None:
         """Write the trained model (or its adapter) and the tokenizer, for transformers (or peft) to load."""
@@ -219,29 +213,10 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
 
-def head_options(recipe: Recipe) -> dict[str, Any]:
-    """The recipe's settings for the fused loss, as keywords of linear_logprobs."""
-    temperature = recipe.rollout.temperature if isinstance(recipe, OnlineRecipe) else 1.0
-    return {"impl": recipe.kernels.impl, "workspace": recipe.kernels.workspace, "temperature": temperature}
-
-
-def save_trained_weights_alone(accelerator: Accelerator) -> None:
+def drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:
     """Checkpoints hold each trained weight once: no frozen ones (with LoRA they are read from the model's own folder
     again), and of tied ones the first name."""
-    from safetensors.torch import load_file
-
-    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:
-        for model, state in zip(models, weights):
-            kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-            kept |= {name for name, _ in model.named_buffers()}
-            for name in [name for name in state if name not in kept]:
-                del state[name]
-
-    def load(models: list[nn.Module], path: str) -> None:
-        for model in models:
-            if any(parameter.requires_grad for parameter in model.parameters()):  # a frozen reference stays as it is
-                model.load_state_dict(load_file(Path(path) / "model.safetensors"), strict=False)
-        models.clear()
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    for model, state in zip(models, weights):
+        kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name in state.keys() - kept - dict(model.named_buffers()).keys():
+            del state[name]

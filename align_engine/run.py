@@ -113,7 +113,7 @@ def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> tuple[Ru
     """The folder of the run, and whether it holds the run already, finished."""
     identity = {"algorithm": name, "processes": accelerator.num_processes, **recipes.identity(recipe)}
     folder = RunFolder(recipe.output.output_dir, identity)
-    finished = folder.inspect(recipe.output.overwrite) == "finished"
+    finished = folder.finished(recipe.output.overwrite)
     if finished:
         accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
     return folder, finished
@@ -134,7 +134,7 @@ def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerato
         from align_engine.report import write_report
 
         write_report(folder, name, recipe)
-        folder.finish()
+        folder.mark(finished=True)
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
 
