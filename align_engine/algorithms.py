@@ -13,7 +13,7 @@ from align_engine import online
 from align_engine.data.batches import IGNORE, Batch, collate_marks, collate_pairs, collate_rollouts, collate_sft
 from align_engine.errors import BadInput
 from align_engine.kto import reference_point
-from align_engine.recipe import Recipe, ReferenceFields, RmRecipe
+from align_engine.recipe import Recipe, ReferenceFields, RmRecipe, flat
 from align_kernels import LossOutput, cpo_loss, dpo_loss, kto_loss, orpo_loss, reward_loss, sft_loss, simpo_loss
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
@@ -36,6 +36,10 @@ class Algorithm:
     credit: Callable[..., online.Given] | None = None  # learns from rollouts: (experience, recipe, state) -> columns
     kl: str = ""  # the recipe's weight of a reference for rollouts
     present_policy: bool = False  # the loss can do without old_logps where the policy has not changed since
+
+    def refers(self, recipe: Recipe) -> bool:
+        """Whether the loss has a reference: always, or where the weight of its KL term is not 0."""
+        return self.reference or bool(flat(recipe).get(self.kl))
 
 
 def _fused(fused: Loss, *parts: str) -> Loss:

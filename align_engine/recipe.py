@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from typing_extensions import dataclass_transform
 
 from align_engine.errors import BadInput
 
@@ -20,8 +22,15 @@ EVALUATED = "needs eval_steps and an evaluation dataset"
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit")
 
 
-@dataclass
-class ModelSection:
+@dataclass_transform(field_specifiers=(field,))
+class Section:
+    """What derives from it is a dataclass."""
+
+    def __init_subclass__(cls) -> None:
+        dataclasses.dataclass(cls)
+
+
+class ModelSection(Section):
     """Model."""
 
     model_name_or_path: str = ""
@@ -46,8 +55,7 @@ class ModelSection:
     """Modules that get adapters, `lm_head` included if you like (None: every linear layer but the head)."""
 
 
-@dataclass
-class DataSection:
+class DataSection(Section):
     """Data."""
 
     dataset_name: str = ""
@@ -70,8 +78,7 @@ class DataSection:
     """Processes that tokenise."""
 
 
-@dataclass
-class ReferenceFields:
+class ReferenceFields(Section):
     """Of every loss that has a reference."""
 
     reference: Literal["auto", "none", "frozen", "cpu-offload", "adapter-off", "adapter-copy", "precomputed", "ema"] = (
@@ -93,7 +100,6 @@ class ReferenceFields:
     """Strength of the pull towards the reference: higher stays closer to it."""
 
 
-@dataclass
 class DpoLoss(ReferenceFields):
     """Loss."""
 
@@ -112,8 +118,7 @@ class DpoLoss(ReferenceFields):
     """WPO: weigh each pair by how probable its answers are to the model."""
 
 
-@dataclass
-class SimpoLoss:
+class SimpoLoss(Section):
     """Loss."""
 
     beta: float = 2.0
@@ -124,7 +129,6 @@ class SimpoLoss:
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
 
 
-@dataclass
 class CpoLoss(SimpoLoss):
     """Loss."""
 
@@ -136,15 +140,13 @@ class CpoLoss(SimpoLoss):
     """Weight of the chosen answers' negative log-likelihood."""
 
 
-@dataclass
-class OrpoLoss:
+class OrpoLoss(Section):
     """Loss."""
 
     beta: float = 0.1
     """Weight of the odds ratio beside the chosen answers' negative log-likelihood."""
 
 
-@dataclass
 class KtoLoss(ReferenceFields):
     """Loss."""
 
@@ -158,8 +160,7 @@ class KtoLoss(ReferenceFields):
     """Raise one of the weights so that desirable_weight x rows to undesirable_weight x rows lies in [1, 4/3]."""
 
 
-@dataclass
-class RmLoss:
+class RmLoss(Section):
     """Loss."""
 
     center_rewards_coefficient: float = 0.0
@@ -169,8 +170,7 @@ class RmLoss:
     column `margin` is used as it stands."""
 
 
-@dataclass
-class RolloutSection:
+class RolloutSection(Section):
     """Rollouts."""
 
     reward_funcs: list[str] = field(default_factory=list)
@@ -208,8 +208,7 @@ class RolloutSection:
     """Folder that a vLLM server reads its weights from: the policy is written there before each rollout."""
 
 
-@dataclass
-class KlReference:
+class KlReference(Section):
     """Reference."""
 
     reference: Literal["auto", "frozen", "cpu-offload", "adapter-off", "adapter-copy"] = "auto"
@@ -219,8 +218,7 @@ class KlReference:
     """Reference model (None: the model as it is before the first step)."""
 
 
-@dataclass
-class RoundsSection:
+class RoundsSection(Section):
     """Rounds."""
 
     rounds: int = 3
@@ -236,8 +234,7 @@ class RoundsSection:
     round itself starts from."""
 
 
-@dataclass
-class ClippedRatio:
+class ClippedRatio(Section):
     """Of the losses that clip the ratio of a completion's probability to that when it was sampled."""
 
     num_iterations: int = 1
@@ -248,7 +245,6 @@ class ClippedRatio:
     """How far above 1 (None: epsilon)."""
 
 
-@dataclass
 class DirectLoss(ClippedRatio):
     """Loss."""
 
@@ -260,13 +256,11 @@ class DirectLoss(ClippedRatio):
     """Divide the advantages by their spread over the rollout, after taking off their mean."""
 
 
-@dataclass
 class GrpoLoss(ClippedRatio):
     """Loss."""
 
-    loss_type: str = "dapo"
-    """How tokens are weighed and averaged: dapo, grpo, dr_grpo, bnpo (here dapo: its batch is the whole step), luspo,
-    cispo, sapo, vespo."""
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"
+    """How tokens are weighed and averaged (bnpo is dapo here: its batch is the whole step)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation divides the advantages."""
     beta: float = 0.0
@@ -309,8 +303,7 @@ class GrpoLoss(ClippedRatio):
     """Upper limit of that ratio."""
 
 
-@dataclass
-class PpoLoss:
+class PpoLoss(Section):
     """Loss."""
 
     num_ppo_epochs: int = 4
@@ -343,8 +336,7 @@ class PpoLoss:
     """Model that the critic starts from, e.g. the reward model (None: a linear head on the policy's hidden states)."""
 
 
-@dataclass
-class TrainSection:
+class TrainSection(Section):
     """Training."""
 
     learning_rate: float = 2e-5
@@ -373,8 +365,7 @@ class TrainSection:
     """Seed of the order of the rows, of new weights and of dropout."""
 
 
-@dataclass
-class EvalSection:
+class EvalSection(Section):
     """Evaluation."""
 
     per_device_eval_batch_size: int = 8
@@ -393,8 +384,7 @@ class EvalSection:
     """By how much an evaluation must be better to count as one, for early stopping."""
 
 
-@dataclass
-class OutputSection:
+class OutputSection(Section):
     """Output."""
 
     output_dir: str = ""
@@ -414,8 +404,7 @@ class OutputSection:
     """TrainerCallbacks of transformers by import path, `module:Class` or `file.py:Class`."""
 
 
-@dataclass
-class KernelSection:
+class KernelSection(Section):
     """Kernels."""
 
     impl: str = "auto"
@@ -424,8 +413,7 @@ class KernelSection:
     """Bytes that the fused loss may use for logits at a time (None: the kernels decide)."""
 
 
-@dataclass
-class Recipe:
+class Recipe(Section):
     """What every algorithm has; those with settings of their own add a section `loss`."""
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -436,54 +424,46 @@ class Recipe:
     kernels: KernelSection = field(default_factory=KernelSection)
 
 
-@dataclass
 class SftRecipe(Recipe):
     """Supervised fine-tuning: maximise the log-probability of the completions."""
 
 
-@dataclass
 class GentleRecipe(Recipe):
     """What the methods share that go on from a model which answers already."""
 
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
 
 
-@dataclass
 class DpoRecipe(GentleRecipe):
     """Direct preference optimisation: raise the chosen completion above the rejected one, relative to a reference."""
 
     loss: DpoLoss = field(default_factory=DpoLoss)
 
 
-@dataclass
 class SimpoRecipe(GentleRecipe):
     """SimPO: raise the mean log-probability of the chosen completion above the rejected one's, by a margin."""
 
     loss: SimpoLoss = field(default_factory=SimpoLoss)
 
 
-@dataclass
 class OrpoRecipe(GentleRecipe):
     """ORPO: supervised fine-tuning on the chosen completions with an odds ratio against the rejected ones."""
 
     loss: OrpoLoss = field(default_factory=OrpoLoss)
 
 
-@dataclass
 class CpoRecipe(GentleRecipe):
     """Contrastive preference optimisation: DPO with a uniform reference, and the chosen completions' likelihood."""
 
     loss: CpoLoss = field(default_factory=CpoLoss)
 
 
-@dataclass
 class KtoRecipe(GentleRecipe):
     """Kahneman-Tversky optimisation: raise the answers marked desirable, lower the others, against a reference."""
 
     loss: KtoLoss = field(default_factory=KtoLoss)
 
 
-@dataclass
 class RmRecipe(Recipe):
     """Reward model: a score that is higher for the chosen completion than for the rejected one (Bradley-Terry)."""
 
@@ -492,7 +472,6 @@ class RmRecipe(Recipe):
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-4))
 
 
-@dataclass
 class OnlineRecipe(GentleRecipe):
     """What the methods share that learn from their own rollouts."""
 
@@ -500,7 +479,6 @@ class OnlineRecipe(GentleRecipe):
     kl: KlReference = field(default_factory=KlReference)
 
 
-@dataclass
 class DirectRecipe(OnlineRecipe):
     """Direct RL (REINFORCE, RLOO): raise the probability of completions by what people or programs say of them."""
 
@@ -508,14 +486,12 @@ class DirectRecipe(OnlineRecipe):
     rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=2))
 
 
-@dataclass
 class GrpoRecipe(OnlineRecipe):
     """Group-relative policy optimisation: completions are judged against the others of their prompt."""
 
     loss: GrpoLoss = field(default_factory=GrpoLoss)
 
 
-@dataclass
 class PpoRecipe(OnlineRecipe):
     """Proximal policy optimisation with a critic, a KL penalty and several passes over each rollout."""
 
@@ -524,7 +500,6 @@ class PpoRecipe(OnlineRecipe):
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=3e-6))
 
 
-@dataclass
 class IterateRecipe(Recipe):
     """Iterative preference optimisation: sample, score, pair the best answer with the worst, train on the pairs, again.
 

@@ -15,23 +15,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from align_engine import policy
-from align_engine import source as sources
+from align_engine import recipe as recipes
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.policy import fused_head
-from align_engine.source import Source
+from align_engine.source import Source, rows_seen
 from align_kernels import linear_logprobs, sequence_logprobs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from align_engine.engine import Engine
+    from align_engine.recipe import Recipe
 
 SPOT_ROWS = 4
 SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
@@ -40,27 +46,65 @@ COLUMNS = ({"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logp
            {"completion_ids": "ref_logps", "kl_completion_ids": "ref_KL_logps"})  # fmt: skip
 
 
-def choose(
-    asked: str, peft: bool, own_reference: bool, saved_adapters: bool = False, rollouts: bool = False
-) -> tuple[str, str]:
-    """What `auto` takes, and the sentence that says why.
-
-    Args:
-        asked: the recipe's `reference`.
-        peft: the policy trains LoRA adapters.
-        own_reference: the recipe names another model as the reference.
-        saved_adapters: they were trained before.
-        rollouts: the data are not there before the first step.
-    """
-    if asked != "auto":
-        return asked, "as the recipe says"
-    if peft and not own_reference and saved_adapters:
-        return "adapter-copy", "the model with its adapters as they were saved is the reference"
-    if peft and not own_reference:
+def of(recipe: Recipe) -> tuple[str, str]:
+    """The kind of reference of a recipe, and the sentence that says why: what `auto` takes."""
+    values, path = recipes.flat(recipe), recipe.model.model_name_or_path
+    if values["reference"] != "auto":
+        return values["reference"], "as the recipe says"
+    if recipe.model.use_peft and values["ref_model_name_or_path"] is None:
+        if policy.adapter_base(path) is not None:
+            return "adapter-copy", "the model with its adapters as they were saved is the reference"
         return "adapter-off", "the model without its adapters is the reference, at no memory"
-    if rollouts:
+    if isinstance(recipe, recipes.OnlineRecipe):
         return "frozen", "a second copy of the model, which the rollouts are measured under"
     return "precomputed", "one pass before the first step instead of a second model in memory"
+
+
+def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int, folder: RunFolder) -> None:
+    """Give batches their `ref_logps`, in the way the recipe names, for a run of so many steps."""
+    recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
+    own, peft, inner = values["ref_model_name_or_path"], recipe.model.use_peft, accelerator.unwrap_model(engine.model)
+    per_token, options = engine.algorithm.credit is not None, engine.head_options
+    kind, why = of(recipe)
+    accelerator.print(f"reference {kind}: {why}")
+    if kind == "none":
+        engine.reference = lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device)
+        return
+    model, how = engine.model, contextlib.nullcontext
+    if kind == "adapter-off":
+        how = inner.disable_adapter
+    elif kind == "adapter-copy" or (kind == "ema" and peft):
+        how = partial(adapter, inner, COPY)
+    elif own or kind != "precomputed":
+        model: Any = policy.load_model(own or recipe.model.model_name_or_path, recipe.model).requires_grad_(False)
+        if kind == "cpu-offload":
+            model = offload(model, accelerator.device)
+        else:
+            model = accelerator.prepare_model(model, evaluation_mode=True)
+        policy.check_head(model.eval())
+    if kind == "ema":
+        whole = list(zip(model.parameters(), engine.model.parameters()))
+        pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole
+        follower = Follower(pairs, values["ref_model_mixup_alpha"], values["ref_model_sync_steps"])
+        accelerator.register_for_checkpointing(follower)
+        engine.after_step = follower
+    if kind != "precomputed":
+
+        def live(batch: Batch) -> Tensor:
+            with how():
+                return reference_logps(model, batch, options, per_token)
+
+        engine.reference = live
+        return
+    training = model.training
+    model.eval()
+    for name, part in (("train", source), ("eval", evaluation)):
+        if part is not None:
+            rows = rows_seen(part, steps) if part is source else list(range(len(part)))
+            served = precompute(model, part, rows, name, folder, accelerator, options)
+            how_come = "read again" if served else "computed"
+            accelerator.print(f"reference log-probs of {len(rows)} {name} rows {how_come}")
+    model.train(training)
 
 
 @torch.no_grad()
@@ -190,43 +234,31 @@ def precompute(
     stamp = f"{weights_fingerprint(accelerator.unwrap_model(model))}-{source.fingerprint()}-{len(rows)}"
     path = folder.path / f"reference-{name}.safetensors"
     stored = _read(path, stamp)
-    passes = source.share(rows[:SPOT_ROWS] if stored is not None else rows)
+    asked = rows if stored is None else rows[:SPOT_ROWS]
     position = {int(index): row for row, index in enumerate(source.rows["index"])}
-    table = torch.zeros(len(source), 2, dtype=torch.float64)
-    for batch, real in passes:
+    table = torch.zeros(len(source), 2, dtype=torch.float64, device=accelerator.device)
+    for batch, real in source.share(asked):
         parts = [part.to(accelerator.device) for part in (batch, batch.other) if part is not None]
-        logps = torch.cat([reference_logps(model, part, head_options) for part in parts]).double().cpu()
+        logps = torch.cat([reference_logps(model, part, head_options) for part in parts]).double()
         if real:
             table[[position[int(index)] for index in batch.index]] = logps.view(2, -1).T
-    summed: Any = accelerator.reduce(table.to(accelerator.device), "sum")
-    table = summed.cpu()
-    if stored is not None:
-        spot = torch.tensor(rows[:SPOT_ROWS])
-        if not torch.allclose(stored[spot], table[spot], rtol=SPOT_TOLERANCE, atol=SPOT_TOLERANCE):
-            raise BadInput(f"{path} does not hold this model's log-probs (rows {spot.tolist()} differ); delete it")
-        table = stored
-    else:
-        unseen = torch.ones(len(source), dtype=torch.bool)
-        unseen[rows] = False
-        table[unseen] = torch.nan
-        if accelerator.is_main_process:
-            _write(folder, path.name, table, stamp)
+    summed: Any = accelerator.reduce(table, "sum")
+    found = torch.full(table.shape, torch.nan, dtype=torch.float64)
+    found[asked] = summed.cpu()[asked]
+    if stored is None and accelerator.is_main_process:
+        with folder.written(path.name) as side:
+            save_file({"logps": found}, side, metadata={"fingerprint": stamp})
+    elif stored is not None:
+        if not torch.allclose(stored[asked], found[asked], rtol=SPOT_TOLERANCE, atol=SPOT_TOLERANCE):
+            raise BadInput(f"{path} does not hold this model's log-probs (rows {asked} differ); delete it")
+        found = stored
     names = next(names for names in COLUMNS if names.keys() <= set(source.rows.column_names))
-    sources.columns(source, **{name: table[:, i].numpy() for i, name in enumerate(names.values())})
+    for i, column in enumerate(names.values()):
+        source.rows = source.rows.add_column(column, found[:, i].numpy())
     return stored is not None
 
 
 def _read(path: Path, stamp: str) -> Tensor | None:
-    from safetensors import safe_open
-
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor("logps") if file.metadata().get("fingerprint") == stamp else None
-
-
-def _write(folder: RunFolder, name: str, table: Tensor, stamp: str) -> None:
-    from safetensors.torch import save_file
-
-    with folder.written(name) as path:
-        save_file({"logps": table}, path, metadata={"fingerprint": stamp})
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("logps") if file.metadata().get("fingerprint") == stamp else None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
 from align_engine.callbacks import Callbacks, from_recipe
 from align_engine.checkpoint import RunFolder
-from align_engine.data.batches import Batch
 from align_engine.data.sources import load_rows
 from align_engine.data.tokenize import check_vocab, describe, prepare
 from align_engine.engine import Engine
@@ -31,8 +28,8 @@ from align_engine.kto import class_weights, with_strangers
 from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
-from align_engine.recipe import GrpoRecipe, KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
-from align_engine.source import Source, rows_seen, total_steps
+from align_engine.recipe import KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
+from align_engine.source import Source, total_steps
 
 
 def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder:
@@ -73,15 +70,15 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm, tokenizer)
     for part in filter(None, (source, evaluation)):
-        check_source(part, model, recipe)
+        check_vocab(part.rows, policy.causal_model(model).get_input_embeddings().num_embeddings)
     if not algorithm.scalar:
         policy.check_head(model)
     check_room(folder, model, recipe)
     begin(folder, recipe, accelerator, {"data": source.fingerprint()})
     set_seed(recipe.train.seed, device_specific=True)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
-    if needs_reference(recipe, algorithm):
-        add_reference(engine, source, evaluation, rows_seen(source, steps) if algorithm.reference else [], folder)
+    if algorithm.refers(recipe):
+        references.attach(engine, source, evaluation, steps, folder)
     for part in (source, evaluation):
         if isinstance(part, Rollouts):
             part.start(engine, learns=part is source)
@@ -143,22 +140,17 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     """Refuse names that the kernels or transformers do not know, before anything is loaded."""
     from transformers import SchedulerType
 
-    from align_kernels.dispatch import IMPLS, pick
-    from align_kernels.losses.grpo import LOSS_TYPES as GROUP_TYPES
+    from align_kernels.dispatch import pick
 
-    values = recipes.flat(recipe)
-    policy.check_path(values.get("ref_model_name_or_path") or recipe.model.model_name_or_path)
-    choices = {"impl": IMPLS, "lr_scheduler_type": [kind.value for kind in SchedulerType]}
-    if isinstance(recipe, GrpoRecipe):
-        choices["loss_type"] = GROUP_TYPES
-    for name, known in choices.items():
-        if name in values and values[name] not in known:
-            raise BadInput(f"{name} = {values[name]!r} is none of {', '.join(known)}")
-    if recipe.kernels.impl not in ("auto", "eager"):
-        try:
+    policy.check_path(recipes.flat(recipe).get("ref_model_name_or_path") or recipe.model.model_name_or_path)
+    kind, known = recipe.train.lr_scheduler_type, [kind.value for kind in SchedulerType]
+    if kind not in known:
+        raise BadInput(f"lr_scheduler_type = {kind!r} is none of {', '.join(known)}")
+    try:
+        if recipe.kernels.impl != "eager":
             pick(recipe.kernels.impl, device, torch.float32)
-        except ValueError as error:
-            raise BadInput(str(error)) from error
+    except ValueError as error:
+        raise BadInput(str(error)) from error
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -167,19 +159,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     available = [str(tracker.value) for tracker in get_available_trackers()]
     if missing := [tracker for tracker in recipe.output.report_to if tracker not in available]:
-        raise BadInput(
-            f"report_to = {missing[0]!r} is not installed or unknown; here: {', '.join(available) or 'none'}"
-        )
+        here = ", ".join(available) or "none"
+        raise BadInput(f"report_to = {missing[0]!r} is not installed or unknown; here: {here}")
     bf16 = recipe.train.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
-    trackers: Any = recipe.output.report_to or None
-    return Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
-        log_with=trackers,
-        project_dir=recipe.output.output_dir,
-    )
+    options: Any = {"log_with": recipe.output.report_to or None, "project_dir": recipe.output.output_dir}
+    return Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
 
 
 def load_prepared(
@@ -208,17 +195,13 @@ def load_source(
         return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder))
     if algorithm.kind == "unpaired":
         rows = with_strangers(rows, train.seed, recipe.data.max_length)
-    rank_margin = recipes.flat(recipe).get("rank_margin", 0.0)
-    return Source(
-        with_margins(rows, rank_margin) if rank_margin else rows,
-        algorithm.collate,
-        tokenizer.pad_token_id,
-        train.per_device_train_batch_size if training else recipe.eval.per_device_eval_batch_size,
-        train.gradient_accumulation_steps if training else 1,
-        accelerator.process_index,
-        accelerator.num_processes,
-        train.seed,
-    )
+    if rank_margin := recipes.flat(recipe).get("rank_margin"):
+        rows = with_margins(rows, rank_margin)
+    sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    if not training:
+        sizes = (recipe.eval.per_device_eval_batch_size, 1)
+    place = (accelerator.process_index, accelerator.num_processes)
+    return Source(rows, algorithm.collate, tokenizer.pad_token_id, *sizes, *place, train.seed)
 
 
 def with_margins(rows: Any, per_rank: float) -> Any:
@@ -229,14 +212,6 @@ def with_margins(rows: Any, per_rank: float) -> Any:
     if "margin" in rows.column_names:
         raise BadInput(f"rank_margin = {per_rank}, and the rows have a column `margin` too: leave one of them out")
     return rows.add_column("margin", per_rank * ranks.astype(np.float64))
-
-
-def check_source(source: Source, model: Any, recipe: Recipe) -> None:
-    """Refuse rows with token ids that the model has no embedding for."""
-    try:
-        check_vocab(source.rows, policy.causal_model(model).get_input_embeddings().num_embeddings)
-    except ValueError as error:
-        raise BadInput(f"{recipe.model.model_name_or_path}: {error}") from error
 
 
 def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
@@ -264,7 +239,7 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
         model = policy.load_model(path, section)
     if section.use_peft and policy.adapter_base(path) is None:
         model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
-    if section.use_peft and needs_reference(recipe, algorithm) and reference_kind(recipe)[0] in ("adapter-copy", "ema"):
+    if section.use_peft and algorithm.refers(recipe) and references.of(recipe)[0] in ("adapter-copy", "ema"):
         references.copy_adapter(model)
     if isinstance(recipe, PpoRecipe):
         own = recipe.loss.value_model_name_or_path
@@ -278,79 +253,10 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     return model.train()
 
 
-def reference_kind(recipe: Recipe) -> tuple[str, str]:
-    """How the recipe gets its reference, and the sentence that says why."""
-    values, model = recipes.flat(recipe), recipe.model
-    saved = policy.adapter_base(model.model_name_or_path) is not None
-    own, rollouts = values["ref_model_name_or_path"] is not None, isinstance(recipe, OnlineRecipe)
-    return references.choose(values["reference"], model.use_peft, own, saved, rollouts)
-
-
-def needs_reference(recipe: Recipe, algorithm: Algorithm) -> bool:
-    """Whether the loss has a reference: always, or where the weight of its KL term is not 0."""
-    return algorithm.reference or bool(recipes.flat(recipe).get(algorithm.kl))
-
-
-def add_reference(
-    engine: Engine, source: Source, evaluation: Source | None, rows: list[int], folder: RunFolder
-) -> None:
-    """Give batches their `ref_logps`, in the way the recipe names."""
-    recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
-    own, inner = values["ref_model_name_or_path"], accelerator.unwrap_model(engine.model)
-    per_token = engine.algorithm.credit is not None
-    kind, why = reference_kind(recipe)
-    accelerator.print(f"reference {kind}: {why}")
-    model, how = engine.model, contextlib.nullcontext
-    if kind == "none":
-        engine.reference = lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device)
-        return
-    if kind == "adapter-off":
-        how = inner.disable_adapter
-    elif kind == "adapter-copy" or (kind == "ema" and recipe.model.use_peft):
-        how = partial(references.adapter, inner, references.COPY)
-    elif own or kind != "precomputed":
-        model = policy.load_model(own or recipe.model.model_name_or_path, recipe.model).requires_grad_(False)
-        if kind == "cpu-offload":
-            model = references.offload(model, accelerator.device)
-        else:
-            model = accelerator.prepare_model(model, evaluation_mode=True)
-        policy.check_head(model)
-    if kind == "ema":
-        engine.after_step = follower = references.Follower(
-            references.pairs_of_adapters(inner, inner.active_adapter)
-            if recipe.model.use_peft
-            else list(zip(model.parameters(), engine.model.parameters())),
-            values["ref_model_mixup_alpha"],
-            values["ref_model_sync_steps"],
-        )
-        accelerator.register_for_checkpointing(follower)
-    if model is not engine.model:
-        model.eval()
-    if kind != "precomputed":
-
-        def live(batch: Batch) -> torch.Tensor:
-            with how():
-                return references.reference_logps(model, batch, engine.head_options, per_token)
-
-        engine.reference = live
-        return
-    training = model.training
-    model.eval()
-    for name, part, needed in (("train", source, rows), ("eval", evaluation, None)):
-        if part is not None:
-            needed = list(range(len(part))) if needed is None else needed
-            served = references.precompute(model, part, needed, name, folder, accelerator, engine.head_options)
-            accelerator.print(
-                f"reference log-probs of {len(needed)} {name} rows {'read again' if served else 'computed'}"
-            )
-    model.train(training)
-
-
 def summary(engine: Engine, source: Source, steps: int) -> str:
     """What is about to run, in one line."""
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in engine.model.parameters())
-    processes = engine.accelerator.num_processes
+    everything, processes = sum(p.numel() for p in engine.model.parameters()), engine.accelerator.num_processes
     return (
         f"{engine.algorithm.name}: {trained:,} of {everything:,} weights trained, {len(source):,} rows, {steps} steps "
         f"of {source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, "

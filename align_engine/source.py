@@ -112,9 +112,3 @@ def rows_seen(source: Source, steps: int) -> list[int]:
     if steps >= source.steps_per_epoch:
         return list(range(len(source)))
     return sorted({row for step in range(steps) for row in source.window_rows(step)})
-
-
-def columns(source: Source, **values: Any) -> None:
-    """Add columns (one value per row) to the rows, so that batches carry them."""
-    for name, value in values.items():
-        source.rows = source.rows.add_column(name, value)

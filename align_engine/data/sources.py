@@ -49,7 +49,7 @@ def load_rows(path: str | Path, split: str | None = None) -> datasets.Dataset:
 
 
 def _fault(path: Path) -> str | None:
-    """What `datasets` does not say: rows that are none, or the first line of a .jsonl file that is not a JSON object."""
+    """What `datasets` does not say: no rows, or the first line of a .jsonl file that is not a JSON object."""
     for state in path.rglob("state.json"):
         if not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
             return "has no rows"

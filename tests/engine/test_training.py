@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import metrics
+from align_engine import metrics, reference
 from align_engine.errors import BadInput, RunFailed
-from align_engine.reference import choose
 from align_engine.run import train
 
 pytestmark = [
@@ -142,11 +141,12 @@ def test_lora_trains_the_adapter_alone(modules, model, pairs, tmp_path):
     assert torch.equal(loaded[name], base)
 
 
-def test_auto_takes_the_reference_that_costs_least():
-    assert choose("auto", peft=True, own_reference=False)[0] == "adapter-off"
-    assert choose("auto", peft=True, own_reference=True)[0] == "precomputed"
-    assert choose("auto", peft=False, own_reference=False)[0] == "precomputed"
-    assert choose("frozen", peft=True, own_reference=False)[0] == "frozen"
+def test_auto_takes_the_reference_that_costs_least(pairs, tmp_path):
+    kind = lambda **settings: reference.of(tiny.dpo("model", pairs, tmp_path, **settings))[0]  # noqa: E731
+    assert kind(use_peft=True) == "adapter-off"
+    assert kind(use_peft=True, ref_model_name_or_path="other") == "precomputed"
+    assert kind() == "precomputed"
+    assert kind(use_peft=True, reference="frozen") == "frozen"
 
 
 def test_backends_and_checkpointing_give_the_same_losses(model, pairs, tmp_path):
