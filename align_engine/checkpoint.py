@@ -135,12 +135,11 @@ class RunFolder:
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the lines after `step` (and a last line cut by a crash)."""
-        if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines()
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
-            self.write_rows("metrics.jsonl", [row for row in rows if row["step"] <= step])
+    def truncate_metrics(self, step: int, *more: dict[str, Any]) -> None:
+        """Drop the lines after `step` (and a last line cut by a crash), and add others."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        self.write_rows("metrics.jsonl", [*(row for row in rows if row["step"] <= step), *more])
 
 
 def refusal(error: Exception) -> str | None:

@@ -7,7 +7,7 @@ number, so that credit needs no collective (groups are never split) and windows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,10 +48,10 @@ class Experience(NamedTuple):
 
     rewards: Tensor  # [R] float64, NaN where nobody could score
     group_size: int
-    mask: Tensor  # [R, T] bool, from the left
-    old_logps: Tensor | None  # [R, T] float32, as those below; None: the present policy's, which nobody asked for
-    ref_logps: Tensor | None
-    values: Tensor | None
+    mask: Tensor  # [R, T] bool, from the left; False throughout where a completion is not to be learnt from
+    old_logps: Tensor | None = None  # [R, T] float32, as those below; None: the present policy's, and nobody asked
+    ref_logps: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass
@@ -165,30 +165,27 @@ class Rollouts(Source):
             self.refresh_server()
             completions = prompts.answers(self.sampler, asked, number)
         self.experience = [
-            {"index": i, "prompt_ids": ids, "completion_ids": one.ids, "sampling_logps": one.logps,
-             "masked": settings.mask_truncated_completions and not one.ended}
+            {"index": i, "prompt_ids": ids, "completion_ids": one.ids, "sampling_logps": one.logps}
             for i, (ids, one) in enumerate(zip(self.rows[asked]["prompt_ids"], completions))
-        ]  # fmt: skip
+        ]
         with clock("score"):
-            if (
-                settings.reward_funcs == [scoring.HUMAN]
-                and not prompts.folder.checkpoint(engine.progress.step).exists()
-            ):
+            place = prompts.folder.checkpoint(engine.progress.step)
+            if settings.reward_funcs == [scoring.HUMAN] and not place.exists():
                 engine.save(prompts.folder)  # people take their time: the same completions must come again
             judged = prompts.judge(asked, completions, settings.num_generations, number)
         if judged.rewards.isnan().all():
             raise RunFailed(f"rollout {number}: none of its {len(asked)} completions could be scored")
         with clock("measure"):
             measured = self.measure()
+        masked = torch.tensor([settings.mask_truncated_completions and not one.ended for one in completions])
         lengths = torch.tensor([len(one.ids) for one in completions])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        parts = [measured.get(name) for name in ("old_logps", "ref_logps", "values")]
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]) & ~masked[:, None]
         assert engine.algorithm.credit is not None, "the table says how rollouts get their credit"
-        found = Experience(judged.rewards, settings.num_generations, mask, *parts)
+        found = Experience(judged.rewards, settings.num_generations, mask, **measured)
         given, metrics = engine.algorithm.credit(found, self.recipe, self.state)
-        for name, table in {**measured, **given}.items():
-            for row, values, length in zip(self.experience, table, lengths.tolist()):
-                row[name] = values[:length].float().clone()
+        for i, row in enumerate(self.experience):
+            tokens = {name: table[i, : lengths[i]].float().clone() for name, table in (measured | given).items()}
+            row |= {**tokens, "masked": bool(masked[i])}
         self.number = number
         for name, value in (metrics | judged.metrics).items():
             engine.progress.sums.add(name, float(value), 1)
@@ -204,29 +201,26 @@ class Rollouts(Source):
 
     def measure(self) -> dict[str, Tensor]:
         """Log-probs of the rollout under policy and reference, and values, where they are needed: name -> [R, T]."""
-        engine = self.engine
-        found: dict[str, Tensor] = {}
-        if self.steps_per_rollout > 1 or self.reference or not engine.algorithm.present_policy:
-            tables = self.table(lambda batch: token_logps(engine.model, batch, engine.head_options, engine.critic))
-            found |= zip(("old_logps", "values"), tables)
-        if self.reference is not None:
-            reference = self.reference
-            (found["ref_logps"],) = self.table(lambda batch: reference(batch)[None])
-        return found
-
-    def table(self, fn: Callable[[Batch], Tensor]) -> Tensor:
-        """What fn says of each token ([B, T] batch -> [C, B, T]), over the whole rollout and all ranks: [C, R, T]."""
-        accelerator, training = self.engine.accelerator, self.engine.model.training
-        self.engine.model.eval()
-        rows, columns = [], []
+        engine, training = self.engine, self.engine.model.training
+        own = self.steps_per_rollout > 1 or self.reference or not engine.algorithm.present_policy
+        engine.model.eval()
+        mine: list[tuple[int, str, Tensor]] = []  # (number of a row, what, of each of its tokens)
         for batch, real in self.share(list(range(len(self.experience)))):
-            found = fn(batch.to(accelerator.device)).cpu()
-            if real:
-                rows += batch.index.tolist()
-                columns += [values[:, kept].T for values, kept in zip(found.unbind(1), batch.targets != IGNORE)]
-        self.engine.model.train(training)
-        parts = sorted(gather_object(list(zip(rows, columns))), key=lambda part: part[0])
-        return pad_sequence([column for _, column in parts], batch_first=True).permute(2, 0, 1)
+            batch, found = batch.to(engine.accelerator.device), {}
+            if own:
+                found |= zip(
+                    ("old_logps", "values"), token_logps(engine.model, batch, engine.head_options, engine.critic)
+                )
+            if self.reference is not None:
+                found["ref_logps"] = self.reference(batch)
+            for name, table in found.items() if real else ():
+                parts = zip(batch.index.tolist(), table, batch.targets != IGNORE)
+                mine += [(row, name, values[kept].cpu()) for row, values, kept in parts]
+        engine.model.train(training)
+        columns: dict[str, list[Tensor]] = {}
+        for _, name, values in sorted(gather_object(mine), key=lambda part: part[0]):
+            columns.setdefault(name, []).append(values)
+        return {name: pad_sequence(parts, batch_first=True) for name, parts in columns.items()}
 
     def evaluate(self) -> dict[str, float]:
         """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time."""
@@ -236,15 +230,15 @@ class Rollouts(Source):
 
     def state_dict(self) -> dict[str, Any]:
         """The rollout, where steps on it are left, and the credit's state."""
-        done = (self.engine.progress.step % self.steps_per_rollout) == 0
+        left = self.engine.progress.step % self.steps_per_rollout
         return {
-            "number": -1 if done else self.number,
-            "experience": [] if done else self.experience,
+            "number": self.number if left else -1,
+            "experience": self.experience if left else [],
             "state": self.state,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.number, self.experience, self.state = state["number"], state["experience"], state["state"]
+        vars(self).update(state)
 
 
 def length_metrics(lengths: Sequence[int], ended: Sequence[bool]) -> dict[str, float]:

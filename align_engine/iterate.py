@@ -11,8 +11,6 @@ Each file and folder appears whole or not at all, so a run that is killed goes o
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 import shutil
 from pathlib import Path
@@ -32,6 +30,9 @@ from align_engine.server import reload_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+SHARED = ("model", "data", "train", "eval", "output", "kernels")  # sections of a round's training
 
 
 def iterate(recipe: IterateRecipe) -> RunFolder:
@@ -76,28 +77,20 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
         BadInput: a method that does not learn from preferences, or a setting that it does not have.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     options = recipe.iteration
     known = [name for name, row in ALGORITHMS.items() if row.kind == "preference" and not row.scalar]
     if options.method not in known:
         raise BadInput(f"method = {options.method!r} is none of {', '.join(known)}")
     made: Any = recipes.RECIPES[options.method]()
-    try:
-        changes = OmegaConf.from_dotlist([f"loss.{setting}" for setting in options.method_settings])
-        made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(made), changes))
-    except OmegaConfBaseException as error:
-        raise BadInput(f"method_settings = {options.method_settings}: {str(error).splitlines()[0]}") from error
-    for name in ("model", "data", "train", "eval", "output", "kernels"):
-        setattr(made, name, copy.deepcopy(getattr(recipe, name)))
-    made.model.model_name_or_path, made.output.output_dir = model, str(here / "train")
-    made.data.dataset_name, made.data.dataset_train_split = str(here / "pairs.jsonl"), "train"
-    made.output.overwrite = False
-    if options.reference == "initial" and number > 1:
-        for section in vars(made).values():
-            if hasattr(section, "ref_model_name_or_path"):
-                section.ref_model_name_or_path = recipe.model.model_name_or_path
-    return made
+    changes: dict[str, Any] = {name: dict(vars(getattr(recipe, name))) for name in SHARED}
+    changes["loss"] = dict(OmegaConf.from_dotlist(options.method_settings))
+    changes["model"]["model_name_or_path"] = model
+    changes["data"] |= {"dataset_name": str(here / "pairs.jsonl"), "dataset_train_split": "train"}
+    changes["output"] |= {"output_dir": str(here / "train"), "overwrite": False}
+    if options.reference == "initial" and number > 1 and hasattr(made.loss, "ref_model_name_or_path"):
+        changes["loss"]["ref_model_name_or_path"] = recipe.model.model_name_or_path
+    return recipes.typed(made, changes, f"method_settings = {options.method_settings}")
 
 
 def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
@@ -122,23 +115,17 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
     for side, places in zip(("chosen", "rejected"), zip(*pairs)):
         numbers[f"rewards/{side}"] = float(judged.rewards[list(places)].mean())
     if accelerator.is_main_process:
-        folder.truncate_metrics(number - 1)
-        with folder.metrics.open("a") as file:
-            file.write(json.dumps({"step": number, **numbers}) + "\n")
-        ids = prompts.rows[asked]["prompt_ids"]
+        folder.truncate_metrics(number - 1, {"step": number, **numbers})
+        ids, said = prompts.rows[asked]["prompt_ids"], judged.answers["completions"]
         scores = [None if math.isnan(score) else score for score in judged.rewards.tolist()]
-        said = judged.answers["completions"]
-        samples = [
-            {"prompt": prompt, "completion": text, "score": score}
-            for prompt, text, score in zip(judged.answers["prompts"], said, scores)
-        ]
+        names, samples = ("prompt", "completion", "score"), zip(judged.answers["prompts"], said, scores)
         rows = [
             {"prompt_ids": ids[best], "chosen_ids": completions[best].ids, "rejected_ids": completions[worst].ids,
              "chosen": said[best], "rejected": said[worst],
              "chosen_score": scores[best], "rejected_score": scores[worst]}
             for best, worst in pairs
         ]  # fmt: skip
-        folder.write_rows(f"round-{number}/samples.jsonl", samples)
+        folder.write_rows(f"round-{number}/samples.jsonl", [dict(zip(names, sample)) for sample in samples])
         folder.write_rows(f"round-{number}/pairs.jsonl", rows)
     accelerator.wait_for_everyone()
 

@@ -55,6 +55,7 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
         ("grpo", dict(loss_type="dr_grpo", importance_sampling_level="sequence", top_entropy_quantile=0.5)),
         ("grpo", dict(use_peft=True, beta=0.1, lora_target_modules=["q_proj", "lm_head"])),
         ("direct", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),
+        ("direct", dict(mask_truncated_completions=True, num_iterations=2, beta=0.1, learning_rate=1e-5)),
         ("ppo", dict(whiten_rewards=True, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.01, use_peft=True)),
         ("ppo", dict(missing_eos_penalty=1.0, kl_coef=0.0, value_model_name_or_path="MODEL", bf16=True)),
     ],
