@@ -5,6 +5,8 @@ from pathlib import Path
 import architectures
 import pytest
 
+from align_engine.logits import read_logits
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,3 +18,11 @@ def test_the_table_is_true():
     taken = sum(row.path in ("hook", "logits") for row in rows)
     assert len(rows) > 150 and taken >= 0.95 * len(rows)
     assert (ROOT / "docs" / "architectures.md").read_text() == architectures.table(rows), "run `make architectures`"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ordered_embeddings_take_the_second_path():
+    for config, kind in architectures.classes():
+        if architectures.MADE.get(kind.__name__) is architectures.drafting:
+            settings = dict(use_ordered_embeddings=True, num_centroids=9, centroid_intermediate_top_k=3)
+            assert read_logits(kind(architectures.drafting(config, kind.__name__, **settings))).path == "logits"
