@@ -1,10 +1,14 @@
 """What a training step of TRL's trainers spends in the LM head, with `fuse` and without.
 
-    python benches/trl_steps.py            # about four and a half minutes on two cores
+    python benches/trl_steps.py                            # about twelve minutes on two cores
+    python benches/trl_steps.py dpo sft --vocabulary 9000  # some of them, smaller
 
-V = 151936, D = 256, one layer, float32, every sequence half prompt, half completion. Each run is a process of its own:
-TRL's hook, ours, and one whose log-probs cost nothing; what a run takes above the last is the head's. Seconds are the
-median step of three after one; peak memory is the process's high-water mark, reset after the first.
+V = 151936, D = 256, one layer, float32, every sequence half prompt, half completion; the head trained, and frozen under
+an adapter. Each run is a process of its own: TRL's hook, ours, and one whose log-probs cost nothing; what a run takes
+above the last is the head's. Seconds are the median step of three after one; peak memory is the process's high-water
+mark, reset after the first; FLOPs are those of the matrix products of a fifth step, in units of N V D, N being the
+rows that carry a gradient: the last column is what they may cost, 6 a row, 4 where the head is frozen, 2 a row without
+gradient.
 """
 
 from __future__ import annotations
@@ -22,16 +26,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-V, D, PROMPT, COMPLETION, ROWS = 151936, 256, 96, 96, 2
-CASES = (
-    ("dpo", True),
-    ("sft", True),
-    ("kto", True),
-    ("grpo", True),
-    ("rloo", True),
-    ("dpo", False),
-)  # trainer, head trained
-ONLINE = ("grpo", "rloo")
+D, PROMPT, COMPLETION, ROWS = 256, 96, 96, 2
+TRAINERS = ("dpo", "sft", "kto", "grpo", "rloo", "gmpo", "bema", "async_grpo")
+ONLINE = ("grpo", "rloo", "gmpo", "async_grpo")
+ADAPTED = tuple(kind for kind in TRAINERS if kind != "bema")  # TRL's callback cannot copy an adapted model
 MODES = ("free", "fused", "trl")
 WARM, STEPS = 1, 3
 
@@ -44,11 +42,15 @@ def free_head(model: Any, **_: Any) -> None:
     call = model.forward
 
     @functools.wraps(call)
-    def forward(*args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, fused_lm_head: bool = False, labels: Any = None, shift_labels: Any = None, **kwargs: Any
+    ) -> Any:
         if not fused_lm_head:
             return call(*args, **kwargs)
-        labels, hidden = labels[:, 1:], model.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        mask, zero = labels != -100, torch.zeros(labels.shape)
+        hidden = model.base_model(*args, **kwargs).last_hidden_state
+        if shift_labels is None:
+            shift_labels, hidden = labels[:, 1:], hidden[:, :-1]
+        mask, zero = shift_labels != -100, torch.zeros(shift_labels.shape)
         logp = (hidden.sum(-1) * 1e-3).masked_fill(~mask, 0)
         return FusedCausalLMOutput(log_probs=logp, entropy=zero, log_sum_sq_probs=zero, mean_logits=zero,
                                    is_top1=mask, label_mask=mask)  # fmt: skip
@@ -62,7 +64,7 @@ def rows(kind: str, count: int) -> list[dict[str, Any]]:
     made, online = [], kind in ONLINE
     for i in range(count):
         row: dict[str, Any] = {"prompt": text(7 * i, PROMPT // 4 if online else PROMPT)}
-        if kind == "dpo":
+        if kind in ("dpo", "bema"):
             row |= {"chosen": " " + text(i, COMPLETION - 1), "rejected": " " + text(i + 450, COMPLETION - 1)}
         elif not online:
             row["completion"] = " " + text(i, COMPLETION - 1)
@@ -70,14 +72,18 @@ def rows(kind: str, count: int) -> list[dict[str, Any]]:
     return made
 
 
-def measure(kind: str, mode: str, trained: bool) -> dict[str, float]:
-    """Seconds of the median step and the peak in MB, in this process."""
+def measure(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, float]:
+    """Of the median step: seconds, peak in MB; of one more: FLOPs, the rows that carry a gradient and what they may
+    cost, in V D. In this process."""
+    import numpy as np
     import peft
     import torch
-    import trl
+    import trl_async
+    import trl_runs
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from trl.trainer.utils import FusedCausalLMOutput
 
     from align_engine.integrations.trl import fuse
 
@@ -87,76 +93,120 @@ def measure(kind: str, mode: str, trained: bool) -> dict[str, float]:
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=V, hidden_size=D, intermediate_size=D, num_hidden_layers=1, num_attention_heads=4,
-                         tie_word_embeddings=True, bos_token_id=None, eos_token_id=1, pad_token_id=1)  # fmt: skip
+    config = LlamaConfig(vocab_size=vocabulary, hidden_size=D, intermediate_size=D, num_hidden_layers=1,
+                         num_attention_heads=4, tie_word_embeddings=True, bos_token_id=None, eos_token_id=1,
+                         pad_token_id=1)  # fmt: skip
     times: list[float] = []
+    peak: list[float] = []
+    found: list[tuple[int, bool]] = []
+    counter = trl_runs.Products()
 
     class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == WARM + STEPS:
+                found.clear()
+                counter.__enter__()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             times.append(time.perf_counter())
             if state.global_step == WARM:
                 Path("/proc/self/clear_refs").write_text("5")
+            elif state.global_step == WARM + STEPS:
+                status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+                peak.append(int(status["VmHWM"].split()[0]) * 1024 / 1e6)
+            elif state.global_step == WARM + STEPS + 1:
+                counter.__exit__(None, None, None)
 
-    name = kind.upper()
+    def record(model: Any, args: Any, out: Any) -> None:
+        if isinstance(out, FusedCausalLMOutput):
+            found.append((int(out.label_mask.sum()), out.log_probs.requires_grad))
+
+    kinds = trl_runs.KINDS[kind]
     with tempfile.TemporaryDirectory() as folder:
-        own: dict[str, Any] = dict(per_device_train_batch_size=ROWS // (2 if kind == "dpo" else 1))
-        given: dict[str, Any] = {}
+        own: dict[str, Any] = dict(per_device_train_batch_size=ROWS)
+        given: dict[str, Any] = dict(callbacks=[Clock()])
         if kind in ONLINE:  # a quarter of the length, four times the sequences
-            own = dict(
-                per_device_train_batch_size=4 * ROWS, num_generations=2, max_completion_length=COMPLETION // 4, beta=0.0
-            )
-            given = dict(reward_funcs=lambda completion_ids, **_: [float(sum(ids) % 97) for ids in completion_ids])
+            own = dict(per_device_train_batch_size=4 * ROWS, num_generations=2, max_completion_length=COMPLETION // 4)
+        if kind == "async_grpo":
+            own |= dict(token_budget=0, max_staleness=100)
+            samples = 4 * ROWS * (WARM + STEPS + 3)
+            ids = np.random.default_rng(0).integers(2, 900, (samples, COMPLETION // 4))
+            given |= trl_async.without_server((np.arange(2, 2 + PROMPT // 4) + i // 4, ids[i]) for i in range(samples))
+        elif kind in ONLINE:
+            own |= dict(beta=0.0)
+            given["reward_funcs"] = lambda completion_ids, **_: [float(sum(ids) % 97) for ids in completion_ids]
         elif kind != "sft":
-            own |= dict(precompute_ref_log_probs=True)
-        args = getattr(trl, f"{name}Config")(
-            folder, max_steps=WARM + STEPS,
+            own |= dict(precompute_ref_log_probs=kind != "bema")
+        if kind in ("dpo", "bema"):  # pairs
+            own["per_device_train_batch_size"] //= 2
+        if kind == "bema":
+            given["callbacks"].append(trl_runs.bema())
+        args = kinds.find("Config")(
+            folder, max_steps=WARM + STEPS + 1,
             optim="sgd", max_grad_norm=0.0, report_to=[], use_cpu=True, bf16=False, save_strategy="no",
             disable_tqdm=True, logging_steps=1000, gradient_checkpointing=False, **own,
         )  # fmt: skip
-        trainer = getattr(trl, f"{name}Trainer")
+        trainer = kinds.find("Trainer")
         if mode == "free":
-            sys.modules[trainer.__module__].add_fused_lm_head = free_head
+            for name in {base.__module__ for base in trainer.__mro__ if base.__module__.startswith("trl.")}:
+                vars(sys.modules[name]).update(add_fused_lm_head=free_head)
         elif mode == "fused":
             fuse()
-        adapter = None if trained else peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = LlamaForCausalLM(config)
+        if kind == "async_grpo":
+            model.save_pretrained(folder)
         trainer = trainer(
-            model=LlamaForCausalLM(config), args=args, train_dataset=Dataset.from_list(rows(kind, 8)),
-            processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()], **given,
+            model=folder if kind == "async_grpo" else model, args=args, processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows(kind, 8)), **given,
+            peft_config=None if trained else peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         )  # fmt: skip
+        for scored in {trainer.model, getattr(trainer, "ref_model", None)} - {None}:
+            (scored.get_base_model() if hasattr(scored, "get_base_model") else scored).register_forward_hook(record)
         trainer.train()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    steps = [b - a for a, b in zip(times[WARM - 1 :], times[WARM:])]
-    return dict(seconds=statistics.median(steps), peak=int(status["VmHWM"].split()[0]) * 1024 / 1e6)
+    steps = [b - a for a, b in zip(times[WARM - 1 :], times[WARM : WARM + STEPS])]
+    price = {True: 6 if trained else 4, False: 2}
+    return dict(
+        seconds=statistics.median(steps), peak=peak[0], flops=counter.total() / vocabulary / D,
+        rows=sum(count for count, grad in found if grad), bound=sum(price[grad] * count for count, grad in found),
+    )  # fmt: skip
 
 
-def alone(kind: str, mode: str, trained: bool) -> dict[str, float]:
+def alone(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, float]:
     root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, __file__, "--one", kind, mode, str(int(trained))]
-    env = os.environ | {"PYTHONPATH": paths, "CI": "1", "OMP_WAIT_POLICY": "passive"}
+    paths = os.pathsep.join([*map(str, (root, root / "kernels", root / "tests")), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__, "--one", kind, mode, str(int(trained)), "--vocabulary", str(vocabulary)]
+    env = os.environ | {"PYTHONPATH": paths, "CI": "1", "OMP_WAIT_POLICY": "passive", "TRL_EXPERIMENTAL_SILENCE": "1"}
     out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.strip().splitlines()[-1])
 
 
-def main() -> None:
-    print(
-        "| trainer | head | seconds of the head a step: fuse | TRL | ratio | peak MB of the head: fuse | TRL | ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for kind, trained in CASES:
-        found = {mode: alone(kind, mode, trained) for mode in MODES}
-        line = [kind, "trained" if trained else "frozen"]
-        for what, digits in (("seconds", 3), ("peak", 0)):
-            ours, theirs = (found[mode][what] - found["free"][what] for mode in ("fused", "trl"))
-            line += [f"{ours:.{digits}f}", f"{theirs:.{digits}f}", f"{theirs / ours:.1f}x"]
-        print("|", " | ".join(line), "|", flush=True)
+def main(trainers: list[str], vocabulary: int) -> None:
+    print("| trainer | head | seconds of the head a step: fuse | TRL | ratio | peak MB of the head: fuse | TRL | ratio "
+          "| FLOPs of the head, N V D: fuse | TRL | may |")  # fmt: skip
+    print("|---" * 11 + "|")
+    for trained in (True, False):
+        for kind in trainers:
+            if not trained and kind not in ADAPTED:
+                continue
+            found = {mode: alone(kind, mode, trained, vocabulary) for mode in MODES}
+            line = [kind, "trained" if trained else "frozen"]
+            for what, digits in (("seconds", 3), ("peak", 0)):
+                ours, theirs = (found[mode][what] - found["free"][what] for mode in ("fused", "trl"))
+                line += [f"{ours:.{digits}f}", f"{theirs:.{digits}f}", f"{theirs / ours:.1f}x"]
+            n = found["fused"]["rows"]
+            flops = [(found[mode]["flops"] - found["free"]["flops"]) / n for mode in ("fused", "trl")]
+            line += [f"{x:.2f}" for x in (*flops, found["fused"]["bound"] / n)]
+            print("|", " | ".join(line), "|", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=3, metavar=("TRAINER", "MODE", "TRAINED"))
-    one = parser.parse_args().one
-    if one:
-        print(json.dumps(measure(one[0], one[1], one[2] == "1")))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trainers", nargs="*", default=list(TRAINERS), help=f"of {', '.join(TRAINERS)}; default all")
+    parser.add_argument("--vocabulary", type=int, default=151936)
+    parser.add_argument("--one", nargs=3, metavar=("TRAINER", "MODE", "TRAINED"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        kind, mode, trained = given.one
+        print(json.dumps(measure(kind, mode, trained == "1", given.vocabulary)))
     else:
-        main()
+        main(given.trainers, given.vocabulary)

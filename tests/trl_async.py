@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import queue
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,17 +17,15 @@ GROUP = 4
 
 
 class Rollouts:
-    """A rollout worker whose samples, `count` of them in groups of one prompt, were written beforehand."""
+    """A rollout worker whose samples were written beforehand: (prompt, answer), a group by a group of one prompt."""
 
-    def __init__(self, count: int, vocab: int) -> None:
+    def __init__(self, samples: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
         from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
         rng = np.random.default_rng(7)
         self.rollout_buffer: queue.Queue[Any] = queue.Queue()
         self.metrics_queue: queue.Queue[Any] = queue.Queue()
-        for i in range(count):
-            prompt = np.arange(2, 4 + i // GROUP % 5) + i // GROUP % 7
-            answer = rng.integers(2, vocab, rng.integers(2, 7))
+        for i, (prompt, answer) in enumerate(samples):
             mask = np.repeat([0, 1], [len(prompt), len(answer)])
             self.rollout_buffer.put(
                 RolloutSample(
@@ -76,11 +75,18 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
     return torch.cat(out)
 
 
-def without_server(vocab: int, count: int) -> dict[str, Any]:
-    """Arguments with which `AsyncGRPOTrainer` asks nothing of a server, for `count` samples; what it asks of a GPU is
-    done on the CPU from here on."""
+def short(count: int, vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Samples of many lengths, some of whose prompts begin alike."""
+    rng = np.random.default_rng(8)
+    for i in range(count):
+        yield np.arange(2, 4 + i // GROUP % 5) + i // GROUP % 7, rng.integers(2, vocab, rng.integers(2, 7))
+
+
+def without_server(samples: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+    """Arguments with which `AsyncGRPOTrainer` asks nothing of a server; what it asks of a GPU is done on the CPU from
+    here on."""
     packing = importlib.import_module("trl.experimental.async_grpo.packing")
     packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=varlen_attention)
     module = importlib.import_module("trl.experimental.async_grpo.async_grpo_trainer")
     module.VLLMClient = module.get_peak_flops_per_device = lambda *_: None
-    return dict(rollout_worker=Rollouts(count, vocab), weight_transfer=Weights())
+    return dict(rollout_worker=Rollouts(samples), weight_transfer=Weights())

@@ -99,7 +99,7 @@ def build(kind: str, folder: Path, out: Path, *, model: Any = None, trainer: Any
     elif kind == "bema":
         given["callbacks"].append(bema())
     elif kind == "async_grpo":
-        given |= trl_async.without_server(V, config.per_device_train_batch_size * (config.max_steps + 2))
+        given |= trl_async.without_server(trl_async.short(rows * config.max_steps, V))
         given["model"] = str(folder)
     if peft_config is not None:
         given["peft_config"] = peft_config
@@ -136,17 +136,24 @@ def same(ours: tuple[list, dict], theirs: tuple[list, dict], tolerance: float = 
         torch.testing.assert_close(ours[1][name], weight, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
+class Products(FlopCounterMode):
+    """FLOPs of the matrix products inside the block; given V, of those that have it as one of their sizes."""
+
+    OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm)
+
+    def __init__(self, vocab: int | None = None) -> None:
+        def product(*shapes: Any, **_: Any) -> int:
+            a, b = shapes[-2:]
+            return 2 * math.prod(a) * b[-1] if vocab is None or vocab in (*a, *b) else 0
+
+        super().__init__(display=False, custom_mapping=dict.fromkeys(self.OPS, product))
+
+    def total(self) -> int:
+        found = self.get_flop_counts()["Global"]
+        return sum(found.get(op, 0) for op in self.OPS)
+
+
 def head_flops(work: Callable[[], Any]) -> int:
-    """FLOPs of the matrix products that have V as one of their sizes."""
-
-    def product(*shapes: Any, **_: Any) -> int:
-        a, b = shapes[-2:]
-        return 2 * math.prod(a) * b[-1] if V in (*a, *b) else 0
-
-    ops = torch.ops.aten
-    products = (ops.mm, ops.addmm, ops.addmm_, ops.bmm)
-    counter = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(products, product))
-    with counter:
+    with Products(V) as counter:
         work()
-    found = counter.get_flop_counts()["Global"]
-    return sum(found.get(op, 0) for op in products)
+    return counter.total()
