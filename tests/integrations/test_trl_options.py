@@ -218,6 +218,8 @@ def test_refusals(trl_model, tmp_path):
         with pytest.raises(BadInput, match=r"CPOTrainer does not take .* fuse serves DPO, .* build it outside"):
             cpo.CPOTrainer(str(trl_model), config, **given)
     cpo.CPOTrainer(str(trl_model), config, **given)
+    with fuse(), pytest.raises(ValueError, match=r"AsyncGRPOTrainer. does not support a PEFT adapter on .lm_head"):
+        build("async_grpo", trl_model, tmp_path, peft_config=lora("lm_head"))
     with fuse():
         for settings, message in ((dict(lora_dropout=0.1), r"lora_dropout = 0\.1"), (dict(use_dora=True), "DoRA")):
             with pytest.raises(BadInput, match=message):
