@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-from pathlib import Path
+import runpy
+from types import SimpleNamespace
 from typing import Any
 
 from align_engine.errors import BadInput
@@ -20,17 +20,10 @@ def load_object(spec: str, field: str) -> Any:
     if not colon:
         raise BadInput(f"{field}: {spec!r} is not of the form module:name or file.py:name")
     try:
-        loaded = _file(module) if module.endswith(".py") else importlib.import_module(module)
+        in_file = module.endswith(".py")
+        loaded = SimpleNamespace(**runpy.run_path(module)) if in_file else importlib.import_module(module)
     except (ImportError, FileNotFoundError) as error:
         raise BadInput(f"{field}: cannot import {spec!r}: {error}") from error
     if not hasattr(loaded, name):
         raise BadInput(f"{field}: {module} has no {name!r}")
     return getattr(loaded, name)
-
-
-def _file(path: str) -> Any:
-    found = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
-    return module

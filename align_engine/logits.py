@@ -106,43 +106,34 @@ class Reader:
 
     def walk(self, body: list[ast.stmt]) -> None:
         for node in body:
-            if isinstance(node, ast.If):
-                self.branch(node)
-            elif isinstance(node, ast.With):
-                self.walk(node.body)
-            elif isinstance(node, ast.For | ast.While):
-                self.perhaps(node.body, node)
-            elif isinstance(node, ast.Return) and node.value is not None:
-                self.leave(node.value)
-            elif isinstance(node, ast.Assign):
-                for target in node.targets:
-                    self.assign(target, node.value, node)
-            elif isinstance(node, ast.AnnAssign | ast.AugAssign) and node.value is not None:
-                self.assign(node.target, node.value, node)
-
-    def branch(self, node: ast.If) -> None:
-        test = self.value(node.test)
-        if test is UNKNOWN:
-            self.perhaps(node.body, node)
-            self.perhaps(node.orelse, node)
-        else:
-            self.walk(node.body if test else node.orelse)
-
-    def perhaps(self, body: list[ast.stmt], node: ast.stmt) -> None:
-        """A body that may or may not run: what was known before and changes in it is not understood."""
-        before = dict(self.tracked)
-        self.walk(body)
-        for name, steps in before.items():
-            if self.tracked.get(name) != steps:
-                self.tracked[name] = [_unknown(node)]
+            match node:
+                case ast.With():
+                    self.walk(node.body)
+                case ast.If() if (test := self.value(node.test)) is not UNKNOWN:
+                    self.walk(node.body if test else node.orelse)
+                case ast.If() | ast.For() | ast.While():
+                    for part in (node.body, node.orelse):  # it may run or not: what it changes is not understood
+                        before = dict(self.tracked)
+                        self.walk(part)
+                        changed = [name for name, steps in before.items() if self.tracked.get(name) != steps]
+                        self.tracked |= {name: [_unknown(node)] for name in changed}
+                case ast.Return(value=ast.expr() as value):
+                    self.leave(value)
+                case ast.Assign(targets=targets, value=value):
+                    for target in targets:
+                        self.assign(target, value, node)
+                case ast.AnnAssign(value=ast.expr() as value) | ast.AugAssign(value=value):
+                    self.assign(node.target, value, node)
 
     def assign(self, target: ast.expr, value: ast.expr, node: ast.stmt) -> None:
-        steps = self.follow(value)
-        if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign):
+        steps, found = self.follow(value), self.value(value)
+        if isinstance(target, ast.Name) and not isinstance(node, ast.AugAssign):
             self.tracked.pop(target.id, None)
-            self.known[target.id] = UNKNOWN if steps is not None else self.value(value)
+            self.known.pop(target.id, None)
             if steps is not None:
                 self.tracked[target.id] = steps
+            elif found is not UNKNOWN:
+                self.known[target.id] = found
             return
         base = target.value if isinstance(target, ast.Subscript) else target
         if isinstance(base, ast.Name) and (base.id in self.tracked or steps is not None):
@@ -151,56 +142,34 @@ class Reader:
     def leave(self, node: ast.expr) -> None:
         keywords = {k.arg: k.value for k in node.keywords} if isinstance(node, ast.Call) else {}
         as_tuple = isinstance(node, ast.Tuple) or (isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add))
-        if as_tuple or (steps := self.follow(keywords.get("logits", node))) is None:
-            return
-        self.returned.append(("logits" in keywords, steps))
-
-    def is_child(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Attribute) and ast.unparse(node) == f"self.{self.child}"
+        if not as_tuple and (steps := self.follow(keywords.get("logits", node))) is not None:
+            self.returned.append(("logits" in keywords, steps))
 
     def follow(self, node: ast.expr) -> list[Step] | None:
         """What was done to the child's output to give this value; None where it is not made of it."""
         if isinstance(node, ast.Name):
             return self.tracked.get(node.id)
-        if isinstance(node, ast.Call) and self.is_child(node.func):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"self.{self.child}":
             return []
         parts = [part for part in ast.walk(node) if part is not node and isinstance(part, ast.Name | ast.Call)]
         if not any(self.follow(part) is not None for part in parts):
             return None
-        steps = None
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in SAME:
-                return self.follow(node.func.value)
-            if node.func.attr == "tanh" and len(node.args) == 1 and not node.keywords:
-                steps, step = self.follow(node.args[0]), Step("tanh")
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Div):
-            factor = self.value(node.right)
-            if isinstance(factor, int | float):
+        steps, step = None, None
+        match node:
+            case ast.Call(func=ast.Attribute(attr=name, value=owner)) if name in SAME:
+                return self.follow(owner)
+            case ast.Call(func=ast.Attribute(attr="tanh"), args=[argument], keywords=[]):
+                steps, step = self.follow(argument), Step("tanh")
+            case ast.BinOp(op=ast.Mult() | ast.Div()) if isinstance(factor := self.value(node.right), int | float):
                 steps, step = self.follow(node.left), Step("*" if isinstance(node.op, ast.Mult) else "/", factor)
-        return [_unknown(node)] if steps is None else [*steps, step]
+        return [_unknown(node)] if steps is None or step is None else [*steps, step]
 
     def value(self, node: ast.expr) -> Any:
-        """The value of an expression of constants, locals and this model's attributes, or UNKNOWN."""
-        if isinstance(node, ast.Constant):
-            return node.value
-        if isinstance(node, ast.Name):
-            return self.known.get(node.id, UNKNOWN)
-        if isinstance(node, ast.NamedExpr):
-            self.known[node.target.id] = self.value(node.value)
-            return self.known[node.target.id]
-        if isinstance(node, ast.Attribute):
-            owner = self.value(node.value)
-            return UNKNOWN if owner is UNKNOWN or node.attr == "training" else getattr(owner, node.attr, UNKNOWN)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get_text_config":
-            config = self.value(node.func.value)
-            return UNKNOWN if config is UNKNOWN else config.get_text_config()
-        if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
-            left, right = self.value(node.left), self.value(node.comparators[0])
-            return UNKNOWN if UNKNOWN in (left, right) else (left is right) == isinstance(node.ops[0], ast.Is)
-        if isinstance(node, ast.BoolOp):
-            values = [self.value(part) for part in node.values]
-            decisive = isinstance(node.op, ast.Or)
-            if any(value is not UNKNOWN and bool(value) == decisive for value in values):
-                return decisive
-            return UNKNOWN if UNKNOWN in values else not decisive
-        return UNKNOWN
+        """The value of an expression of constants, known locals and this model's attributes, or UNKNOWN."""
+        called = {ast.unparse(part.func) for part in ast.walk(node) if isinstance(part, ast.Call)}
+        if "self.training" in ast.unparse(node) or any(not name.endswith(".get_text_config") for name in called):
+            return UNKNOWN  # it changes, or something would run
+        try:
+            return eval(compile(ast.Expression(node), "<forward>", "eval"), {"__builtins__": {}}, self.known)
+        except Exception:  # a name that the source does not tell
+            return UNKNOWN

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import resource
 import sys
 import time
@@ -91,27 +90,13 @@ class Journal:
 
     def __init__(self, path: Path, accelerator: Any, total_steps: int, first_step: int, title: str) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress
 
         self.path, self.accelerator = path, accelerator
         self.console = Console(quiet=not accelerator.is_main_process)
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = Progress(console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task(title, total=total_steps, completed=first_step)
         self.tokens, self.clock = 0.0, Clock(accelerator.device)
-
-    def __enter__(self) -> Journal:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
     def advance(self, tokens: float) -> None:
         """One step is done, over so many tokens."""
@@ -137,22 +122,14 @@ class Journal:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **record}) + "\n")
         except OSError as error:
-            raise RunFailed(
-                f"cannot write {self.path}: {error.strerror}. The checkpoints are whole; make room and run "
-                "the same command again"
-            ) from error
-        numbers = "  ".join(f"{name} {_short(record[name])}" for name in SHOWN if name in record)
+            then = "The checkpoints are whole; make room and run the same command again"
+            raise RunFailed(f"cannot write {self.path}: {error.strerror}. {then}") from error
+        numbers = "  ".join(f"{name} {record[name]:.5g}" for name in SHOWN if name in record)
         self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
 
 
 SHOWN = ("reward", "loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
          "eval_loss", "eval_rewards/accuracies", "eval_mean_token_accuracy", "tokens_per_second")  # fmt: skip
-
-
-def _short(value: float) -> str:
-    if value and math.isfinite(value) and (abs(value) < 1e-3 or abs(value) >= 1e5):
-        return f"{value:.2e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def read(path: Path) -> list[dict[str, Any]]:

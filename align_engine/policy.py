@@ -28,9 +28,8 @@ from align_engine.logits import read_logits
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
 
-HeadFunction = Callable[
-    [Tensor, dict[str, Any]], Tensor
-]  # (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
+# (hidden [B, T, D], keywords of linear_logprobs) -> any tensor
+HeadFunction = Callable[[Tensor, dict[str, Any]], Tensor]
 
 
 def causal_model(model: Any) -> Any:
@@ -82,53 +81,45 @@ def head_weights(module: Any) -> dict[str, Any]:
 
     if isinstance(module, ModulesToSaveWrapper):
         trained = [name for name in module.active_adapters if name in module.modules_to_save]
-        if module.disable_adapters or not trained:
-            return head_weights(module.original_module)
-        return head_weights(module.modules_to_save[trained[0]])
-    lora = None
+        off = module.disable_adapters or not trained
+        return head_weights(module.original_module if off else module.modules_to_save[trained[0]])
+    lora = {}
     if isinstance(module, LoraLayer):
-        lora = _lora(module)
-        module = module.get_base_layer()
+        lora, module = _lora(module), module.get_base_layer()
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
-        raise BadInput(
-            f"the LM head is a {type(module).__name__}, not a plain linear layer: the fused loss cannot stand in"
-        )
-    keywords = {"weight": module.weight, "bias": module.bias}
-    return keywords if lora is None else {**keywords, "lora": lora}
+        kind = type(module).__name__
+        raise BadInput(f"the LM head is a {kind}, not a plain linear layer: the fused loss cannot stand in")
+    return {"weight": module.weight, "bias": module.bias, **lora}
 
 
-def _lora(module: Any) -> tuple[Tensor, Tensor, float] | None:
+def _lora(module: Any) -> dict[str, tuple[Tensor, Tensor, float]]:
     names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or not names:
-        return None
-    name = names[0]
-    dropout = module.lora_dropout[name]
+        return {}
+    name, dropout = names[0], getattr(module.lora_dropout[names[0]], "p", 0.0)
     refused = {
         f"{len(names)} active adapters ({', '.join(names)})": len(names) > 1,
         "DoRA or another LoRA variant": name in module.lora_variant,
         "a LoRA bias": module.lora_B[name].bias is not None,
-        f"lora_dropout = {getattr(dropout, 'p', 0.0)}": module.training and getattr(dropout, "p", 0.0) > 0,
+        f"lora_dropout = {dropout}": module.training and dropout > 0,
     }
     for what, present in refused.items():
         if present:
-            raise BadInput(
-                f"LoRA on the LM head with {what}: the fused loss takes one plain LoRA without dropout there"
-            )
-    return module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+            raise BadInput(f"LoRA on the LM head with {what}: the fused loss takes one plain one without dropout there")
+    return {"lora": (module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])}
 
 
 @contextlib.contextmanager
 def head_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside the block `forward` is what the module does."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
+    own = vars(module)
+    before = {"forward": own["forward"]} if "forward" in own else {}
+    own["forward"] = forward
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
+        del own["forward"]
+        own.update(before)
 
 
 @contextlib.contextmanager
@@ -241,9 +232,11 @@ def load_model(path: str, section: ModelSection, kind: Any = None, **options: An
     from transformers import AutoModelForCausalLM
 
     check_path(path)
-    base = adapter_base(path)
-    if base is not None:
-        return _with_saved_adapters(load_model(base, section, kind, **options), path, section.use_peft)
+    if (base := adapter_base(path)) is not None:
+        from peft import PeftModel
+
+        model: Any = load_model(base, section, kind, **options)
+        return PeftModel.from_pretrained(model, path, is_trainable=section.use_peft)
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     if section.load_in_4bit or section.load_in_8bit:
@@ -260,17 +253,11 @@ def adapter_base(path: str) -> str | None:
     return json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else None
 
 
-def _with_saved_adapters(model: Any, path: str, trainable: bool) -> nn.Module:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, path, is_trainable=trainable)
-
-
 def _quantised(section: ModelSection) -> dict[str, Any]:
     """Options of from_pretrained for weights in 4 or 8 bits; raises BadInput where bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        name = "load_in_4bit" if section.load_in_4bit else "load_in_8bit"
-        raise BadInput(f"{name} = True: bitsandbytes is not installed (pip install bitsandbytes)")
+        bits = 4 if section.load_in_4bit else 8
+        raise BadInput(f"load_in_{bits}bit = True: bitsandbytes is not installed (pip install bitsandbytes)")
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -278,7 +265,7 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
         load_in_8bit=section.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if section.dtype == "auto" else getattr(torch, section.dtype),
+        bnb_4bit_compute_dtype=getattr(torch, section.dtype, torch.bfloat16),  # that of `auto`
     )
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
 
@@ -317,8 +304,7 @@ def checkpoint_activations(model: Any) -> None:
 def disable_dropout(model: nn.Module) -> None:
     """Dropout off in training mode too (a preference loss compares two forward passes of one model)."""
     module: Any
-    modules: Any = model.modules()
-    for module in modules:
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
@@ -326,4 +312,4 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -89,7 +89,8 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         folder.truncate_metrics(engine.progress.step)
     accelerator.init_trackers("align", config={k: str(v) for k, v in recipes.flat(recipe).items()})
     accelerator.print(summary(engine, source, steps))
-    with Journal(folder.metrics, accelerator, steps, engine.progress.step, name) as journal:
+    journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, name)
+    with journal.bar:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
         if isinstance(source, Rollouts):
