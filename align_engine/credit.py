@@ -30,16 +30,6 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     return torch.where(scored & (others > 0), grouped - baseline, 0.0).flatten()
 
 
-def batch_mean(rewards: Tensor, group_size: int = 1) -> Tensor:
-    """r_i - mean reward of the batch (REINFORCE with a baseline). [R] -> [R]."""
-    return (rewards - rewards.nanmean()).nan_to_num(0.0)
-
-
-def no_baseline(rewards: Tensor, group_size: int = 1) -> Tensor:
-    """r_i itself (REINFORCE). [R] -> [R]."""
-    return rewards.nan_to_num(0.0)
-
-
 def group_normalised(rewards: Tensor, group_size: int, scale_rewards: str = "group") -> Tensor:
     """(r - mean of its group) / (std + 1e-4), arXiv:2402.03300 section 4.1.2, with Bessel's correction as TRL has it.
 
@@ -71,14 +61,10 @@ def nanstd(x: Tensor) -> Tensor:
 def best_versus_worst(rewards: Tensor, group_size: int) -> list[tuple[int, int]]:
     """(best, worst) completion of each group, by their numbers; the first of equals. Groups in which all that have a
     reward have the same one (or fewer than two have any) give no pair."""
-    pairs = []
-    for start in range(0, len(rewards), group_size):
-        group = rewards[start : start + group_size]
-        best = int(group.nan_to_num(-torch.inf).argmax())
-        worst = int(group.nan_to_num(torch.inf).argmin())
-        if group[best] > group[worst]:
-            pairs.append((start + best, start + worst))
-    return pairs
+    grouped, first = rewards.view(-1, group_size), torch.arange(0, len(rewards), group_size)
+    best = first + grouped.nan_to_num(-torch.inf).argmax(1)
+    worst = first + grouped.nan_to_num(torch.inf).argmin(1)
+    return [pair for pair in zip(best.tolist(), worst.tolist()) if rewards[pair[0]] > rewards[pair[1]]]
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -89,11 +75,8 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     Returns:
         [B, T], 0 outside the mask.
     """
-    rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    last = mask.sum(1) - 1
-    rows = (last >= 0).nonzero()[:, 0]
-    rewards[rows, last[rows]] += scores[rows]
-    return rewards
+    last = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+    return torch.where(mask, -kl_coef * kl, 0.0) + torch.where(last, scores[:, None], 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -124,8 +107,8 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return torch.where(mask, white if shift_mean else white + mean, 0.0)
 
 
-BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {
+BASELINES: dict[str, Callable[[Tensor, int], Tensor]] = {  # (rewards [R], G) -> [R]; the last two are REINFORCE
     "leave_one_out": leave_one_out,
-    "batch_mean": batch_mean,
-    "none": no_baseline,
+    "batch_mean": lambda rewards, group_size: (rewards - rewards.nanmean()).nan_to_num(0.0),
+    "none": lambda rewards, group_size: rewards.nan_to_num(0.0),
 }
