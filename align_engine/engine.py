@@ -125,21 +125,21 @@ class Engine:
             units: of the whole window; gradients are averaged over ranks, so each rank divides by units / ranks.
             last: of its window; ranks meet there and not before.
         """
-        meet = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-        with meet:
-            batch = micro.batch.to(self.accelerator.device)
-            loss, metrics = self.forward(batch, units / self.accelerator.num_processes)
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            loss = self.loss(micro, units, self._sums)
             self.accelerator.backward(loss if micro.real else loss * 0.0)
-        share = loss * (units / self.accelerator.num_processes)  # the sum over this batch's units
-        self._add(self._sums, share, metrics, micro)
 
-    def _add(self, sums: Sums, loss_sum: Tensor, metrics: dict[str, Tensor], micro: Micro) -> None:
-        batch, real = micro  # counted on the CPU: no wait for the device
-        units = self.algorithm.count(batch, self.recipe) * real
-        sums.add("loss", loss_sum / max(units, 1), units)
+    def loss(self, micro: Micro, units: float, sums: Sums) -> Tensor:
+        """A micro-batch's share of its window's loss, times the number of ranks; it and the metrics go to `sums`."""
+        batch, real = micro
+        share = units / self.accelerator.num_processes
+        loss, metrics = self.forward(batch.to(self.accelerator.device), share)
+        count = self.algorithm.count(batch, self.recipe) * real  # on the CPU: no wait for the device
+        sums.add("loss", loss * share / max(count, 1), count)
         for name, value in metrics.items():
-            sums.add(name, value, metric_weight(self.algorithm, name, batch, units) * real)
+            sums.add(name, value, metric_weight(self.algorithm, name, batch, count) * real)
         sums.add("num_tokens", float(batch.attention_mask.sum()), real)
+        return loss
 
     def step(self) -> Sums:
         """Clip, check and take the optimiser step.
@@ -174,10 +174,9 @@ class Engine:
         sums, training = Sums(), self.model.training
         self.model.eval()
         window = list(source.share(list(range(len(source)))))
-        units = self.open(window) / self.accelerator.num_processes
+        units = self.open(window)
         for micro in window:
-            loss, metrics = self.forward(micro.batch.to(self.accelerator.device), units)
-            self._add(sums, loss * units, metrics, micro)
+            self.loss(micro, units, sums)
         self.model.train(training)
         means = sums.reduced(self.accelerator).means()
         del means["num_tokens"]
