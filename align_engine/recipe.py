@@ -240,7 +240,8 @@ class ClippedRatio(Section):
     num_iterations: int = 1
     """Passes over each rollout."""
     epsilon: float = 0.2
-    """How far below 1 the probability ratio may go before its gradient stops, and above, unless epsilon_high says."""
+    """How far below 1 the probability ratio may go before its gradient stops, and above, unless epsilon_high says (of
+    gmpo: the log-ratio, below 0)."""
     epsilon_high: float | None = None
     """How far above 1 (None: epsilon)."""
 
@@ -259,7 +260,7 @@ class DirectLoss(ClippedRatio):
 class GrpoLoss(ClippedRatio):
     """Loss."""
 
-    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo", "sapo", "vespo"] = "dapo"
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo", "sapo", "vespo", "gmpo"] = "dapo"
     """How tokens are weighed and averaged (bnpo is dapo here: its batch is the whole step)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation divides the advantages."""
@@ -644,8 +645,8 @@ def check(recipe: Recipe) -> None:
         ("eval_dataset_name", not values["eval_dataset_name"] or scorers != ["human"], "needs a scorer, not people"),
         ("server_weights", not get("server_weights") or get("server_base_url"), "needs server_base_url"),
         ("server_weights", not (get("server_weights") and peft), "needs use_peft: false"),
-        ("entropy_coef", not get("entropy_coef") or get("loss_type") not in ("grpo", "dr_grpo", "luspo", "sapo"),
-         "needs a loss_type that counts tokens"),
+        ("entropy_coef", get("loss_type") not in ("grpo", "dr_grpo", "luspo", "sapo", "gmpo")
+         or not get("entropy_coef"), "needs a loss_type that counts tokens"),
         ("epsilon_high", get("loss_type") != "cispo" or get("epsilon_high") is not None,
          "is the limit of cispo's ratio: give it (5.0 is usual)"),
         ("reward_weights", weights is None or len(weights) == len(scorers), f"must be {len(scorers)}, as reward_funcs"),

@@ -152,11 +152,12 @@ def measure(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, f
                 vars(sys.modules[name]).update(add_fused_lm_head=free_head)
         elif mode == "fused":
             fuse()
-        model = LlamaForCausalLM(config)
-        if kind == "async_grpo":
+        model: Any = LlamaForCausalLM(config)
+        if kind in ("bema", "async_grpo"):  # they load one themselves, the reference or the policy
             model.save_pretrained(folder)
+            model = folder if kind == "async_grpo" else LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         trainer = trainer(
-            model=folder if kind == "async_grpo" else model, args=args, processing_class=tokenizer,
+            model=model, args=args, processing_class=tokenizer,
             train_dataset=Dataset.from_list(rows(kind, 8)), **given,
             peft_config=None if trained else peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         )  # fmt: skip

@@ -52,6 +52,7 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
         ("grpo", dict(loss_type="cispo", epsilon_high=5.0, entropy_coef=0.01)),
         ("grpo", dict(loss_type="sapo", mask_truncated_completions=True, scale_rewards="none")),
         ("grpo", dict(loss_type="vespo", off_policy_mask_threshold=0.1, num_iterations=2)),
+        ("grpo", dict(loss_type="gmpo", epsilon=0.4, num_iterations=2)),
         ("grpo", dict(loss_type="dr_grpo", importance_sampling_level="sequence", top_entropy_quantile=0.5)),
         ("grpo", dict(use_peft=True, beta=0.1, lora_target_modules=["q_proj", "lm_head"])),
         ("direct", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),

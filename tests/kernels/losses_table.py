@@ -339,7 +339,7 @@ def ratio(x: Batch, level: str = "token", old: Tensor | None = OLD) -> Tensor:
 
 def averaged(kind: str, each: Tensor) -> Tensor:
     each = torch.where(MASK, each, 0.0)
-    if kind in ("grpo", "sapo"):
+    if kind in ("grpo", "sapo", "gmpo"):
         return (each.sum(1) / LEN).sum() / B
     if kind == "luspo":
         return each.sum() / B
@@ -395,6 +395,23 @@ def phi(x: Batch, sampler: Tensor | None = None) -> Tensor:
 group(dict(loss_type="vespo"), lambda x: -phi(x) * A * x.logp)
 
 
+def geometric(x: Batch, old: Tensor, low: float, high: float, kept: Tensor = MASK) -> Tensor:
+    """The geometric mean of a sequence's ratios, each bounded where it speaks for itself, times -A."""
+    r = (x.logp - old).exp()
+    bounded = torch.where(
+        A > 0, torch.minimum(r, r.clamp(max=math.exp(high))), torch.maximum(r, r.clamp(math.exp(-low)))
+    )
+    kept = kept.double()
+    return -A * torch.where(kept > 0, bounded, 1.0).prod(1, keepdim=True) ** (
+        1 / kept.sum(1, keepdim=True).clamp(min=1)
+    )
+
+
+group(dict(loss_type="gmpo", epsilon=0.1, beta=0.3), lambda x: geometric(x, OLD, 0.1, 0.1) + 0.3 * k3(x))
+group(dict(loss_type="gmpo", epsilon_high=0.4), lambda x: geometric(x, OLD, 0.2, 0.4))
+group(dict(loss_type="gmpo", old_logps=None), lambda x: geometric(x, sg(x.logp), 0.2, 0.2))
+
+
 def sampler_ratio(old: Tensor, mode: str, low: float, high: float) -> Tensor:
     difference = torch.where(MASK, old.double() - SAMPLED, 0.0).nan_to_num(nan=0.0)
     found = (difference.sum(1, keepdim=True) if "sequence" in mode else difference).exp().expand(B, T)
@@ -439,6 +456,10 @@ def decisive(x: Batch, share: float) -> Tensor:
 
 
 group(dict(top_entropy_quantile=0.4, beta=0.2), lambda x: clip(x) * decisive(x, 0.4) + 0.2 * k3(x))
+group(
+    dict(loss_type="gmpo", top_entropy_quantile=0.4, epsilon=0.1),
+    lambda x: geometric(x, OLD, 0.1, 0.1, decisive(x, 0.4)),
+)
 group(dict(entropy_coef=0.3), clip, lambda x: -0.3 * x.entropy.sum() / TOKENS)
 group(dict(entropy_coef=0.3, loss_type="grpo"), clip, lambda x: -0.3 * x.entropy.sum() / TOKENS)
 group(

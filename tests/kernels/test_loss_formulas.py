@@ -125,6 +125,8 @@ WRONG = [
     (ak.grpo_loss, (None, torch.zeros(2)), dict(top_entropy_quantile=0.0), r"must lie in \(0, 1\], got 0.0"),
     (ak.grpo_loss, (None, torch.zeros(2)), dict(kl_estimator="k4"), "kl_estimator must be one of k1, k2, k3, got 'k4'"),
     (ak.grpo_loss, (None, torch.zeros(2)), dict(loss_type="vespo", importance_sampling_level="sequence"), "vespo"),
+    (ak.grpo_loss, (None, torch.zeros(2)), dict(loss_type="gmpo", importance_sampling_level="sequence"), "gmpo weighs"),
+    (ak.grpo_loss, (None, torch.zeros(2)), dict(loss_type="gmpo", delta=2.0), "delta=2.0 is read by .*not by gmpo"),
     (ak.grpo_loss, (None, torch.zeros(2)), dict(loss_type="vespo", sampling_logps=ONE[0][..., 0]), "vespo multiplies"),
 ]  # fmt: skip
 

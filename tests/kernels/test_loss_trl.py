@@ -31,6 +31,7 @@ from trl import (
     SFTTrainer,
 )
 from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import align_kernels as ak
@@ -326,10 +327,27 @@ GRPO: list[dict[str, Any]] = [
 ]
 
 
+GMPO: list[dict[str, Any]] = [
+    dict(epsilon=0.1),
+    dict(epsilon=0.4, beta=0.3),
+    dict(epsilon=0.1, epsilon_high=0.3, top_entropy_quantile=0.4),
+]
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["rollout of before", "fresh rollout"])
+@pytest.mark.parametrize("options", GMPO, ids=str)
+def test_gmpo(options: dict[str, Any], fresh: bool, bench: Bench):
+    trainer = policy_trainer(bench, GMPOTrainer, GMPOConfig, **options)
+    check_group(trainer, options | dict(loss_type="gmpo", use_bias_correction_kl=False), fresh)
+
+
 @pytest.mark.parametrize("fresh", [False, True], ids=["rollout of before", "fresh rollout"])
 @pytest.mark.parametrize("options", GRPO, ids=str)
 def test_grpo(options: dict[str, Any], fresh: bool, bench: Bench):
-    trainer = policy_trainer(bench, GRPOTrainer, GRPOConfig, **options)
+    check_group(policy_trainer(bench, GRPOTrainer, GRPOConfig, **options), options, fresh)
+
+
+def check_group(trainer: Any, options: dict[str, Any], fresh: bool) -> None:
     model = trainer.model
     inputs, ids, attention = rollout(model)
     old = None if fresh else padded(inputs["old_per_token_logps"])

@@ -245,7 +245,7 @@ def test_grpo_pieces_equal_the_whole(loss_type: str, num_items: int, level: str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(loss_type="gmpo"), "loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, .*, got 'gmpo'"),
+        (dict(loss_type="gspo"), "loss_type must be one of grpo, bnpo, dr_grpo, dapo, luspo, .*, got 'gspo'"),
         (
             dict(importance_sampling_level="word"),
             "importance_sampling_level must be .* token, sequence, got 'word'",

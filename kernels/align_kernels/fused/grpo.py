@@ -22,6 +22,7 @@ from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.registry import Unit
 
 LEVELS = ("token", "sequence")
+BY_SEQUENCE = ("vespo", "gmpo")  # terms of a whole sequence
 CLIPPED = {name for name, kind in LOSS_TYPES.items() if kind.term == "clip"}
 
 
@@ -66,6 +67,8 @@ def grpo_loss(
               cispo  -sg(min(r, epsilon_high)) A log pi
               sapo   -(4 / tau) sigma(tau (r - 1)) A
               vespo  -sg(phi(w)) A log pi, phi(w) = e^lambda w^k e^(-lambda w), w the sequence's ratio
+              gmpo   -A exp(mean over the sequence of c), c = min(log r, epsilon_high) where A > 0, else
+                     max(log r, -epsilon)
 
     and over the B sequences o of the call, divided by `num_items`, minus entropy_coef * mean entropy:
 
@@ -78,6 +81,7 @@ def grpo_loss(
         "cispo"     cispo  l_t, arXiv:2506.13585                             tokens             kept tokens of this call
         "sapo"      sapo   mean of l_t over each sequence, arXiv:2511.20347  sequences          B
         "vespo"     vespo  l_t, arXiv:2602.10693                             tokens             kept tokens of this call
+        "gmpo"      gmpo   mean of l_t over each sequence, arXiv:2507.20673  sequences          B
 
     Args:
         hidden: [B, T, D]; weight: [V, D]; targets: [B, T].
@@ -85,7 +89,8 @@ def grpo_loss(
         advantages: [B] or [B, T].
         loss_type: see above. Default "dapo".
         epsilon, epsilon_high: limits of the ratio below and above 1. Defaults 0.2 and None: epsilon. For "cispo"
-            epsilon_high is the ratio's own limit and has no default (ScaleRL: 5.0).
+            epsilon_high is the ratio's own limit and has no default (ScaleRL: 5.0). For "gmpo" they limit the log-ratio
+            below and above 0 (the paper: 0.4).
         delta: the ratio's upper limit before the minimum, for negative advantages: dual clip. Default None.
         beta: weight of the KL term. Default 0.0: ref_logps is not needed.
         ref_logps: [B, T] log-probs under the reference.
@@ -97,8 +102,8 @@ def grpo_loss(
         sapo_temperature_pos, sapo_temperature_neg: tau where A > 0 and elsewhere. Defaults 1.0 and 1.05.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: k and lambda where A >= 0, and elsewhere.
         entropy_coef: weight of the mean entropy of the tokens. Default 0.0.
-        top_entropy_quantile: share of this call's tokens, those of highest entropy, that the term and the bonus act on.
-            Default 1.0: all.
+        top_entropy_quantile: share of this call's tokens, those of highest entropy, that the term and the bonus act on
+            (of "gmpo": that its mean is taken over). Default 1.0: all.
         off_policy_mask_threshold: drop the term of sequences with A < 0 whose mean log mu - log pi exceeds it, mu being
             sampling_logps or else old_logps. Default None: keep all.
         sampling_logps: [B, T] log-probs that a foreign sampler gave, NaN where it gave none: corrects the term by the
@@ -159,7 +164,9 @@ def grpo_loss(
     )  # fmt: skip
     by_sequence = sampling_logps is not None and vllm_importance_sampling_mode.startswith("sequence")
     unit: Unit = "token"
-    by_sequence |= importance_sampling_level == "sequence" or term == "vespo" or off_policy_mask_threshold is not None
+    by_sequence |= (
+        importance_sampling_level == "sequence" or term in BY_SEQUENCE or off_policy_mask_threshold is not None
+    )
     if by_sequence:
         unit = "sequence"
     if top_entropy_quantile < 1:
@@ -176,8 +183,8 @@ def check_combination(
     """What single options of the family cannot stand beside."""
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError("cispo limits the ratio itself to epsilon_high: pass it, ScaleRL takes 5.0")
-    if loss_type == "vespo" and level == "sequence":
-        raise ValueError('vespo weights sequences by itself: pass importance_sampling_level="token"')
+    if loss_type in BY_SEQUENCE and level == "sequence":
+        raise ValueError(f'{loss_type} weighs sequences by itself: pass importance_sampling_level="token"')
     if loss_type == "vespo" and sampling_logps is not None and mode.startswith("sequence"):
         raise ValueError(
             "vespo multiplies the sampler's ratios over a sequence itself: pass vllm_importance_sampling_mode "

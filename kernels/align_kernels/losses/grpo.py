@@ -21,6 +21,7 @@ from align_kernels.losses.registry import loss
 
 Value = tuple[Tensor, dict[str, Tensor]]  # (n,) each
 LEAST_RATIO = math.log(1e-8)  # of VESPO's weights
+CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
 
 class Policy(NamedTuple):
@@ -32,6 +33,7 @@ class Policy(NamedTuple):
     advantages: Tensor
     total: Sums
     sampler: Tensor | None  # importance ratio of the training engine over a foreign sampler
+    keep: Tensor | None  # 0 at tokens that the term leaves out
 
 
 class Options(NamedTuple):
@@ -56,11 +58,13 @@ def either(condition: Tensor, yes: float, no: float) -> Tensor:
 # -- policy terms ---------------------------------------------------------------------------------------------------
 def clip(p: Policy, o: Options) -> Value:
     """PPO-clip, arXiv:2402.03300 eq. 3; with a ratio per sequence GSPO, arXiv:2507.18071 eq. 5 and 7."""
-    low = (p.ratio < 1 - o.epsilon) & (p.advantages < 0)
-    high = (p.ratio > 1 + o.epsilon_high) & (p.advantages > 0)
-    flags = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
     value = clip_surrogate(p.ratio, p.advantages, o.epsilon, o.epsilon_high, o.delta)
-    return value, {name: x.to(value.dtype) for name, x in flags.items()}
+    return value, clipped(p, p.ratio < 1 - o.epsilon, p.ratio > 1 + o.epsilon_high)
+
+
+def clipped(p: Policy, low: Tensor, high: Tensor) -> dict[str, Tensor]:
+    low, high = low & (p.advantages < 0), high & (p.advantages > 0)
+    return {name: x.to(p.logps.dtype) for name, x in zip(CLIPPED, (low, high, low | high))}
 
 
 def cispo(p: Policy, o: Options) -> Value:
@@ -91,17 +95,27 @@ def vespo(p: Policy, o: Options) -> Value:
     return -phi * p.advantages * p.logps, {"vespo/phi_seq_mean": phi}
 
 
+def gmpo(p: Policy, o: Options) -> Value:
+    """-A exp(mean_t c) of a sequence, c = min(log r, epsilon_high) where A > 0, else max(log r, -epsilon): the clipped
+    ratios' geometric mean, arXiv:2507.20673. The tokens of a sequence are those that `keep` leaves."""
+    bounded = torch.where(p.advantages > 0, p.log_ratio.clamp(max=o.epsilon_high), p.log_ratio.clamp(min=-o.epsilon))
+    keep = torch.ones_like(bounded) if p.keep is None else p.keep
+    mean = p.total(bounded * keep) / p.total(keep).clamp(min=1)
+    flags = clipped(p, p.log_ratio < -o.epsilon, p.log_ratio > o.epsilon_high)
+    return -bounded_exp(mean, RATIO_LIMIT) * p.advantages, flags
+
+
 class Term(NamedTuple):
     value: Callable[[Policy, Options], Value]
     metrics: tuple[str, ...] = ()
 
 
-CLIPPED = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 TERMS = {
     "clip": Term(clip, CLIPPED),
     "cispo": Term(cispo, ("cispo_clip_ratio",)),
     "sapo": Term(sapo),
     "vespo": Term(vespo, ("vespo/phi_seq_mean",)),
+    "gmpo": Term(gmpo, CLIPPED),
 }
 
 
@@ -120,6 +134,7 @@ LOSS_TYPES = {
     "cispo": LossType("cispo", "sum", "tokens"),
     "sapo": LossType("sapo", "sequence mean", "sequences"),
     "vespo": LossType("vespo", "sum", "tokens"),
+    "gmpo": LossType("gmpo", "sequence mean", "sequences"),
 }
 
 
@@ -192,16 +207,18 @@ def grpo(
     log_ratio = logps - old
     ratio = bounded_exp(total(log_ratio) / length() if level == "sequence" else log_ratio, RATIO_LIMIT)
     sampler = keep = None
-    if sampling_logps is not None:
-        bounds = vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max
-        sampler = sampler_ratio(old, sampling_logps, vllm_importance_sampling_mode, *bounds, total)
-    value, metrics = TERMS[term].value(Policy(logps, log_ratio, ratio, advantages, total, sampler), Options(**options))
-    if off_policy_mask_threshold is not None:
-        behaviour = old if sampling_logps is None else sampling_logps
-        value = value * off_policy_keep(logps, behaviour, advantages, off_policy_mask_threshold, length(), total)
     if top_entropy_quantile < 1:
         assert entropy is not None
         keep = top_entropy(entropy, top_entropy_quantile)
+    if sampling_logps is not None:
+        bounds = vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max
+        sampler = sampler_ratio(old, sampling_logps, vllm_importance_sampling_mode, *bounds, total)
+    policy = Policy(logps, log_ratio, ratio, advantages, total, sampler, keep)
+    value, metrics = TERMS[term].value(policy, Options(**options))
+    if off_policy_mask_threshold is not None:
+        behaviour = old if sampling_logps is None else sampling_logps
+        value = value * off_policy_keep(logps, behaviour, advantages, off_policy_mask_threshold, length(), total)
+    if keep is not None and term != "gmpo":
         value = value * keep
     if sampler is not None and term != "vespo":
         value = value * sampler

@@ -12,6 +12,7 @@ from align_kernels.compat.liger.common import reference_logps, refuse
 from align_kernels.fused import check_shape, grpo_loss
 from align_kernels.losses.grpo import LOSS_TYPES
 
+SERVED = [name for name in LOSS_TYPES if name != "gmpo"]  # Liger's
 CLIPPED = {"cispo": "cispo_clip_ratio"}  # the metric of other loss types is clip_ratio/region_mean
 
 
@@ -57,8 +58,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         del compiled, chunk_size
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type={loss_type!r} is not served; one of {', '.join(LOSS_TYPES)} is")
+        if loss_type not in SERVED:
+            raise ValueError(f"loss_type={loss_type!r} is not served; one of {', '.join(SERVED)} is")
         if loss_type == "luspo":
             level = (importance_sampling_level, "sequence")
             refuse("luspo takes one ratio per sequence", importance_sampling_level=level)
