@@ -33,13 +33,10 @@ def with_strangers(rows: datasets.Dataset, seed: int, max_length: int) -> datase
     """
     prompts = [hash(tuple(ids)) for ids in rows["prompt_ids"]]
     order = epoch_order(len(rows), seed, 0)
-    ends = [k for k in range(len(order)) if prompts[order[k]] != prompts[order[k - 1]]]
-    if not ends:
+    if len(set(prompts)) < 2:
         raise BadInput("kto needs rows of at least two prompts: its reference point reads answers to other prompts")
-    stranger = np.zeros(len(order), dtype=np.int64)
-    last = -1
-    for k in range(ends[0], ends[0] + len(order)):
-        here, before = order[k % len(order)], order[k % len(order) - 1]
+    stranger, last = np.zeros(len(order), dtype=np.int64), -1
+    for here, before in 2 * list(zip(order, [order[-1], *order])):  # the second time round there is one before each
         last = before if prompts[here] != prompts[before] else last
         stranger[here] = last
     strangers = rows.select(stranger).select_columns("completion_ids").rename_column("completion_ids", NAME)
@@ -57,22 +54,17 @@ def reference_point(engine: Engine, window: list[Micro]) -> None:
     apo_zero_unpaired has z0 = 0, and no stranger is read.
     """
     recipe: Any = engine.recipe
-    if recipe.loss.loss_type == "apo_zero_unpaired":
-        for batch, _ in window:
-            batch.shared = {"kl": 0.0}
-        return
     total = torch.zeros(2, dtype=torch.float64, device=engine.accelerator.device)
     live = engine.reference
-    for batch, real in window:
+    for batch, real in window if recipe.loss.loss_type != "apo_zero_unpaired" else []:
         other: Any = batch.other
         other = other.to(engine.accelerator.device)
         ref = other.ref_logps if live is None else live(other)
         ratio = reference_logps(engine.model, other, engine.head_options).double() - ref
         total += real * torch.stack([ratio.sum(), torch.full_like(ratio, 1.0).sum()])
     summed: Any = engine.accelerator.reduce(total, "sum")
-    mean = summed[0].item() / summed[1].item()
     for batch, _ in window:
-        batch.shared = {"kl": max(mean, 0.0)}
+        batch.shared = {"kl": max(summed[0].item() / max(summed[1].item(), 1.0), 0.0)}
 
 
 def class_weights(rows: datasets.Dataset, loss: KtoLoss) -> tuple[KtoLoss, str]:
@@ -90,9 +82,7 @@ def class_weights(rows: datasets.Dataset, loss: KtoLoss) -> tuple[KtoLoss, str]:
             f"warning: {said}, weighed {ratio:.3g} to 1, outside [1, 1.33]: set desirable_weight and "
             "undesirable_weight, or balance_classes"
         )
-    if ratio < LEAST:
-        loss = dataclasses.replace(loss, desirable_weight=loss.desirable_weight * LEAST / ratio)
-    else:
-        loss = dataclasses.replace(loss, undesirable_weight=loss.undesirable_weight * ratio / MOST)
+    good, bad = max(LEAST / ratio, 1.0) * loss.desirable_weight, max(ratio / MOST, 1.0) * loss.undesirable_weight
+    loss = dataclasses.replace(loss, desirable_weight=good, undesirable_weight=bad)
     weights = f"desirable_weight {loss.desirable_weight:.4g}, undesirable_weight {loss.undesirable_weight:.4g}"
     return loss, f"{said}, weighed {ratio:.3g} to 1: balanced with {weights}"

@@ -34,8 +34,6 @@ from align_engine.source import Source, rows_seen
 from align_kernels import linear_logprobs, sequence_logprobs
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from align_engine.engine import Engine
     from align_engine.recipe import Recipe
 
@@ -101,7 +99,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
     for name, part in (("train", source), ("eval", evaluation)):
         if part is not None:
             rows = rows_seen(part, steps) if part is source else list(range(len(part)))
-            served = precompute(model, part, rows, name, folder, accelerator, options)
+            served = precompute(engine, model, part, rows, name, folder)
             how_come = "read again" if served else "computed"
             accelerator.print(f"reference log-probs of {len(rows)} {name} rows {how_come}")
     model.train(training)
@@ -109,10 +107,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
 
 @torch.no_grad()
 def token_logps(
-    model: nn.Module,
-    batch: Batch,
-    head_options: dict[str, Any],
-    critic: Callable[[Tensor, Batch], Tensor] | None = None,
+    model: nn.Module, batch: Batch, head_options: dict[str, Any], critic: Callable[..., Tensor] | None = None
 ) -> Tensor:
     """Log-probs of the targets under `model`, 0 where there is none, and what a critic says of each position:
     [1, B, T] or [2, B, T] float32."""
@@ -210,18 +205,11 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def precompute(
-    model: nn.Module,
-    source: Source,
-    rows: list[int],
-    name: str,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    head_options: dict[str, Any],
-) -> bool:
+def precompute(engine: Engine, model: nn.Module, source: Source, rows: list[int], name: str, folder: RunFolder) -> bool:
     """Add the reference's columns (TRL's names) to the source, from the folder's file where it fits.
 
     Args:
+        engine: its device, processes and settings of the head.
         model: the reference, prepared by accelerate, in eval mode.
         source: rows of preference data or of marks.
         rows: which of them are needed; the others read NaN.
@@ -231,6 +219,7 @@ def precompute(
     Raises:
         BadInput: the file bears the right fingerprint but its values are not this model's.
     """
+    accelerator, head_options = engine.accelerator, engine.head_options
     stamp = f"{weights_fingerprint(accelerator.unwrap_model(model))}-{source.fingerprint()}-{len(rows)}"
     path = folder.path / f"reference-{name}.safetensors"
     stored = _read(path, stamp)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from align_engine.data.formats import BadRow
 
+Ids = list[int]
+
 
 def fit(
-    prompt: list[int],
-    completions: list[list[int]],
-    bos: list[int],
-    max_length: int | None,
-    max_prompt_length: int | None,
-    truncate: bool,
-) -> tuple[list[int], list[list[int]], list[str]]:
+    prompt: Ids, completions: list[Ids], bos: Ids, max_length: int | None, max_prompt_length: int | None, truncate: bool
+) -> tuple[Ids, list[Ids], list[str]]:
     """(prompt, completions, what was cut), with every prompt + completion within the limits (None: no limit).
 
     All completions keep the same prompt. A prompt that starts with `bos` keeps it. Raises BadRow unless `truncate`.

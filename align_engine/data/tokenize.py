@@ -56,19 +56,19 @@ def prepare(
         report["changed"]["pairs, each split into a desirable and an undesirable row"] = len(kept)
         return _split_pairs(kept), report
     names = ["prompt_ids", *(f"{side}_ids" for side in sides)]
+    carried = [name for name in CARRIED.get(kind, ()) if name in rows.column_names]
     ready = kind != "unpaired" and set(names) <= set(rows.column_names)
     layout = () if ready else tuple(name for name in detect_layout(rows.column_names, kind) if name != "label")
+    given = {"encoder": Encoder(tokenizer), "layout": layout, "sides": sides, "truncate": overlong == "truncate"}
     text, number = datasets.Value("string"), datasets.Value("int64")
-    columns = dict.fromkeys(names, datasets.List(datasets.Value("int32")))
+    features = dict.fromkeys(names, datasets.List(datasets.Value("int32"))) | {n: rows.features[n] for n in carried}
+    features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
     done = rows.map(
         _encode_row,
         with_indices=True,
-        fn_kwargs=settings
-        | {"encoder": Encoder(tokenizer), "layout": layout, "sides": sides, "truncate": overlong == "truncate"},
+        fn_kwargs={"names": names, "carried": carried, **given, **settings},
         remove_columns=rows.column_names,
-        features=datasets.Features(
-            {"index": number, **columns, "length": number, "status": text, "notes": datasets.List(text)}
-        ),
+        features=datasets.Features(features),
         num_proc=num_proc,
         desc=f"Tokenising {kind} data",
     )
@@ -85,7 +85,7 @@ def prepare(
         "dropped": {status.partition(": ")[2]: where for status, where in dropped.items()},
         "changed": dict(Counter(note for notes in done["notes"] for note in notes)),
     }
-    return _carry(rows, kept.remove_columns(["length", "status", "notes"]), kind), report
+    return kept.remove_columns(["length", "status", "notes"]), report
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -112,23 +112,22 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
 
 
 def _encode_row(
-    row: dict[str, Any], index: int, *, encoder: Encoder, layout: tuple[str, ...], sides: tuple[str, ...], **limits: Any
+    row: dict[str, Any], index: int, *, names: list[str], carried: list[str], layout: tuple[str, ...], **given: Any
 ) -> dict[str, Any]:
-    ids, notes, status = [[] for _ in ("prompt", *sides)], [], ""
+    ids, notes, status, beside = [[] for _ in names], [], "", {name: row[name] for name in carried}
     try:
-        if layout:
-            ids, notes = _ids(row, encoder, layout, sides, limits)
-        else:  # ids already
-            ids = [row["prompt_ids"], *(row[f"{side}_ids"] for side in sides)]
+        for name, value in beside.items():
+            if not isinstance(value, int | float) or value != value:
+                raise BadRow(f"'{name}' is not a number")
+        ids, notes = _ids(row, layout, **given) if layout else ([row[name] for name in names], [])
     except BadRow as error:
         status = f"{error.kind}: {error}"
-    columns = dict(zip(["prompt_ids", *(f"{side}_ids" for side in sides)], ids))
     length = len(ids[0]) + max(map(len, ids[1:]), default=0)
-    return {"index": index, **columns, "length": length, "status": status, "notes": notes}
+    return {"index": index, **dict(zip(names, ids)), **beside, "length": length, "status": status, "notes": notes}
 
 
 def _ids(
-    row: dict[str, Any], encoder: Encoder, layout: tuple[str, ...], sides: tuple[str, ...], limits: dict[str, Any]
+    row: dict[str, Any], layout: tuple[str, ...], encoder: Encoder, sides: tuple[str, ...], **limits: Any
 ) -> tuple[list[list[int]], list[str]]:
     """([ids of the prompt, of each side], what was changed); raises BadRow."""
     parts, arguments = normalise(row, layout), template_arguments(row)
@@ -147,17 +146,6 @@ def _ids(
     if not sides and not prompt:
         raise BadRow("'prompt' is empty")
     return [prompt, *completions], [*dict.fromkeys(notes), *cuts]
-
-
-def _carry(rows: datasets.Dataset, kept: datasets.Dataset, kind: Kind) -> datasets.Dataset:
-    names = [name for name in CARRIED.get(kind, ()) if name in rows.column_names]
-    part = rows.select_columns(names).select(kept["index"][:]) if names else rows
-    for name in names:
-        column = part[name][:]
-        if wrong := [i for i, x in zip(kept["index"], column) if not isinstance(x, (int, float)) or x != x]:
-            raise BadInput(f"'{name}' must be a number: row {wrong[0]} (counted from 0) has none")
-        kept = kept.add_column(name, column)
-    return kept
 
 
 def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
@@ -179,12 +167,12 @@ def _refuse(dropped: dict[str, list[int]], rows: int, kept: int, asked: dict[str
         return
     refused = {status: where for status, where in dropped.items() if status.partition(":")[0] in kinds}
     count = sum(map(len, refused.values()))
-    head = f"{count} of {rows} rows cannot be used:" if refused else f"none of {rows} rows is left:"
-    reasons = [
-        f"{len(where)} x {status.partition(': ')[2]} ({_rows(where)})" for status, where in (refused or dropped).items()
-    ]
-    hints = [f"({'; '.join(WAYS[kind] for kind in kinds)})"] if kept else []
-    raise BadInput("\n  ".join([head, *reasons, *hints]))
+    lines = [f"{count} of {rows} rows cannot be used:" if refused else f"none of {rows} rows is left:"]
+    for status, where in (refused or dropped).items():
+        lines.append(f"{len(where)} x {status.partition(': ')[2]} ({_rows(where)})")
+    if kept:
+        lines.append(f"({'; '.join(WAYS[kind] for kind in kinds)})")
+    raise BadInput("\n  ".join(lines))
 
 
 def _rows(where: list[int]) -> str:
