@@ -96,17 +96,19 @@ def _sequences(batch: Batch, recipe: Recipe) -> int:
     return len(batch.targets)
 
 
+# kind, collate, units of each sort of rows
+TEXTS = ("sft", collate_sft, _tokens)
 PAIRS = ("preference", collate_pairs, _pairs)
 MARKS = ("unpaired", collate_marks, _sequences)
 ROWS = (
-    #         name     rows, units      loss                            numbers of the whole window
-    Algorithm("sft", "sft", collate_sft, _tokens, _fused(sft_loss), dropout=True),
-    Algorithm("rm",    *PAIRS,          _rm,                            scalar=True),
-    Algorithm("dpo",   *PAIRS,          _fused(_dpo, "ref_logps"),      _count_chosen, reference=True),
-    Algorithm("simpo", *PAIRS,          _fused(simpo_loss)),
-    Algorithm("orpo",  *PAIRS,          _fused(orpo_loss),              _count_chosen),
-    Algorithm("cpo",   *PAIRS,          _fused(cpo_loss),               _count_chosen),
-    Algorithm("kto",   *MARKS, _fused(_kto, "ref_logps", "desirable"),  reference_point, reference=True),
+    #         name     rows    loss                                    numbers of the whole window
+    Algorithm("sft",   *TEXTS, _fused(sft_loss),                       dropout=True),
+    Algorithm("rm",    *PAIRS, _rm,                                    scalar=True),
+    Algorithm("dpo",   *PAIRS, _fused(_dpo, "ref_logps"),              _count_chosen, reference=True),
+    Algorithm("simpo", *PAIRS, _fused(simpo_loss)),
+    Algorithm("orpo",  *PAIRS, _fused(orpo_loss),                      _count_chosen),
+    Algorithm("cpo",   *PAIRS, _fused(cpo_loss),                       _count_chosen),
+    Algorithm("kto",   *MARKS, _fused(_kto, "ref_logps", "desirable"), reference_point, reference=True),
     # from rollouts
     Algorithm("direct", "prompt", collate_rollouts, _sequences, online.direct, credit=online.direct_credit, kl="beta",
               present_policy=True),

@@ -14,19 +14,12 @@ import torch
 PACKAGES = "align-engine torch transformers accelerate datasets peft triton flash-attn trl vllm".split()
 
 
-def version(package: str) -> str | None:
-    """The installed version, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def gather() -> dict[str, Any]:
     """Everything that `show` prints, as JSON values."""
     from align_kernels import backends_report
     from align_kernels.backends import cpu
 
+    installed = {one.name.replace("_", "-"): one.version for one in importlib.metadata.distributions()}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     devices = [
         f"cpu: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB"
@@ -37,7 +30,7 @@ def gather() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: installed.get(name) for name in PACKAGES},
         "devices": devices,
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32) or "built and in use",

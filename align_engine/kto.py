@@ -78,10 +78,8 @@ def class_weights(rows: datasets.Dataset, loss: KtoLoss) -> tuple[KtoLoss, str]:
     if LEAST <= ratio <= MOST:
         return loss, f"{said}, weighed {ratio:.3g} to 1: in [1, 1.33], as the paper advises"
     if not loss.balance_classes:
-        return loss, (
-            f"warning: {said}, weighed {ratio:.3g} to 1, outside [1, 1.33]: set desirable_weight and "
-            "undesirable_weight, or balance_classes"
-        )
+        way = "set desirable_weight and undesirable_weight, or balance_classes"
+        return loss, f"warning: {said}, weighed {ratio:.3g} to 1, outside [1, 1.33]: {way}"
     good, bad = max(LEAST / ratio, 1.0) * loss.desirable_weight, max(ratio / MOST, 1.0) * loss.undesirable_weight
     loss = dataclasses.replace(loss, desirable_weight=good, undesirable_weight=bad)
     weights = f"desirable_weight {loss.desirable_weight:.4g}, undesirable_weight {loss.undesirable_weight:.4g}"

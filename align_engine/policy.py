@@ -40,11 +40,9 @@ def causal_model(model: Any) -> Any:
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, PeftModel):
         return model
-    if model.active_peft_config.is_prompt_learning:
-        raise BadInput(
-            f"adapter of type {model.active_peft_config.peft_type}: it adds virtual tokens, so that the head's "
-            "positions are not those of the targets; use LoRA"
-        )
+    if (config := model.active_peft_config).is_prompt_learning:
+        why = "it adds virtual tokens, so that the head's positions are not those of the targets"
+        raise BadInput(f"adapter of type {config.peft_type}: {why}; use LoRA")
     return model.get_base_model()
 
 
@@ -186,9 +184,9 @@ def check_head(model: nn.Module) -> None:
     scale, cap = transform.get("logit_scale", 1.0), transform.get("softcap")
     want = probe * scale if cap is None else cap * torch.tanh(probe * scale / cap)
     if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-2, atol=1e-2):
+        read = f"read from it: {transform or 'nothing'}"
         raise BadInput(
-            f"{type(causal).__name__} changes its logits after the LM head in a way that the fused loss does not "
-            f"know (read from it: {transform or 'nothing'}); it cannot be trained here"
+            f"{type(causal).__name__} changes its logits in a way that the fused loss does not know ({read})"
         )
 
 

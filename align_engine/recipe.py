@@ -572,13 +572,12 @@ def _into_sections(recipe: Recipe, content: dict[Any, Any], path: str | Path) ->
     for key, value in content.items():
         is_section = hasattr(recipe, str(key))
         for name, inner in (value or {}).items() if is_section else [(key, value)]:
-            owner = section_of.get(name)
-            if owner is not None and is_section and owner != key:
-                raise BadInput(f"recipe {path}: `{name}` belongs under `{owner}`, not under `{key}`")
-            if owner is None:
+            if name not in section_of:
                 (close,) = difflib.get_close_matches(str(name), section_of, n=1, cutoff=0.0)
                 raise BadInput(f"recipe {path}: unknown key `{name}`; did you mean `{close}`?")
-            tree.setdefault(owner, {})[name] = inner
+            if is_section and section_of[name] != key:
+                raise BadInput(f"recipe {path}: `{name}` belongs under `{section_of[name]}`, not under `{key}`")
+            tree.setdefault(section_of[name], {})[name] = inner
     return tree
 
 

@@ -223,10 +223,8 @@ def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
     place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < need:
-        raise BadInput(
-            f"output_dir = {str(folder.path)!r}: {free / 2**30:.1f} GiB are free, and the checkpoints need about "
-            f"{need / 2**30:.1f} GiB; choose another disk, or a lower save_total_limit"
-        )
+        sizes = f"{free / 2**30:.1f} GiB are free, and the checkpoints need about {need / 2**30:.1f} GiB"
+        raise BadInput(f"output_dir = {str(folder.path)!r}: {sizes}; choose another disk, or a lower save_total_limit")
 
 
 def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:

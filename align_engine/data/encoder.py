@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
@@ -11,18 +10,14 @@ from align_engine.data.formats import BadRow, Messages, Text
 from align_engine.errors import BadInput
 
 
-@dataclass
 class Encoder:
     """A tokenizer, and what inspection says about it. Never adds a second BOS or EOS."""
 
-    tokenizer: Any
-    bos: list[int] = field(init=False)  # what the tokenizer puts before every text: [] or [bos id]
-    adds_space: bool = field(init=False)  # whether it puts a space before every text (SentencePiece's dummy prefix)
-
-    def __post_init__(self) -> None:
-        first = self.tokenizer("a")["input_ids"][:1]
-        self.bos = first if first == [self.tokenizer.bos_token_id] else []
-        self.adds_space = self.tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, first = tokenizer, tokenizer("a")["input_ids"][:1]
+        self.bos = first if first == [tokenizer.bos_token_id] else []  # what it puts before every text: [] or [bos id]
+        # whether it puts a space before every text (SentencePiece's dummy prefix)
+        self.adds_space = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -49,9 +44,7 @@ class Encoder:
 
     def render(self, messages: Messages, arguments: dict[str, Any], **how: bool) -> str:
         if self.tokenizer.chat_template is None:
-            raise BadInput(
-                "the data are conversations, but the tokenizer has no chat template: set tokenizer.chat_template"
-            )
+            raise BadInput("the rows are conversations, but the tokenizer has no chat template: give it one")
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **arguments, **how)
         except jinja2.TemplateError as error:

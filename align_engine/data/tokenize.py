@@ -104,11 +104,9 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
             largest = pc.max(pc.list_flatten(table[name])).as_py()
             if largest is not None and largest >= vocab_size:
                 row = next(i for i, ids in enumerate(table[name].to_pylist()) if largest in ids)
-                where = table["index"][row].as_py()
-                raise BadInput(
-                    f"token id {largest} in '{name}' of row {where} is outside the model's vocabulary "
-                    f"of {vocab_size}: the tokenizer belongs to another model, or the embeddings were not resized"
-                )
+                what = f"token id {largest} in '{name}' of row {table['index'][row]}"
+                why = "the tokenizer belongs to another model, or the embeddings were not resized"
+                raise BadInput(f"{what} is outside the model's vocabulary of {vocab_size}: {why}")
 
 
 def _encode_row(
