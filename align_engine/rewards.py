@@ -79,7 +79,7 @@ def load_reward(spec: str, device: torch.device) -> Reward:
     if spec.startswith(("http://", "https://")):
         return Reward("http", partial(_ask, spec))
     if ":" not in spec:
-        return Reward(Path(spec).name, RewardModel(spec, device))
+        return Reward(Path(spec).name, reward_model(spec, device))
     function = load_object(spec, "reward_funcs")
     if not callable(function):
         raise BadInput(f"reward_funcs: {spec!r} is not a function")
@@ -150,7 +150,7 @@ async def _ask(url: str, completion_ids: list[list[int]], **columns: list[Any]) 
         raise RunFailed(f"{url} answered {replies[0]!r:.200}, expected {{'scores': [...]}}") from error
 
 
-class RewardModel:
+def reward_model(path: str, device: torch.device, batch_size: int = 32) -> Callable[..., list[float]]:
     """The score of an AutoModelForSequenceClassification with one label, in the tokenisation that it was trained on.
 
     Args:
@@ -158,25 +158,22 @@ class RewardModel:
         device: where it runs.
         batch_size: completions of one forward pass.
     """
-
-    def __init__(self, path: str, device: torch.device, batch_size: int = 32) -> None:
-        tokenizer = load_tokenizer(path, distinct_pad=True)
-        model: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.encoder, self.pad_id = Encoder(tokenizer), tokenizer.pad_token_id
-        self.device, self.batch_size = device, batch_size
+    tokenizer = load_tokenizer(path, distinct_pad=True)
+    loaded: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
+    model, encoder = loaded.to(device).eval().requires_grad_(False), Encoder(tokenizer)
 
     @torch.no_grad()
-    def __call__(self, prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        rows = []
+    def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
+        rows, found = [], []
         for prompt, completion in zip(prompts, completions):
-            prompt_ids, (ids,), _notes = self.encoder.split(prompt, [completion], {"tools": None})
+            prompt_ids, (ids,), _notes = encoder.split(prompt, [completion], {"tools": None})
             rows.append({"prompt_ids": prompt_ids, "completion_ids": ids, "index": len(rows)})
-        found: list[float] = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = collate_sft(rows[start : start + self.batch_size], self.pad_id).to(self.device)
-            found += heads.scores(self.model, batch.input_ids, batch.attention_mask).tolist()
+        for start in range(0, len(rows), batch_size):
+            batch = collate_sft(rows[start : start + batch_size], tokenizer.pad_token_id).to(device)
+            found += heads.scores(model, batch.input_ids, batch.attention_mask).tolist()
         return found
+
+    return score
 
 
 def human_scores(folder: RunFolder, number: int, answers: dict[str, list[Any]]) -> Tensor:

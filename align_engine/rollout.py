@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -43,41 +42,29 @@ class Completion:
 Sampler = Callable[[Sequence[list[int]], int], list[Completion]]  # (prompts' ids, seed) -> one completion for each
 
 
-class Ends(StoppingCriteria):
-    """Where each row ends: at an EOS token, or at the token that completes a stop string, which never reaches back into
-    the prompt."""
+class Watch(StoppingCriteria):
+    """Sees each token chosen: its log-prob (no more than one step's logits [B, V] are ever held), and whether it ends
+    its row, as EOS or as the token that completes a stop string, which never reaches back into the prompt."""
 
-    def __init__(self, width: int, rows: int, eos: Tensor, stop: StopStringCriteria | None) -> None:
-        self.width, self.stop = width, stop
+    def __init__(self, width: int, eos: Tensor, stop: StopStringCriteria | None, temperature: float) -> None:
+        self.width, self.stop, self.temperature = width, stop, temperature
         self.eos_token_id = eos  # generate pads rows that have ended where a criterion has this attribute
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=eos.device)  # 0: not ended
+        self.logps: list[Tensor] = []  # [B, 1] of each step
+        self.done: list[Tensor] = []  # [B] bool of each step
+
+    def before(self, input_ids: Any, scores: Any) -> Any:
+        """Keep the logits that a step chooses by."""
+        self.now = (scores.float() / self.temperature).log_softmax(-1)
+        return scores
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
         new = input_ids[:, self.width :]
         done = torch.isin(new[:, -1], self.eos_token_id)
         if self.stop is not None:
             done |= self.stop(new, scores)
-        self.lengths = torch.where(done & (self.lengths == 0), new.shape[1], self.lengths)
+        self.logps.append(self.now.gather(1, new[:, -1:]))
+        self.done.append(done)
         return done
-
-
-class Recorder(LogitsProcessor):
-    """Log-probs of the chosen tokens, one step late: no more than one step's logits [B, V] are ever held."""
-
-    def __init__(self, temperature: float) -> None:
-        self.temperature = temperature
-        self.before: Tensor | None = None
-        self.logps: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self.take(input_ids)
-        self.before = (scores.float() / self.temperature).log_softmax(-1)
-        return scores
-
-    def take(self, input_ids: Tensor) -> None:
-        """The last column was chosen from the scores of the step before."""
-        if self.before is not None:
-            self.logps.append(self.before.gather(1, input_ids[:, -1:]))
 
 
 def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -> Sampler:
@@ -106,35 +93,29 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     try:
         stop = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
     except ValueError as error:
-        raise BadInput(
-            f"stop_strings = {settings.stop_strings}: transformers cannot find them in the tokens"
-        ) from error
+        raise BadInput(f"stop_strings = {settings.stop_strings}: not to be found in the tokens: {error}") from error
 
     @torch.no_grad()
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         device = next(inner.parameters()).device
         input_ids, mask = (x.to(device) for x in collate_prompts(prompts, tokenizer.pad_token_id))
-        ends = Ends(input_ids.shape[1], len(prompts), torch.tensor(eos, device=device), stop)
-        recorder = Recorder(settings.temperature)
-        watchers = {
-            "logits_processor": LogitsProcessorList([recorder]),
-            "stopping_criteria": StoppingCriteriaList([ends]),
-        }
+        width, eos_ids = input_ids.shape[1], torch.tensor(eos, device=device)
+        watch = Watch(width, eos_ids, stop, settings.temperature)
+        processors, criteria = LogitsProcessorList([watch.before]), StoppingCriteriaList([watch])
         training, before = inner.training, inner.generation_config
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             try:
                 inner.eval().generation_config = config  # in place of the model's own, which may hold penalties
-                out = inner.generate(input_ids=input_ids, attention_mask=mask, **watchers)
+                out = inner.generate(
+                    input_ids, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria
+                )
             finally:
                 inner.train(training).generation_config = before
-        recorder.take(out)
-        new, logps = out[:, input_ids.shape[1] :].cpu(), torch.cat(recorder.logps, 1).cpu()
-        lengths = ends.lengths.tolist()
-        cuts = [length or new.shape[1] for length in lengths]
-        return [
-            Completion(new[i, :cut].tolist(), logps[i, :cut].clone(), bool(lengths[i])) for i, cut in enumerate(cuts)
-        ]
+        new, logps, done = out[:, width:].cpu(), torch.cat(watch.logps, 1).cpu(), torch.stack(watch.done, 1).cpu()
+        ended = done.any(1).tolist()
+        cuts = torch.where(done.any(1), done.int().argmax(1) + 1, done.shape[1]).tolist()
+        return [Completion(new[i, :cut].tolist(), logps[i, :cut].clone(), ended[i]) for i, cut in enumerate(cuts)]
 
     return sample
 
