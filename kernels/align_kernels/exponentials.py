@@ -24,7 +24,7 @@ from torch import Tensor
 from align_kernels.gemm import product
 
 if TYPE_CHECKING:
-    from align_kernels.schedules import Chunk, Grads, Rows, Runner
+    from align_kernels.schedules import Chunk, Grads, Lent, Rows, Runner
 
 
 GATHERED = 256  # rows of W that are copied at a time
@@ -94,7 +94,7 @@ def factors(run: Runner, chunk: Chunk, state: Tensor) -> Factors:
     return Factors((residual * chain).where(here, 0.0), state[:, 0] + log_sum, chain, local.clamp(0, V - 1))
 
 
-def forward(run: Runner, chunk: Chunk, store: Tensor | None) -> tuple[Tensor, list[Tensor], Pull | None]:
+def forward(run: Runner, chunk: Chunk, store: Tensor | Lent | None) -> tuple[Tensor, list[Tensor], Pull | None]:
     """The finished softmax state [n, 8] of a chunk, and the reference [n] of each tile.
 
     With a `store` the exponentials stay there for `backward`; without, dX over g is made beside them.
@@ -125,7 +125,7 @@ def online(run: Runner, chunk: Chunk) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    run: Runner, rows: Rows, live: Tensor | None, store: Tensor, references: list[Tensor], grads: Grads
+    run: Runner, rows: Rows, live: Tensor | None, store: Tensor | Lent, references: list[Tensor], grads: Grads
 ) -> Tensor | None:
     """`Runner.dense` from exponentials: adds to `grads`; this rank's dX [m, D] of the `live` rows (None: all n)."""
     n = len(rows.g)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from align_kernels import accelerated, compaction, exponentials
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
-from align_kernels.schedules import Chunk, Grads, Needs, Runner
+from align_kernels.schedules import Chunk, Grads, Lent, Needs, Runner
 from align_kernels.units import Fields, LossCall, Units, coefficients, keep_rows, sum_metrics, unit_values
 
 
@@ -214,11 +214,12 @@ def logprobs_backward(
 # -- losses that close inside a chunk -----------------------------------------------------------------------------
 def loss_runner(head: Head, settings: Settings, needs: Needs, units: Units, call: LossCall) -> Runner:
     traits: dict[str, Any] = dict(largest_unit=units.largest, entropy=call.with_entropy, sparse=call.sparse)
+    traits["by_token"] = call.loss.unit == "token"
     return Runner(head, settings, needs, units.kept, late=False, **traits)
 
 
 def _first_pass(
-    run: Runner, chunk: Chunk, store: Tensor | None, waiting: list, *, alone: bool, train: bool
+    run: Runner, chunk: Chunk, store: Tensor | Lent | None, waiting: list, *, alone: bool, train: bool
 ) -> tuple[Tensor, Any]:
     """The finished softmax state [n, 8] of a chunk, and what its schedule keeps beside `store` until g is known.
 
@@ -267,7 +268,9 @@ def loss_forward(
     by_token = accelerated.takes_tokens(run, call, side, train)
     by_unit = train and call.loss.unit != "token" and accelerated.serves(run, call, side)
     capacity = accelerated.capacity(run) if by_token else run.plan.chunk_rows
-    store = run.store(min(capacity, len(kept))) if run.plan.schedule == "one pass" else None
+    store = None
+    if run.plan.schedule == "one pass":
+        store = run.store_beside() if run.plan.lends else run.store(min(capacity, len(kept)))
     scale = 1.0 / num_items
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(call.loss.metrics), dtype=torch.float64, device=hidden.device)
@@ -277,7 +280,7 @@ def loss_forward(
         """A group of units from its hidden states to its gradients; all that it made is freed with it."""
         nonlocal total, sums
         chunks = [] if span[2] == span[3] else list(run.chunks(span[2], span[3]))
-        logits = store if len(chunks) == 1 else None
+        logits = None if store is None or len(chunks) != 1 else run.lend(store, span[3] - span[2], grads)
         parts, waiting = [], []
         for chunk in chunks:
             part, wait = _first_pass(run, chunk, logits, waiting, alone=len(chunks) == 1, train=train)
@@ -317,7 +320,7 @@ def loss_forward(
         if dhidden is not None and made.dx is not None:
             scatter_rows(made.dx, run.chunk(span[2], span[3]), dhidden)
 
-    for span in units.groups(capacity):
+    for span in units.groups(capacity, capacity if by_token else run.plan.first_rows):
         close_tokens(span) if by_token else close(span)
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
     logp, entropy, _, _, mean_logit, correct = read_state(state, head.targets[kept], run.vocab)

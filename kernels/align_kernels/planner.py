@@ -12,6 +12,9 @@ and the backward of a chunk:
     recompute    the logits are made again when g arrives                        8NVD, head frozen 6NVD
     compaction   the columns that carry all but drop_mass wait for g             (2 + 4d)NVD, head frozen (2 + 2d)NVD
 
+`one pass` starts in memory that is there anyway: dW is written column by column, so the logits of its first chunk lie
+where the dW of columns to come will stand (`lent_columns`). With as many rows as D nearly all of them do.
+
 With a drop_mass, `frozen` and `one pass` compact the columns too: d is the share that is kept. Rows whose softmax is
 too flat for it take every column. Plain logits are those whose gradient is their probability times a constant: no
 clamp, softcap, entropy or bias gradient; `one pass` keeps their exponentials (exponentials.py).
@@ -19,6 +22,7 @@ clamp, softcap, entropy or bias gradient; `one pass` keeps their exponentials (e
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from typing import NamedTuple
@@ -26,6 +30,7 @@ from typing import NamedTuple
 from align_kernels.compaction import BLOCK_ROWS, MOST_COLUMNS
 
 MIB = 1 << 20
+LEAST_COLUMNS = 2048  # of a tile of many rows: each tile costs a pass over the chunk's dX
 
 
 class Profile(NamedTuple):
@@ -55,11 +60,13 @@ class Plan:
     vocab: int  # columns on this rank
     width: int  # D
     chunk_rows: int
+    first_rows: int  # of the first chunk, more than chunk_rows where dW lends its memory
     tile_cols: int
     workspace: int  # bytes that the kept logits and the scratch tile take
     passes: int  # GEMMs over (rows, vocab, width)
     why: str
     compact: bool = False  # the backward may take fewer columns: see compaction.py
+    lends: bool = False  # the first chunk's logits lie in dW's memory where they can
     exponentials: bool = False  # take the place of the logits: see exponentials.py
     waiting: int = 0  # bytes of the workspace for compacted blocks that wait for g
     on_chip: bool = False  # no logits are written: the GEMM leaves statistics alone
@@ -70,14 +77,29 @@ class Plan:
 
     def __str__(self) -> str:
         tiles = "logits stay on the chip" if self.on_chip else f"tiles of {self.tile_cols} columns"
+        sizes = f"{self.chunk_rows} rows"
         chunks = -(-self.rows // self.chunk_rows) if self.rows else 0
+        if self.lends:
+            sizes = f"{self.first_rows} rows in memory of dW, then {self.chunk_rows}"
+            chunks = 1 + -(-max(self.rows - self.first_rows, 0) // self.chunk_rows)
         return (
             f"schedule {self.schedule}: {self.why}\n"
             f"backend {self.backend}, {self.rows} rows x {self.vocab} columns x {self.width}: {chunks} chunk(s) of "
-            f"{self.chunk_rows} rows, {tiles}\n"
+            f"{sizes}, {tiles}\n"
             f"workspace {self.workspace / MIB:.1f} MiB, GEMMs {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP"
             + (", with column compaction less by the share of columns that peaked rows drop" if self.compact else "")
         )
+
+
+def lent_columns(rows: int, vocab: int, width: int, tile: int) -> int:
+    """Columns whose logits [rows, tile] each may lie in the memory of a dW [vocab, width] that is not yet written.
+
+    They end where dW ends. Tiles are read and dW is written in ascending order, so before the tile at column v is read,
+    and while its share of dW is written, (v + tile) width <= vocab width - (columns - v) rows must hold; both sides are
+    linear in v, which leaves the first tile and the last.
+    """
+    columns = min((vocab - tile) * width // max(rows, 1), vocab - -(-tile * rows // width))
+    return max(columns // tile * tile, 0)
 
 
 def plan(
@@ -95,6 +117,7 @@ def plan(
     needs_input: bool,
     needs_head: bool,
     needs_weight: bool,
+    lends: bool = False,
     late: bool,
     scale_free: bool = True,
     plain: bool = False,
@@ -114,6 +137,7 @@ def plan(
         workspace: limit in bytes; None takes the device's default.
         needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.
         needs_weight: whether the weight does; a bias costs no GEMM and a LoRA two of its rank.
+        lends: logits have the dtype in which dW is summed, and are made tile by tile.
         late: g = dL/dlogp arrives after the forward has returned (log-probs handed to any loss).
         scale_free: the gradient is g times something that does not depend on g (no clamp in gradient units).
         plain: the gradient of a logit is its probability times a constant, and the backend has `exponentials`.
@@ -125,10 +149,30 @@ def plan(
     limit = workspace or profile.workspace
     per_row = max(vocab * itemsize, 1)
 
-    def make(schedule: str, chunk: int, passes: int, why: str) -> Plan:
+    # beside kept logits the tile is narrower, and with it the buffers that the GEMM packs into
+    narrow = profile.tile_bytes // 4
+
+    def tile_of(chunk: int, size: int, each: int) -> int:
+        return max(min(max(size // (chunk * each) // 64 * 64, 64), vocab), 1)
+
+    def lent_bytes(chunk: int) -> int:
+        """Bytes of a tile of a first chunk, of which about two find no room in dW."""
+        return min(max(narrow, chunk * LEAST_COLUMNS * itemsize), limit // 8)
+
+    def lent_tile(chunk: int) -> int:
+        return tile_of(chunk, lent_bytes(chunk), itemsize)
+
+    def outside(chunk: int) -> int:
+        """Bytes of a first chunk's logits that dW has no room for."""
+        return (vocab - lent_columns(chunk, vocab, width, lent_tile(chunk))) * chunk * itemsize
+
+    def make(schedule: str, chunk: int, passes: int, why: str, first: int = 0) -> Plan:
+        """`first`: rows of a first chunk that lies in dW's memory, 0 where none does."""
         chunk = max(min(chunk, rows), 1)
         keeps = schedule in ("one pass", "frozen", "keep", "compaction")
         kept = chunk * per_row if keeps else 0
+        if first:
+            kept = max(outside(first), kept if first < rows else 0)
         compact = drop_mass > 0 and schedule in ("one pass", "frozen", "compaction")
         if not keeps:
             each = itemsize + (gradient_itemsize if schedule == "recompute" else 0)
@@ -136,15 +180,16 @@ def plan(
             each = gradient_itemsize
         else:  # the gradient of logits that are there for this pass alone takes their place
             each = 0 if schedule in ("one pass", "frozen") and not compact else itemsize
-        # beside kept logits the tile is narrower, and with it the buffers that the GEMM packs into
-        tile_bytes = profile.tile_bytes // 4 if keeps else profile.tile_bytes
-        columns = min(tile_bytes, max(limit - kept, limit // 16)) // (chunk * (each or itemsize))
-        tile = max(min(max(columns // 64 * 64, 64), vocab), 1)
-        scratch = chunk * tile * each
+        wide = min(narrow if keeps else profile.tile_bytes, max(limit - kept, limit // 16))
+        tile = lent_tile(first) if first else tile_of(chunk, wide, each or itemsize)
+        scratch = max(first, chunk) * tile * each
         waiting = max(limit - kept - scratch, 0) if schedule == "compaction" else 0
         kept += scratch + waiting
         early = schedule == "online" or (schedule == "one pass" and plain and drop_mass == 0)
-        return Plan(schedule, backend, rows, vocab, width, chunk, tile, kept, passes, why, compact, early, waiting)
+        return Plan(
+            schedule, backend, rows, vocab, width, chunk, first or chunk, tile, kept, passes, why,
+            compact=compact, lends=first > 0, exponentials=early, waiting=waiting,
+        )  # fmt: skip
 
     if not (needs_input or needs_head):
         why = "nothing needs a gradient" + (f"; logits pass through tiles: {tiles_because}" if tiles_because else "")
@@ -152,7 +197,7 @@ def plan(
             return make("forward", profile.max_rows, 1, why)
         chunk = max(min(rows, profile.max_rows, int(limit / (vocab * on_chip + 1))), 1)
         taken = math.ceil(chunk * vocab * on_chip)
-        return Plan("forward", backend, rows, vocab, width, chunk, vocab, taken, 1, why, on_chip=True)
+        return Plan("forward", backend, rows, vocab, width, chunk, chunk, vocab, taken, 1, why, on_chip=True)
     once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
     beside = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, rows)) if drop_mass > 0 else 0  # a compacted block, in rows
     most = limit - limit // 4 if gradient_itemsize else limit  # the rest holds the gradient of a wide tile
@@ -160,11 +205,22 @@ def plan(
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)
     # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole
-    chunk = room if workspace else min(room, max(-(-rows // 2), largest_unit, least))
     most_rows = profile.max_rows if needs_head else min(profile.max_rows, profile.frozen_rows)
+    some = max(min(rows, width), 1)
+    lends = lends and needs_weight and drop_mass == 0 and lent_columns(some, vocab, width, lent_tile(some)) > 0
+    spare = lent_bytes(some)
+
+    def lent_rows(chunk: int) -> int:
+        """Rows of a first chunk that dW's memory and that of `chunk` rows of logits hold; 0 where it lends none."""
+        taken = min(chunk * per_row + 2 * spare, most)
+        return bisect.bisect_right(range(1, rows + 1), taken, key=outside) if lends else 0
+
+    rest = rows - lent_rows(0) + largest_unit + (spare // per_row if lends else 0)
+    chunk = room if workspace else min(room, max(-(-rest // 2), largest_unit, least))
     chunk = min(chunk, max(most_rows, largest_unit))
+    first = lent_rows(chunk)
     size = f"{rows * per_row / MIB:.0f} MiB of logits"
-    one_pass = not late and wide_enough and largest_unit <= room
+    one_pass = not late and (first == rows > 0 or (wide_enough and largest_unit <= room))
     if plain and not needs_head and drop_mass == 0 and not (sparse and one_pass):
         why = "the head is frozen and its logits plain, so dX is made beside the softmax and no logits are kept"
         return make("online", profile.max_rows, once, why)
@@ -183,7 +239,8 @@ def plan(
         why = f"g arrives later and {size} do not fit in {limit / MIB:.0f} MiB"
         return make("recompute", profile.max_rows, once + 1, why)
     if one_pass:
-        return make("one pass", chunk, once, "the loss closes inside a chunk, so g is known while its logits are there")
+        why = "the loss closes inside a chunk, so g is known while its logits are there"
+        return make("one pass", chunk, once, why, first)
     cause = f"a unit has {largest_unit} rows and" if largest_unit > room else "too few for the GEMMs:"
     why = f"{cause} {limit / MIB:.0f} MiB keep the logits of {room} rows"
     return make("recompute", profile.max_rows, once + 1, why)

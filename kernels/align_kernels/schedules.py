@@ -19,7 +19,7 @@ from align_kernels.compaction import Held, Piece
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.gemm import gemm_dtype, logits_dtype, product
 from align_kernels.head import Head, Settings
-from align_kernels.planner import plan
+from align_kernels.planner import lent_columns, plan
 
 EMPTY_STATE = (-torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 
@@ -72,6 +72,21 @@ class Rows(NamedTuple):
         return Rows(self.chunk.select(index), self.state[index], self.g[index], None if h is None else h[index])
 
 
+class Lent(NamedTuple):
+    """Room for all raw logits of a chunk, tile after tile: the first columns in the memory of a dW still to be written,
+    up to its end, the others in `own`."""
+
+    dw: Tensor  # flat
+    columns: int
+    own: Tensor
+
+    def tile(self, n: int, v0: int, v1: int) -> Tensor:
+        place, begin = self.own, n * (v0 - self.columns)
+        if v0 < self.columns:
+            place, begin = self.dw, len(self.dw) + begin
+        return place[begin : begin + n * (v1 - v0)].view(n, v1 - v0)
+
+
 class Grads:
     """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to."""
 
@@ -79,7 +94,7 @@ class Grads:
         def like(x: Tensor | None, needed: bool) -> Tensor | None:
             if x is None or not needed:
                 return None
-            return run.empty(*x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+            return run.empty(*x.shape, dtype=_summed(x))
 
         head, needs = run.head, run.needs
         self.head, self.group = head, run.group
@@ -154,6 +169,7 @@ class Runner:
         largest_unit: int = 1,
         entropy: bool = False,
         sparse: bool = False,
+        by_token: bool = False,
     ) -> None:
         self.head, self.settings, self.needs = head, settings, needs
         self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
@@ -183,6 +199,8 @@ class Runner:
             needs_input=needs.hidden,
             needs_head=needs.head,
             needs_weight=needs.weight,
+            # a kernel of the backend that closes a loss of tokens takes whole rows of logits
+            lends=self.logits_dtype == _summed(head.weight) and not (by_token and hasattr(self.backend, "losses")),
             late=late,
             plain=plain and self.dtype == self.logits_dtype and hasattr(self.backend, "exponentials"),
             sparse=sparse,
@@ -216,7 +234,7 @@ class Runner:
 
     def chunks(self, begin: int, end: int) -> Iterator[Chunk]:
         """Rows begin .. end in the fewest chunks, all of about one size."""
-        count = -(-(end - begin) // self.plan.chunk_rows)
+        count = -(-(end - begin) // self.plan.first_rows)
         for i in range(count):
             yield self.chunk(begin + (end - begin) * i // count, begin + (end - begin) * (i + 1) // count)
 
@@ -234,16 +252,31 @@ class Runner:
         """Room for all logits of n rows, tile after tile."""
         return self.empty(n * self.head.weight.shape[0], dtype=self.logits_dtype)
 
+    def store_beside(self) -> Tensor:
+        """Room for all logits of any chunk, but those that dW lends the first its memory for."""
+        p, V = self.plan, self.head.weight.shape[0]
+        outside = (V - lent_columns(p.first_rows, V, p.width, p.tile_cols)) * p.first_rows
+        return self.empty(max(outside, p.chunk_rows * V if p.first_rows < p.rows else 0), dtype=self.logits_dtype)
+
     def new_state(self, n: int) -> Tensor:
         return torch.tensor(EMPTY_STATE, dtype=torch.float64, device=self.head.weight.device).repeat(n, 1)
 
-    def tile_of(self, store: Tensor, n: int, v0: int, v1: int) -> Tensor:
+    def tile_of(self, store: Tensor | Lent, n: int, v0: int, v1: int) -> Tensor:
+        """Logits [n, v1 - v0] of some columns of n rows."""
+        if isinstance(store, Lent):
+            return store.tile(n, v0, v1)
         return store[n * v0 : n * v1].view(n, v1 - v0)
+
+    def lend(self, store: Tensor, n: int, grads: Grads) -> Tensor | Lent:
+        """`store` for n rows, with the memory of dW while nothing stands there."""
+        if not self.plan.lends or grads.weight is None or grads.started:
+            return store
+        return Lent(grads.weight.view(-1), lent_columns(n, *grads.weight.shape, self.plan.tile_cols), store)
 
     def scratch(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A tile [n, columns] whose memory the next one of this dtype takes."""
         if dtype not in self._tiles:
-            self._tiles[dtype] = self.empty(self.plan.chunk_rows * self.plan.tile_cols, dtype=dtype)
+            self._tiles[dtype] = self.empty(self.plan.first_rows * self.plan.tile_cols, dtype=dtype)
         return self._tiles[dtype][: n * columns].view(n, columns)
 
     def weight(self, columns: slice | Tensor) -> Tensor:
@@ -276,7 +309,7 @@ class Runner:
         )
 
     # -- the two passes ----------------------------------------------------------------------------------------
-    def forward(self, chunk: Chunk, store: Tensor | None = None) -> Tensor:
+    def forward(self, chunk: Chunk, store: Tensor | Lent | None = None) -> Tensor:
         """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
         n = len(chunk.targets)
         state = self.new_state(n)
@@ -300,7 +333,7 @@ class Runner:
         g: Tensor,
         g_entropy: Tensor | None,
         grads: Grads,
-        store: Tensor | None = None,
+        store: Tensor | Lent | None = None,
         consume: bool = False,
         waiting: Held | list[Tensor] | None = None,
     ) -> Tensor | None:
@@ -317,7 +350,7 @@ class Runner:
         elif waiting is not None:
             assert store is not None
             dx = exponentials.backward(self, rows, live, store, waiting, grads)
-        elif self.plan.compact and store is not None:
+        elif self.plan.compact and isinstance(store, Tensor):
             dx = compaction.backward(self, rows, live, store, consume, grads)
         else:
             dx = self.dense(rows, live, store, consume, grads)
@@ -330,7 +363,7 @@ class Runner:
         return dx
 
     def dense(
-        self, rows: Rows, live: Tensor | None, store: Tensor | None, consume: bool, grads: Grads
+        self, rows: Rows, live: Tensor | None, store: Tensor | Lent | None, consume: bool, grads: Grads
     ) -> Tensor | None:
         """Every column of the `live` rows [m] (None: all n that `store` holds): `grads`, and this rank's dX [m, D]."""
         n = len(rows.g)
@@ -386,6 +419,11 @@ def _on_chip(backend: ModuleType, head: Head, needs: Needs) -> tuple[float, str]
         return 0.0, ""
     reason = "the head has a LoRA" if head.lora_A is not None else backend.why_not_linear(head.hidden, head.weight)
     return (backend.STATISTICS, "") if reason is None else (0.0, reason)
+
+
+def _summed(x: Tensor) -> torch.dtype:
+    """The dtype in which the gradient of x is summed."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _active(g: Tensor, g_entropy: Tensor | None) -> Tensor:

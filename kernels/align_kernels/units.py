@@ -94,20 +94,24 @@ class Units:
     def largest(self) -> int:
         return 1 if self.sizes is None else max(self.sizes, default=0)
 
-    def groups(self, capacity: int) -> Iterator[tuple[int, int, int, int]]:
-        """(first unit, end unit, first row, end row): runs of whole units of at most `capacity` rows, or one unit."""
+    def groups(self, capacity: int, most: int) -> Iterator[tuple[int, int, int, int]]:
+        """(first unit, end unit, first row, end row): runs of whole units, or one unit. The first has at most `most`
+        rows, the others `capacity`."""
         if self.sizes is None:
             n = len(self.kept)
-            count = -(-n // capacity)
+            begin = min(n, most) if most > capacity else 0
+            if begin:
+                yield 0, begin, 0, begin
+            count = -(-(n - begin) // capacity)
             for i in range(count):
-                span = n * i // count, n * (i + 1) // count
+                span = begin + (n - begin) * i // count, begin + (n - begin) * (i + 1) // count
                 yield *span, *span
             return
         first = begin = end = 0
         for unit, size in enumerate(self.sizes):
-            if end > begin and end - begin + size > capacity:
+            if end > begin and end - begin + size > most:
                 yield first, unit, begin, end
-                first, begin = unit, end
+                first, begin, most = unit, end, capacity
             end += size
         if first < self.count:
             yield first, self.count, begin, end

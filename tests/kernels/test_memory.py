@@ -17,7 +17,7 @@ import torch
 from align_kernels import dpo_loss, linear_logprobs, sft_loss
 
 MIB = 1 << 20
-TALL, WIDE = (152_064, 64, 64), (4096, 2048, 512)  # V, D, T
+TALL, WIDE, FULL = (152_064, 64, 64), (4096, 2048, 512), (40_000, 512, 125)  # V, D, T
 B = 4
 SLACK = 6 * MIB  # packing buffers of the GEMM, softmax states, the interpreter
 CASES = [  # shape, loss, trained tensors, storage, workspace in MiB
@@ -34,6 +34,8 @@ CASES = [  # shape, loss, trained tensors, storage, workspace in MiB
     (WIDE, "sft", "hidden", "float32", 8),
     (WIDE, "logprobs", "hidden", "float32", 8),
     (WIDE, "logprobs", "hidden weight", "float32", 8),
+    (FULL, "dpo", "hidden weight", "float32", 8),  # 76 MiB of logits, in one chunk, in memory of dW
+    (FULL, "sft", "hidden weight", "float32", 40),
 ]
 
 
@@ -79,9 +81,7 @@ def peaks() -> dict[tuple, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the mark can be reset on Linux alone")
-@pytest.mark.parametrize(
-    "case", CASES, ids=lambda case: " ".join(map(str, case[1:])) + (", wide" if case[0] == WIDE else "")
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, (*case[1:], *case[0]))))
 def test_peak(case: tuple, peaks: dict[tuple, int]):
     (V, D, rows), _, train, storage, workspace = case
     N = B * rows
