@@ -271,7 +271,8 @@ class Runner:
         """`store` for n rows, with the memory of dW while nothing stands there."""
         if not self.plan.lends or grads.weight is None or grads.started:
             return store
-        return Lent(grads.weight.view(-1), lent_columns(n, *grads.weight.shape, self.plan.tile_cols), store)
+        V, D = grads.weight.shape
+        return Lent(grads.weight.view(-1), lent_columns(n, V, D, self.plan.tile_cols), store)
 
     def scratch(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A tile [n, columns] whose memory the next one of this dtype takes."""
