@@ -92,7 +92,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, tmp_
 
 
 def test_accumulation_and_processes_equal_one_big_batch(model, prompts, tmp_path):
-    """8 x 1 = 1 x 8 = 2 processes x 2 x 2, six steps of two rollouts. Groups of four stand in windows of eight."""
+    """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,7 +105,7 @@ def test_accumulation_and_processes_equal_one_big_batch(model, prompts, tmp_path
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
               "OMP_NUM_THREADS": "1"}  # fmt: skip
     ranks = [
-        start(" ".join(names), model, prompts, tmp_path / "two-", split(2, 2, 4), **common, RANK=rank, LOCAL_RANK=rank)
+        start(" ".join(names), model, prompts, tmp_path / "two-", split(4, 1, 2), **common, RANK=rank, LOCAL_RANK=rank)
         for rank in "01"
     ]
     one = {name: run(name, model, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}

@@ -24,7 +24,7 @@ def runs(model64, other_model, tmp_path_factory):
             settings["ref_model_name_or_path"] = str(other_model)
         whole = tiny.offline(name, model64, rows, out / "one" / name, per_device_train_batch_size=8, **settings)
         train(name, whole)
-        settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+        settings |= dict(per_device_train_batch_size=4)
         paths = [str(path) for path in (model64, rows, out / "two" / name)]
         jobs.append(f"run.train({name!r}, tiny.offline({name!r}, *{paths!r}, **{settings!r}))")
     end = "torch.distributed.destroy_process_group()"
