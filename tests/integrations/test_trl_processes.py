@@ -13,7 +13,7 @@ from align_engine.integrations.trl import fuse
 folder, out = map(Path, sys.argv[1:])
 lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM",
                        ensure_weight_tying=False)
-for kind, settings in (("dpo", {}), ("grpo", {}), ("sft", dict(gradient_accumulation_steps=2))):
+for kind, settings in (("dpo", {}), ("grpo", {}), ("async_grpo", {}), ("sft", dict(gradient_accumulation_steps=2))):
     settings = dict(max_steps=4, per_device_train_batch_size=2) | settings
     theirs = run(build(kind, folder, out, **settings))
     trainer = fuse(build(kind, folder, out, **settings))
