@@ -132,7 +132,7 @@ class RunFolder:
     def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Write a file with one JSON object per line."""
         with self.written(name) as path:
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def truncate_metrics(self, step: int, *more: dict[str, Any]) -> None:

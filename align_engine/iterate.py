@@ -1,6 +1,7 @@
 """Iterative preference optimisation (arXiv:2405.07863): rounds of sampling, scoring, pairing and training.
 
     round-1/samples.jsonl   every completion with its score
+    round-1/answers/        while a round samples: its batches so far
     round-1/pairs.jsonl     best and worst of each prompt, as token ids; prompts whose completions tie are left out
     round-1/train/          the round's training run, with its model in `final`
     metrics.jsonl           one line per round, of its samples
@@ -13,18 +14,22 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from align_engine import policy
 from align_engine import recipe as recipes
 from align_engine.algorithms import ALGORITHMS
-from align_engine.checkpoint import RunFolder
+from align_engine.checkpoint import RunFolder, remove
 from align_engine.credit import best_versus_worst
 from align_engine.errors import BadInput, RunFailed
 from align_engine.experience import Prompts
+from align_engine.metrics import read
 from align_engine.recipe import IterateRecipe, Recipe
-from align_engine.rollout import Sampler
+from align_engine.rollout import Completion, Sampler
 from align_engine.run import begin, finish, load_prepared, make_accelerator, open_folder, train
 from align_engine.server import reload_weights
 
@@ -102,7 +107,7 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
     """
     accelerator, folder, size = prompts.accelerator, prompts.folder, prompts.settings.num_generations
     asked = prompts.asked(number - 1, count)
-    completions = prompts.answers(sampler_of(prompts, model), asked, number)
+    completions = prompts.answers(kept(sampler_of(prompts, model), folder, f"round-{number}/answers"), asked, number)
     accelerator.free_memory()
     judged = prompts.judge(asked, completions, size, number)
     pairs = best_versus_worst(judged.rewards, size)
@@ -127,6 +132,7 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
         ]  # fmt: skip
         folder.write_rows(f"round-{number}/samples.jsonl", [dict(zip(names, sample)) for sample in samples])
         folder.write_rows(f"round-{number}/pairs.jsonl", rows)
+        remove(folder.path / f"round-{number}" / "answers")
     accelerator.wait_for_everyone()
 
 
@@ -142,6 +148,21 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
             reload_weights(settings)
         accelerator.wait_for_everyone()
     return prompts.sampler(model)
+
+
+def kept(sampler: Sampler, folder: RunFolder, name: str) -> Sampler:
+    """The same sampler, with its answers kept in a folder of the run, batch by batch: they are sampled once, however
+    often the run is killed."""
+
+    def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+        path = folder.path / name / f"{seed}.jsonl"
+        if not path.exists() or [row["prompt_ids"] for row in read(path)] != prompts:
+            said = zip(prompts, sampler(prompts, seed))
+            rows = [{"prompt_ids": prompt, "ids": one.ids, "ended": one.ended} for prompt, one in said]
+            folder.write_rows(f"{name}/{seed}.jsonl", rows)
+        return [Completion(row["ids"], torch.full((len(row["ids"]),), math.nan), row["ended"]) for row in read(path)]
+
+    return sample
 
 
 def merge(model: str, here: Path, folder: RunFolder, accelerator: Accelerator) -> str:

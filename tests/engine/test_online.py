@@ -6,7 +6,7 @@ import pytest
 import tiny
 from safetensors.torch import load_file
 
-from align_engine import metrics
+from align_engine import experience, metrics
 from align_engine.errors import BadInput
 from align_engine.iterate import iterate
 from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
@@ -110,6 +110,33 @@ def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, promp
     last = load_file(folder.path / "round-2" / "train" / "final" / "model.safetensors")
     final = load_file(folder.final / "model.safetensors")
     assert all(last[name].equal(final[name]) for name in final)
+
+
+def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, tmp_path, monkeypatch):
+    whole = iterate(iterate_recipe(model, prompts, tmp_path / "whole", rounds=1))
+    plain, asked = experience.transformers_sampler, []
+
+    def stops_at_the_fourth(*arguments):
+        sampler = plain(*arguments)
+
+        def sample(rows, seed):
+            asked.append(seed)
+            if len(asked) == 4:
+                raise KeyboardInterrupt
+            return sampler(rows, seed)
+
+        return sample
+
+    monkeypatch.setattr(experience, "transformers_sampler", stops_at_the_fourth)
+    recipe = iterate_recipe(model, prompts, tmp_path / "cut", rounds=1)
+    with pytest.raises(KeyboardInterrupt):
+        iterate(recipe)
+    cut = iterate(recipe)
+    assert len(set(asked)) == 12 * 4 // 6 == len(asked) - 1, "batches of six; the fourth is asked for again"
+    for name in ("samples.jsonl", "pairs.jsonl"):
+        assert (whole.path / "round-1" / name).read_text() == (cut.path / "round-1" / name).read_text()
+    a, b = (load_file(folder.final / "model.safetensors") for folder in (whole, cut))
+    assert all(a[name].equal(b[name]) for name in a) and not (cut.path / "round-1" / "answers").exists()
 
 
 def test_iterate_with_lora_goes_on_from_the_merged_model(model, prompts, tmp_path):
