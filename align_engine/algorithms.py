@@ -15,6 +15,7 @@ from align_engine.errors import BadInput
 from align_engine.kto import reference_point
 from align_engine.recipe import Recipe, ReferenceFields, RmRecipe, flat
 from align_kernels import LossOutput, cpo_loss, dpo_loss, kto_loss, orpo_loss, reward_loss, sft_loss, simpo_loss
+from align_kernels.head import LogitGradClamp
 
 Loss = Callable[..., LossOutput]  # (hidden [B, T, D], head, batch, recipe, num_items) -> LossOutput
 NOT_OF_THE_LOSS = ReferenceFields.__dataclass_fields__.keys() - {"beta"} | {"balance_classes"}
@@ -53,6 +54,12 @@ def _fused(fused: Loss, *parts: str) -> Loss:
         return fused(hidden, targets=batch.targets, num_items=num_items, **options, **given, **head)
 
     return loss
+
+
+def gradient_limits(recipe: Any) -> dict[str, Any]:
+    """The section `limits` as keywords of every fused loss."""
+    clamp = recipe.limits.grad_clamp
+    return {"prob_gate": recipe.limits.prob_gate, "grad_clamp": None if clamp is None else LogitGradClamp(clamp)}
 
 
 def _dpo(hidden: Tensor, *, loss_type: str, **more: Any) -> LossOutput:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from align_engine import heads
-from align_engine.algorithms import Algorithm, metric_weight
+from align_engine.algorithms import Algorithm, gradient_limits, metric_weight
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.errors import RunFailed
@@ -94,7 +94,8 @@ class Engine:
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
             more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
-            out = self.algorithm.loss(hidden, head | self.head_options, batch, self.recipe, num_items, **more)
+            head |= self.head_options | gradient_limits(self.recipe)
+            out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
             metrics.update(out.metrics)
             return out.loss
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-SHARED = ("model", "data", "train", "eval", "output", "kernels")  # sections of a round's training
+SHARED = ("model", "data", "train", "eval", "output", "kernels", "limits")  # sections of a round's training
 
 
 def iterate(recipe: IterateRecipe) -> RunFolder:

@@ -414,6 +414,15 @@ class KernelSection(Section):
     """Bytes that the fused loss may use for logits at a time (None: the kernels decide)."""
 
 
+class LimitSection(Section):
+    """Limits on gradients."""
+
+    grad_clamp: float | None = None
+    """Largest |1 - p| or |0 - p| of a token of the vocabulary in the gradient of its logit (None: no limit)."""
+    prob_gate: float | None = None
+    """Tokens of answers that are more probable than this are not trained on any further (None: all are)."""
+
+
 class Recipe(Section):
     """What every algorithm has; those with settings of their own add a section `loss`."""
 
@@ -425,11 +434,17 @@ class Recipe(Section):
     kernels: KernelSection = field(default_factory=KernelSection)
 
 
-class SftRecipe(Recipe):
+class LanguageRecipe(Recipe):
+    """What the methods share whose loss is one of token probabilities."""
+
+    limits: LimitSection = field(default_factory=LimitSection)
+
+
+class SftRecipe(LanguageRecipe):
     """Supervised fine-tuning: maximise the log-probability of the completions."""
 
 
-class GentleRecipe(Recipe):
+class GentleRecipe(LanguageRecipe):
     """What the methods share that go on from a model which answers already."""
 
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=1e-6))
@@ -501,7 +516,7 @@ class PpoRecipe(OnlineRecipe):
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=3e-6))
 
 
-class IterateRecipe(Recipe):
+class IterateRecipe(LanguageRecipe):
     """Iterative preference optimisation: sample, score, pair the best answer with the worst, train on the pairs, again.
 
     The sections of training (learning_rate, num_train_epochs, ...) are those of one round.
@@ -604,12 +619,13 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # what a number must
     "must be at least 2": (lambda x: x >= 2, "max_length"),
     "must be above 0": (
         lambda x: x > 0,
-        "learning_rate num_train_epochs temperature cliprange cliprange_value epsilon_high delta kl_target",
+        "learning_rate num_train_epochs temperature cliprange cliprange_value epsilon_high delta kl_target grad_clamp",
     ),
     "must be above 1": (lambda x: x > 1, "dual_clip"),
     "must be above 0, or -1 for whole epochs": (lambda x: x > 0 or x == -1, "max_steps"),
     "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam top_entropy_quantile"),
     "must lie in [0, 1)": (lambda x: 0 <= x < 1, "lora_dropout"),
+    "must lie in (0, 1)": (lambda x: 0 < x < 1, "prob_gate"),
     "must lie in (0, 1]": (lambda x: 0 < x <= 1, "top_p ref_model_mixup_alpha"),
     "must lie in [0, 0.5)": (lambda x: 0 <= x < 0.5, "label_smoothing"),
 }

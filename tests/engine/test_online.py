@@ -49,16 +49,22 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("grpo", dict(loss_type="cispo", epsilon_high=5.0, entropy_coef=0.01)),
+        ("grpo", dict(loss_type="cispo", epsilon_high=5.0, entropy_coef=0.01, grad_clamp=0.5, prob_gate=0.9)),
         ("grpo", dict(loss_type="sapo", mask_truncated_completions=True, scale_rewards="none")),
         ("grpo", dict(loss_type="vespo", off_policy_mask_threshold=0.1, num_iterations=2)),
         ("grpo", dict(loss_type="gmpo", epsilon=0.4, num_iterations=2)),
         ("grpo", dict(loss_type="dr_grpo", importance_sampling_level="sequence", top_entropy_quantile=0.5)),
         ("grpo", dict(use_peft=True, beta=0.1, lora_target_modules=["q_proj", "lm_head"])),
         ("direct", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),
-        ("direct", dict(mask_truncated_completions=True, num_iterations=2, beta=0.1, learning_rate=1e-5)),
+        (
+            "direct",
+            dict(mask_truncated_completions=True, num_iterations=2, beta=0.1, learning_rate=1e-5, prob_gate=0.9),
+        ),
         ("ppo", dict(whiten_rewards=True, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.01, use_peft=True)),
-        ("ppo", dict(missing_eos_penalty=1.0, kl_coef=0.0, value_model_name_or_path="MODEL", bf16=True)),
+        (
+            "ppo",
+            dict(missing_eos_penalty=1.0, kl_coef=0.0, grad_clamp=0.5, value_model_name_or_path="MODEL", bf16=True),
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
@@ -92,7 +98,7 @@ def iterate_recipe(model, prompts, out, **settings):
 
 @pytest.mark.parametrize("reference", ["initial", "previous"])
 def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, prompts, tmp_path):
-    settings = dict(reference=reference, method_settings=["beta=0.3", "loss_type=ipo"])
+    settings = dict(reference=reference, method_settings=["beta=0.3", "loss_type=ipo"], grad_clamp=0.5)
     folder = iterate(iterate_recipe(model, prompts, tmp_path / "run", **settings))
     for number in (1, 2):
         here = folder.path / f"round-{number}"
@@ -102,7 +108,7 @@ def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, promp
             scores = [row["score"] for row in samples if row["completion"] in (pair["chosen"], pair["rejected"])]
             assert pair["chosen_score"] > pair["rejected_score"] and pair["chosen_score"] in scores
         held = json.loads((here / "train" / "run.json").read_text())["identity"]
-        assert (held["beta"], held["loss_type"]) == (0.3, "ipo")
+        assert (held["beta"], held["loss_type"], held["grad_clamp"]) == (0.3, "ipo", 0.5)
         assert held["ref_model_name_or_path"] == (str(model) if (reference, number) == ("initial", 2) else None)
     records = metrics.read(folder.metrics)
     assert [record["step"] for record in records] == [1, 2]

@@ -64,6 +64,17 @@ def test_a_recipe_made_in_python_is_held_to_the_same(name, value):
         recipes.check(made)
 
 
+@pytest.mark.parametrize("kind", [kind for name, kind in RECIPES.items() if name != "rm"])
+def test_limits_of_gradients_are_numbers_that_limit(kind):
+    made = kind()
+    made.limits.grad_clamp, made.limits.prob_gate = 0.0, 1.0
+    with pytest.raises(BadInput) as caught:
+        recipes.check(made)
+    for text in ("grad_clamp = 0.0 must be above 0", "prob_gate = 1.0 must lie in (0, 1)"):
+        assert text in str(caught.value)
+    assert not hasattr(RECIPES["rm"](), "limits"), "scores have no logits"
+
+
 def test_where_a_run_writes_does_not_change_what_it_is():
     one, two = DpoRecipe(), DpoRecipe()
     two.output.output_dir, two.output.overwrite = "elsewhere", True

@@ -94,6 +94,38 @@ def test_sft_loss_is_the_mean_over_completion_tokens(model, completions, tmp_pat
     assert numbers(folder, "eval_loss")[0] == pytest.approx(-torch.cat(logps).mean().item(), abs=1e-5)
 
 
+@pytest.mark.parametrize(("clamp", "gate"), [(None, None), (0.3, None), (None, 0.05), (0.3, 0.05)])
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_limits_of_gradients_reach_the_logits(name, clamp, gate, model64, tmp_path):
+    """The oracle writes dL/dlogits = g (1[v = y] - p) by hand, with the residual cut off and the gate on g."""
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.OFFLINE[name][1](8))
+    recipe = tiny.offline(name, model64, rows, tmp_path / "run", dtype="auto", max_steps=1, grad_clamp=clamp,
+                          prob_gate=gate, per_device_train_batch_size=8)  # fmt: skip
+    record = metrics.read(train(name, recipe).metrics)[0]
+
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(model64), AutoTokenizer.from_pretrained(model64)
+    texts = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in tiny.preference_rows(8)]
+    found = []  # (logits [n, V], targets [n]) of each completion
+    for prompt, completion in texts if name == "dpo" else texts[:8]:
+        before, after = tokenizer(prompt)["input_ids"], [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
+        logits = policy(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
+        found.append((logits, torch.tensor(after)))
+    tokens = sum(len(targets) for _, targets in found)
+    over = 0
+    for i, (logits, targets) in enumerate(found):
+        p, label = logits.detach().softmax(-1), F.one_hot(targets, logits.shape[1])
+        # at the first step the reference is the policy: each pair's gradient is -+ beta / 2 / pairs
+        g = torch.full(targets.shape, -1 / tokens if name == "sft" else (0.05 if i >= 8 else -0.05) / 8).double()
+        if gate is not None:
+            over += int(((p * label).sum(1) > gate).sum())
+            g[(p * label).sum(1) > gate] = 0
+        residual = (label - p) if clamp is None else (label - p).clamp(-clamp, clamp)
+        logits.backward(g[:, None] * residual)
+    norm = torch.stack([parameter.grad.norm() for parameter in policy.parameters()]).norm()
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+    assert gate is None or 0 < over < tokens, "the gate must divide the tokens"
+
+
 @pytest.mark.parametrize("name", tiny.OFFLINE)
 def test_accumulation_equals_one_big_batch(name, model64, other_model, tmp_path):
     folders, rows = [], tiny.write_rows(tmp_path / "rows.jsonl", tiny.OFFLINE[name][1](8))
