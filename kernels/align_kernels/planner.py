@@ -44,7 +44,7 @@ class Profile(NamedTuple):
 
 
 PROFILES = {
-    "cpu": Profile(tile_bytes=16 * MIB, min_rows=96, max_rows=1024, frozen_rows=1024, workspace=256 * MIB),
+    "cpu": Profile(tile_bytes=8 * MIB, min_rows=96, max_rows=1024, frozen_rows=1024, workspace=256 * MIB),
     # estimates until measured: benches/results
     "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, frozen_rows=1024, workspace=2048 * MIB),
 }
@@ -150,7 +150,7 @@ def plan(
     per_row = max(vocab * itemsize, 1)
 
     # beside kept logits the tile is narrower, and with it the buffers that the GEMM packs into
-    narrow = profile.tile_bytes // 4
+    narrow = profile.tile_bytes // 2
 
     def tile_of(chunk: int, size: int, each: int) -> int:
         return max(min(max(size // (chunk * each) // 64 * 64, 64), vocab), 1)
