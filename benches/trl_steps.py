@@ -14,6 +14,7 @@ gradient.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import json
 import os
@@ -110,6 +111,7 @@ def measure(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, f
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             times.append(time.perf_counter())
             if state.global_step == WARM:
+                ctypes.CDLL(None).malloc_trim(0)  # else the head fits into what others have freed
                 Path("/proc/self/clear_refs").write_text("5")
             elif state.global_step == WARM + STEPS:
                 status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
