@@ -83,9 +83,9 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
     if kind == "ema":
         whole = list(zip(model.parameters(), engine.model.parameters()))
         pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole
-        follower = Follower(pairs, values["ref_model_mixup_alpha"], values["ref_model_sync_steps"])
-        accelerator.register_for_checkpointing(follower)
-        engine.after_step = follower
+        alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
+        accelerator.register_for_checkpointing(nn.ParameterList([reference for reference, _ in pairs]))
+        engine.after_step = partial(follow, pairs, alpha, every)
     if kind != "precomputed":
 
         def live(batch: Batch) -> Tensor:
@@ -167,32 +167,17 @@ def offload(model: Any, device: torch.device) -> nn.Module:
     return model
 
 
-class Follower:
-    """A reference that moves towards the policy; its tensors are part of a checkpoint.
+@torch.no_grad()
+def follow(pairs: list[tuple[Tensor, Tensor]], alpha: float, every: int, step: int) -> None:
+    """After each `every` steps of the optimiser, move a reference towards the policy.
 
     Args:
         pairs: (reference, policy) of each tensor that is trained.
         alpha: share of the policy in the new reference.
-        every: so many steps.
     """
-
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], alpha: float, every: int) -> None:
-        self.pairs, self.alpha, self.every = pairs, alpha, every
-
-    @torch.no_grad()
-    def __call__(self, step: int) -> None:
-        """After each step of the optimiser."""
-        if step % self.every == 0:
-            for reference, own in self.pairs:
-                reference.lerp_(own.to(reference.dtype), self.alpha)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {str(i): reference for i, (reference, _) in enumerate(self.pairs)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for i, (reference, _) in enumerate(self.pairs):
-            reference.copy_(state[str(i)])
+    if step % every == 0:
+        for reference, own in pairs:
+            reference.lerp_(own.to(reference.dtype), alpha)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

@@ -66,17 +66,20 @@ def normalise(row: dict[str, Any], layout: tuple[str, ...]) -> dict[str, Text]:
     Raises BadRow for a missing value, a wrong type, an empty completion, and chosen equal to rejected.
     """
     parts = {key: _checked(row.get(key), key) for key in layout}
-    if "chosen" in layout:
-        if "prompt" not in parts or (is_conversational(parts["chosen"]) and isinstance(parts["prompt"], str)):
-            # the second case: a string prompt beside whole conversations, as in ultrafeedback_binarized
-            parts = _extract_prompt(parts["chosen"], parts["rejected"])
-        elif parts["chosen"] == parts["rejected"]:
-            raise BadRow("'chosen' equals 'rejected'")
+    chosen, asked = parts.get("chosen"), parts.get("prompt")
+    # the second case: a string prompt beside whole conversations, as in ultrafeedback_binarized
+    implicit = chosen is not None and (asked is None or (is_conversational(chosen) and isinstance(asked, str)))
+    if implicit:
+        parts.pop("prompt", None)
+    if chosen is not None and chosen == parts["rejected"]:
+        raise BadRow("'chosen' equals 'rejected'")
     if len({isinstance(value, str) for value in parts.values()}) > 1:
         raise BadRow(f"{' and '.join(repr(key) for key in parts)} mix strings and lists of messages")
     for key, value in parts.items():
-        if isinstance(value, str) and not value and key != "prompt":
+        if not value and key != "prompt":
             raise BadRow(f"'{key}' is empty")
+    if implicit:
+        parts = _extract_prompt(parts["chosen"], parts["rejected"])
     prompt = parts.get("prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "system":
         raise BadRow("'prompt' ends with a system message, expected 'user', 'tool' or 'assistant'")
@@ -124,10 +127,6 @@ def _message(message: Any, key: str) -> dict[str, Any]:
 
 
 def _extract_prompt(chosen: Text, rejected: Text) -> dict[str, Text]:
-    if chosen == rejected:
-        raise BadRow("'chosen' equals 'rejected'")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("'chosen' and 'rejected' mix strings and lists of messages")
     shared, most = 0, min(len(chosen), len(rejected)) - 1  # something must stay on both sides
     while shared < most and chosen[shared] == rejected[shared]:
         shared += 1

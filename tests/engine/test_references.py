@@ -109,9 +109,8 @@ def test_ema_follows_and_resumes(lora, model, pairs, tmp_path, monkeypatch):
 
 def test_a_follower_moves_by_alpha():
     reference, own = torch.zeros(3), torch.ones(3)
-    follower = references.Follower([(reference, own)], alpha=0.25, every=2)
     for step in range(1, 5):
-        follower(step)
+        references.follow([(reference, own)], 0.25, 2, step)
     assert torch.allclose(reference, torch.full((3,), 0.4375))
 
 
