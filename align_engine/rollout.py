@@ -133,12 +133,12 @@ def sample_all(
     """
     from accelerate.utils import gather_object
 
-    batches = split_order(range(len(prompts)), batch_size)
-    mine = [
-        (number, sampler([prompts[i] for i in batch], derived_seed(*seeds, number)))
-        for number, batch in enumerate(batches)
-        if number % accelerator.num_processes == accelerator.process_index
-    ]
+    batches, world = split_order(range(len(prompts)), batch_size), accelerator.num_processes
+    mine = []
+    for number in range(accelerator.process_index, -(-len(batches) // world) * world, world):
+        batch = batches[min(number, len(batches) - 1)]  # equally many for each rank: a sharded policy needs all of them
+        answers = sampler([prompts[i] for i in batch], derived_seed(*seeds, number))
+        mine += [(number, answers)] if number < len(batches) else []
     found = sorted(gather_object(mine), key=lambda part: part[0])
     return [completion for _, part in found for completion in part]
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from processes import run_on_two
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import metrics, rewards
@@ -86,6 +87,38 @@ def test_sampling_is_a_function_of_weights_prompts_and_seed(loaded):
     torch.rand(7)
     assert [one.ids for one in sample_all(sampler, prompts, 4, (1, 2), accelerator)] == first
     assert [one.ids for one in sample_all(sampler, prompts, 4, (1, 3), accelerator)] != first
+
+
+SHARDED = """
+import sys, torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from align_engine.recipe import RolloutSection
+from align_engine.rollout import sample_all, transformers_sampler
+
+accelerator = Accelerator(cpu=True)
+model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
+
+def sample():
+    sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=40))
+    return sample_all(sampler, [[5 + i, 7] for i in range(9)], 1, (1, 2), accelerator)
+
+want, mesh = sample(), init_device_mesh("cpu", (2,))
+for part in (*model.model.layers, model):
+    fully_shard(part, mesh=mesh)
+found = sample()
+assert len({len(one.ids) for one in found}) > 4
+assert [one.ids for one in found] == [one.ids for one in want]
+assert all(torch.equal(a.logps, b.logps) for a, b in zip(found, want))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_policy_in_shards_samples_the_same(model):
+    """Nine batches for two processes, that end at different steps: each must run on until the other has ended."""
+    run_on_two(SHARDED, model)
 
 
 class Server(ThreadingHTTPServer):
