@@ -72,11 +72,10 @@ def prepare(
         num_proc=num_proc,
         desc=f"Tokenising {kind} data",
     )
-    dropped: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {"": []}  # rows by what is wrong with them
     for i, status in enumerate(done["status"]):
-        if status:
-            dropped.setdefault(status, []).append(i)
-    kept = done.filter(lambda status: not status, input_columns="status")
+        found.setdefault(status, []).append(i)
+    kept, dropped = done.select(found.pop("")), found
     _refuse(dropped, len(rows), len(kept), {"bad": bad_rows, "long": overlong})
     report = {
         "rows": len(rows),
