@@ -34,10 +34,9 @@ def mismatch(batch: Batch, logps: Tensor | None) -> dict[str, Tensor]:
 
 
 def given(fused: Callable[..., LossOutput], batch: Batch, recipe: Any, num_items: float) -> dict[str, Any]:
-    """Keywords of a loss of the kernels: what each takes, and the fields of the recipe's `loss` that it has."""
-    known, settings = inspect.signature(fused).parameters, vars(recipe.loss)
-    shared = {"targets": batch.targets, "old_logps": batch.old_logps, "advantages": batch.advantages}
-    return {name: settings[name] for name in known if name in settings} | shared | {"num_items": num_items}
+    """Keywords of a loss of the kernels: tensors of the batch and settings of the recipe's `loss` by their names."""
+    found = vars(recipe.loss) | vars(batch) | {"num_items": num_items}
+    return {name: found[name] for name in inspect.signature(fused).parameters if name in found}
 
 
 def direct(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecipe, num_items: float) -> LossOutput:
@@ -67,7 +66,6 @@ def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe,
     """The GRPO family."""
     options = recipe.loss
     more = {
-        "ref_logps": batch.ref_logps,
         "sampling_logps": batch.sampling_logps if options.vllm_importance_sampling_correction else None,
         "max_completion_length": recipe.rollout.max_completion_length,
         "num_tokens": num_items if options.entropy_coef else None,
