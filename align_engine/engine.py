@@ -17,8 +17,8 @@ from align_engine.algorithms import Algorithm, gradient_limits, metric_weight
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.errors import RunFailed
+from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.metrics import Sums
-from align_engine.policy import causal_model, fused_head
 from align_engine.recipe import OnlineRecipe, Recipe
 from align_engine.source import Micro, Source
 

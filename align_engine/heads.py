@@ -1,7 +1,7 @@
 """Models with one number per position where others have logits: reward models and value models.
 
 They are transformers' `AutoModelForSequenceClassification` with `num_labels=1`, so that a saved one loads anywhere. As
-`align_engine.policy` does with the LM head, the score head is swapped inside the model's own forward (DDP, FSDP,
+`fused_head` does with the LM head, the score head is swapped inside the model's own forward (DDP, FSDP,
 adapters and checkpointing run as ever): the last token is found by the attention mask. transformers looks for the last
 id that is not the pad id, and so reads the token before the EOS wherever pad and EOS are one.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from align_engine import policy
 from align_engine.errors import BadInput
+from align_engine.integrations import hook
 
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
@@ -38,7 +39,7 @@ def load_scalar_model(path: str, section: ModelSection, pad_token_id: int) -> nn
 
 def score_module(model: Any) -> nn.Module:
     """The head that reads hidden states; raises BadInput where the architecture has none."""
-    module = getattr(policy.causal_model(model), "score", None)
+    module = getattr(hook.causal_model(model), "score", None)
     if module is None:
         raise BadInput(f"{type(model).__name__} has no `score` head on its hidden states; take a causal architecture")
     return module
@@ -72,5 +73,5 @@ def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select
         # transformers picks one position of what comes back: each of them holds all
         return found[:, None].expand(-1, hidden.shape[1], -1)
 
-    with policy.head_forward(module, forward):
+    with hook.head_forward(module, forward):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits

@@ -29,7 +29,8 @@ from align_engine import recipe as recipes
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
-from align_engine.policy import fused_head
+from align_engine.integrations import hook
+from align_engine.integrations.hook import fused_head
 from align_engine.source import Source, rows_seen
 from align_kernels import linear_logprobs, sequence_logprobs
 
@@ -79,7 +80,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
             model = offload(model, accelerator.device)
         else:
             model = accelerator.prepare_model(model, evaluation_mode=True)
-        policy.check_head(model.eval())
+        hook.check_head(model.eval())
     if kind == "ema":
         whole = list(zip(model.parameters(), engine.model.parameters()))
         pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole
@@ -161,7 +162,7 @@ def offload(model: Any, device: torch.device) -> nn.Module:
     """The model with its decoder's weights in CPU memory, each layer on `device` for its turn; the LM head stays."""
     from accelerate import cpu_offload
 
-    head = policy.head_module(model).to(device)
+    head = hook.head_module(model).to(device)
     cpu_offload(model.base_model, device, offload_buffers=True)
     assert not head.weight.is_meta
     return model

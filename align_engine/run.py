@@ -24,6 +24,7 @@ from align_engine.data.tokenize import check_vocab, describe, prepare
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
 from align_engine.experience import Prompts, Rollouts
+from align_engine.integrations import hook
 from align_engine.kto import class_weights, with_strangers
 from align_engine.loops import Training, offline, online
 from align_engine.metrics import Journal
@@ -70,9 +71,9 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm, tokenizer)
     for part in filter(None, (source, evaluation)):
-        check_vocab(part.rows, policy.causal_model(model).get_input_embeddings().num_embeddings)
+        check_vocab(part.rows, hook.causal_model(model).get_input_embeddings().num_embeddings)
     if not algorithm.scalar:
-        policy.check_head(model)
+        hook.check_head(model)
     check_room(folder, model, recipe)
     begin(folder, recipe, accelerator, {"data": source.fingerprint()})
     set_seed(recipe.train.seed, device_specific=True)
@@ -243,7 +244,7 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     if isinstance(recipe, PpoRecipe):
         own = recipe.loss.value_model_name_or_path
         critic = heads.load_scalar_model(own, section, tokenizer.pad_token_id) if own else None
-        causal = policy.causal_model(model)
+        causal = hook.causal_model(model)
         causal.value_head = ValueHead(causal.config.get_text_config().hidden_size, critic)
     if recipe.train.gradient_checkpointing:
         policy.checkpoint_activations(model)

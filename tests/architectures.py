@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, Gemma3nVisionConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from align_engine.logits import read_logits
-from align_engine.policy import fused_head
+from align_engine.integrations.hook import fused_head
+from align_engine.integrations.logits import read_logits
 from align_kernels import linear_logprobs, logprobs_from_logits
 
 V = 99
@@ -195,7 +195,7 @@ the logits are away from neutral.
   logits, with a warning; elsewhere `logprobs_from_logits(model(...).logits, targets)` gives the same.
 - `refused`: there is no one LM head.
 
-The path is decided by reading the source of each `forward` (`align_engine/logits.py`). Under `hook` and `logits` the
+The path is decided by reading the source of each `forward` (`integrations/logits.py`). Under `hook` and `logits` the
 log-probs equal those of the model's own logits within 1e-5. Three classes do not stand here as they are sold: Gemma 3n
 for images and sound lacks its vision tower, which is timm's; the two that draft for another Gemma 4 have keys and
 values of their own and random inputs (with `use_ordered_embeddings` they take the second path).

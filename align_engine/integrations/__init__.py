@@ -5,6 +5,6 @@
 - your own loop, Lightning, accelerate: `from align_engine.integrations import fused_head`
 """
 
-from align_engine.policy import fused_head
+from align_engine.integrations.hook import fused_head
 
 __all__ = ["fused_head"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from align_engine.errors import BadInput
-from align_engine.policy import causal_model, fused_head, head_module, head_weights, logit_transform
+from align_engine.integrations.hook import causal_model, fused_head, head_module, head_weights, logit_transform
 from align_kernels import sft_loss
 
 

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from align_engine.errors import BadInput
-from align_engine.logits import read_logits
-from align_engine.policy import head_module, head_weights, hooked_head
+from align_engine.integrations.hook import head_module, head_weights, hooked_head
+from align_engine.integrations.logits import read_logits
 from align_kernels import linear_logprobs, logprobs_from_logits
 from align_kernels.api import LogProbs
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import architectures
 import pytest
 
-from align_engine.logits import read_logits
+from align_engine.integrations.logits import read_logits
 
 ROOT = Path(__file__).parents[2]
 

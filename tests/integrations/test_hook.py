@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from align_engine import policy
 from align_engine.errors import BadInput
+from align_engine.integrations import hook
 from align_kernels import linear_logprobs
 
 pytestmark = [  # of peft, on transformers' new names and on adapters of tied heads
@@ -57,9 +58,9 @@ def oracle(model, ids, targets):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logprobs_and_gradients_equal_the_models_own(name, adapter):
     model = make(name, ADAPTERS[adapter])
-    policy.check_head(model)
+    hook.check_head(model)
     ids, targets = inputs()
-    with policy.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
+    with hook.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
         logp = model(input_ids=ids, use_cache=False).logits
     expected = oracle(model, ids, targets)
     torch.testing.assert_close(logp.double(), expected, atol=2e-5, rtol=2e-5)
@@ -78,7 +79,7 @@ def test_the_model_is_left_as_it_was(name):
     ids, targets = inputs()
     before = oracle(model, ids, targets)
     with pytest.raises(ZeroDivisionError):
-        with policy.fused_head(model, lambda hidden, head: hidden / (1 // 0)):
+        with hook.fused_head(model, lambda hidden, head: hidden / (1 // 0)):
             model(input_ids=ids, use_cache=False)
     assert torch.equal(oracle(model, ids, targets), before)
     assert "forward" not in vars(model.get_output_embeddings())
@@ -88,7 +89,7 @@ def test_adapter_off_is_the_base_model():
     model = make("llama", ["q_proj", "lm_head"])
     ids, targets = inputs()
     with model.disable_adapter():
-        with policy.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
+        with hook.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
             got = model(input_ids=ids, use_cache=False).logits
         expected = oracle(model, ids, targets)
     torch.testing.assert_close(got.double(), expected, atol=2e-5, rtol=2e-5)
@@ -100,16 +101,16 @@ def test_modules_to_save_on_the_head():
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
     ids, targets = inputs()
-    with policy.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
+    with hook.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
         got = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got.double(), oracle(model, ids, targets), atol=2e-5, rtol=2e-5)
 
 
 def test_what_cannot_be_read_exactly_is_refused():
     with pytest.raises(BadInput, match="DoRA"):
-        policy.check_head(make("llama", ["lm_head"], use_dora=True))
+        hook.check_head(make("llama", ["lm_head"], use_dora=True))
     with pytest.raises(BadInput, match=r"lora_dropout = 0\.1"):
-        policy.check_head(make("llama", ["lm_head"], lora_dropout=0.1).train())
+        hook.check_head(make("llama", ["lm_head"], lora_dropout=0.1).train())
 
     class Doubled(nn.Linear):
         def forward(self, x):
@@ -118,13 +119,13 @@ def test_what_cannot_be_read_exactly_is_refused():
     model = make("llama")
     model.lm_head = Doubled(16, 101, bias=False)
     with pytest.raises(BadInput, match="Doubled"):
-        policy.check_head(model)
+        hook.check_head(model)
 
 
 def test_virtual_tokens_are_refused():
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(BadInput, match=r"PROMPT_TUNING: it adds virtual tokens, so that .* not those of the targets"):
-        policy.check_head(peft.get_peft_model(make("llama"), prompt))
+        hook.check_head(peft.get_peft_model(make("llama"), prompt))
 
 
 def test_an_unknown_transformation_of_the_logits_is_refused():
@@ -141,7 +142,7 @@ def test_an_unknown_transformation_of_the_logits_is_refused():
     with pytest.raises(
         BadInput, match=r"Shifted.forward does not show what becomes of its lm_head: .* Call logprobs_from_logits"
     ):
-        policy.check_head(model)
+        hook.check_head(model)
 
 
 def test_dropout_can_be_turned_off():

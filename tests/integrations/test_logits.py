@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from align_engine.logits import read_logits
+from align_engine.integrations.logits import read_logits
 
 
 class Base(nn.Module):
