@@ -164,7 +164,7 @@ def token_weights(loss_type: str, mask: Tensor, max_completion_length: int | Non
         "weights": "token",
         "entropy_weight": "batch",
     },
-    metrics=("kl", *(name for term in TERMS.values() for name in term.metrics)),
+    metrics=tuple(dict.fromkeys(("kl", *(name for term in TERMS.values() for name in term.metrics)))),
     needs=("entropy", "sequence", "lengths"),
     sparse=True,
 )
