@@ -268,9 +268,10 @@ def loss_forward(
     by_token = accelerated.takes_tokens(run, call, side, train)
     by_unit = train and call.loss.unit != "token" and accelerated.serves(run, call, side)
     capacity = accelerated.capacity(run) if by_token else run.plan.chunk_rows
+    spans = list(units.groups(capacity, capacity if by_token else run.plan.first_rows))
     store = None
-    if run.plan.schedule == "one pass":
-        store = run.store_beside() if run.plan.lends else run.store(min(capacity, len(kept)))
+    if run.plan.schedule == "one pass" and spans:
+        store = run.store_beside([end - begin for _, _, begin, end in spans])
     scale = 1.0 / num_items
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(call.loss.metrics), dtype=torch.float64, device=hidden.device)
@@ -320,7 +321,7 @@ def loss_forward(
         if dhidden is not None and made.dx is not None:
             scatter_rows(made.dx, run.chunk(span[2], span[3]), dhidden)
 
-    for span in units.groups(capacity, capacity if by_token else run.plan.first_rows):
+    for span in spans:
         close_tokens(span) if by_token else close(span)
     state = torch.cat(states) if states else torch.zeros(0, 8, dtype=torch.float64, device=hidden.device)
     logp, entropy, _, _, mean_logit, correct = read_state(state, head.targets[kept], run.vocab)

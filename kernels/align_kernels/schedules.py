@@ -6,7 +6,7 @@ Nothing here knows a loss; nothing here is differentiated: `functions.py` wraps 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -252,11 +252,13 @@ class Runner:
         """Room for all logits of n rows, tile after tile."""
         return self.empty(n * self.head.weight.shape[0], dtype=self.logits_dtype)
 
-    def store_beside(self) -> Tensor:
-        """Room for all logits of any chunk, but those that dW lends the first its memory for."""
+    def store_beside(self, sizes: Sequence[int]) -> Tensor:
+        """Room for all logits of any chunk, of `sizes` rows each, but those that dW lends the first its memory for."""
         p, V = self.plan, self.head.weight.shape[0]
-        outside = (V - lent_columns(p.first_rows, V, p.width, p.tile_cols)) * p.first_rows
-        return self.empty(max(outside, p.chunk_rows * V if p.first_rows < p.rows else 0), dtype=self.logits_dtype)
+        needed = [n * V for n in sizes]
+        if p.lends:
+            needed[0] -= sizes[0] * lent_columns(sizes[0], V, p.width, p.tile_cols)
+        return self.empty(max(needed), dtype=self.logits_dtype)
 
     def new_state(self, n: int) -> Tensor:
         return torch.tensor(EMPTY_STATE, dtype=torch.float64, device=self.head.weight.device).repeat(n, 1)
