@@ -102,7 +102,7 @@ def forward(run: Runner, chunk: Chunk, store: Tensor | Lent | None) -> tuple[Ten
     n = len(chunk.targets)
     state, pull = run.new_state(n), Pull(run, n) if store is None else None
     reference, references = run.zeros(n).fill_(-torch.inf), []
-    for v0, v1 in run.tiles():
+    for v0, v1 in run.tiles(store):
         w = run.weight(slice(v0, v1))
         z = run.scratch(n, v1 - v0, run.dtype) if store is None else run.tile_of(store, n, v0, v1)
         run.logits(chunk, w, v0, v1, z)
@@ -134,7 +134,7 @@ def backward(
     left = factors(run, chunk, rows.state)
     pull = Pull(run, len(g)) if needs.hidden or needs.lora_A else None
     seen, a, x, xa = None, references[0], chunk.x, chunk.xa
-    for (v0, v1), reference in zip(run.tiles(), references) if len(g) else ():
+    for (v0, v1), reference in zip(run.tiles(store), references) if len(g) else ():
         e = run.tile_of(store, n, v0, v1)
         if live is not None:
             e = e[live]

@@ -30,6 +30,7 @@ from typing import NamedTuple
 from align_kernels.compaction import BLOCK_ROWS, MOST_COLUMNS
 
 MIB = 1 << 20
+STEP = 64  # a tile's columns are a multiple of it
 LEAST_COLUMNS = 2048  # of a tile of many rows: each tile costs a pass over the chunk's dX
 
 
@@ -99,7 +100,7 @@ def lent_columns(rows: int, vocab: int, width: int, tile: int) -> int:
     linear in v, which leaves the first tile and the last.
     """
     columns = min((vocab - tile) * width // max(rows, 1), vocab - -(-tile * rows // width))
-    return max(columns // tile * tile, 0)
+    return max(columns // STEP * STEP, 0)
 
 
 def plan(
@@ -153,7 +154,7 @@ def plan(
     narrow = profile.tile_bytes // 2
 
     def tile_of(chunk: int, size: int, each: int) -> int:
-        return max(min(max(size // (chunk * each) // 64 * 64, 64), vocab), 1)
+        return max(min(max(size // (chunk * each) // STEP * STEP, STEP), vocab), 1)
 
     def lent_bytes(chunk: int) -> int:
         """Bytes of a tile of a first chunk, of which about two find no room in dW."""

@@ -238,10 +238,13 @@ class Runner:
         for i in range(count):
             yield self.chunk(begin + (end - begin) * i // count, begin + (end - begin) * (i + 1) // count)
 
-    def tiles(self) -> Iterator[tuple[int, int]]:
-        V = self.head.weight.shape[0]
-        for v in range(0, V, self.plan.tile_cols):
-            yield v, min(v + self.plan.tile_cols, V)
+    def tiles(self, store: Tensor | Lent | None = None) -> Iterator[tuple[int, int]]:
+        """Columns of each tile, none of which lies in two memories of `store`."""
+        begin = 0
+        for end in (store.columns if isinstance(store, Lent) else 0, self.head.weight.shape[0]):
+            for v in range(begin, end, self.plan.tile_cols):
+                yield v, min(v + self.plan.tile_cols, end)
+            begin = end
 
     def zeros(self, *shape: int) -> Tensor:
         """A sum in the making: float32, float64 for float64."""
@@ -319,7 +322,7 @@ class Runner:
         if self.plan.on_chip:
             w = self.head.weight
             self.backend.forward_linear(chunk.x, w, state, chunk.targets, **self.common(chunk, 0, len(w)))
-        for v0, v1 in self.tiles() if not self.plan.on_chip else ():
+        for v0, v1 in self.tiles(store) if not self.plan.on_chip else ():
             out = self.scratch(n, v1 - v0, self.logits_dtype) if store is None else self.tile_of(store, n, v0, v1)
             z = self.logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
             self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
@@ -374,7 +377,7 @@ class Runner:
         m = len(rows.g)
 
         def pieces() -> Iterator[Piece]:
-            for v0, v1 in self.tiles() if m else ():
+            for v0, v1 in self.tiles(store) if m else ():
                 w = self.weight(slice(v0, v1)) if store is None or self.needs.hidden else None
                 if store is None:
                     assert w is not None

@@ -27,7 +27,7 @@ def survives(rows: int, vocab: int, width: int, tile: int, columns: int) -> bool
     for i in range(columns * rows):
         memory[begin + i] = i // rows  # the column that this number belongs to
     for v0 in range(0, columns, tile):
-        v1 = min(v0 + tile, vocab)
+        v1 = min(v0 + tile, columns)
         for i in range(v0 * width, v1 * width):  # written while the tile's logits are still read
             memory[i] = -1
         here = begin + v0 * rows
@@ -36,17 +36,18 @@ def survives(rows: int, vocab: int, width: int, tile: int, columns: int) -> bool
     return True
 
 
-def test_no_logits_are_lost_and_no_tile_more_fits():
+def test_no_logits_are_lost_and_few_are_outside(monkeypatch):
+    monkeypatch.setattr(planner, "STEP", 1)
     pick = random.Random(0)
     lent = 0
     for _ in range(400):
         rows, vocab, width = pick.randint(1, 40), pick.randint(1, 60), pick.randint(1, 30)
         tile = pick.randint(1, max(vocab // 3, 1))
         columns = lent_columns(rows, vocab, width, tile)
-        assert 0 <= columns <= vocab and columns % tile == 0
+        assert 0 <= columns <= vocab
         assert survives(rows, vocab, width, tile, columns), (rows, vocab, width, tile, columns)
-        if columns + tile <= vocab:
-            assert not survives(rows, vocab, width, tile, columns + tile), (rows, vocab, width, tile, columns)
+        room = width * vocab // rows  # columns of logits as large as dW
+        assert columns >= min(room, vocab) - tile * max(rows, width) // min(rows, width) - tile - 1
         lent += columns > 0
     assert lent > 200
 
