@@ -10,10 +10,10 @@ from torch import Tensor
 from align_kernels.api import LogProbs
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.eager import logprobs_of
-from align_kernels.functions import first_order, float_dtype, read_state
+from align_kernels.functions import first_order, read_state
 from align_kernels.head import LogitGradClamp, Settings, Transform, check_rows
 from align_kernels.planner import PROFILES
-from align_kernels.schedules import EMPTY_STATE
+from align_kernels.schedules import EMPTY_STATE, float_dtype
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[int, int]]:

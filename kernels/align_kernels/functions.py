@@ -17,7 +17,7 @@ from torch import Tensor
 
 from align_kernels import accelerated, compaction, exponentials
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, check_rows
-from align_kernels.schedules import Chunk, Grads, Lent, Needs, Runner
+from align_kernels.schedules import Chunk, Grads, Lent, Needs, Runner, float_dtype
 from align_kernels.units import Fields, LossCall, Units, coefficients, keep_rows, sum_metrics, unit_values
 
 
@@ -43,10 +43,6 @@ def decode_settings(text: str) -> tuple[Settings, Needs]:
 
 
 # -- shared pieces ------------------------------------------------------------------------------------------------
-def float_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def read_state(state: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, ...]:
     """logp, entropy, lse, log_sum_sq_probs, mean_logit [n] in the state's precision, and correct [n]."""
     m, s, a, q, total, target, argmax = state[:, :7].unbind(1)

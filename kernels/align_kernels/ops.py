@@ -7,10 +7,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from align_kernels import functions
-from align_kernels.functions import decode_settings, encode_settings, float_dtype
+from align_kernels.functions import decode_settings, encode_settings
 from align_kernels.gemm import logits_dtype
 from align_kernels.head import Head, Settings
-from align_kernels.schedules import Needs
+from align_kernels.schedules import Needs, float_dtype
 from align_kernels.units import LossCall
 
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # the dispatch keys that are off outside of any operator

@@ -205,7 +205,6 @@ def plan(
     room = max(most // per_row - beside, 0)  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)
-    # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole
     most_rows = profile.max_rows if needs_head else min(profile.max_rows, profile.frozen_rows)
     some = max(min(rows, width), 1)
     lends = lends and needs_weight and drop_mass == 0 and lent_columns(some, vocab, width, lent_tile(some)) > 0
@@ -216,6 +215,7 @@ def plan(
         taken = min(chunk * per_row + 2 * spare, most)
         return bisect.bisect_right(range(1, rows + 1), taken, key=outside) if lends else 0
 
+    # two chunks cost little more than one and take half the memory; a limit that was asked for is used whole
     rest = rows - lent_rows(0) + largest_unit + (spare // per_row if lends else 0)
     chunk = room if workspace else min(room, max(-(-rest // 2), largest_unit, least))
     chunk = min(chunk, max(most_rows, largest_unit))

@@ -24,6 +24,11 @@ from align_kernels.planner import lent_columns, plan
 EMPTY_STATE = (-torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 
 
+def float_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x: float32, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Needs(NamedTuple):
     """Which tensors of the head need a gradient."""
 
@@ -94,7 +99,7 @@ class Grads:
         def like(x: Tensor | None, needed: bool) -> Tensor | None:
             if x is None or not needed:
                 return None
-            return run.empty(*x.shape, dtype=_summed(x))
+            return run.empty(*x.shape, dtype=float_dtype(x))
 
         head, needs = run.head, run.needs
         self.head, self.group = head, run.group
@@ -200,7 +205,7 @@ class Runner:
             needs_head=needs.head,
             needs_weight=needs.weight,
             # a kernel of the backend that closes a loss of tokens takes whole rows of logits
-            lends=self.logits_dtype == _summed(head.weight) and not (by_token and hasattr(self.backend, "losses")),
+            lends=self.logits_dtype == float_dtype(head.weight) and not (by_token and hasattr(self.backend, "losses")),
             late=late,
             plain=plain and self.dtype == self.logits_dtype and hasattr(self.backend, "exponentials"),
             sparse=sparse,
@@ -425,11 +430,6 @@ def _on_chip(backend: ModuleType, head: Head, needs: Needs) -> tuple[float, str]
         return 0.0, ""
     reason = "the head has a LoRA" if head.lora_A is not None else backend.why_not_linear(head.hidden, head.weight)
     return (backend.STATISTICS, "") if reason is None else (0.0, reason)
-
-
-def _summed(x: Tensor) -> torch.dtype:
-    """The dtype in which the gradient of x is summed."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _active(g: Tensor, g_entropy: Tensor | None) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from align_kernels.functions import float_dtype
 from align_kernels.fused.core import (
     Fused,
     Items,
@@ -17,6 +16,7 @@ from align_kernels.fused.core import (
     run_loss,
 )
 from align_kernels.losses.kto import LOSS_TYPES
+from align_kernels.schedules import float_dtype
 
 
 def kto_loss(
