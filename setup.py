@@ -15,10 +15,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# One file per instruction set, chosen at run time; each compiles the same header.
+# Files of one instruction set, chosen at run time.
 ISA_FLAGS: dict[str, list[str]] = {"isa_baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS["isa_avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["isa_avx2"] = ISA_FLAGS["gemm_avx2"] = ["-mavx2", "-mfma"]
     ISA_FLAGS["isa_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # No kernel uses what an "a" architecture adds; plain code also runs on later chips of its family (of sm_100 on 10.3).
@@ -90,8 +90,8 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "align_kernels._C",
-        sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp"],
-        depends=["csrc/cpu/tile.h", "csrc/cpu/tile_kernels.h", *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
+        sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp", "csrc/cpu/gemm.cpp"],
+        depends=["csrc/cpu/gemm.h", "csrc/cpu/tile.h", "csrc/cpu/tile_kernels.h", *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
         include_dirs=[pybind11.get_include()],
         # no -ffast-math: NaN and infinity must come through
         extra_compile_args=[

@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "gemm.h"
 #include "tile.h"
 
 namespace py = pybind11;
@@ -66,6 +68,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       "Write the largest log-prob of each column over some rows.", py::arg("logits"), py::arg("state"), py::arg("rows"),
       py::arg("count"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "product",
+      [](uintptr_t a, std::pair<int64_t, int64_t> a_strides, uintptr_t b, std::pair<int64_t, int64_t> b_strides,
+         uintptr_t c, int64_t stride, int64_t m, int64_t n, int64_t k, bool add, int threads) {
+        product({{at<float>(a), a_strides.first, a_strides.second}, {at<float>(b), b_strides.first, b_strides.second},
+                 at<float>(c), stride, m, n, k, add},
+                threads);
+      },
+      "C [m, n] (+)= A [m, k] B [k, n] in float32.", py::arg("a"), py::arg("a_strides"), py::arg("b"),
+      py::arg("b_strides"), py::arg("c"), py::arg("stride"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("add"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def("product_advised", &product_advised, "Whether `product` was measured faster than torch.mm on such a machine.");
 
   m.def("isa", &isa_name, "The instruction set in use.");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),

@@ -21,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align_kernels.gemm import product
-
 if TYPE_CHECKING:
     from align_kernels.schedules import Chunk, Grads, Lent, Rows, Runner
 
@@ -61,9 +59,9 @@ class Pull:
             if self.dxb is not None:
                 self.dxb *= factor
         self.reference = reference
-        product(self.dx, e, w, add=True)
+        self.run.product(self.dx, e, w, add=True)
         if self.dxb is not None and self.run.head.lora_B is not None:
-            product(self.dxb, e, self.run.head.lora_B[v0:v1].to(e.dtype), add=True)
+            self.run.product(self.dxb, e, self.run.head.lora_B[v0:v1].to(e.dtype), add=True)
 
     def finish(self, factors: Factors) -> tuple[Tensor, Tensor | None]:
         """This rank's dX [n, D] over g, and its part through the LoRA [n, R]."""

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from align_kernels import compaction, exponentials
+from align_kernels import compaction, exponentials, gemm
 from align_kernels.compaction import Held, Piece
 from align_kernels.dispatch import BACKENDS, pick
-from align_kernels.gemm import gemm_dtype, logits_dtype, product
+from align_kernels.gemm import gemm_dtype, logits_dtype
 from align_kernels.head import Head, Settings
 from align_kernels.planner import lent_columns, plan
 
@@ -102,7 +102,7 @@ class Grads:
             return run.empty(*x.shape, dtype=float_dtype(x))
 
         head, needs = run.head, run.needs
-        self.head, self.group = head, run.group
+        self.head, self.group, self.product = head, run.group, run.product
         self.weight = like(head.weight, needs.weight)
         self.bias = like(head.bias, needs.bias)
         self.lora_A = like(head.lora_A, needs.lora_A)
@@ -123,10 +123,10 @@ class Grads:
             if grad is None or b is None:
                 continue
             if isinstance(columns, slice):
-                product(grad[columns], dz.T, b, add=self.started)
+                self.product(grad[columns], dz.T, b, add=self.started)
             else:
                 rows = grad[columns]  # no column comes twice: no sum in an order of its own, as index_add_ has on a GPU
-                product(rows, dz.T, b, add=True)
+                self.product(rows, dz.T, b, add=True)
                 grad.index_copy_(0, columns, rows)
         if self.bias is not None:
             total = dz.sum(0, dtype=self.bias.dtype)
@@ -221,6 +221,11 @@ class Runner:
         """Memory that is about to be written whole."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.head.weight.device)
 
+    def product(self, acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        """acc (+)= a @ b, by the backend where it says that it is faster."""
+        own = hasattr(self.backend, "takes_product") and self.backend.takes_product(acc, a, b)
+        (self.backend if own else gemm).product(acc, a, b, add)
+
     # -- pieces ------------------------------------------------------------------------------------------------
     def chunk(self, begin: int, end: int) -> Chunk:
         """Rows begin .. end of the kept rows."""
@@ -300,9 +305,9 @@ class Runner:
 
     def logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
         """Raw logits of the columns v0 .. v1, whose weight is w [c, D], in `out` [n, c]."""
-        product(out, chunk.x, w.T, add=False)
+        self.product(out, chunk.x, w.T, add=False)
         if chunk.xa is not None and self.head.lora_B is not None:
-            product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
+            self.product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
         return out
 
     def common(self, chunk: Chunk, v0: int, v1: int) -> dict:
@@ -411,9 +416,9 @@ class Runner:
                 )
             if dx is not None:
                 assert w is not None
-                product(dx, dz, w, add=True)
+                self.product(dx, dz, w, add=True)
             if dxa is not None and h.lora_B is not None:
-                product(dxa, dz, h.lora_B[columns].to(self.dtype), add=True)
+                self.product(dxa, dz, h.lora_B[columns].to(self.dtype), add=True)
             grads.add(columns, dz, chunk.x, chunk.xa)
         if dxa is not None and h.lora_A is not None:
             dxa = dxa * self.settings.lora_scaling

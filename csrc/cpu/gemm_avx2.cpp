@@ -1,0 +1,141 @@
+// Packed panels and a tile of C in registers (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication", 2008): 6 x 16 floats are 12 of the 16 registers, 2 hold a row of B, one an element of A.
+#include <immintrin.h>
+#include <string.h>
+
+#include "gemm.h"
+
+namespace align {
+namespace {
+
+constexpr int64_t W = 8;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+void transpose(__m256 (&x)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; i++) {
+    t[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    u[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    u[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    u[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    u[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; i++) {
+    x[i] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+  }
+}
+
+// `count` <= kSize vectors of `depth` elements, one every `across` and an element every `along`, as [depth][kSize] with
+// zeros for what is missing. Writes up to 2 numbers more.
+template <int64_t kSize>
+void pack(float* out, const float* in, int64_t across, int64_t along, int64_t count, int64_t depth) {
+  int64_t k = 0;
+  if (count == kSize && along == 1) {
+    for (; k + 2 * W <= depth; k += 2 * W)
+      for (int64_t part = 0; part < kSize; part += W)
+        for (int64_t half = k; half < k + 2 * W; half += W) {  // a line of memory is read once
+          __m256 x[8];
+          for (int64_t i = 0; i < W; i++) x[i] = _mm256_loadu_ps(in + least(part + i, kSize - 1) * across + half);
+          transpose(x);  // six are stored as eight: the next ones, or the next panel, overwrite two
+          for (int64_t i = 0; i < W; i++) _mm256_storeu_ps(out + (half + i) * kSize + part, x[i]);
+        }
+  } else if (count == kSize && across == 1) {
+    for (; k < depth; k++) memcpy(out + k * kSize, in + k * along, kSize * sizeof *out);
+  }
+  for (; k < depth; k++)
+    for (int64_t i = 0; i < kSize; i++) out[k * kSize + i] = i < count ? in[i * across + k * along] : 0.0f;
+}
+
+// Panels of B [depth][n], side by side.
+void pack_b(float* out, const Matrix& b, int64_t n, int64_t depth) {
+  constexpr int64_t kPanels = 4, kAhead = 8;  // rows of several panels at once: fewer pages in turn
+  int64_t j = 0;
+  if (b.col == 1)
+    for (; j + kPanels * kTileWide <= n; j += kPanels * kTileWide)
+      for (int64_t k = 0; k < depth; k++) {
+        const float* row = b.data + k * b.row + j;
+        for (int64_t g = 0; g < kPanels * kTileWide; g += kTileWide) {
+          _mm_prefetch(reinterpret_cast<const char*>(row + kAhead * b.row + g), _MM_HINT_T0);
+          memcpy(out + (j + g) * depth + k * kTileWide, row + g, kTileWide * sizeof *out);
+        }
+      }
+  for (; j < n; j += kTileWide)
+    pack<kTileWide>(out + j * depth, b.data + j * b.col, b.col, b.row, least(kTileWide, n - j), depth);
+}
+
+// c [6, 16] (+)= a [depth][6] b [depth][16]
+inline __attribute__((always_inline)) void tile(const float* a, const float* b, int64_t depth, float* c,
+                                                int64_t stride, bool add) {
+  __m256 left[kTile], right[kTile];
+#pragma GCC unroll 6
+  for (int i = 0; i < kTile; i++) {
+    left[i] = right[i] = _mm256_setzero_ps();
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * stride), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(c + i * stride + W), _MM_HINT_T0);
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; k++, a += kTile, b += kTileWide) {
+    __m256 b0 = _mm256_load_ps(b), b1 = _mm256_load_ps(b + W);
+#pragma GCC unroll 6
+    for (int i = 0; i < kTile; i++) {
+      __m256 x = _mm256_broadcast_ss(a + i);
+      left[i] = _mm256_fmadd_ps(x, b0, left[i]);
+      right[i] = _mm256_fmadd_ps(x, b1, right[i]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kTile; i++) {
+    float* row = c + i * stride;
+    if (add) {
+      left[i] = _mm256_add_ps(left[i], _mm256_loadu_ps(row));
+      right[i] = _mm256_add_ps(right[i], _mm256_loadu_ps(row + W));
+    }
+    _mm256_storeu_ps(row, left[i]);
+    _mm256_storeu_ps(row + W, right[i]);
+  }
+}
+
+void tile_at_the_edge(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add, int64_t m,
+                      int64_t n) {
+  float whole[kTile * kTileWide];
+  tile(a, b, depth, whole, kTileWide, false);
+  for (int64_t i = 0; i < m; i++)
+    for (int64_t j = 0; j < n; j++)
+      c[i * stride + j] = whole[i * kTileWide + j] + (add ? c[i * stride + j] : 0.0f);
+}
+
+}  // namespace
+
+void product_avx2(const Product& p, float* packed) {
+  float *packed_b = packed, *packed_a = packed + packed_size(p.n) - packed_size(0);
+  for (int64_t j0 = 0; j0 < p.n; j0 += kWide) {
+    const int64_t n = least(kWide, p.n - j0);
+    for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
+      const int64_t depth = least(kDepth, p.k - k0);
+      const bool add = p.add || k0 > 0;
+      pack_b(packed_b, {p.b.data + k0 * p.b.row + j0 * p.b.col, p.b.row, p.b.col}, n, depth);
+      for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {
+        const int64_t m = least(kTall, p.m - i0);
+        for (int64_t i = 0; i < m; i += kTile)
+          pack<kTile>(packed_a + i * depth, p.a.data + (i0 + i) * p.a.row + k0 * p.a.col, p.a.row, p.a.col,
+                      least(kTile, m - i), depth);
+        for (int64_t j = 0; j < n; j += kTileWide)
+          for (int64_t i = 0; i < m; i += kTile) {
+            float* c = p.c + (i0 + i) * p.stride + j0 + j;
+            const float *a = packed_a + i * depth, *b = packed_b + j * depth;
+            if (m - i >= kTile && n - j >= kTileWide)
+              tile(a, b, depth, c, p.stride, add);
+            else
+              tile_at_the_edge(a, b, depth, c, p.stride, add, least(kTile, m - i), least(kTileWide, n - j));
+          }
+      }
+    }
+  }
+}
+
+}  // namespace align
