@@ -71,6 +71,7 @@ class Plan:
     exponentials: bool = False  # take the place of the logits: see exponentials.py
     waiting: int = 0  # bytes of the workspace for compacted blocks that wait for g
     on_chip: bool = False  # no logits are written: the GEMM leaves statistics alone
+    own_gemm: bool = False  # the backend multiplies, not torch
 
     @property
     def gemm_flops(self) -> int:
@@ -88,6 +89,7 @@ class Plan:
             f"backend {self.backend}, {self.rows} rows x {self.vocab} columns x {self.width}: {chunks} chunk(s) of "
             f"{sizes}, {tiles}\n"
             f"workspace {self.workspace / MIB:.1f} MiB, GEMMs {2 * self.passes}NVD = {self.gemm_flops / 1e9:.1f} GFLOP"
+            f" by {'align_kernels' if self.own_gemm else 'torch.mm'}"
             + (", with column compaction less by the share of columns that peaked rows drop" if self.compact else "")
         )
 
@@ -114,6 +116,7 @@ def plan(
     tiles_because: str = "",
     device: str,
     backend: str,
+    own_gemm: bool = False,
     workspace: int | None,
     needs_input: bool,
     needs_head: bool,
@@ -134,6 +137,7 @@ def plan(
         gradient_itemsize: bytes of a logit's gradient, 0 where it has the logit's dtype and may take its place.
         on_chip: bytes of statistics per logit of a forward that writes no logits; 0: there is none here.
         tiles_because: why there is none, where the backend has one.
+        own_gemm: the backend's matrix products are faster than torch's on this machine.
         device: "cpu" or "cuda" (other devices are treated as "cuda").
         workspace: limit in bytes; None takes the device's default.
         needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.
@@ -189,7 +193,7 @@ def plan(
         early = schedule == "online" or (schedule == "one pass" and plain and drop_mass == 0)
         return Plan(
             schedule, backend, rows, vocab, width, chunk, first or chunk, tile, kept, passes, why,
-            compact=compact, lends=first > 0, exponentials=early, waiting=waiting,
+            compact=compact, lends=first > 0, exponentials=early, waiting=waiting, own_gemm=own_gemm,
         )  # fmt: skip
 
     if not (needs_input or needs_head):

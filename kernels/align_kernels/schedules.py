@@ -200,6 +200,7 @@ class Runner:
             tiles_because=tiles_because,
             device=head.weight.device.type,
             backend=name,
+            own_gemm=hasattr(self.backend, "has_product") and self.backend.has_product(self.dtype),
             workspace=settings.workspace,
             needs_input=needs.hidden,
             needs_head=needs.head,
@@ -223,7 +224,7 @@ class Runner:
 
     def product(self, acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         """acc (+)= a @ b, by the backend where it says that it is faster."""
-        own = hasattr(self.backend, "takes_product") and self.backend.takes_product(acc, a, b)
+        own = self.plan.own_gemm and self.backend.takes_product(acc, a, b)
         (self.backend if own else gemm).product(acc, a, b, add)
 
     # -- pieces ------------------------------------------------------------------------------------------------

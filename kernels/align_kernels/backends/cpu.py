@@ -164,15 +164,14 @@ def peaks(
 LEAST = 64  # rows, columns and depth of a product that `product` takes
 
 
+def has_product(dtype: torch.dtype) -> bool:
+    """Whether `product` serves this dtype, on a machine where it was measured faster than torch.mm: AMD with AVX2."""
+    return _ADVISED and dtype == torch.float32
+
+
 def takes_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether `product` serves these, on a machine where it was measured faster than torch.mm: AMD with AVX2 alone."""
-    tensors = (out, a, b)
-    return (
-        _ADVISED
-        and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-        and min(*out.shape, b.shape[0]) >= LEAST
-        and out.stride(1) == 1
-    )
+    """Whether these are large enough, and laid out, for `product`."""
+    return has_product(out.dtype) and a.dtype == out.dtype and min(*out.shape, len(b)) >= LEAST and out.stride(1) == 1
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -211,8 +210,9 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 
 @register_flop_formula(torch.ops.align_kernels.product_)
-def _product_flops(out_shape: tuple[int, int], a_shape: tuple[int, int], *_: Any, **__: Any) -> int:
-    return 2 * out_shape[0] * out_shape[1] * a_shape[1]
+def _product_flops(out: tuple[int, int], a: tuple[int, int], *_: Any, **__: Any) -> int:
+    """From the shapes."""
+    return 2 * out[0] * out[1] * a[1]
 
 
 def _logits(

@@ -1,0 +1,154 @@
+"""The CPU extension's matrix product against float64, in every layout, and the schedules that run on it."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from align_kernels import dpo_loss, explain, linear_logprobs
+from align_kernels.backends import cpu
+
+try:
+    cpu.product(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1), False)
+except (RuntimeError, ValueError) as error:
+    pytest.skip(f"the product is not served here: {error}", allow_module_level=True)
+
+EPSILON = 2.0**-24
+
+
+def matrix(rows: int, cols: int, layout: str, rng: torch.Generator) -> Tensor:
+    """A view into memory that is NaN elsewhere."""
+    shape = (cols, rows) if layout == "columns" else (rows, cols)
+    wide = torch.full((shape[0] + 2, shape[1] + 5), torch.nan)
+    wide[1:-1, 2:-3] = torch.randn(*shape, generator=rng)
+    x = wide[1:-1, 2:-3]
+    if layout == "strided":
+        x = torch.full((rows, 2 * cols), torch.nan)[:, ::2].copy_(x)
+    return x.T if layout == "columns" else x
+
+
+def multiply(m: int, n: int, k: int, add: bool, a_layout: str = "rows", b_layout: str = "rows") -> Tensor:
+    """The product, checked: error within that of a float32 sum, and nothing written beside `out`."""
+    rng = torch.Generator().manual_seed(m + 7 * n + 31 * k)
+    a, b = matrix(m, k, a_layout, rng), matrix(k, n, b_layout, rng)
+    frame = torch.full((m + 2, n + 9), 7.0)
+    out = frame[1:-1, 4:-5]
+    out.copy_(torch.randn(m, n, generator=rng) if add else torch.full((m, n), torch.nan))
+    start = out.double() if add else torch.zeros(m, n, dtype=torch.float64)
+    cpu.product(out, a, b, add)
+    error = (out.double() - start - a.double() @ b.double()).abs()
+    bound = (k + 2) * EPSILON * (a.double().abs() @ b.double().abs() + start.abs())
+    assert (error <= bound).all(), float((error / bound).max())
+    frame[1:-1, 4:-5] = 7.0
+    assert (frame == 7.0).all(), "written beside out"
+    return out
+
+
+EDGES = (1, 5, 6, 7, 15, 16, 17, 97)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(
+    ("a_layout", "b_layout"), [(a, b) for a in ("rows", "columns") for b in ("rows", "columns", "strided")]
+)
+def test_layouts_and_edges(a_layout: str, b_layout: str, add: bool):
+    for m, n in itertools.product(EDGES, (1, 16, 33, 71)):
+        multiply(m, n, 37, add, a_layout, b_layout)
+
+
+@pytest.mark.parametrize("shape", [(200, 1100, 400), (100, 2050, 769), (1, 1, 5000), (97, 64, 384), (7, 1024, 385)])
+@pytest.mark.parametrize("layouts", [("rows", "columns"), ("rows", "rows"), ("columns", "rows")])
+def test_more_than_one_block(shape: tuple[int, int, int], layouts: tuple[str, str]):
+    multiply(*shape, True, *layouts)
+
+
+def test_threads_change_no_bit():
+    rng, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    a, b = torch.randn(250, 600, generator=rng), torch.randn(600, 700, generator=rng)
+    found = []
+    try:
+        for threads in (1, 2, 3, 7, 16):
+            torch.set_num_threads(threads)
+            found.append(torch.empty(250, 700))
+            cpu.product(found[-1], a, b, False)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, found[0]) for x in found[1:])
+
+
+def test_nan_and_infinity_come_through():
+    a, b, out = torch.ones(70, 70), torch.ones(70, 70), torch.zeros(70, 70)
+    a[3, 60], b[5, 68], b[5, 69] = torch.nan, torch.inf, -torch.inf
+    cpu.product(out, a, b, False)
+    want = a @ b
+    assert out[3].isnan().all() and torch.equal(out.nan_to_num(-1.0), want.nan_to_num(-1.0))
+
+
+def test_nothing_to_do():
+    out = torch.empty(0, 4)
+    cpu.product(out, torch.empty(0, 3), torch.empty(3, 4), False)
+    cpu.product(torch.empty(4, 0), torch.empty(4, 3), torch.empty(3, 0), True)
+
+
+@pytest.mark.parametrize(
+    ("out", "a", "b", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(5, 3), "do not fit together"),
+        (torch.zeros(2, 3), torch.zeros(2, 4).double(), torch.zeros(4, 3), "a must be a float32 matrix"),
+        (torch.zeros(3, 2).T, torch.zeros(2, 4), torch.zeros(4, 3), "out must have unit column stride"),
+        (torch.zeros(2, 3), torch.zeros(2, 0), torch.zeros(0, 3), "k >= 1"),
+    ],
+)
+def test_wrong_arguments_are_named(out: Tensor, a: Tensor, b: Tensor, message: str):
+    with pytest.raises(ValueError, match=message):
+        cpu.product(out, a, b, False)
+
+
+# -- in the schedules ---------------------------------------------------------------------------------------------
+B, T, V, D = 4, 60, 1000, 96
+
+
+def losses(own: bool, train: bool, monkeypatch) -> tuple[list[Tensor], int, str]:
+    """Gradients, counted FLOPs and the plan of a fused loss and of one on log-probs with a LoRA."""
+    monkeypatch.setattr(cpu, "_ADVISED", own)
+    rng = torch.Generator().manual_seed(3)
+    hidden = torch.randn(B, T, D, generator=rng).requires_grad_()
+    weight = (torch.randn(V, D, generator=rng) * 0.2).requires_grad_(train)
+    lora = (torch.randn(4, D, generator=rng).requires_grad_(), torch.randn(V, 4, generator=rng).requires_grad_(), 0.5)
+    targets = torch.randint(0, V, (B, T), generator=rng)
+    ref, leaves = torch.zeros(B), [hidden, *lora[:2], *([weight] if train else [])]
+    with FlopCounterMode(display=False) as counter:
+        dpo_loss(hidden, weight, targets, ref, impl="cpu").loss.backward()
+        out = linear_logprobs(hidden, weight, targets, lora=lora, impl="cpu")
+        (out.logp.mean() + out.entropy.mean()).backward()
+    plan = explain(hidden, weight, targets, loss="dpo", impl="cpu")
+    return [x.grad for x in leaves if x.grad is not None], counter.get_total_flops(), str(plan)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_schedules_on_it_give_the_same_gradients_and_flops(train: bool, monkeypatch):
+    calls, product = [], cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *args: calls.append(args[0].shape) or product(*args))
+    found, flops, plan = losses(True, train, monkeypatch)
+    assert len(calls) >= 5 and plan.endswith("by align_kernels")
+    calls.clear()
+    want, want_flops, want_plan = losses(False, train, monkeypatch)
+    assert not calls and want_plan.endswith("by torch.mm")
+    assert flops == want_flops
+    for a, b in zip(found, want, strict=True):
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
+
+
+def test_only_large_float32_products_are_taken(monkeypatch):
+    monkeypatch.setattr(cpu, "_ADVISED", True)
+    a, b = torch.zeros(64, 70), torch.zeros(70, 64)
+    assert cpu.takes_product(torch.zeros(64, 64), a, b)
+    assert not cpu.takes_product(torch.zeros(64, 64).T, a, b)
+    assert not cpu.takes_product(torch.zeros(63, 64), a[:63], b)
+    assert not cpu.takes_product(torch.zeros(64, 64).double(), a.double(), b.double())
+    monkeypatch.setattr(cpu, "_ADVISED", False)
+    assert not cpu.takes_product(torch.zeros(64, 64), a, b)
