@@ -134,7 +134,7 @@ def test_schedules_on_it_give_the_same_gradients_and_flops(train: bool, monkeypa
     calls, product = [], cpu.product
     monkeypatch.setattr(cpu, "product", lambda *args: calls.append(args[0].shape) or product(*args))
     found, flops, plan = losses(True, train, monkeypatch)
-    assert len(calls) >= 5 and plan.endswith("by align_kernels")
+    assert len(calls) >= 4 and plan.endswith("by align_kernels")
     calls.clear()
     want, want_flops, want_plan = losses(False, train, monkeypatch)
     assert not calls and want_plan.endswith("by torch.mm")
