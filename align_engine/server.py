@@ -89,9 +89,8 @@ def server_sampler(tokenizer: Any, settings: RolloutSection, model: str) -> Samp
     else:
         shared["max_tokens"] += 1  # transformers says "length" of what ends with its last token; this one is cut off
     if kind == "transformers":
-        shared["generation_config"] = json.dumps(
-            {"do_sample": True, "top_k": settings.top_k, "repetition_penalty": 1.0}
-        )
+        own = {"do_sample": True, "top_k": settings.top_k, "repetition_penalty": 1.0}
+        shared["generation_config"] = json.dumps(own)
 
     def as_text(prompt: list[int]) -> str:
         text = tokenizer.decode(prompt[len(encoder.bos) :], clean_up_tokenization_spaces=False)
@@ -99,32 +98,29 @@ def server_sampler(tokenizer: Any, settings: RolloutSection, model: str) -> Samp
             raise RunFailed(f"{url} takes text, but {text!r:.200} is {found} to it, not the prompt's tokens {prompt}")
         return text
 
-    def stopped(ids: list[int]) -> bool:
-        return any(stop in tokenizer.decode(ids) for stop in stops)
-
-    def read_text(text: str, ended: bool) -> Completion:
-        ids = encoder.continuation(text)
-        if stopped(ids):
-            last = bisect_left(range(len(ids)), True, key=lambda i: stopped(ids[: i + 1]))
+    def from_text(text: str, ended: bool) -> tuple[list[int], bool]:
+        ids, stopped = encoder.continuation(text), lambda text: any(stop in text for stop in stops)
+        last = bisect_left(range(len(ids)), True, key=lambda i: stopped(tokenizer.decode(ids[: i + 1])))
+        if last < len(ids):  # the token that completes a stop string
             ids, ended = ids[: last + 1], True
         elif ended:
             ids = encoder.end(ids)
-        ids, ended = ids[:most], ended and len(ids) <= most
-        return Completion(ids, torch.full((len(ids),), math.nan), ended)
+        return ids[:most], ended and len(ids) <= most
 
     def read(answer: Any) -> Completion:
         try:
             choice = answer["choices"][0]
             ended = choice["finish_reason"] != "length"
-            if kind != "vllm":
-                return read_text(choice["text"], ended)
-            ids = choice["token_ids"]
-            logps = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float32)
+            if kind == "vllm":
+                ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            else:
+                ids, ended = from_text(choice["text"], ended)
+                logps = [math.nan] * len(ids)
         except (KeyError, IndexError, TypeError) as error:
             raise RunFailed(f"{url} answered {answer!r:.200}, not an OpenAI completion") from error
         if len(logps) != len(ids):
             raise RunFailed(f"{url} gave {len(logps)} log-probs for {len(ids)} tokens")
-        return Completion(ids, logps, ended)
+        return Completion(ids, torch.tensor(logps, dtype=torch.float32), ended)
 
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         sent = prompts if kind == "vllm" else map(as_text, prompts)
@@ -159,9 +155,6 @@ def kind_of_server(settings: RolloutSection) -> str:
 
 def reload_weights(settings: RolloutSection) -> None:
     """Have the server read its weights again, and forget what it cached under the old ones."""
-    calls = {
-        "vllm": {"collective_rpc": {"method": "reload_weights"}, "reset_prefix_cache": {}},
-        "transformers": {"reset": {}},
-    }
-    for path, payload in calls[kind_of_server(settings)].items():
+    vllm = {"collective_rpc": {"method": "reload_weights"}, "reset_prefix_cache": {}}
+    for path, payload in (vllm if kind_of_server(settings) == "vllm" else {"reset": {}}).items():
         asyncio.run(post_all(f"{settings.server_base_url}/{path}", [payload]))

@@ -46,14 +46,19 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
     assert all(a[name].equal(b[name]) for name in a), "evaluation must not touch training"
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(bf16, model, prompts, tmp_path, monkeypatch):
-    settings = dict(use_transformers_continuous_batching=True, max_steps=4, save_steps=1, num_iterations=2, bf16=bf16,
-                    learning_rate=1e-2, vllm_importance_sampling_correction=True)  # fmt: skip
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
+    dtype, model, prompts, tmp_path, monkeypatch
+):
+    settings = dict(use_transformers_continuous_batching=True, max_steps=4, save_steps=1, num_iterations=2, dtype=dtype,
+                    bf16=dtype == "bfloat16", per_device_generation_batch_size=8, learning_rate=1e-2,
+                    vllm_importance_sampling_correction=True)  # fmt: skip
     whole = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "whole", **settings))
     records = metrics.read(whole.metrics)
     off = [record["sampling/sampling_logp_difference/mean"] for record in records]
-    assert max(off) < (2e-2 if bf16 else 1e-5), "each rollout is sampled by the policy that it is measured with"
+    assert max(off) < (3e-2 if dtype == "bfloat16" else 1e-5), (
+        "each rollout is sampled by the policy that it is measured with"
+    )
     assert records[0]["loss"] != records[2]["loss"]
     scored, reward = [], tiny.word_reward
 
