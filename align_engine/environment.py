@@ -47,22 +47,18 @@ def show(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("what", "state", title="This machine", title_justify="left")
+    table = Table("what", "state", title="This machine, and its kernels by preference", title_justify="left")
     table.add_row("python", f"{facts['python']} on {facts['system']}")
     for name, found in facts["packages"].items():
         table.add_row(name, found or "[dim]not installed[/dim]")
     table.add_row("devices", "\n".join(facts["devices"]))
     table.add_row("C++ compiler", facts["compiler"] or "[yellow]none found: the CPU extension cannot be built[/yellow]")
     table.add_row("CPU extension", facts["cpu_extension"])
-    kernels = Table(
-        "device", "dtype", "backend", "state", title="Kernels: backends by preference", title_justify="left"
-    )
     taken = set()
     for status in facts["backends"]:
-        where, state = (status["device"], status["dtype"]), status["why_not"]
+        where, state = f"{status['device']} {status['dtype']}", status["why_not"]
         if status["available"]:
             state = "available" if where in taken else "[green]taken by auto[/green]"
             taken.add(where)
-        kernels.add_row(*where, status["name"], state)
-    for made in (table, kernels):
-        Console().print(made)
+        table.add_row(f"{where} {status['name']}", state)
+    Console().print(table)

@@ -24,7 +24,7 @@ from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps
 from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
-from align_engine.server import check_server, reload_weights, server_sampler
+from align_engine.server import reload_weights, server_sampler
 from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Prompts:
         accelerator: shares the work out among the ranks.
         folder: of the run, where people find what to mark.
     Raises:
-        BadInput: no server answers where the recipe names one, or there is no such scorer.
+        BadInput: no server answers where the recipe names one, or not as it asks, or there is no such scorer.
     """
 
     rows: Dataset
@@ -78,14 +78,13 @@ class Prompts:
 
     def __post_init__(self) -> None:
         self.settings, self.seed = self.recipe.rollout, self.recipe.train.seed
-        check_server(self.settings)
+        name, asks = self.recipe.model.model_name_or_path, self.settings.server_base_url
+        self.server = server_sampler(self.tokenizer, self.settings, name) if asks else None
         self.scorers = [scoring.load_reward(spec, self.accelerator.device) for spec in self.settings.reward_funcs]
 
     def sampler(self, model: Any) -> Sampler:
         """Of this model, or of the server that the recipe names."""
-        if self.settings.server_base_url:
-            return server_sampler(self.tokenizer, self.settings, self.recipe.model.model_name_or_path)
-        return transformers_sampler(model, self.tokenizer, self.settings)
+        return self.server or transformers_sampler(model, self.tokenizer, self.settings)
 
     def asked(self, number: int, count: int) -> list[int]:
         """The rows that time `number` asks: `count` of an endless shuffled order, each num_generations times."""

@@ -1,4 +1,4 @@
-"""The loops, and what stands around each of their steps: accumulation, log, evaluation, checkpoints, callbacks."""
+"""The loop, and what stands around each of its steps: accumulation, log, evaluation, checkpoints, callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from align_engine.watch import warnings
 
 @dataclass
 class Training:
-    """A run under way. Both loops ask it for steps and hand it windows of micro-batches to learn from."""
+    """A run under way. The loop asks it for steps and hands it windows of micro-batches to learn from."""
 
     engine: Engine
     evaluation: Source | None
@@ -101,16 +101,9 @@ class Training:
         return self.callbacks.state.best_global_step if self.engine.recipe.eval.load_best_model_at_end else None
 
 
-def offline(training: Training, source: Source) -> None:
-    """Train from where the engine stands to the last step on fixed rows."""
-    for step in training.steps():
-        with training.journal.clock("data"):
-            window = source.window(step)
-        training.learn(window)
-
-
-def online(training: Training, source: Rollouts) -> None:
-    """The same on rows that the policy writes: a new rollout wherever the last one has served all its steps."""
+def loop(training: Training, source: Source) -> None:
+    """Train from where the engine stands to the last step. A source whose rows the policy writes has a new rollout
+    wherever the last one has served all its steps."""
     for step in training.steps():
         source.prepare(step, training.journal.clock)
         with training.journal.clock("data"):

@@ -194,6 +194,9 @@ class RolloutSection(Section):
     """Forward passes that one rollout feeds, a multiple of gradient_accumulation_steps (None: one step's)."""
     per_device_generation_batch_size: int = 64
     """Completions sampled at a time on one device."""
+    use_transformers_continuous_batching: bool = False
+    """Sample by transformers' continuous batching: rows that have ended leave the batch. It pays with a
+    flash attn_implementation and completions of very different lengths."""
     missing_eos_penalty: float | None = None
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
@@ -203,9 +206,10 @@ class RolloutSection(Section):
     server_model: str | None = None
     """The model's name there (None: model_name_or_path)."""
     server_concurrency: int = 64
-    """Most requests under way at a time."""
+    """Most requests under way at a time (1: `transformers serve` gives the same answers again)."""
     server_weights: str | None = None
-    """Folder that a vLLM server reads its weights from: the policy is written there before each rollout."""
+    """Folder that the server (vLLM, `transformers serve`) reads its weights from: the policy is written there before
+    each rollout."""
 
 
 class KlReference(Section):
@@ -668,6 +672,12 @@ def check(recipe: Recipe) -> None:
         ("steps_per_generation", (get("steps_per_generation") or 0) % max(accumulation, 1) == 0,
          f"must be a multiple of gradient_accumulation_steps = {accumulation}"),
     ]  # fmt: skip
+    if get("use_transformers_continuous_batching"):
+        unset = {"top_p": 1.0, "top_k": 0, "stop_strings": None, "server_base_url": None}
+        relations += [
+            (name, values[name] == kept, f"must be {kept} with use_transformers_continuous_batching")
+            for name, kept in unset.items()
+        ]
     rules += [rule for rule in relations if rule[0] in values]
     broken = [f"{name} = {values[name]!r} {text}" for name, holds, text in rules if not holds]
     if broken:

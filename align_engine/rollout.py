@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from align_engine.data.batches import collate_prompts, split_order
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, RunFailed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +40,7 @@ class Completion:
     ended: bool  # False: cut at max_completion_length
 
 
+PAGED, PAGE = "use_transformers_continuous_batching", 256  # tokens of a page
 Sampler = Callable[[Sequence[list[int]], int], list[Completion]]  # (prompts' ids, seed) -> one completion for each
 
 
@@ -74,9 +76,10 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
         model: a causal LM of transformers, bare or inside accelerate's wrappers; put in eval mode for the call, which
             leaves training's random numbers untouched.
         tokenizer: its tokenizer; the pad token may be the EOS token.
-        settings: max_completion_length, temperature, top_p, top_k, stop_strings.
+        settings: max_completion_length, temperature, top_p, top_k, stop_strings, use_transformers_continuous_batching.
     Raises:
-        BadInput: a tokenizer in which transformers cannot find stop strings (of whole words, for one).
+        BadInput: a tokenizer in which transformers cannot find stop strings (of whole words, for one); a policy that
+            continuous batching cannot run.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -95,29 +98,76 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     except ValueError as error:
         raise BadInput(f"stop_strings = {settings.stop_strings}: not to be found in the tokens: {error}") from error
 
+    paged = settings.use_transformers_continuous_batching
+    shards = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in inner.parameters())
+    mixed = hasattr(inner, "_original_forward") and inner.dtype == torch.float32  # by accelerate
+    for holds, why in ((shards, "is in shards"), (not inner._supports_attention_backend, "has attention without pages"),
+                       (mixed, "has float32 weights but bf16 keys (set dtype: bfloat16, or bf16: false)")):  # fmt: skip
+        if paged and holds:
+            raise BadInput(f"{PAGED}: {type(inner).__name__} {why}")
+
     @torch.no_grad()
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         device = next(inner.parameters()).device
-        input_ids, mask = (x.to(device) for x in collate_prompts(prompts, tokenizer.pad_token_id))
-        width, eos_ids = input_ids.shape[1], torch.tensor(eos, device=device)
-        watch = Watch(width, eos_ids, stop, settings.temperature)
-        processors, criteria = LogitsProcessorList([watch.before]), StoppingCriteriaList([watch])
         training, before = inner.training, inner.generation_config
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             try:
                 inner.eval().generation_config = config  # in place of the model's own, which may hold penalties
-                out = inner.generate(
-                    input_ids, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria
-                )
+                return in_turn(inner, prompts, seed) if paged else together(inner, prompts, stop)
             finally:
                 inner.train(training).generation_config = before
-        new, logps, done = out[:, width:].cpu(), torch.cat(watch.logps, 1).cpu(), torch.stack(watch.done, 1).cpu()
-        ended = done.any(1).tolist()
-        cuts = torch.where(done.any(1), done.int().argmax(1) + 1, done.shape[1]).tolist()
-        return [Completion(new[i, :cut].tolist(), logps[i, :cut].clone(), ended[i]) for i, cut in enumerate(cuts)]
 
     return sample
+
+
+def together(model: Any, prompts: Sequence[list[int]], stop: StopStringCriteria | None) -> list[Completion]:
+    """Completions by `generate`: a batch that goes on until its last row has ended."""
+    config, device = model.generation_config, next(model.parameters()).device
+    input_ids, mask = (x.to(device) for x in collate_prompts(prompts, config.pad_token_id))
+    width, eos = input_ids.shape[1], torch.tensor(config.eos_token_id, device=device)
+    watch = Watch(width, eos, stop, config.temperature)
+    processors, criteria = LogitsProcessorList([watch.before]), StoppingCriteriaList([watch])
+    out = model.generate(input_ids, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria)
+    new, logps, done = out[:, width:].cpu(), torch.cat(watch.logps, 1).cpu(), torch.stack(watch.done, 1).cpu()
+    ended = done.any(1).tolist()
+    cuts = torch.where(done.any(1), done.int().argmax(1) + 1, done.shape[1]).tolist()
+    return [Completion(new[i, :cut].tolist(), logps[i, :cut].clone(), ended[i]) for i, cut in enumerate(cuts)]
+
+
+def in_turn(model: Any, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+    """Completions by continuous batching: rows that have ended leave the batch. What is drawn depends on the schedule,
+    so all requests wait before the thread starts, and pages are counted out, not taken from what memory is free.
+
+    Raises:
+        BadInput: transformers refuses the model. RunFailed: a request fails, with what it says.
+    """
+    from transformers import ContinuousBatchingConfig
+
+    config, attention = model.generation_config, model.config._attn_implementation
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0  # transformers adds it to the seed
+    pages = -(-(max(map(len, prompts)) + config.max_new_tokens) // PAGE)
+    options = ContinuousBatchingConfig(
+        page_size=PAGE, num_blocks=pages * len(prompts), max_batch_tokens=max(1024, len(prompts)), safety_margin=0.0,
+        seed=seed - rank, return_logprobs=True, auto_switch_to_flash=False,
+    )  # fmt: skip
+    try:
+        manager = model.init_continuous_batching(config, options)
+    except ValueError as error:
+        model.set_attn_implementation(attention)
+        raise BadInput(f"{PAGED}: {type(model).__name__}, attn_implementation = {attention!r}: {error}") from error
+    try:
+        names, found = manager.add_requests(prompts), {}
+        manager.start()
+        while len(found) < len(names):
+            one = manager.get_result()
+            if one is None or one.error is not None:
+                raise RunFailed(f"{PAGED}: {one.error if one else manager.background_thread_status.fatal_error}")
+            found[one.request_id] = one
+    finally:
+        manager.stop(hard_stop=True)
+    answers = [(found[name].generated_tokens, torch.tensor(found[name].logprobs)) for name in names]
+    return [Completion(ids, logps, ids[-1] in config.eos_token_id) for ids, logps in answers]
 
 
 def sample_all(

@@ -26,7 +26,7 @@ from align_engine.errors import BadInput
 from align_engine.experience import Prompts, Rollouts
 from align_engine.integrations import hook
 from align_engine.kto import class_weights, with_strangers
-from align_engine.loops import Training, offline, online
+from align_engine.loops import Training, loop
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
 from align_engine.recipe import KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
@@ -94,10 +94,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     with journal.bar:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
-        if isinstance(source, Rollouts):
-            online(training, source)
-        else:
-            offline(training, source)
+        loop(training, source)
     if best := training.best():
         accelerator.print(f"the model is that of step {best}, the best evaluation")
         engine.restore(folder.checkpoint(best))

@@ -1,19 +1,25 @@
-"""Requests to scorers and generation servers, and completions from one that is OpenAI-compatible: vLLM, `transformers
-serve`, or any that takes prompts as token ids.
+"""Requests to scorers and generation servers, and completions from one that is OpenAI-compatible.
 
-A server that answers with `token_ids` (vLLM does, asked for `return_token_ids`) gives the policy's own tokens and
-their log-probs; of another one the text is tokenised again, and the sampler's log-probs are unknown. vLLM must be
-started with `--logprobs-mode processed_logprobs` where the temperature is not 1.
+vLLM takes the prompts' tokens and gives the policy's own, with their log-probs. It must be started with
+`--logprobs-mode processed_logprobs` where the temperature is not 1. Any other server takes text: prompts are sent that
+its tokenizer turns into exactly their tokens, answers are tokenised again, and the sampler's log-probs are unknown.
 
-vLLM takes over the policy's weights from a folder (`server_weights`) that both see: it is started on a copy of the
-model there with VLLM_SERVER_DEV_MODE=1, and before each rollout the policy is written to the folder and the server told
-to read it again.
+`transformers serve` decodes greedily, or with top_k = 50, unless a field of its own says otherwise. It seeds its whole
+process: answers can be repeated with server_concurrency = 1 only.
+
+vLLM and `transformers serve` take over the policy's weights from a folder (`server_weights`) that both see: they are
+started on a copy of the model there, vLLM with VLLM_SERVER_DEV_MODE=1, `transformers serve` without
+`--continuous-batching`, which would go on with its first weights. Before each rollout the policy is written to the
+folder and the server told to read it again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,55 +76,85 @@ def server_sampler(tokenizer: Any, settings: RolloutSection, model: str) -> Samp
         settings: besides the sampling's own, server_base_url, server_model, server_concurrency.
         model: its name there, unless server_model says.
     Raises:
-        RunFailed: by the sampler: the server refuses, or fails again and again.
+        BadInput: no server answers, or it is of a kind that cannot do what the settings say. RunFailed: by the sampler:
+            the server refuses, or fails again and again; no text gives a prompt's tokens.
     """
+    kind, most, stops = kind_of_server(settings), settings.max_completion_length, settings.stop_strings or []
     url, encoder = f"{settings.server_base_url}/v1/completions", Encoder(tokenizer)
-    shared: dict[str, Any] = {"model": settings.server_model or model, "max_tokens": settings.max_completion_length,
-                              "temperature": settings.temperature, "top_p": settings.top_p, "logprobs": 0,
-                              "return_token_ids": True}  # fmt: skip
-    if settings.top_k:
-        shared["top_k"] = settings.top_k
-    if settings.stop_strings:
-        shared |= {"stop": settings.stop_strings, "include_stop_str_in_output": True}
+    shared: dict[str, Any] = {"model": settings.server_model or model, "max_tokens": most,
+                              "temperature": settings.temperature, "top_p": settings.top_p}  # fmt: skip
+    shared |= {"stop": stops} if stops else {}
+    if kind == "vllm":
+        shared |= {"logprobs": 0, "return_token_ids": True, "include_stop_str_in_output": True, "top_k": settings.top_k}
+    else:
+        shared["max_tokens"] += 1  # transformers says "length" of what ends with its last token; this one is cut off
+    if kind == "transformers":
+        own = {"do_sample": True, "top_k": settings.top_k, "repetition_penalty": 1.0}
+        shared["generation_config"] = json.dumps(own)
+
+    def as_text(prompt: list[int]) -> str:
+        text = tokenizer.decode(prompt[len(encoder.bos) :], clean_up_tokenization_spaces=False)
+        if (found := tokenizer(text)["input_ids"]) != prompt:
+            raise RunFailed(f"{url} takes text, but {text!r:.200} is {found} to it, not the prompt's tokens {prompt}")
+        return text
+
+    def from_text(text: str, ended: bool) -> tuple[list[int], bool]:
+        ids, stopped = encoder.continuation(text), lambda text: any(stop in text for stop in stops)
+        last = bisect_left(range(len(ids)), True, key=lambda i: stopped(tokenizer.decode(ids[: i + 1])))
+        if last < len(ids):  # the token that completes a stop string
+            ids, ended = ids[: last + 1], True
+        elif ended:
+            ids = encoder.end(ids)
+        return ids[:most], ended and len(ids) <= most
 
     def read(answer: Any) -> Completion:
         try:
             choice = answer["choices"][0]
-            ended, ids = choice["finish_reason"] != "length", choice.get("token_ids")
-            if ids is None:
-                ids = encoder.continuation(choice["text"])
-                if ended and not any(choice["text"].endswith(stop) for stop in settings.stop_strings or ()):
-                    ids = encoder.end(ids)
-                return Completion(ids, torch.full((len(ids),), math.nan), ended)
-            logps = torch.tensor(choice["logprobs"]["token_logprobs"], dtype=torch.float32)
+            ended = choice["finish_reason"] != "length"
+            if kind == "vllm":
+                ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            else:
+                ids, ended = from_text(choice["text"], ended)
+                logps = [math.nan] * len(ids)
         except (KeyError, IndexError, TypeError) as error:
             raise RunFailed(f"{url} answered {answer!r:.200}, not an OpenAI completion") from error
         if len(logps) != len(ids):
             raise RunFailed(f"{url} gave {len(logps)} log-probs for {len(ids)} tokens")
-        return Completion(ids, logps, ended)
+        return Completion(ids, torch.tensor(logps, dtype=torch.float32), ended)
 
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
-        payloads = [
-            {**shared, "prompt": prompt, "seed": derived_seed(seed, i) % 2**31} for i, prompt in enumerate(prompts)
-        ]
+        sent = prompts if kind == "vllm" else map(as_text, prompts)
+        payloads = [{**shared, "prompt": one, "seed": derived_seed(seed, i) % 2**31} for i, one in enumerate(sent)]
         return list(map(read, asyncio.run(post_all(url, payloads, settings.server_concurrency))))
 
     return sample
 
 
-def check_server(settings: RolloutSection) -> None:
-    """Refuse an address where nothing answers, where the recipe names one."""
+def kind_of_server(settings: RolloutSection) -> str:
+    """vllm, transformers or openai (any other), as the server at `server_base_url` shows itself.
+
+    Raises:
+        BadInput: nothing answers there, or the settings ask for what OpenAI's API has not.
+    """
     import httpx2
 
-    if not settings.server_base_url:
-        return
+    url = settings.server_base_url
     try:
-        httpx2.get(f"{settings.server_base_url}/v1/models", timeout=30).raise_for_status()
+        if '"/load_model"' in httpx2.get(f"{url}/openapi.json", timeout=30).text:
+            return "transformers"  # its /v1/models lists what is in the hub's cache, and fails where there is none
+        models = httpx2.get(f"{url}/v1/models", timeout=30).raise_for_status().text
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise BadInput(f"server_base_url = {settings.server_base_url!r}: no server answers there: {error}") from error
+        raise BadInput(f"server_base_url = {url!r}: no server answers there: {error}") from error
+    if re.search(r'"owned_by": *"vllm"', models):
+        return "vllm"
+    for name in ("top_k", "stop_strings", "server_weights"):
+        if value := getattr(settings, name):
+            raise BadInput(f"{name} = {value!r} needs vLLM or `transformers serve`, and {url} is neither")
+    return "openai"
 
 
 def reload_weights(settings: RolloutSection) -> None:
-    """Have vLLM read its weights again, and forget what it cached under the old ones."""
-    for path, payload in (("collective_rpc", {"method": "reload_weights"}), ("reset_prefix_cache", {})):
+    """Have the server read its weights again, and forget what it cached under the old ones."""
+    vllm = {"collective_rpc": {"method": "reload_weights"}, "reset_prefix_cache": {}}
+    for path, payload in (vllm if kind_of_server(settings) == "vllm" else {"reset": {}}).items():
         asyncio.run(post_all(f"{settings.server_base_url}/{path}", [payload]))

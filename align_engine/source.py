@@ -19,6 +19,8 @@ from align_engine.data.batches import Batch, epoch_order, split_order
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from align_engine.metrics import Clock
+
 
 class Micro(NamedTuple):
     """One forward pass. A rank without rows repeats one with `real` False, so that all run the same collectives."""
@@ -66,6 +68,9 @@ class Source:
         if self._epoch[0] != epoch:
             self._epoch = epoch, split_order(epoch_order(len(self.rows), self.seed, epoch), self.window_size)
         return self._epoch[1][place]
+
+    def prepare(self, step: int, clock: Clock) -> None:
+        """Have the rows that step `step` learns from: fixed ones are there."""
 
     def window(self, step: int) -> list[Micro]:
         """This rank's share of a window."""

@@ -46,6 +46,38 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
     assert all(a[name].equal(b[name]) for name in a), "evaluation must not touch training"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
+    dtype, model, prompts, tmp_path, monkeypatch
+):
+    settings = dict(use_transformers_continuous_batching=True, max_steps=4, save_steps=1, num_iterations=2, dtype=dtype,
+                    bf16=dtype == "bfloat16", per_device_generation_batch_size=8, learning_rate=1e-2,
+                    vllm_importance_sampling_correction=True)  # fmt: skip
+    whole = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "whole", **settings))
+    records = metrics.read(whole.metrics)
+    off = [record["sampling/sampling_logp_difference/mean"] for record in records]
+    assert max(off) < (3e-2 if dtype == "bfloat16" else 1e-5), (
+        "each rollout is sampled by the policy that it is measured with"
+    )
+    assert records[0]["loss"] != records[2]["loss"]
+    scored, reward = [], tiny.word_reward
+
+    def stops_at_the_second(prompts, completions, **columns):
+        scored.append(completions)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return reward(prompts, completions, **columns)
+
+    monkeypatch.setattr(tiny, "word_reward", stops_at_the_second)
+    recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "cut", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        train("grpo", recipe)
+    cut = train("grpo", recipe)
+    assert scored[2] == scored[1] != scored[0]
+    a, b = (load_file(folder.final / "model.safetensors") for folder in (whole, cut))
+    assert all(a[name].equal(b[name]) for name in a)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

@@ -1,5 +1,6 @@
 """Completions: token for token what was sampled, by generate or by a server; and what scores them."""
 
+import dataclasses
 import json
 import math
 import threading
@@ -11,7 +12,8 @@ import tiny
 import torch
 from accelerate import Accelerator
 from processes import run_on_two
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from align_engine import metrics, rewards
 from align_engine.demo.make import make_model, make_tokenizer
@@ -89,21 +91,101 @@ def test_sampling_is_a_function_of_weights_prompts_and_seed(loaded):
     assert [one.ids for one in sample_all(sampler, prompts, 4, (1, 3), accelerator)] != first
 
 
+def paged(model, tokenizer, **settings):
+    return transformers_sampler(model, tokenizer, RolloutSection(use_transformers_continuous_batching=True, **settings))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching_gives_the_models_own_log_probs(attention, model):
+    model, tokenizer = (kind.from_pretrained(model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model.set_attn_implementation(attention)
+    prompts = [[2 + i % 60 for i in range(length)] for length in (1, 40, 7)] + ids_of(tokenizer, 20)
+    cold = dict(temperature=1e-4, max_completion_length=12)  # nothing is left to chance
+    want = transformers_sampler(model, tokenizer, RolloutSection(**cold))(prompts, 0)
+    config = model.train().generation_config
+    assert [one.ids for one in paged(model, tokenizer, **cold)(prompts, 1)] == [one.ids for one in want]
+    found = paged(model, tokenizer, temperature=0.8, max_completion_length=20)(prompts, 3)
+    assert model.training and model.generation_config is config and model.config._attn_implementation == attention
+    assert {one.ended for one in found} == {True, False} and len({len(one.ids) for one in found}) > 4
+    for prompt, one in zip(prompts, found):
+        assert one.ended == (one.ids[-1] == EOS) and EOS not in one.ids[:-1]
+        assert len(one.ids) == 20 or one.ended
+        want = full_logps(model, prompt, one.ids, 0.8)
+        torch.testing.assert_close(one.logps.double(), want.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_continuous_batching_is_a_function_of_weights_prompts_and_seed(loaded):
+    """Two prompts fill what one step takes (1024 tokens of prompts), so that the others must wait for them."""
+    model, tokenizer = loaded
+    sampler, prompts = paged(model, tokenizer, max_completion_length=8), [[2, 3] * 150, *ids_of(tokenizer, 9)] * 4
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = [one.ids for one in sampler(prompts, 1)]
+    assert torch.equal(torch.get_rng_state(), state), "training's random numbers must not be touched"
+    torch.rand(7)
+    assert [one.ids for one in sampler(prompts, 1)] == first
+    assert [one.ids for one in sampler(prompts, 2)] != first
+
+
+def test_continuous_batching_refuses_what_it_cannot_do(model, prompts, tmp_path, monkeypatch):
+    whole, tokenizer = (kind.from_pretrained(model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    for settings, message in (
+        ({"top_k": 5}, "top_k = 5 must be 0 with use_transformers_continuous_batching"),
+        (
+            {"top_p": 0.5, "stop_strings": ["w3"]},
+            "top_p = 0.5 must be 1.0 with .* stop_strings = .*'w3'.* must be None",
+        ),
+        ({"server_base_url": "http://127.0.0.1:9"}, "server_base_url = .* must be None"),
+        ({"bf16": True}, "LlamaForCausalLM has float32 weights but bf16 keys"),
+    ):
+        settings |= {"use_transformers_continuous_batching": True}
+        with pytest.raises(BadInput, match=message):
+            train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings))
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    with pytest.raises(BadInput, match="BloomForCausalLM has attention without pages"):
+        paged(bloom, tokenizer)
+    whole.set_attn_implementation("flex_attention")
+    with pytest.raises(BadInput, match="LlamaForCausalLM, attn_implementation = 'flex_attention'"):
+        paged(whole, tokenizer)([[2, 3]], 0)
+    whole.set_attn_implementation("eager")
+    monkeypatch.setattr(whole.config, "layer_types", ["linear_attention"] * 2, raising=False)
+    with pytest.raises(BadInput, match="Invalid layer type"):
+        paged(whole, tokenizer)([[2, 3]], 0)
+    assert whole.config._attn_implementation == "eager", "whatever transformers had made of it"
+    monkeypatch.undo()
+
+    def fails(self, *_, **__):
+        raise ArithmeticError("not today")
+
+    monkeypatch.setattr(type(whole), "forward", fails)
+    with pytest.raises(RunFailed, match="use_transformers_continuous_batching: not today"):
+        paged(whole, tokenizer)([[2, 3]], 0)
+    assert whole.config._attn_implementation == "eager"
+    assert not any("_run_generation_loop" in thread.name for thread in threading.enumerate()), "it must have ended"
+
+
 SHARDED = """
 import sys, torch
 from accelerate import Accelerator
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from align_engine.errors import BadInput
 from align_engine.recipe import RolloutSection
-from align_engine.rollout import sample_all, transformers_sampler
+from align_engine.rollout import derived_seed, sample_all, transformers_sampler
 
 accelerator = Accelerator(cpu=True)
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 
-def sample():
-    sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=40))
-    return sample_all(sampler, [[5 + i, 7] for i in range(9)], 1, (1, 2), accelerator)
+prompts, paged = [[5 + i, 7] for i in range(9)], dict(use_transformers_continuous_batching=True)
+
+def sample(size=1, **settings):
+    sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=40, **settings))
+    return sample_all(sampler, prompts, size, (1, 2), accelerator)
+
+alone = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=40, **paged))
+second = alone(prompts[5:], derived_seed(1, 2, 1))  # by the first rank too
+assert [one.ids for one in sample(5, **paged)[5:]] == [one.ids for one in second], "whatever the rank"
 
 want, mesh = sample(), init_device_mesh("cpu", (2,))
 for part in (*model.model.layers, model):
@@ -112,6 +194,11 @@ found = sample()
 assert len({len(one.ids) for one in found}) > 4
 assert [one.ids for one in found] == [one.ids for one in want]
 assert all(torch.equal(a.logps, b.logps) for a, b in zip(found, want))
+try:
+    sample(**paged)
+    raise AssertionError("shards must be refused")
+except BadInput as error:
+    assert "is in shards" in str(error)
 torch.distributed.destroy_process_group()
 """
 
@@ -134,8 +221,7 @@ class Server(ThreadingHTTPServer):
             0,
             0,
         )
-        self.sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=6))
-        self.tokenizer, self.url = tokenizer, f"http://127.0.0.1:{self.server_port}"
+        self.model, self.tokenizer, self.url = model, tokenizer, f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -145,7 +231,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(200, {"data": []})
+        self.reply(200, {"data": [{"id": "policy", "owned_by": "vllm" if self.server.token_ids else "me"}]})
 
     def reply(self, code, content):
         body = json.dumps(content).encode()
@@ -172,8 +258,11 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body):
         here = self.server
         if self.path == "/v1/completions":
+            assert isinstance(body["prompt"], list if here.token_ids else str)
+            prompt = body["prompt"] if here.token_ids else here.tokenizer(body["prompt"])["input_ids"]
+            settings = RolloutSection(max_completion_length=body["max_tokens"])
             with here.lock:
-                (one,) = here.sampler([body["prompt"]], body["seed"])
+                (one,) = transformers_sampler(here.model, here.tokenizer, settings)([prompt], body["seed"])
             choice = {"text": here.tokenizer.decode(one.ids, skip_special_tokens=True),
                       "finish_reason": "stop" if one.ended else "length"}  # fmt: skip
             if here.token_ids:
@@ -208,7 +297,8 @@ def test_a_server_samples(token_ids, serve, loaded):
     assert server.failed, "some requests must have been tried again"
     assert 1 < server.most <= 3
     sent = server.posts[0][1]
-    assert (sent["model"], sent["max_tokens"], sent["return_token_ids"]) == ("policy", 6, True)
+    assert (sent["model"], sent["max_tokens"]) == ("policy", 6 if token_ids else 7)
+    assert token_ids or sent.keys() == {"model", "max_tokens", "temperature", "top_p", "prompt", "seed"}
     assert {one.ended for one in found} == {True, False}
     for prompt, one in zip(prompts, found):
         assert one.ended == (one.ids[-1] == EOS)
@@ -230,6 +320,20 @@ def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_p
     assert differences[0] < 1e-5 < 1e-2 < differences[-1]
     assert [path for path, _ in server.posts].count("/reset_prefix_cache") >= 3
     assert AutoModelForCausalLM.from_pretrained(served).num_parameters() > 0
+
+
+def test_a_text_server_gets_the_prompts_tokens_exactly_or_nothing(serve, loaded, model):
+    server, with_bos = serve(token_ids=False), AutoTokenizer.from_pretrained(model, bos_token="<unk>")
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
+    settings = RolloutSection(max_completion_length=6, server_base_url=server.url)
+    sample = server_sampler(with_bos, settings, "policy")
+    assert len(sample([[0, 5, 1, 7]], 4)) == 1
+    assert {body["prompt"] for _, body in server.posts} == {"w3 <eos> w5"}, "the server puts BOS before it"
+    with pytest.raises(RunFailed, match=r"'w5' is \[0, 7\] to it, not the prompt's tokens \[5, 7\]"):
+        sample([[5, 7]], 4)
+    for name, value in (("top_k", 5), ("stop_strings", ["w3"]), ("server_weights", "somewhere")):
+        with pytest.raises(BadInput, match=f"{name} = .* needs vLLM or `transformers serve`"):
+            server_sampler(with_bos, dataclasses.replace(settings, **{name: value}), "policy")
 
 
 def test_where_nothing_answers_is_refused(model, prompts, tmp_path):
