@@ -91,7 +91,7 @@ extensions = [
     Extension(
         "align_kernels._C",
         sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp", "csrc/cpu/gemm.cpp"],
-        depends=["csrc/cpu/gemm.h", "csrc/cpu/tile.h", "csrc/cpu/tile_kernels.h", *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
+        depends=[*map(str, sorted(Path("csrc/cpu").glob("*.h"))), *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
         include_dirs=[pybind11.get_include()],
         # no -ffast-math: NaN and infinity must come through
         extra_compile_args=[

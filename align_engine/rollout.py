@@ -101,7 +101,9 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     paged = settings.use_transformers_continuous_batching
     shards = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in inner.parameters())
     mixed = hasattr(inner, "_original_forward") and inner.dtype == torch.float32  # by accelerate
+    capped = getattr(inner.config.get_text_config(), "attn_logit_softcapping", None)  # pages leave it out
     for holds, why in ((shards, "is in shards"), (not inner._supports_attention_backend, "has attention without pages"),
+                       (capped, f"has attn_logit_softcapping = {capped}"),
                        (mixed, "has float32 weights but bf16 keys (set dtype: bfloat16, or bf16: false)")):  # fmt: skip
         if paged and holds:
             raise BadInput(f"{PAGED}: {type(inner).__name__} {why}")

@@ -13,7 +13,14 @@ import torch
 from accelerate import Accelerator
 from processes import run_on_two
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+)
 
 from align_engine import metrics, rewards
 from align_engine.demo.make import make_model, make_tokenizer
@@ -144,6 +151,10 @@ def test_continuous_batching_refuses_what_it_cannot_do(model, prompts, tmp_path,
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(BadInput, match="BloomForCausalLM has attention without pages"):
         paged(bloom, tokenizer)
+    gemma = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, head_dim=16)
+    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_key_value_heads=2, **gemma))
+    with pytest.raises(BadInput, match=r"Gemma2ForCausalLM has attn_logit_softcapping = 50\.0"):
+        paged(capped, tokenizer)
     whole.set_attn_implementation("flex_attention")
     with pytest.raises(BadInput, match="LlamaForCausalLM, attn_implementation = 'flex_attention'"):
         paged(whole, tokenizer)([[2, 3]], 0)

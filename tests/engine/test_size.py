@@ -1,6 +1,7 @@
 """The engine stays thin: lines of code, without blank lines, comments and strings that document.
 
-Beside it stand the drop-ins that it is built on (`integrations`), evaluation and report, and the demo with its data.
+Beside it stand the drop-ins that it is built on (`integrations`), evaluation, the reports of runs and of the machine
+(`align env`), and the demo with its data.
 """
 
 import ast
@@ -9,7 +10,7 @@ import tokenize
 from pathlib import Path
 
 ENGINE = Path(__file__).parents[2] / "align_engine"
-BESIDE = ("integrations", "demo", "evals.py", "report.py")
+BESIDE = ("integrations", "demo", "evals.py", "report.py", "environment.py")
 LAYOUT = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER}
 
 
