@@ -87,7 +87,11 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
         from align_engine.run import train
 
         train(name, recipe)
-    PartialState().destroy_process_group()
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        sys.stdout.flush()
+        os._exit(0)  # a thread of gloo still freeing the last collective's tensors would abort Python's own way out
 
 
 def quiet_libraries() -> None:

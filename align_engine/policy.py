@@ -67,9 +67,14 @@ def load_model(path: str, section: ModelSection, kind: Any = None, **options: An
     if section.load_in_4bit or section.load_in_8bit:
         options |= _quantised(section)
     try:
-        return (kind or AutoModelForCausalLM).from_pretrained(path, dtype=section.dtype, **options)
+        model = (kind or AutoModelForCausalLM).from_pretrained(path, dtype=section.dtype, **options)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load the model {path!r}: {_first_line(error)}") from error
+    for module in model.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            # else an evaluation repacks bitsandbytes' weights for a product that has no gradients, and so they stay
+            vars(module)["support_avx512bf16_for_cpu"] = False
+    return model
 
 
 def adapter_base(path: str) -> str | None:
@@ -83,6 +88,7 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         bits = 4 if section.load_in_4bit else 8
         raise BadInput(f"load_in_{bits}bit = True: bitsandbytes is not installed (pip install bitsandbytes)")
+    from accelerate import PartialState
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -92,7 +98,7 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, section.dtype, torch.bfloat16),  # that of `auto`
     )
-    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": config, "device_map": {"": PartialState().device}}
 
 
 def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM") -> nn.Module:

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from align_engine import policy
 from align_engine import recipe as recipes
@@ -100,8 +101,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
     for name, part in (("train", source), ("eval", evaluation)):
         if part is not None:
             rows = rows_seen(part, steps) if part is source else list(range(len(part)))
-            served = precompute(engine, model, part, rows, name, folder)
-            how_come = "read again" if served else "computed"
+            how_come = "read again" if precompute(engine, model, part, rows, name, folder) else "computed"
             accelerator.print(f"reference log-probs of {len(rows)} {name} rows {how_come}")
     model.train(training)
 
@@ -178,14 +178,19 @@ def follow(pairs: list[tuple[Tensor, Tensor]], alpha: float, every: int, step: i
     """
     if step % every == 0:
         for reference, own in pairs:
-            reference.lerp_(own.to(reference.dtype), alpha)
+            reference.lerp_(unsharded(own).to(reference.dtype), alpha)
+
+
+def unsharded(tensor: Any) -> Tensor:
+    """The tensor, put together from all ranks where FSDP2 has cut it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Hash of every tensor's name, shape, sum and first values."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        values = tensor.detach().flatten()
+        values = unsharded(tensor.detach()).flatten()
         part = [values.double().sum().item(), *values[:8].double().tolist()]
         digest.update(f"{name}{tuple(tensor.shape)}{part}".encode())
     return digest.hexdigest()[:16]

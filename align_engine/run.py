@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 
 from align_engine import heads, policy
 from align_engine import recipe as recipes
@@ -163,9 +163,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     bf16 = recipe.train.bf16
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    # an earlier run in this process may have had another precision, and FSDP's settings are only read with the devices
+    AcceleratorState._reset_state(reset_partial_state=fsdp)
     options: Any = {"log_with": recipe.output.report_to or None, "project_dir": recipe.output.output_dir}
-    return Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
+    if fsdp and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
+        raise BadInput(f"FSDP is asked for; accelerate takes {accelerator.distributed_type} on {accelerator.device}")
+    return accelerator
 
 
 def load_prepared(
@@ -227,20 +232,17 @@ def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
 
 def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     """The model to train: head, adapters, checkpointing and dropout as the recipe and the algorithm say."""
-    path, section = recipe.model.model_name_or_path, recipe.model
+    path, section, pad = recipe.model.model_name_or_path, recipe.model, tokenizer.pad_token_id
     if policy.adapter_base(path) is not None and not section.use_peft:
         raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
-    if algorithm.scalar:
-        model = heads.load_scalar_model(path, section, tokenizer.pad_token_id)
-    else:
-        model = policy.load_model(path, section)
+    model = heads.load_scalar_model(path, section, pad) if algorithm.scalar else policy.load_model(path, section)
     if section.use_peft and policy.adapter_base(path) is None:
         model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
     if section.use_peft and algorithm.refers(recipe) and references.of(recipe)[0] in ("adapter-copy", "ema"):
         references.copy_adapter(model)
     if isinstance(recipe, PpoRecipe):
         own = recipe.loss.value_model_name_or_path
-        critic = heads.load_scalar_model(own, section, tokenizer.pad_token_id) if own else None
+        critic = heads.load_scalar_model(own, section, pad) if own else None
         causal = hook.causal_model(model)
         causal.value_head = ValueHead(causal.config.get_text_config().hidden_size, critic)
     if recipe.train.gradient_checkpointing:

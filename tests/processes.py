@@ -1,4 +1,4 @@
-"""The same Python code in two processes joined by gloo."""
+"""The same Python code in several processes joined by gloo."""
 
 from __future__ import annotations
 
@@ -12,21 +12,47 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
-def run_on_two(code: str, *arguments: Any) -> None:
-    """`code` gets the arguments as sys.argv[1:]; both processes must end well."""
+def run_on_two(code: str, *arguments: Any, **environment: str) -> None:
+    """As `run_ranks`, for two of them."""
+    run_ranks(2, code, *arguments, **environment)
+
+
+def run_ranks(world: int, code: str, *arguments: Any, **environment: str) -> None:
+    """`code` gets the arguments as sys.argv[1:]; all processes must end well. Their group is closed for them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    common = {"PYTHONPATH": paths, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    common = {"PYTHONPATH": paths, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}  # fmt: skip
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
+            [sys.executable, "-c", f"{code}\nimport processes\nprocesses.leave()", *map(str, arguments)],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]  # fmt: skip
-    output = [process.communicate(timeout=240)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], output[0][-3000:] + output[1][-3000:]
+    try:
+        output = [process.communicate(timeout=240)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [0] * world, "\n".join(text[-3000:] for text in output)
+
+
+def leave() -> None:
+    """End this rank, once all have come here: the last statement of its code.
+
+    A worker thread of gloo that still holds the tensors of the last collective needs the GIL to free them. Where the
+    interpreter is being torn down it gets none: Python 3.11 ends the thread inside a C++ destructor, and the process
+    dies of "terminate called without an active exception". Destroying the group waits for the workers only if nothing
+    else holds it, and meshes and sharded models do. So the interpreter is not torn down.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -27,8 +27,7 @@ def runs(model64, other_model, tmp_path_factory):
         settings |= dict(per_device_train_batch_size=4)
         paths = [str(path) for path in (model64, rows, out / "two" / name)]
         jobs.append(f"run.train({name!r}, tiny.offline({name!r}, *{paths!r}, **{settings!r}))")
-    end = "torch.distributed.destroy_process_group()"
-    run_on_two("\n".join(("import tiny, torch, align_engine.run as run", *jobs, end)))
+    run_on_two("\n".join(("import tiny, align_engine.run as run", *jobs)))
     return out
 
 

@@ -62,7 +62,6 @@ for parts in ((), ("layers",), ("layers", "head")):
     ((loss(whole, 0) + loss(whole, 1)) / 2).backward()
     for (name, p), q in zip(model.named_parameters(), whole.parameters()):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, atol=1e-5, rtol=1e-4, msg=f"{parts} {name}")
-dist.destroy_process_group()
 """
 
 

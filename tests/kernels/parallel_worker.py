@@ -1,4 +1,4 @@
-"""One process of a vocabulary-parallel run: `python parallel_worker.py RANK WORLD FOLDER`.
+"""One process of a vocabulary-parallel run, as `processes.run_ranks` starts it.
 
 Reads `cases.pt` (made by test_parallel.py), writes what this rank computed to `RANK.pt`.
 """
@@ -79,9 +79,9 @@ def refusals(case: dict[str, Any], mesh: DeviceMesh, group: dist.ProcessGroup) -
     return words
 
 
-def main(rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
     groups = {n: dist.new_group(list(range(n))) for n in (2, world)}
     results: dict[str, Any] = {}
     for name, case in torch.load(folder / "cases.pt", weights_only=False).items():
@@ -98,8 +98,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             if "refusals" not in results:
                 results["refusals"] = refusals(case, mesh, groups[world])
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
+from processes import run_ranks
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -495,8 +492,9 @@ import sys, torch, torch.distributed as dist
 from align_kernels import compaction, linear_logprobs, planner, sft_loss
 compaction.BLOCK_ROWS = planner.BLOCK_ROWS = 32
 compaction.FLAT = 0.1
-folder, rank, world, tau, workspace = sys.argv[1], *map(int, sys.argv[2:4]), float(sys.argv[4]), int(sys.argv[5])
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+folder, tau, workspace = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 hidden, weight, targets, g, h, edges = torch.load(f"{folder}/inputs.pt")
 hidden, weight = hidden.requires_grad_(), weight[edges[rank] : edges[rank + 1]].clone().requires_grad_()
 options = dict(drop_mass=tau, workspace=workspace, tp_group=dist.group.WORLD)
@@ -504,8 +502,6 @@ out = linear_logprobs(hidden, weight, targets, **options)
 late = torch.autograd.grad((out.logp * g).sum() + (out.entropy * h).sum(), [hidden, weight])
 fused = torch.autograd.grad(sft_loss(hidden, weight, targets, **options).loss, [hidden, weight])
 torch.save([late, fused], f"{folder}/{rank}.pt")
-dist.barrier()  # a rank that leaves early may abort in the others' clean-up
-dist.destroy_process_group()
 """
 
 
@@ -518,16 +514,7 @@ def test_vocabulary_parallel(tmp_path, edges: tuple[int, ...], workspace: int):
     case, (g, h), world = make("mixed"), coefficients(True), len(edges) - 1
     hidden, w = case.tensors["hidden"], case.tensors["weight"]
     torch.save([hidden, w, case.targets, g, h, edges], tmp_path / "inputs.pt")
-    paths = os.pathsep.join(map(str, [Path(__file__).parents[2] / "kernels"]))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_CODE, str(tmp_path), str(rank), str(world), str(TAU), str(workspace)],
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    output = [process.communicate(timeout=120)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [0] * world, "\n".join(output)
+    run_ranks(world, RANK_CODE, tmp_path, TAU, workspace)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
 
     options = dict(drop_mass=TAU, workspace=ROOM)

@@ -6,9 +6,6 @@ What a peer does otherwise on purpose here is shown next to it: the peer's own r
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from liger_kernel.chunked_loss import (
     LigerFusedLinearGRPOLoss,
     LigerFusedLinearKTOLoss,
 )
+from processes import run_on_two
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl.kernels import ChunkedLogProbFunction
@@ -548,8 +546,9 @@ def test_verl_ignored_labels():
 RANK = """
 import sys, torch, torch.distributed as dist
 from align_kernels.compat.verl import linear_cross_entropy
-rank, path = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+path = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
 x = torch.load(f"{path}/inputs.pt")
 hidden, shard = x["hidden"].requires_grad_(), x["weight"].split(71)[rank].clone().requires_grad_()
 logps, entropy = linear_cross_entropy(hidden, shard, x["labels"], 1.5, "none", dist.group.WORLD)
@@ -565,16 +564,7 @@ def test_verl_vocabulary_parallel(tmp_path: Path):
     g, h = normal(B * T, seed=17), normal(B * T, seed=18)
     inputs = dict(hidden=x["hidden"].detach(), weight=x["weight"].detach(), labels=FULL.clone(), g=g, h=h)
     torch.save(inputs, tmp_path / "inputs.pt")
-    source = os.pathsep.join((str(Path(__file__).parents[2] / "kernels"), os.environ.get("PYTHONPATH", "")))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=os.environ | {"PYTHONPATH": source},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    output = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], output
+    run_on_two(RANK, tmp_path)
     logps, entropy = verl_peer(x["hidden"], x["weight"], FULL, 1.5)
     grads = torch.autograd.grad((g * logps).sum() + (h * entropy).sum(), (x["hidden"], x["weight"]))
     for rank, shard in enumerate(grads[1].split(71)):

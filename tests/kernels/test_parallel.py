@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accuracy import largest
+from processes import run_ranks
 from torch import Tensor
 
 from align_kernels import LogitGradClamp, dpo_loss, linear_logprobs, sft_loss
@@ -115,18 +113,7 @@ def results(cases, tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
     """What each rank computed, all cases in one run of three processes."""
     folder = tmp_path_factory.mktemp("parallel")
     torch.save(cases, folder / "cases.pt")
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1")
-    worker = str(Path(__file__).with_name("parallel_worker.py"))
-    ranks = [
-        subprocess.Popen([sys.executable, worker, str(rank), str(WORLD), str(folder)], env=env, stderr=subprocess.PIPE)
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1].decode() for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert not any(process.returncode for process in ranks), "\n".join(errors)
+    run_ranks(WORLD, Path(__file__).with_name("parallel_worker.py").read_text(), folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
 

@@ -1,0 +1,96 @@
+"""accelerate's FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` switches it on, ends where one process ends.
+
+accelerate shards over accelerators alone and takes DDP on CPUs (which is refused): the ranks here say that theirs are
+no CPUs.
+"""
+
+import pytest
+import tiny
+from processes import run_on_two
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from align_engine import metrics
+from align_engine.run import train
+
+# what the launcher sets
+LAUNCHED = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+                FSDP_CPU_RAM_EFFICIENT_LOADING="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
+                ACCELERATE_USE_CPU="true")  # fmt: skip
+RANK = """
+import os, tiny, torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from align_engine import loops, run
+from align_engine.errors import BadInput
+from align_engine.recipe import DpoRecipe
+try:
+    run.make_accelerator(DpoRecipe())
+except BadInput as error:
+    assert "FSDP is asked for; accelerate takes DistributedType.MULTI_CPU on cpu" in str(error), error
+else:
+    raise AssertionError("DDP in place of FSDP")
+os.environ["ACCELERATE_USE_CPU"] = "false"
+PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+class Sharded(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **_):
+        assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in model.parameters())
+
+def cut(name, *arguments):
+    save = loops.Engine.save
+    def save_then_stop(engine, folder):
+        save(engine, folder)
+        raise KeyboardInterrupt
+    loops.Engine.save = save_then_stop
+    try:
+        run.train(name, tiny.offline(name, *arguments[:3], **arguments[3]))
+    except KeyboardInterrupt:
+        loops.Engine.save = save
+    whole(name, *arguments)
+
+def whole(name, *arguments):
+    run.train(name, tiny.offline(name, *arguments[:3], **arguments[3]), [Sharded])
+
+"""
+RUNS = {"dpo": {}, "dpo-ema": {"reference": "ema", "ref_model_sync_steps": 2}}
+
+
+@pytest.fixture(scope="module")
+def runs(model64, tmp_path_factory):
+    """9 rows in windows of 8: the second step of each epoch has one row, so that a process has none."""
+    out, jobs = tmp_path_factory.mktemp("runs"), []
+    rows = tiny.write_rows(out / "rows.jsonl", tiny.preference_rows(9))
+    for name, more in RUNS.items():
+        settings = dict(max_steps=4, dtype="auto", learning_rate=1e-4, save_steps=2, eval_dataset_name=str(rows),
+                        per_device_eval_batch_size=2, **more)  # fmt: skip
+        train("dpo", tiny.dpo(model64, rows, out / "one" / name, per_device_train_batch_size=8, **settings))
+        settings["per_device_train_batch_size"] = 4
+        for how in ("whole", "cut"):
+            jobs.append(f"{how}('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / how / name)!r}, {settings!r})")
+    run_on_two(RANK + "\n".join(jobs), **LAUNCHED)
+    return out
+
+
+def final(folder):
+    return AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_shards_equal_one_process(name, runs):
+    a, b = (metrics.read(runs / kind / name / "metrics.jsonl") for kind in ("one", "whole"))
+    for metric in ("loss", "rewards/margins", "grad_norm", "num_tokens", "eval_loss"):
+        want = [record[metric] for record in a if metric in record]
+        assert [record[metric] for record in b if metric in record] == pytest.approx(want, abs=1e-9, rel=1e-6), metric
+    a, b = final(runs / "one" / name), final(runs / "whole" / name)
+    assert a.keys() == b.keys() and max((a[key] - b[key]).abs().max().item() for key in a) < 1e-9
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_cut_off_and_run_again_ends_with_the_same_bits(name, runs):
+    a, b = (load_file(runs / kind / name / "final" / "model.safetensors") for kind in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
