@@ -74,9 +74,7 @@ class Callbacks:
         name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         if name not in found:
             known = ", ".join(sorted(metric.removeprefix("eval_") for metric in found))
-            raise RunFailed(
-                f"metric_for_best_model = {self.args.metric_for_best_model!r} is not measured; known: {known}"
-            )
+            raise RunFailed(f"metric_for_best_model: {name[5:]!r} is not measured; known: {known}")
         best, now = self.state.best_metric, found[name]
         better = best is None or (now > best if self.args.greater_is_better else now < best)
         if better:
@@ -111,8 +109,7 @@ def from_recipe(recipe: Recipe) -> list[Any]:
     """
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    found: list[Any] = []
-    options = recipe.eval
+    options, found = recipe.eval, list[Any]()
     if options.early_stopping_patience:
         found.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
     for name in recipe.output.callbacks:

@@ -38,10 +38,8 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
-        self.path = Path(path)
-        self.identity = identity
-        self.metrics = self.path / "metrics.jsonl"
-        self.final = self.path / "final"
+        self.path, self.identity = Path(path), identity
+        self.metrics, self.final = self.path / "metrics.jsonl", self.path / "final"
 
     def finished(self, overwrite: bool) -> bool:
         """Whether the folder holds this run already, finished. Changes nothing.

@@ -112,9 +112,8 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
     judged = prompts.judge(asked, completions, size, number)
     pairs = best_versus_worst(judged.rewards, size)
     numbers = {**judged.metrics, "pairs": len(pairs), "frac_tied": 1 - len(pairs) / count}
-    accelerator.print(
-        f"round {number}: reward {numbers['reward']:.4g}, {len(pairs)} pairs of {count} prompts (the others tie)"
-    )
+    left = f"{len(pairs)} pairs of {count} prompts (the others tie)"
+    accelerator.print(f"round {number}: reward {numbers['reward']:.4g}, {left}")
     if not pairs:
         raise RunFailed(f"round {number}: the completions of every prompt tie; raise num_generations or temperature")
     for side, places in zip(("chosen", "rejected"), zip(*pairs)):

@@ -672,12 +672,9 @@ def check(recipe: Recipe) -> None:
         ("steps_per_generation", (get("steps_per_generation") or 0) % max(accumulation, 1) == 0,
          f"must be a multiple of gradient_accumulation_steps = {accumulation}"),
     ]  # fmt: skip
-    if get("use_transformers_continuous_batching"):
+    if get(paged := "use_transformers_continuous_batching"):
         unset = {"top_p": 1.0, "top_k": 0, "stop_strings": None, "server_base_url": None}
-        relations += [
-            (name, values[name] == kept, f"must be {kept} with use_transformers_continuous_batching")
-            for name, kept in unset.items()
-        ]
+        relations += [(name, values[name] == x, f"must be {x} with {paged}") for name, x in unset.items()]
     rules += [rule for rule in relations if rule[0] in values]
     broken = [f"{name} = {values[name]!r} {text}" for name, holds, text in rules if not holds]
     if broken:
