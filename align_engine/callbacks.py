@@ -74,7 +74,7 @@ class Callbacks:
         name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
         if name not in found:
             known = ", ".join(sorted(metric.removeprefix("eval_") for metric in found))
-            raise RunFailed(f"metric_for_best_model: {name[5:]!r} is not measured; known: {known}")
+            raise RunFailed(f"metric_for_best_model: {name.removeprefix('eval_')!r} is not measured; known: {known}")
         best, now = self.state.best_metric, found[name]
         better = best is None or (now > best if self.args.greater_is_better else now < best)
         if better:
