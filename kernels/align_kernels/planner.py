@@ -40,14 +40,19 @@ class Profile(NamedTuple):
     tile_bytes: int  # a tile of logits that stays in cache between the GEMM and the row kernel
     min_rows: int  # below this many rows a chunk, making the logits twice is cheaper than streaming dW again
     max_rows: int  # more rows a chunk gain nothing
-    frozen_rows: int  # the same with a frozen head, where no dW is streamed
+    trained_rows: int  # the same where logits are kept: fewer cost a few per cent and halve the memory
+    frozen_rows: int  # and with a frozen head, where no dW is streamed
     workspace: int  # default limit in bytes
 
 
 PROFILES = {
-    "cpu": Profile(tile_bytes=8 * MIB, min_rows=96, max_rows=1024, frozen_rows=1024, workspace=256 * MIB),
+    "cpu": Profile(
+        tile_bytes=8 * MIB, min_rows=96, max_rows=1024, trained_rows=768, frozen_rows=1024, workspace=256 * MIB
+    ),
     # estimates until measured: benches/results
-    "cuda": Profile(tile_bytes=1 << 62, min_rows=512, max_rows=4096, frozen_rows=1024, workspace=2048 * MIB),
+    "cuda": Profile(
+        tile_bytes=1 << 62, min_rows=512, max_rows=4096, trained_rows=4096, frozen_rows=1024, workspace=2048 * MIB
+    ),
 }
 
 
@@ -209,7 +214,7 @@ def plan(
     room = max(most // per_row - beside, 0)  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)
-    most_rows = profile.max_rows if needs_head else min(profile.max_rows, profile.frozen_rows)
+    most_rows = min(profile.max_rows, profile.trained_rows if needs_head else profile.frozen_rows)
     some = max(min(rows, width), 1)
     lends = lends and needs_weight and drop_mass == 0 and lent_columns(some, vocab, width, lent_tile(some)) > 0
     spare = lent_bytes(some)
