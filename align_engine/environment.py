@@ -27,13 +27,14 @@ def gather() -> dict[str, Any]:
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}")
+    products = "its own" if cpu.has_product(torch.float32) else "torch's"
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: installed.get(name) for name in PACKAGES},
         "devices": devices,
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
-        "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32) or "built and in use",
+        "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32) or f"built and in use, on {products} matrix products",
         "backends": [status._asdict() for status in backends_report()],
     }
 

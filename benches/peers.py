@@ -4,7 +4,7 @@ One process runs all methods in turn, round after round; the table gives medians
 align_kernels, our share of the GEMM ceiling (torch.mm over the kept rows: three with the head trained, two frozen, one
 forward only), and, with the head trained, peak memory above inputs and gradients, measured in a process of its own.
 
-    python benches/peers.py [--shapes 0 1 2 3] [--rounds 3] [--json results.json]
+    python benches/peers.py [--shapes 0 1 2 3] [--heads trained frozen] [--rounds 3] [--json results.json]
     ONEDNN_MAX_CPU_ISA=AVX512_CORE python benches/peers.py --bf16    # bfloat16 storage without bfloat16 units
 """
 
@@ -243,6 +243,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2, 3])
+    parser.add_argument("--heads", nargs="+", default=["trained", "frozen"], choices=["trained", "frozen"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS), help="methods to leave out")
     parser.add_argument("--json", type=Path, help="write the figures here, with versions")
@@ -258,8 +259,8 @@ def main() -> None:
         if args.bf16:
             narrow(shape, args.rounds)
             continue
-        for trained in (True, False):
-            results.append(table(shape, trained, args.rounds, tuple(args.skip)))
+        for head in args.heads:
+            results.append(table(shape, head == "trained", args.rounds, tuple(args.skip)))
             show(results[-1])
     if args.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
