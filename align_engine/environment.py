@@ -34,7 +34,8 @@ def gather() -> dict[str, Any]:
         "packages": {name: installed.get(name) for name in PACKAGES},
         "devices": devices,
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
-        "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32) or f"built and in use, on {products} matrix products",
+        "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32)
+        or f"built and in use, on {products} matrix products",
         "backends": [status._asdict() for status in backends_report()],
     }
 
