@@ -27,9 +27,11 @@ SETTINGS = {  # a rollout serves four steps, checkpoints fall inside it
     "iterate": dict(rounds=2, max_steps=20, per_device_train_batch_size=2, method_settings=["beta=0.3"]),
 }
 CODE = """
-import sys, test_online_exact as here
+import os, processes, sys, test_online_exact as here
 for name in sys.argv[1].split():
     here.run(name, *sys.argv[2:4], sys.argv[4] + name, **eval(sys.argv[5]))
+if "RANK" in os.environ:
+    processes.leave()
 """
 
 
@@ -91,12 +93,13 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, tmp_
         assert steady(whole.path / part / "metrics.jsonl") == steady(cut / part / "metrics.jsonl")
 
 
-def test_accumulation_and_processes_equal_one_big_batch(model, prompts, tmp_path):
+def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, tmp_path):
     """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    names, shared = ("direct", "grpo", "ppo", "iterate"), dict(max_steps=6, learning_rate=1e-4, num_generations=4)
+    names = ("direct", "grpo", "ppo", "iterate")
+    shared = dict(max_steps=6, learning_rate=1e-4, num_generations=4, dtype="auto")
 
     def split(batch, steps, passes):
         sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
@@ -105,11 +108,13 @@ def test_accumulation_and_processes_equal_one_big_batch(model, prompts, tmp_path
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
               "OMP_NUM_THREADS": "1"}  # fmt: skip
     ranks = [
-        start(" ".join(names), model, prompts, tmp_path / "two-", split(4, 1, 2), **common, RANK=rank, LOCAL_RANK=rank)
+        start(
+            " ".join(names), model64, prompts, tmp_path / "two-", split(4, 1, 2), **common, RANK=rank, LOCAL_RANK=rank
+        )
         for rank in "01"
     ]
-    one = {name: run(name, model, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}
-    many = {name: run(name, model, prompts, tmp_path / f"many-{name}", **split(1, 8, 16)) for name in names}
+    one = {name: run(name, model64, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}
+    many = {name: run(name, model64, prompts, tmp_path / f"many-{name}", **split(1, 8, 16)) for name in names}
     output = [process.communicate(timeout=120)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], output
     for name in names:
