@@ -81,7 +81,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "head in float32": ("grpo", lambda: dict(cast_lm_head_to_fp32=True)),
 }  # fmt: skip
 AFTER = {"adapter, reference by switching it off", "precomputed reference", "soft prompt", "experts", "head in float32"}
-LOOSE = {"bfloat16 autocast": 3e-2}  # theirs rounds logits to bfloat16
+LOOSE = {"bfloat16 autocast": 5e-2}  # theirs rounds logits to bfloat16: one token in 25 may have another argmax
 
 
 @pytest.mark.parametrize("case", CASES)
