@@ -25,9 +25,9 @@ demo: $(VENV)/.installed
 ladder: $(VENV)/.installed
 	$(BIN)/align demo --seeds 0 1 2
 
-# threads that wait asleep: spinning ones cost tenfold when another process holds a core
+# two at a time, on one thread each, and asleep while it waits: a spinning one costs tenfold when its core is taken
 test: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

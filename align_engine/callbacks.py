@@ -71,10 +71,11 @@ class Callbacks:
         self.call("on_evaluate", metrics=found)
         if self.args.metric_for_best_model is None:
             return False
-        name = f"eval_{self.args.metric_for_best_model.removeprefix('eval_')}"
+        wanted = self.args.metric_for_best_model
+        name = f"eval_{wanted.removeprefix('eval_')}"
         if name not in found:
             known = ", ".join(sorted(metric.removeprefix("eval_") for metric in found))
-            raise RunFailed(f"metric_for_best_model: {name.removeprefix('eval_')!r} is not measured; known: {known}")
+            raise RunFailed(f"metric_for_best_model = {wanted!r} is not measured; known: {known}")
         best, now = self.state.best_metric, found[name]
         better = best is None or (now > best if self.args.greater_is_better else now < best)
         if better:
@@ -109,7 +110,8 @@ def from_recipe(recipe: Recipe) -> list[Any]:
     """
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    options, found = recipe.eval, list[Any]()
+    options = recipe.eval
+    found: list[Any] = []
     if options.early_stopping_patience:
         found.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
     for name in recipe.output.callbacks:

@@ -23,7 +23,16 @@ align COMMAND --help lists the flags of a command. A recipe is a YAML file of th
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; one of several processes ends with it."""
+    code = _attempt(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a thread of gloo still freeing the last collective's tensors would abort Python's own way out
+    return code
+
+
+def _attempt(argv: Sequence[str] | None) -> int:
     own = argparse.ArgumentParser(prog="align", add_help=False, allow_abbrev=False)
     own.add_argument("--recipe")
     own.add_argument("--debug", action="store_true")
@@ -87,11 +96,8 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
         from align_engine.run import train
 
         train(name, recipe)
-    state = PartialState()
-    state.destroy_process_group()
-    if state.num_processes > 1:
-        sys.stdout.flush()
-        os._exit(0)  # a thread of gloo still freeing the last collective's tensors would abort Python's own way out
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def quiet_libraries() -> None:

@@ -24,7 +24,7 @@ from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps
 from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
-from align_engine.server import reload_weights, server_sampler
+from align_engine.server import kind_of_server, reload_weights, server_sampler
 from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
@@ -77,9 +77,14 @@ class Prompts:
     folder: RunFolder
 
     def __post_init__(self) -> None:
-        self.settings, self.seed = self.recipe.rollout, self.recipe.train.seed
-        name, asks = self.recipe.model.model_name_or_path, self.settings.server_base_url
-        self.server = server_sampler(self.tokenizer, self.settings, name) if asks else None
+        self.settings, self.seed, self.server = self.recipe.rollout, self.recipe.train.seed, None
+        if url := self.settings.server_base_url:
+            self.kind, name = kind_of_server(url), self.recipe.model.model_name_or_path
+            self.accelerator.print(f"completions come from {url}, which shows itself as {self.kind}")
+            if flat(self.recipe).get(corrects := "vllm_importance_sampling_correction") and self.kind != "vllm":
+                why = f"needs vLLM's log-probs, and {url}/v1/models does not say that vLLM owns the model"
+                raise BadInput(f"{corrects} = True {why}: set it to false, or give the address of vLLM itself")
+            self.server = server_sampler(self.tokenizer, self.settings, name, self.kind)
         self.scorers = [scoring.load_reward(spec, self.accelerator.device) for spec in self.settings.reward_funcs]
 
     def sampler(self, model: Any) -> Sampler:
@@ -195,7 +200,7 @@ class Rollouts(Source):
             path = Path(self.settings.server_weights)
             self.engine.save_model(RunFolder(path.parent, {}), self.prompts.tokenizer, path.name)
             if self.engine.accelerator.is_main_process:
-                reload_weights(self.settings)
+                reload_weights(self.settings, self.prompts.kind)
             self.engine.accelerator.wait_for_everyone()
 
     def measure(self) -> dict[str, Tensor]:
@@ -207,9 +212,8 @@ class Rollouts(Source):
         for batch, real in self.share(list(range(len(self.experience)))):
             batch, found = batch.to(engine.accelerator.device), {}
             if own:
-                found |= zip(
-                    ("old_logps", "values"), token_logps(engine.model, batch, engine.head_options, engine.critic)
-                )
+                tables = token_logps(engine.model, batch, engine.head_options, engine.critic)
+                found |= zip(("old_logps", "values"), tables)
             if self.reference is not None:
                 found["ref_logps"] = self.reference(batch)
             for name, table in found.items() if real else ():
@@ -223,6 +227,7 @@ class Rollouts(Source):
 
     def evaluate(self) -> dict[str, float]:
         """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time."""
+        self.refresh_server()
         asked = list(range(len(self.rows)))
         found = self.prompts.judge(asked, self.prompts.answers(self.sampler, asked), 1, 0).metrics
         return {f"eval_{name}": value for name, value in found.items()}
@@ -230,11 +235,8 @@ class Rollouts(Source):
     def state_dict(self) -> dict[str, Any]:
         """The rollout, where steps on it are left, and the credit's state."""
         left = self.engine.progress.step % self.steps_per_rollout
-        return {
-            "number": self.number if left else -1,
-            "experience": self.experience if left else [],
-            "state": self.state,
-        }
+        number, experience = (self.number, self.experience) if left else (-1, [])
+        return {"number": number, "experience": experience, "state": self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -144,7 +144,7 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
     elif settings.server_weights:
         if accelerator.is_main_process:
             shutil.copytree(path, settings.server_weights, dirs_exist_ok=True)
-            reload_weights(settings)
+            reload_weights(settings, prompts.kind)
         accelerator.wait_for_everyone()
     return prompts.sampler(model)
 

@@ -196,7 +196,8 @@ class RolloutSection(Section):
     """Completions sampled at a time on one device."""
     use_transformers_continuous_batching: bool = False
     """Sample by transformers' continuous batching: rows that have ended leave the batch. It pays with a
-    flash attn_implementation and completions of very different lengths."""
+    flash attn_implementation and completions of very different lengths. Not for models with layers of several kinds of
+    attention, attn_logit_softcapping, or shards."""
     missing_eos_penalty: float | None = None
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
@@ -204,9 +205,10 @@ class RolloutSection(Section):
     server_base_url: str | None = None
     """Sample from this OpenAI-compatible server, e.g. http://localhost:8000 (None: from the policy in this process)."""
     server_model: str | None = None
-    """The model's name there (None: model_name_or_path)."""
+    """The model's name there (None: server_weights for `transformers serve`, else model_name_or_path)."""
     server_concurrency: int = 64
-    """Most requests under way at a time (1: `transformers serve` gives the same answers again)."""
+    """Most requests under way at a time (1, on one process: `transformers serve` gives the same answers
+    again)."""
     server_weights: str | None = None
     """Folder that the server (vLLM, `transformers serve`) reads its weights from: the policy is written there before
     each rollout."""

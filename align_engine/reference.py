@@ -80,11 +80,13 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
         if kind == "cpu-offload":
             model = offload(model, accelerator.device)
         else:
-            model = accelerator.prepare_model(model, evaluation_mode=True)
+            model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
         hook.check_head(model.eval())
     if kind == "ema":
         whole = list(zip(model.parameters(), engine.model.parameters()))
         pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole
+        if any(isinstance(reference, DTensor) for reference, _ in pairs):
+            raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
         alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
         accelerator.register_for_checkpointing(nn.ParameterList([reference for reference, _ in pairs]))
         engine.after_step = partial(follow, pairs, alpha, every)

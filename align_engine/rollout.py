@@ -1,4 +1,5 @@
-"""Completions of prompts by transformers' generate: token for token what the policy chose, with its log-probs.
+"""Completions of prompts by transformers' generate, or its continuous batching: token for token what the policy chose,
+with its log-probs.
 
 Which completions come out is a function of (weights, prompts, seed) alone: batches are cut from the list of prompts
 whatever the number of processes, and each has a seed of its own. So nothing about the sampler needs saving.
@@ -14,13 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
+from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
 
 from align_engine.data.batches import collate_prompts, split_order
 from align_engine.errors import BadInput, RunFailed
@@ -101,9 +96,11 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     paged = settings.use_transformers_continuous_batching
     shards = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in inner.parameters())
     mixed = hasattr(inner, "_original_forward") and inner.dtype == torch.float32  # by accelerate
-    capped = getattr(inner.config.get_text_config(), "attn_logit_softcapping", None)  # pages leave it out
+    text = inner.config.get_text_config()
+    capped, kinds = getattr(text, "attn_logit_softcapping", None), set(getattr(text, "layer_types", None) or ())
     for holds, why in ((shards, "is in shards"), (not inner._supports_attention_backend, "has attention without pages"),
-                       (capped, f"has attn_logit_softcapping = {capped}"),
+                       (capped, f"has attn_logit_softcapping = {capped}"),  # pages leave it out
+                       (len(kinds) > 1, "has layers of several kinds of attention"),  # in_turn counts pages of one kind
                        (mixed, "has float32 weights but bf16 keys (set dtype: bfloat16, or bf16: false)")):  # fmt: skip
         if paged and holds:
             raise BadInput(f"{PAGED}: {type(inner).__name__} {why}")
@@ -111,7 +108,7 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     @torch.no_grad()
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         device = next(inner.parameters()).device
-        training, before = inner.training, inner.generation_config
+        training, before, attention = inner.training, inner.generation_config, inner.config._attn_implementation
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             try:
@@ -119,6 +116,8 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
                 return in_turn(inner, prompts, seed) if paged else together(inner, prompts, stop)
             finally:
                 inner.train(training).generation_config = before
+                if inner.config._attn_implementation != attention:  # transformers has failed half-way
+                    inner.set_attn_implementation(attention)
 
     return sample
 
@@ -129,8 +128,8 @@ def together(model: Any, prompts: Sequence[list[int]], stop: StopStringCriteria 
     input_ids, mask = (x.to(device) for x in collate_prompts(prompts, config.pad_token_id))
     width, eos = input_ids.shape[1], torch.tensor(config.eos_token_id, device=device)
     watch = Watch(width, eos, stop, config.temperature)
-    processors, criteria = LogitsProcessorList([watch.before]), StoppingCriteriaList([watch])
-    out = model.generate(input_ids, attention_mask=mask, logits_processor=processors, stopping_criteria=criteria)
+    hooks = {"logits_processor": [watch.before], "stopping_criteria": [watch]}
+    out = model.generate(input_ids, attention_mask=mask, **hooks)
     new, logps, done = out[:, width:].cpu(), torch.cat(watch.logps, 1).cpu(), torch.stack(watch.done, 1).cpu()
     ended = done.any(1).tolist()
     cuts = torch.where(done.any(1), done.int().argmax(1) + 1, done.shape[1]).tolist()
@@ -156,15 +155,16 @@ def in_turn(model: Any, prompts: Sequence[list[int]], seed: int) -> list[Complet
     try:
         manager = model.init_continuous_batching(config, options)
     except ValueError as error:
-        model.set_attn_implementation(attention)
         raise BadInput(f"{PAGED}: {type(model).__name__}, attn_implementation = {attention!r}: {error}") from error
     try:
         names, found = manager.add_requests(prompts), {}
         manager.start()
         while len(found) < len(names):
-            one = manager.get_result()
+            if (one := manager.get_result(timeout=1)) is None and manager.is_running():
+                continue
             if one is None or one.error is not None:
-                raise RunFailed(f"{PAGED}: {one.error if one else manager.background_thread_status.fatal_error}")
+                fatal = manager.background_thread_status.fatal_error or "its thread has ended"
+                raise RunFailed(f"{PAGED}: {one.error if one else fatal}")
             found[one.request_id] = one
     finally:
         manager.stop(hard_stop=True)

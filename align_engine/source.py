@@ -43,16 +43,9 @@ class Source:
     """
 
     def __init__(
-        self,
-        rows: Dataset,
-        collate: Callable[..., Batch],
-        pad_id: int,
-        batch_size: int,
-        accumulation: int = 1,
-        rank: int = 0,
-        world: int = 1,
-        seed: int = 0,
-    ) -> None:
+        self, rows: Dataset, collate: Callable[..., Batch], pad_id: int, batch_size: int, accumulation: int = 1,
+        rank: int = 0, world: int = 1, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.rows, self.collate = rows, partial(collate, pad_id=pad_id)
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.window_size = batch_size * accumulation * world

@@ -10,13 +10,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 ENV = {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests")), "OMP_NUM_THREADS": "1"}
 IMPORTS = "import datasets, os, peft, sys, tiny, torch, transformers.trainer_callback, align_engine.run as run\n"
 
 
 class Nursery:
-    """One interpreter that has imported everything; each job is a fork of it, so that a killed run costs no import."""
+    """One interpreter that has imported everything; each job is a fork of it, so that a killed run costs no import.
+
+    Jobs run on one thread, and so does this process until `close`: MKL rounds some products otherwise on two.
+    """
 
     CODE = IMPORTS + (
         "torch.set_num_threads(1)\n"
@@ -31,6 +36,8 @@ class Nursery:
     )
 
     def __init__(self) -> None:
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         self.process = subprocess.Popen([sys.executable, "-c", self.CODE], env=os.environ | ENV, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
@@ -52,3 +59,4 @@ class Nursery:
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
+        torch.set_num_threads(self.threads)

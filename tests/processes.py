@@ -12,6 +12,19 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_environment(world: int) -> list[dict[str, str]]:
+    """What a launcher sets for each rank."""
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+
+
 def run_on_two(code: str, *arguments: Any, **environment: str) -> None:
     """As `run_ranks`, for two of them."""
     run_ranks(2, code, *arguments, **environment)
@@ -19,19 +32,14 @@ def run_on_two(code: str, *arguments: Any, **environment: str) -> None:
 
 def run_ranks(world: int, code: str, *arguments: Any, **environment: str) -> None:
     """`code` gets the arguments as sys.argv[1:]; all processes must end well. Their group is closed for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-    common = {"PYTHONPATH": paths, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}  # fmt: skip
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", f"{code}\nimport processes\nprocesses.leave()", *map(str, arguments)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | {"PYTHONPATH": paths} | rank | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in range(world)
+        for rank in rank_environment(world)
     ]  # fmt: skip
     try:
         output = [process.communicate(timeout=240)[0] for process in ranks]

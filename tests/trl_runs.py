@@ -123,8 +123,10 @@ def run(trainer: Any) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     return [log for log in losses.logs if "loss" in log], {k: v.detach().clone() for k, v in state.items()}
 
 
-def same(ours: tuple[list, dict], theirs: tuple[list, dict], tolerance: float = 1e-4) -> None:
-    """Every number of every step, but clocks, and every weight."""
+def same(
+    ours: tuple[list, dict], theirs: tuple[list, dict], tolerance: float = 1e-4, of_accuracy: float | None = None
+) -> None:
+    """Every number of every step, but clocks, and every weight; a token accuracy to its own tolerance where given."""
     clocks = ("time", "runtime", "per_second", "perf/")
     assert len(ours[0]) == len(theirs[0]) > 0
     for step, (a, b) in enumerate(zip(ours[0], theirs[0])):
@@ -134,6 +136,8 @@ def same(ours: tuple[list, dict], theirs: tuple[list, dict], tolerance: float = 
         assert set(names) <= set(a) and "loss" in names
         for name in names:
             allowed = tolerance * max(1.0, abs(b[name]))
+            if of_accuracy and name == "mean_token_accuracy":
+                allowed = of_accuracy
             assert abs(a[name] - b[name]) <= allowed, f"step {step}, {name}: {a[name]} against {b[name]}"
     assert ours[1].keys() == theirs[1].keys()
     for name, weight in theirs[1].items():

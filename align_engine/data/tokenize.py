@@ -64,14 +64,10 @@ def prepare(
     features = dict.fromkeys(names, datasets.List(datasets.Value("int32"))) | {n: rows.features[n] for n in carried}
     features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
     done = rows.map(
-        _encode_row,
-        with_indices=True,
-        fn_kwargs={"names": names, "carried": carried, **given, **settings},
-        remove_columns=rows.column_names,
-        features=datasets.Features(features),
-        num_proc=num_proc,
+        _encode_row, with_indices=True, fn_kwargs={"names": names, "carried": carried, **given, **settings},
+        remove_columns=rows.column_names, features=datasets.Features(features), num_proc=num_proc,
         desc=f"Tokenising {kind} data",
-    )
+    )  # fmt: skip
     found: dict[str, list[int]] = {"": []}  # rows by what is wrong with them
     for i, status in enumerate(done["status"]):
         found.setdefault(status, []).append(i)

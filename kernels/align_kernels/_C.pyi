@@ -39,3 +39,17 @@ def peaks(logits: Logits, state: int, rows: int, count: int, out: int, threads: 
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
+def product(
+    a: int,
+    a_strides: tuple[int, ...],
+    b: int,
+    b_strides: tuple[int, ...],
+    c: int,
+    stride: int,
+    m: int,
+    n: int,
+    k: int,
+    add: bool,
+    threads: int,
+) -> None: ...
+def product_advised() -> bool: ...

@@ -142,7 +142,7 @@ def plan(
         gradient_itemsize: bytes of a logit's gradient, 0 where it has the logit's dtype and may take its place.
         on_chip: bytes of statistics per logit of a forward that writes no logits; 0: there is none here.
         tiles_because: why there is none, where the backend has one.
-        own_gemm: the backend's matrix products are faster than torch's on this machine.
+        own_gemm: the backend's matrix products of this size are faster than torch's on this machine.
         device: "cpu" or "cuda" (other devices are treated as "cuda").
         workspace: limit in bytes; None takes the device's default.
         needs_input, needs_head: whether hidden, and anything of the head (weight, bias, LoRA), needs a gradient.

@@ -200,7 +200,8 @@ class Runner:
             tiles_because=tiles_because,
             device=head.weight.device.type,
             backend=name,
-            own_gemm=hasattr(self.backend, "has_product") and self.backend.has_product(self.dtype),
+            own_gemm=hasattr(self.backend, "has_product")
+            and self.backend.has_product(self.dtype, len(kept), widest, head.weight.shape[1]),
             workspace=settings.workspace,
             needs_input=needs.hidden,
             needs_head=needs.head,

@@ -2,10 +2,10 @@
 
 import pytest
 import tiny
-from safetensors.torch import load_file
+from runs import cut_off, same_bits
 from transformers import TrainerCallback
 
-from align_engine import loops, metrics
+from align_engine import metrics
 from align_engine.errors import BadInput, RunFailed
 from align_engine.run import train
 from align_engine.watch import warnings
@@ -88,29 +88,19 @@ def test_stops_early_and_ends_with_the_best_weights(model, completions, tmp_path
     best, last = min(found, key=found.__getitem__), max(found)
     assert last == best + 4 < 30, "two evaluations without a better one"
     assert [path.name for path in folder.checkpoints()] == [f"checkpoint-{step:06d}" for step in (best, last)]
-    kept, final = (load_file(path / "model.safetensors") for path in (folder.checkpoint(best), folder.final))
-    assert all(final[name].equal(kept[name]) for name in final)
+    assert same_bits(folder.checkpoint(best), folder.final)
 
 
-def test_early_stopping_resumes_where_it_stood(model, completions, tmp_path, monkeypatch):
+def test_early_stopping_resumes_where_it_stood(model, completions, tmp_path):
     whole = train("sft", overfit(model, completions, tmp_path, "whole", save_steps=1))
-    saved, recipe = loops.Engine.save, overfit(model, completions, tmp_path, "cut", save_steps=1)
+    recipe = overfit(model, completions, tmp_path, "cut", save_steps=1)
     last = max(record["step"] for record in metrics.read(whole.metrics))
     for stop in (last - 1, last):  # one evaluation without a better one is behind; the run has already been stopped
-
-        def save(engine, folder, stop=stop):
-            saved(engine, folder)
-            if engine.progress.step == stop:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loops.Engine, "save", save)
-            train("sft", recipe)
+        cut_off("sft", recipe, step=stop)
     cut = train("sft", recipe)
     pick = lambda folder: [(r["step"], r.get("eval_loss"), r.get("loss")) for r in metrics.read(folder.metrics)]  # noqa: E731
     assert pick(cut) == pick(whole)
-    a, b = (load_file(folder.final / "model.safetensors") for folder in (whole, cut))
-    assert all(a[name].equal(b[name]) for name in a)
+    assert same_bits(whole.final, cut.final)
 
 
 def test_a_metric_that_is_not_measured_names_those_that_are(model, completions, tmp_path):

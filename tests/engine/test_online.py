@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny
+from runs import same_bits
 from safetensors.torch import load_file
 
 from align_engine import experience, metrics
@@ -42,8 +43,7 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
     assert 0 <= found[0]["eval_reward"] < found[1]["eval_reward"]
     settings["eval_dataset_name"] = None
     without = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "without", **settings))
-    a, b = (load_file(folder.final / "model.safetensors") for folder in (with_it, without))
-    assert all(a[name].equal(b[name]) for name in a), "evaluation must not touch training"
+    assert same_bits(with_it.final, without.final), "evaluation must not touch training"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -74,8 +74,7 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
         train("grpo", recipe)
     cut = train("grpo", recipe)
     assert scored[2] == scored[1] != scored[0]
-    a, b = (load_file(folder.final / "model.safetensors") for folder in (whole, cut))
-    assert all(a[name].equal(b[name]) for name in a)
+    assert same_bits(whole.final, cut.final)
 
 
 @pytest.mark.parametrize(
@@ -145,9 +144,7 @@ def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, promp
     records = metrics.read(folder.metrics)
     assert [record["step"] for record in records] == [1, 2]
     assert records[1]["reward"] > records[0]["reward"]
-    last = load_file(folder.path / "round-2" / "train" / "final" / "model.safetensors")
-    final = load_file(folder.final / "model.safetensors")
-    assert all(last[name].equal(final[name]) for name in final)
+    assert same_bits(folder.path / "round-2" / "train" / "final", folder.final)
 
 
 def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, tmp_path, monkeypatch):
@@ -173,8 +170,7 @@ def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, 
     assert len(set(asked)) == 12 * 4 // 6 == len(asked) - 1, "batches of six; the fourth is asked for again"
     for name in ("samples.jsonl", "pairs.jsonl"):
         assert (whole.path / "round-1" / name).read_text() == (cut.path / "round-1" / name).read_text()
-    a, b = (load_file(folder.final / "model.safetensors") for folder in (whole, cut))
-    assert all(a[name].equal(b[name]) for name in a) and not (cut.path / "round-1" / "answers").exists()
+    assert same_bits(whole.final, cut.final) and not (cut.path / "round-1" / "answers").exists()
 
 
 def test_iterate_with_lora_goes_on_from_the_merged_model(model, prompts, tmp_path):

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from processes import rank_environment
+from runs import same_bits
 from safetensors.torch import load_file
 
 from align_engine import metrics
@@ -87,17 +88,13 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, tmp_
     assert not (cut / "final").exists()
 
     run(name, model, prompts, cut, **settings)
-    a, b = weights(whole.path), weights(cut)
-    assert all(a[key].equal(b[key]) for key in a), f"{inner} killed after {lines} lines"
+    assert same_bits(whole.final, cut / "final"), f"{inner} killed after {lines} lines"
     for part in ("round-1/train", "round-2/train", ".") if name == "iterate" else (".",):
         assert steady(whole.path / part / "metrics.jsonl") == steady(cut / part / "metrics.jsonl")
 
 
 def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, tmp_path):
     """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     names = ("direct", "grpo", "ppo", "iterate")
     shared = dict(max_steps=6, learning_rate=1e-4, num_generations=4, dtype="auto")
 
@@ -105,13 +102,9 @@ def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, tmp_pa
         sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
         return shared | sizes | dict(steps_per_generation=passes)
 
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-              "OMP_NUM_THREADS": "1"}  # fmt: skip
     ranks = [
-        start(
-            " ".join(names), model64, prompts, tmp_path / "two-", split(4, 1, 2), **common, RANK=rank, LOCAL_RANK=rank
-        )
-        for rank in "01"
+        start(" ".join(names), model64, prompts, tmp_path / "two-", split(4, 1, 2), **rank)
+        for rank in rank_environment(2)
     ]
     one = {name: run(name, model64, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}
     many = {name: run(name, model64, prompts, tmp_path / f"many-{name}", **split(1, 8, 16)) for name in names}

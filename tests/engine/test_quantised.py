@@ -10,15 +10,18 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from runs import cut_off, same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-from align_engine import loops, metrics
+from align_engine import metrics
 from align_engine.errors import BadInput
+from align_engine.integrations.hook import check_head
 from align_engine.run import train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 BITS = {"load_in_4bit": bnb.nn.Params4bit, "load_in_8bit": bnb.nn.Int8Params}
+TOLERANCE = {"load_in_4bit": 1e-5, "load_in_8bit": 1e-2}  # with 8 bits evaluation rounds its activations too
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -99,27 +102,16 @@ def test_the_loss_is_that_of_the_dequantised_model(name, bits, wide, request, tm
     assert metrics.read(folder.metrics)[0]["loss"] == pytest.approx(first, rel=TOLERANCE[bits])
 
 
-TOLERANCE = {"load_in_4bit": 1e-5, "load_in_8bit": 1e-2}  # with 8 bits evaluation rounds its activations too
-
-
-def test_cut_off_and_run_again_ends_with_the_same_bits(wide, pairs, tmp_path, monkeypatch):
+def test_cut_off_and_run_again_ends_with_the_same_bits(wide, pairs, tmp_path):
     settings = dict(max_steps=4, save_steps=2, use_peft=True, load_in_4bit=True, learning_rate=1e-2,
                     per_device_train_batch_size=3)  # fmt: skip
     unbroken = train("dpo", tiny.dpo(wide, pairs, tmp_path / "unbroken", **settings))
-    save, recipe = loops.Engine.save, tiny.dpo(wide, pairs, tmp_path / "cut", **settings)
-
-    def save_then_stop(engine, folder):
-        save(engine, folder)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loops.Engine, "save", save_then_stop)
-        train("dpo", recipe)
+    recipe = tiny.dpo(wide, pairs, tmp_path / "cut", **settings)
+    cut_off("dpo", recipe)
     held = load_file(recipe.output.output_dir + "/checkpoint-000002/model.safetensors")
     assert held and all("lora_" in key for key in held), "the frozen weights lie in the model's own folder"
     cut = train("dpo", recipe)
-    a, b = (load_file(folder.final / "adapter_model.safetensors") for folder in (unbroken, cut))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert same_bits(unbroken.final, cut.final, "adapter_model.safetensors")
 
 
 def test_a_head_in_4_bits_is_refused(wide, pairs, tmp_path):
@@ -127,7 +119,5 @@ def test_a_head_in_4_bits_is_refused(wide, pairs, tmp_path):
     causal = AutoModelForCausalLM.from_pretrained(wide)
     held = causal.lm_head
     causal.lm_head = bnb.nn.Linear4bit(held.in_features, held.out_features, bias=False)
-    from align_engine.integrations.hook import check_head
-
     with pytest.raises(BadInput, match="the LM head is a Linear4bit"):
         check_head(causal)

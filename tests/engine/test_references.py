@@ -4,10 +4,11 @@ import peft
 import pytest
 import tiny
 import torch
+from runs import cut_off
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from align_engine import loops, metrics, policy
+from align_engine import metrics, policy
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.errors import BadInput
@@ -84,7 +85,7 @@ def test_none_is_a_uniform_reference(model, tmp_path):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_ema_follows_and_resumes(lora, model, pairs, tmp_path, monkeypatch):
+def test_ema_follows_and_resumes(lora, model, pairs, tmp_path):
     """With alpha = 1 and every step, the reference is always the model before the step: margins stay 0."""
     settings = dict(use_peft=lora, reference="ema", max_steps=4, ref_model_sync_steps=1, learning_rate=1e-2)
     folder = train("dpo", tiny.dpo(model, pairs, tmp_path / "all", ref_model_mixup_alpha=1.0, **settings))
@@ -93,16 +94,8 @@ def test_ema_follows_and_resumes(lora, model, pairs, tmp_path, monkeypatch):
     whole = train("dpo", tiny.dpo(model, pairs, tmp_path / "whole", **settings))
     losses = [record["loss"] for record in metrics.read(whole.metrics)]
     assert losses[1] < 0.69 and losses[2] > losses[1]
-    recipe, save = tiny.dpo(model, pairs, tmp_path / "cut", **settings), loops.Engine.save
-
-    def save_then_stop(engine, folder):
-        save(engine, folder)
-        if engine.progress.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loops.Engine, "save", save_then_stop)
-        train("dpo", recipe)
+    recipe = tiny.dpo(model, pairs, tmp_path / "cut", **settings)
+    cut_off("dpo", recipe, step=3)
     cut = train("dpo", recipe)
     assert [record["loss"] for record in metrics.read(cut.metrics)] == losses
 

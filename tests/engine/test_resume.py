@@ -7,7 +7,7 @@ import resource
 import pytest
 import tiny
 from nursery import Nursery
-from safetensors.torch import load_file
+from runs import cut_off, same_bits
 
 from align_engine import metrics
 from align_engine.errors import BadInput, RunFailed
@@ -20,11 +20,6 @@ STEADY = ("loss", "rewards/margins", "grad_norm", "learning_rate", "num_tokens",
 def steady(folder):
     """The metrics that must not depend on when they were computed."""
     return [{name: r[name] for name in ("step", *STEADY) if name in r} for r in metrics.read(folder / "metrics.jsonl")]
-
-
-def same_bits(a, b):
-    a, b = load_file(a / "final" / "model.safetensors"), load_file(b / "final" / "model.safetensors")
-    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
@@ -49,31 +44,21 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, nursery, tmp_
     assert not (tmp_path / "killed" / "final").exists()
 
     train(name, tiny.offline(name, model, rows, tmp_path / "killed", **settings))
-    assert same_bits(tmp_path / "unbroken", tmp_path / "killed"), f"killed after {lines} lines"
+    assert same_bits(tmp_path / "unbroken" / "final", tmp_path / "killed" / "final"), f"killed after {lines} lines"
     assert steady(tmp_path / "killed") == steady(tmp_path / "unbroken")
     kept = sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*"))
     assert kept == ["checkpoint-000020", "checkpoint-000024"]
 
 
-def test_resume_with_dropout_and_lora(model, completions, tmp_path, monkeypatch):
+def test_resume_with_dropout_and_lora(model, completions, tmp_path):
     """Dropout draws random numbers: their state must come back too."""
-    from align_engine import loops
-
     settings = dict(max_steps=12, use_peft=True, lora_dropout=0.3, save_steps=5, learning_rate=1e-2,
                     per_device_train_batch_size=2, gradient_accumulation_steps=2)  # fmt: skip
     whole = train("sft", tiny.sft(model, completions, tmp_path / "whole", **settings))
-    save, recipe = loops.Engine.save, tiny.sft(model, completions, tmp_path / "cut", **settings)
-
-    def save_then_stop(engine, folder):
-        save(engine, folder)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loops.Engine, "save", save_then_stop)
-        train("sft", recipe)
+    recipe = tiny.sft(model, completions, tmp_path / "cut", **settings)
+    cut_off("sft", recipe)
     cut = train("sft", recipe)
-    a, b = (load_file(folder.final / "adapter_model.safetensors") for folder in (whole, cut))
-    assert all(a[name].equal(b[name]) for name in a)
+    assert same_bits(whole.final, cut.final, "adapter_model.safetensors")
     assert [r["loss"] for r in metrics.read(whole.metrics)] == [r["loss"] for r in metrics.read(cut.metrics)]
 
 
@@ -138,4 +123,4 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(model, pairs, tmp_path):
     names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert names == ["checkpoint-000002"]
     train("dpo", recipe)
-    assert same_bits(reference.path, tmp_path / "run")
+    assert same_bits(reference.final, tmp_path / "run" / "final")

@@ -20,7 +20,10 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
 )
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from align_engine import metrics, rewards
 from align_engine.demo.make import make_model, make_tokenizer
@@ -28,7 +31,7 @@ from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import DirectRecipe, GrpoRecipe, RolloutSection
 from align_engine.rollout import sample_all, transformers_sampler
 from align_engine.run import train
-from align_engine.server import server_sampler
+from align_engine.server import kind_of_server, server_sampler
 
 EOS = 1  # and the pad token
 
@@ -151,10 +154,13 @@ def test_continuous_batching_refuses_what_it_cannot_do(model, prompts, tmp_path,
     bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(BadInput, match="BloomForCausalLM has attention without pages"):
         paged(bloom, tokenizer)
-    gemma = dict(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, head_dim=16)
-    capped = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_key_value_heads=2, **gemma))
+    gemma = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2)
+    capped = Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=1, head_dim=16, **gemma))
     with pytest.raises(BadInput, match=r"Gemma2ForCausalLM has attn_logit_softcapping = 50\.0"):
         paged(capped, tokenizer)
+    mixed = Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=6, head_dim=16, **gemma))
+    with pytest.raises(BadInput, match="Gemma3ForCausalLM has layers of several kinds of attention"):
+        paged(mixed, tokenizer)
     whole.set_attn_implementation("flex_attention")
     with pytest.raises(BadInput, match="LlamaForCausalLM, attn_implementation = 'flex_attention'"):
         paged(whole, tokenizer)([[2, 3]], 0)
@@ -173,6 +179,22 @@ def test_continuous_batching_refuses_what_it_cannot_do(model, prompts, tmp_path,
         paged(whole, tokenizer)([[2, 3]], 0)
     assert whole.config._attn_implementation == "eager"
     assert not any("_run_generation_loop" in thread.name for thread in threading.enumerate()), "it must have ended"
+
+
+@pytest.mark.parametrize(("method", "error"), [("_run_generation_loop", RunFailed), ("add_requests", OSError)])
+def test_continuous_batching_that_breaks_off_says_so(method, error, model, monkeypatch):
+    """The thread ends without a word, or never starts: no waiting without end, and the model is as it was."""
+    whole, tokenizer = (kind.from_pretrained(model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    whole.set_attn_implementation("eager")
+
+    def breaks(*_):
+        if method == "add_requests":
+            raise OSError("not today")
+
+    monkeypatch.setattr(ContinuousBatchingManager, method, breaks)
+    with pytest.raises(error, match="batching: its thread has ended" if error is RunFailed else "not today"):
+        paged(whole, tokenizer)([[2, 3]], 0)
+    assert whole.config._attn_implementation == "eager"
 
 
 SHARDED = """
@@ -219,18 +241,13 @@ def test_a_policy_in_shards_samples_the_same(model):
 
 
 class Server(ThreadingHTTPServer):
-    """Answers as vLLM does, from the tiny model; every third request fails first, and scores are word counts."""
+    """Answers as vLLM does, from the tiny model; scores are word counts. Every third request fails first, and each
+    address that it describes itself at."""
 
     def __init__(self, model, tokenizer, token_ids=True):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.lock, self.token_ids, self.posts, self.failed, self.now, self.most = (
-            threading.Lock(),
-            token_ids,
-            [],
-            set(),
-            0,
-            0,
-        )
+        self.lock, self.token_ids, self.now, self.most = threading.Lock(), token_ids, 0, 0
+        self.gets, self.posts, self.failed = [], [], set()
         self.model, self.tokenizer, self.url = model, tokenizer, f"http://127.0.0.1:{self.server_port}"
 
 
@@ -241,7 +258,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.reply(200, {"data": [{"id": "policy", "owned_by": "vllm" if self.server.token_ids else "me"}]})
+        self.server.gets.append(self.path)
+        code = 503 if self.server.gets.count(self.path) == 1 else 200
+        self.reply(code, {"data": [{"id": "policy", "owned_by": "vllm" if self.server.token_ids else "me"}]})
 
     def reply(self, code, content):
         body = json.dumps(content).encode()
@@ -303,7 +322,9 @@ def test_a_server_samples(token_ids, serve, loaded):
     server, (model, tokenizer) = serve(token_ids=token_ids), loaded
     settings = RolloutSection(max_completion_length=6, server_base_url=server.url, server_concurrency=3)
     prompts = ids_of(tokenizer, 20)
-    found = server_sampler(tokenizer, settings, "policy")(prompts, 4)
+    kind = kind_of_server(server.url)
+    assert kind == ("vllm" if token_ids else "openai")
+    found = server_sampler(tokenizer, settings, "policy", kind)(prompts, 4)
     assert server.failed, "some requests must have been tried again"
     assert 1 < server.most <= 3
     sent = server.posts[0][1]
@@ -319,31 +340,49 @@ def test_a_server_samples(token_ids, serve, loaded):
             assert one.logps.isnan().all() and len(one.logps) == len(one.ids)
 
 
-def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_path):
-    """The policy goes to the server before each rollout; at first both agree, then the server here stays behind."""
+def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_path, capsys):
+    """The policy goes to the server before each rollout and evaluation; at first both agree, then the server here stays
+    behind."""
     server, served = serve(), tmp_path / "served"
     recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", server_base_url=server.url, learning_rate=1e-2,
                          server_weights=str(served), vllm_importance_sampling_correction=True,
-                         vllm_importance_sampling_mode="token_truncate")  # fmt: skip
+                         vllm_importance_sampling_mode="token_truncate", eval_steps=2,
+                         eval_dataset_name=str(prompts))  # fmt: skip
     folder = train("grpo", recipe)
-    differences = [record["sampling/sampling_logp_difference/mean"] for record in metrics.read(folder.metrics)]
+    assert f"completions come from {server.url}, which shows itself as vllm" in capsys.readouterr().out
+    steps, evaluations = ([r for r in metrics.read(folder.metrics) if name in r] for name in ("reward", "eval_reward"))
+    differences = [record["sampling/sampling_logp_difference/mean"] for record in steps]
     assert differences[0] < 1e-5 < 1e-2 < differences[-1]
-    assert [path for path, _ in server.posts].count("/reset_prefix_cache") >= 3
+    resets = [path for path, _ in server.posts].count("/reset_prefix_cache")  # one of them is answered 503
+    assert 5 <= len(steps) + len(evaluations) <= resets
+    assert server.gets == ["/openapi.json"] * 2 + ["/v1/models"] * 2, "asked once, and again where that failed"
     assert AutoModelForCausalLM.from_pretrained(served).num_parameters() > 0
+
+
+def test_importance_sampling_needs_a_server_with_log_probs(serve, model, prompts, tmp_path):
+    server = serve(token_ids=False)
+    recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", server_base_url=server.url,
+                         vllm_importance_sampling_correction=True)  # fmt: skip
+    with pytest.raises(BadInput, match="vllm_importance_sampling_correction = True needs vLLM's log-probs"):
+        train("grpo", recipe)
+    assert not server.posts and not (tmp_path / "run").exists()
 
 
 def test_a_text_server_gets_the_prompts_tokens_exactly_or_nothing(serve, loaded, model):
     server, with_bos = serve(token_ids=False), AutoTokenizer.from_pretrained(model, bos_token="<unk>")
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<unk> $A", special_tokens=[("<unk>", 0)])
     settings = RolloutSection(max_completion_length=6, server_base_url=server.url)
-    sample = server_sampler(with_bos, settings, "policy")
+    sample = server_sampler(with_bos, settings, "policy", kind_of_server(server.url))
     assert len(sample([[0, 5, 1, 7]], 4)) == 1
     assert {body["prompt"] for _, body in server.posts} == {"w3 <eos> w5"}, "the server puts BOS before it"
-    with pytest.raises(RunFailed, match=r"'w5' is \[0, 7\] to it, not the prompt's tokens \[5, 7\]"):
+    with pytest.raises(RunFailed, match=r"'w5' is \[0, 7\] to it, not \[5, 7\]$"):
         sample([[5, 7]], 4)
+    with pytest.raises(RunFailed) as refused:
+        sample([[5, 7] * 1000], 4)
+    assert len(str(refused.value)) < 800, "cut, whatever the prompt's length"
     for name, value in (("top_k", 5), ("stop_strings", ["w3"]), ("server_weights", "somewhere")):
         with pytest.raises(BadInput, match=f"{name} = .* needs vLLM or `transformers serve`"):
-            server_sampler(with_bos, dataclasses.replace(settings, **{name: value}), "policy")
+            server_sampler(with_bos, dataclasses.replace(settings, **{name: value}), "policy", "openai")
 
 
 def test_where_nothing_answers_is_refused(model, prompts, tmp_path):

@@ -1,8 +1,9 @@
 """A real `transformers serve` process as the server that samples."""
 
+import contextlib
+import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -10,12 +11,14 @@ import time
 import httpx2
 import pytest
 import tiny
+from processes import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine.demo.make import make_model, make_tokenizer
+from align_engine.experience import Prompts
 from align_engine.recipe import GrpoRecipe, RolloutSection
 from align_engine.run import train
-from align_engine.server import server_sampler
+from align_engine.server import kind_of_server, server_sampler
 
 EOS = 1
 
@@ -33,16 +36,22 @@ def policy(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """Address of a server that loads whatever folder is asked for."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    with serving(tmp_path_factory) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def serving(tmp_path_factory, *folder):
+    """Address of a server, pinned to the model in a folder where one is given."""
+    port = free_port()
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hub")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--host", "127.0.0.1"]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", *folder]
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], env=os.environ | offline, stdout=file, stderr=subprocess.STDOUT
-        )
+            [*command, "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)],
+            env=os.environ | offline, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
     try:
         address, end = f"http://127.0.0.1:{port}", time.monotonic() + 200
         while True:
@@ -66,7 +75,7 @@ def test_it_samples_to_the_token(url, policy):
         section = RolloutSection(
             **dict(max_completion_length=most, server_base_url=url, server_concurrency=1) | settings
         )
-        return server_sampler(tokenizer, section, str(policy))(prompts, seed)
+        return server_sampler(tokenizer, section, str(policy), "transformers")(prompts, seed)
 
     found = sample(3)
     assert all(one.logps.isnan().all() and len(one.logps) == len(one.ids) for one in found)
@@ -86,7 +95,9 @@ def test_stop_strings_end_at_the_token_that_completes_them(url, tmp_path):
     make_model(tokenizer, hidden=32, layers=1).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     settings = RolloutSection(max_completion_length=40, stop_strings=["e", "ou"], server_base_url=url, temperature=2.0)
-    found = server_sampler(tokenizer, settings, str(tmp_path))([tokenizer("some people")["input_ids"]] * 12, 0)
+    found = server_sampler(tokenizer, settings, str(tmp_path), "transformers")(
+        [tokenizer("some people")["input_ids"]] * 12, 0
+    )
     assert any(one.ended and one.ids[-1] != tokenizer.eos_token_id for one in found)
     for one in found:
         before, text = tokenizer.decode(one.ids[:-1]), tokenizer.decode(one.ids)
@@ -94,15 +105,35 @@ def test_stop_strings_end_at_the_token_that_completes_them(url, tmp_path):
         assert one.ended == ("e" in text or "ou" in text or one.ids[-1] == tokenizer.eos_token_id)
 
 
-def test_grpo_hands_it_the_policy_before_each_rollout(url, policy, tmp_path):
-    served, prompts = tmp_path / "served", tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(12))
+@pytest.mark.parametrize("pinned", [False, True])
+def test_grpo_hands_it_the_policy_before_each_rollout(pinned, url, policy, tmp_path, tmp_path_factory, monkeypatch):
+    """To a server that loads what the requests name, and to one that was started on the folder's model."""
+    served, rollouts, answers = tmp_path / "served", [], Prompts.answers
     shutil.copytree(policy, served)
+
+    def kept(prompts, sampler, *where):
+        rollouts.append((prompts, where, answers(prompts, sampler, *where)))
+        return rollouts[-1][-1]
+
+    monkeypatch.setattr(Prompts, "answers", kept)
+    with serving(tmp_path_factory, str(served)) if pinned else contextlib.nullcontext(url) as address:
+        recipe = hands_it_the_policy(address, policy, served, tmp_path)
+        rollout = dataclasses.replace(recipe.rollout, server_model=str(served))
+        prompts, where, found = rollouts[-1]
+        named = server_sampler(prompts.tokenizer, rollout, "", "transformers")
+        again = answers(prompts, named, *where)
+    assert [one.ids for one in again] == [one.ids for one in found], "the last rollout came from the folder's weights"
+
+
+def hands_it_the_policy(url, policy, served, tmp_path):
+    prompts = tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(12))
+    assert kind_of_server(url) == "transformers"
     tokenizer, first = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy)
     settings = RolloutSection(max_completion_length=8, server_base_url=url, top_k=1)
-    ask, prompt = server_sampler(tokenizer, settings, str(served)), [[2, 3, 4]]
+    ask, prompt = server_sampler(tokenizer, settings, str(served), "transformers"), [[2, 3, 4]]
     before = ask(prompt, 0)[0].ids
     recipe = tiny.online(GrpoRecipe, policy, prompts, tmp_path / "run", server_base_url=url, learning_rate=3e-2,
-                         server_model=str(served), server_weights=str(served))  # fmt: skip
+                         server_weights=str(served), server_concurrency=1)  # fmt: skip
     train("grpo", recipe)
     last = AutoModelForCausalLM.from_pretrained(served)
     assert not last.lm_head.weight.equal(first.lm_head.weight)
@@ -110,3 +141,4 @@ def test_grpo_hands_it_the_policy_before_each_rollout(url, policy, tmp_path):
         0, 3:
     ].tolist()
     assert ask(prompt, 0)[0].ids == own != before
+    return recipe

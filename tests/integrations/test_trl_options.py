@@ -81,7 +81,7 @@ CASES: dict[str, tuple[str, Any]] = {
     "head in float32": ("grpo", lambda: dict(cast_lm_head_to_fp32=True)),
 }  # fmt: skip
 AFTER = {"adapter, reference by switching it off", "precomputed reference", "soft prompt", "experts", "head in float32"}
-LOOSE = {"bfloat16 autocast": 5e-2}  # theirs rounds logits to bfloat16: one token in 25 may have another argmax
+LOOSE = {"bfloat16 autocast": (3e-2, 1 / 20)}  # theirs rounds logits to bfloat16: one token in 25 has another argmax
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -90,7 +90,7 @@ def test_options(case, trl_model, tmp_path):
     theirs = run(build(kind, trl_model, tmp_path, max_steps=STEPS, **make()))
     with fuse():
         results = run(build(kind, trl_model, tmp_path, max_steps=STEPS, **make()))
-    same(results, theirs, LOOSE.get(case, 1e-4))
+    same(results, theirs, *LOOSE.get(case, ()))
     if case in AFTER:
         same(run(fuse(build(kind, trl_model, tmp_path, max_steps=STEPS, **make()))), results)
 

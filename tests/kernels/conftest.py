@@ -4,7 +4,7 @@ import torch
 from .cuda_emulator import emulated, emulator  # noqa: F401
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The tests' tensors are small: a second thread costs more than it gives."""
     before = torch.get_num_threads()

@@ -164,14 +164,15 @@ def peaks(
 LEAST = 64  # rows, columns and depth of a product that `product` takes
 
 
-def has_product(dtype: torch.dtype) -> bool:
-    """Whether `product` serves this dtype, on a machine where it was measured faster than torch.mm: AMD with AVX2."""
-    return _ADVISED and dtype == torch.float32
+def has_product(dtype: torch.dtype, *sizes: int) -> bool:
+    """Whether `product` serves this dtype and sizes, and was measured faster than torch.mm there: on AMD processors
+    with AVX2 and without AVX-512."""
+    return _ADVISED and dtype == torch.float32 and min(sizes, default=LEAST) >= LEAST
 
 
 def takes_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether these are large enough, and laid out, for `product`."""
-    return has_product(out.dtype) and a.dtype == out.dtype and min(*out.shape, len(b)) >= LEAST and out.stride(1) == 1
+    return has_product(out.dtype, *out.shape, len(b)) and a.dtype == out.dtype and out.stride(1) == 1
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
@@ -180,8 +181,8 @@ def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     torch counts it as any other matrix product (`torch.utils.flop_counter`).
 
     Raises:
-        ValueError: a tensor of the wrong device, dtype, shape or layout, or a processor without AVX2.
-        RuntimeError: the extension is not built.
+        ValueError: a tensor of the wrong dtype, shape or layout, or a processor without AVX2.
+        NotImplementedError: a tensor that is not on the CPU. RuntimeError: the extension is not built.
     """
     torch.ops.align_kernels.product_(out, a, b, add)
 

@@ -1,0 +1,32 @@
+"""Runs that are cut off, and runs that must end alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from align_engine import loops
+from align_engine.recipe import Recipe
+from align_engine.run import train
+
+
+def cut_off(name: str, recipe: Recipe, step: int | None = None) -> None:
+    """Train, and stop as Ctrl-C would once the checkpoint at `step` (the first one, if None) is written."""
+    save = loops.Engine.save
+
+    def save_then_stop(engine, folder):
+        save(engine, folder)
+        if step in (None, engine.progress.step):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loops.Engine, "save", save_then_stop)
+        train(name, recipe)
+
+
+def same_bits(a: Path, b: Path, file: str = "model.safetensors") -> bool:
+    """Whether two folders hold the same weights."""
+    a, b = load_file(a / file), load_file(b / file)
+    return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
