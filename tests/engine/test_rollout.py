@@ -355,7 +355,8 @@ def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_p
     assert differences[0] < 1e-5 < 1e-2 < differences[-1]
     resets = [path for path, _ in server.posts].count("/reset_prefix_cache")  # one of them is answered 503
     assert 5 <= len(steps) + len(evaluations) <= resets
-    assert server.gets == ["/openapi.json"] * 2 + ["/v1/models"] * 2, "asked once, and again where that failed"
+    asked = ["/openapi.json"] * 2 + ["/v1/models"] * 2  # by the source of training, and again where that failed
+    assert server.gets == [*asked, "/openapi.json", "/v1/models"], "and by the source of evaluation"
     assert AutoModelForCausalLM.from_pretrained(served).num_parameters() > 0
 
 
