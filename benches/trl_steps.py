@@ -195,7 +195,8 @@ def main(trainers: list[str], vocabulary: int) -> None:
             line = [kind, "trained" if trained else "frozen"]
             for what, digits in (("seconds", 3), ("peak", 0)):
                 ours, theirs = (found[mode][what] - found["free"][what] for mode in ("fused", "trl"))
-                line += [f"{ours:.{digits}f}", f"{theirs:.{digits}f}", f"{theirs / ours:.1f}x"]
+                ratio = f"{theirs / ours:.1f}x" if ours > 0 else "-"  # ours is lost in the noise
+                line += [f"{ours:.{digits}f}", f"{theirs:.{digits}f}", ratio]
             n = found["fused"]["rows"]
             flops = [(found[mode]["flops"] - found["free"]["flops"]) / n for mode in ("fused", "trl")]
             line += [f"{x:.2f}" for x in (*flops, found["fused"]["bound"] / n)]
