@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,13 @@ CHAT_TEMPLATE = (
 
 
 def make_demo(
-    out_dir: str | Path, seed: int = 0, *, sft_rows: int = 4000, preference_rows: int = 2000, heldout_rows: int = 300,
-    ranked_rows: int = 6000,
-) -> Path:  # fmt: skip
+    out_dir: str | Path, seed: int = 0, *, sft_rows: int = 4000, preference_rows: int = 2000, heldout_rows: int = 300
+) -> Path:
     """Write the demo into the folder `out_dir` and return it. The same seed writes the same bytes.
 
     sft.jsonl          prompt, completion: what the team wrote, good and bad
     preference.jsonl   prompt, chosen, rejected: two of the team's answers, the better one by the checker is chosen
-    ranked.jsonl       prompt, chosen, rejected and their ranks: every pair of three answers, for the reward model; form
-                       and answer for `check`
+    ranked.jsonl       the same prompts with pairs of three ranked answers, for the reward model
     prompts.jsonl      the prompts of preference.jsonl, with form and answer for `check`
     heldout.jsonl      prompt, completion (the careful answer), chosen, rejected; form and answer for `check`
     tokenizer/         a byte-level BPE with a chat template, for `from_pretrained`
@@ -48,9 +46,8 @@ def make_demo(
         "preference": [{"prompt": q.row()["prompt"], **pair(q, rng)} for q in preference],
         "prompts": [q.row() for q in preference],
         "heldout": [{**q.row(), "completion": message(careful(q, rng)), **pair(q, rng)} for q in heldout],
+        "ranked": [{"prompt": q.row()["prompt"], **ranks} for q in preference for ranks in ranked_pairs(q, rng)],
     }
-    ranked = distinct_questions(ranked_rows, rng, beside=questions)
-    rows["ranked"] = [{**q.row(), **ranks} for q in ranked for ranks in ranked_pairs(q, rng)]
     for name, content in rows.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     turns = (turn for row in rows["sft"] for turn in row["prompt"] + row["completion"])
@@ -62,13 +59,13 @@ def make_demo(
     return out
 
 
-def distinct_questions(count: int, rng: random.Random, beside: Sequence[Question] = ()) -> list[Question]:
-    """`count` questions, all with different texts, and others than those `beside`. The task has more than 100,000."""
-    found = {question.text: question for question in beside}
-    while len(found) < len(beside) + count:
+def distinct_questions(count: int, rng: random.Random) -> list[Question]:
+    """`count` questions, all with different texts. The task has more than 100,000."""
+    found: dict[str, Question] = {}
+    while len(found) < count:
         question = ask(rng)
         found.setdefault(question.text, question)
-    return list(found.values())[len(beside) :]
+    return list(found.values())
 
 
 def graded_answers(question: Question, count: int, rng: random.Random) -> list[tuple[float, str]]:

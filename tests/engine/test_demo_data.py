@@ -16,7 +16,7 @@ from align_engine.demo import check, make_demo
 from align_engine.demo.make import distinct_questions, graded_answers
 from align_engine.demo.task import FORMS, MAKERS, careful, careless, chatty, hasty
 
-SIZES = {"sft_rows": 1500, "preference_rows": 120, "heldout_rows": 60, "ranked_rows": 50}
+SIZES = {"sft_rows": 1500, "preference_rows": 120, "heldout_rows": 60}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,7 @@ def test_wrong_answers_are_wrong(maker) -> None:
 
 
 def test_rows_have_their_formats_and_every_prompt_stands_once(demo: Path) -> None:
-    rows = {name: read(demo / f"{name}.jsonl") for name in ("sft", "preference", "heldout", "ranked")}
-    rows["ranked"] = rows["ranked"][::3]  # three pairs to a prompt
+    rows = {name: read(demo / f"{name}.jsonl") for name in ("sft", "preference", "heldout")}
     assert {f"{name}_rows": len(found) for name, found in rows.items()} == SIZES
     prompts = [text(row["prompt"]) for found in rows.values() for row in found]
     assert len(set(prompts)) == len(prompts) == sum(SIZES.values())
@@ -101,10 +100,12 @@ def test_rows_have_their_formats_and_every_prompt_stands_once(demo: Path) -> Non
 
 
 def test_ranked_pairs_put_content_before_form(demo: Path) -> None:
+    asked = {text(row["prompt"]): row for row in read(demo / "prompts.jsonl")}
     rows = read(demo / "ranked.jsonl")
-    assert len(rows) == 3 * len({text(row["prompt"]) for row in rows}) == 150
+    assert len(rows) == 3 * len(asked)
     for row in rows:
-        better, worse = (check(row, text(row[side])) for side in ("chosen", "rejected"))
+        facts = asked[text(row["prompt"])]
+        better, worse = (check(facts, text(row[side])) for side in ("chosen", "rejected"))
         assert better > worse and row["chosen_rank"] < row["rejected_rank"]
         assert (worse == 0) == (row["rejected_rank"] == 3)
 

@@ -23,9 +23,7 @@ def small(monkeypatch):
             made.iteration.rounds, made.iteration.prompts_per_round, made.train.max_steps = 2, 12, -1
         return made
 
-    monkeypatch.setattr(
-        demo, "make_demo", partial(make_demo, sft_rows=80, preference_rows=40, heldout_rows=8, ranked_rows=40)
-    )
+    monkeypatch.setattr(demo, "make_demo", partial(make_demo, sft_rows=80, preference_rows=40, heldout_rows=8))
     monkeypatch.setattr(demo, "demo_recipe", short)
 
 
