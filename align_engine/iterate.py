@@ -140,7 +140,7 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
     settings, accelerator, model = prompts.settings, prompts.accelerator, None
     if not settings.server_base_url:
         model = policy.load_model(path, prompts.recipe.model)
-        model = accelerator.prepare_model(model, evaluation_mode=True)
+        model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     elif settings.server_weights:
         if accelerator.is_main_process:
             shutil.copytree(path, settings.server_weights, dirs_exist_ok=True)
