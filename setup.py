@@ -91,7 +91,11 @@ extensions = [
     Extension(
         "align_kernels._C",
         sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp", "csrc/cpu/gemm.cpp"],
-        depends=[*map(str, sorted(Path("csrc/cpu").glob("*.h"))), *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS)],
+        depends=[
+            "csrc/require.h",
+            *map(str, sorted(Path("csrc/cpu").glob("*.h"))),
+            *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS),
+        ],
         include_dirs=[pybind11.get_include()],
         # no -ffast-math: NaN and infinity must come through
         extra_compile_args=[
@@ -114,7 +118,10 @@ if find_nvcc() is not None:
         Extension(
             "align_kernels._cuda",
             sources=["csrc/cuda/bind.cpp", "csrc/cuda/check.cpp"],
-            depends=[str(path) for path in sorted(Path("csrc/cuda").glob("*")) if path.suffix in (".h", ".cu", ".cpp")],
+            depends=[
+                "csrc/require.h",
+                *(str(path) for path in sorted(Path("csrc/cuda").glob("*")) if path.suffix in (".h", ".cu", ".cpp")),
+            ],
             include_dirs=[pybind11.get_include()],
             libraries=["cudart_static", "rt", "pthread", "dl"],
             extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],

@@ -5,21 +5,15 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <stdexcept>
-#include <string>
+
+#include "../require.h"
 
 namespace align {
 namespace {
 
-void require(bool ok, const std::string& message) {
-  if (!ok) throw std::invalid_argument(message);
-}
-
 void check(const char* name, const float* data, int64_t rows, int64_t cols, int64_t row, int64_t col) {
-  const std::string of = std::string(name) + " [" + std::to_string(rows) + ", " + std::to_string(cols) + "]";
-  require(data != nullptr, of + " must not be null");
-  require(reinterpret_cast<uintptr_t>(data) % sizeof *data == 0, of + " must be aligned to 4 bytes");
-  require(row >= 0 && col >= 0, of + " must have strides >= 0, got " + std::to_string(row) + ", " + std::to_string(col));
+  check_pointer(name, data, sizeof *data);
+  require(row >= 0 && col >= 0, name, " [", rows, ", ", cols, "] must have strides >= 0, got ", row, ", ", col);
 }
 
 #ifdef __x86_64__
@@ -62,9 +56,8 @@ bool product_advised() {
 #ifdef __x86_64__
 void product(const Product& p, int threads) {
   require(supported(), "product needs a processor with AVX2 and FMA");
-  require(threads >= 1, "threads must be >= 1, got " + std::to_string(threads));
-  require(p.m >= 0 && p.n >= 0 && p.k >= 1, "sizes must be >= 0, k >= 1, got " + std::to_string(p.m) + ", " +
-                                                std::to_string(p.n) + ", " + std::to_string(p.k));
+  require(threads >= 1, "threads must be >= 1, got ", threads);
+  require(p.m >= 0 && p.n >= 0 && p.k >= 1, "sizes must be >= 0, k >= 1, got ", p.m, ", ", p.n, ", ", p.k);
   if (p.m == 0 || p.n == 0) return;
   check("a", p.a.data, p.m, p.k, p.a.row, p.a.col);
   check("b", p.b.data, p.k, p.n, p.b.row, p.b.col);

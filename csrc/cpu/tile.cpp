@@ -1,13 +1,13 @@
 // Checks, threads and the choice of the instruction set: the kernels behind it trust what they get.
 #include "tile.h"
 
+#include "../require.h"
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -57,21 +57,7 @@ class FlushDenormals {
 };
 
 // -- checks ----------------------------------------------------------------------------------------------------------
-template <class... Parts>
-void require(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
-
 int64_t size_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
-
-void check_pointer(const char* name, const void* p, int64_t alignment) {
-  require(p != nullptr, name, " must not be null");
-  require(reinterpret_cast<uintptr_t>(p) % uintptr_t(alignment) == 0, name, " must be aligned to ", alignment,
-          " bytes, got address ", p);
-}
 
 void check_storage(const char* name, Storage storage) {
   require(storage == Storage::f32 || storage == Storage::bf16, name,

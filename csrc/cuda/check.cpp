@@ -1,27 +1,16 @@
 #include "check.h"
 
 #include <cmath>
-#include <sstream>
-#include <stdexcept>
+
+#include "../require.h"
 
 namespace align_cuda {
 namespace {
 
-template <class... Parts>
-void require(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
-}
+using align::check_pointer;
+using align::require;
 
 int64_t size_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
-
-void check_pointer(const char* name, const void* p, int64_t alignment) {
-  require(p != nullptr, name, " must not be null");
-  require(reinterpret_cast<uintptr_t>(p) % uintptr_t(alignment) == 0, name, " must be aligned to ", alignment,
-          " bytes, got address ", p);
-}
 
 void check_storage(const char* name, Storage storage) {
   require(storage == Storage::f32 || storage == Storage::bf16 || storage == Storage::f16, name,

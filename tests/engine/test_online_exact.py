@@ -41,17 +41,22 @@ def run(name, model, prompts, out, **settings):
     return iterate(recipe) if name == "iterate" else train(name, recipe)
 
 
-def start(names, model, prompts, out, settings, **more):
-    """The runs in another process."""
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests", "tests/engine"))
-    command = [sys.executable, "-c", CODE, names, str(model), str(prompts), str(out), repr(settings)]
-    return subprocess.Popen(
-        command,
-        env=os.environ | {"PYTHONPATH": paths} | more,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start():
+    """Runs in another process, which ends with the test at the latest."""
+    begun = []
+
+    def begin(names, model, prompts, out, settings, **more):
+        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests", "tests/engine"))
+        command = [sys.executable, "-c", CODE, names, str(model), str(prompts), str(out), repr(settings)]
+        env = os.environ | {"PYTHONPATH": paths} | more
+        begun.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def steady(path):
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, tmp_path):
+def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, start, tmp_path):
     settings = dict(save_steps=3, logging_steps=1)
     if name != "iterate":
         settings |= dict(max_steps=30, per_device_train_batch_size=4)
@@ -93,7 +98,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, tmp_
         assert steady(whole.path / part / "metrics.jsonl") == steady(cut / part / "metrics.jsonl")
 
 
-def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, tmp_path):
+def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start, tmp_path):
     """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
     names = ("direct", "grpo", "ppo", "iterate")
     shared = dict(max_steps=6, learning_rate=1e-4, num_generations=4, dtype="auto")
