@@ -6,16 +6,16 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 
 .PHONY: demo ladder test check bench bench-peers gpu-registers architectures clean
 
-# `align` and what it needs; bytecode is made on first use, of what is used
+# `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
 	touch $@
 
 # and the peers, test and bench tools
 $(VENV)/.installed-dev: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed
