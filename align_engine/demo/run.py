@@ -7,10 +7,11 @@ import json
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,19 +86,28 @@ def run(output_dir: Path, seeds: Sequence[int], workers: int = 2) -> dict[int, O
 @contextlib.contextmanager
 def executor(workers: int) -> Iterator[Executor]:
     if workers > 1:
-        made = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=silence)
+        made = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker)
     else:
         made = ThreadPoolExecutor(1)
     with made:
         yield made
 
 
-def silence() -> None:
-    """What several processes print at a time nobody can read: stages write logs, errors travel with their results."""
+def start_worker() -> None:
+    """What several processes print at a time nobody can read: stages write logs, errors travel with their results. And
+    a worker ends with its parent, or it would go on training beside the run that resumes a killed one."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     sys.stdout = sys.stderr = open(os.devnull, "w")
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def run_seed(folder: Path, seed: int, pool: Executor, quiet: bool) -> Outcome:

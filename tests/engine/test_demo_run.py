@@ -1,6 +1,10 @@
 """The demo from data to page, in small."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from functools import partial
 
 import pytest
@@ -39,6 +43,33 @@ def test_the_demo_walks_the_ladder_and_ends_with_scores_and_a_page(small, tmp_pa
         assert stage.name in said and stage.name in html
     assert html.count("data:image/png;base64,") >= 12 and "http" not in html
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_workers_end_with_a_killed_parent():
+    code = """if __name__ == "__main__":
+        import os, time
+        from align_engine.demo.run import executor
+        with executor(2) as pool:
+            print(pool.submit(os.getpid).result(), flush=True)
+            pool.submit(time.sleep, 600).result()"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(200):
+        if not running(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, 9)
+    pytest.fail("a worker outlived its parent by twenty seconds")
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as file:  # one that nobody has reaped
+        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_several_seeds_give_mean_spread_and_gain():
