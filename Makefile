@@ -3,19 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
+# by all cores, where pip takes one; some packages ship files of another Python's syntax
+BYTECODE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 .PHONY: demo ladder test check bench bench-peers gpu-registers architectures clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable .
+	$(BYTECODE)
 	touch $@
 
 # and the peers, test and bench tools
 $(VENV)/.installed-dev: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BYTECODE)
 	touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed

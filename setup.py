@@ -42,6 +42,10 @@ class BuildExt(build_ext):
             stale.unlink()
         super().run()
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = True  # the extensions, side by side
+
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "align_kernels._cuda":
             ext.extra_objects += [self.compile_cuda("csrc/cuda/kernels.cu")]

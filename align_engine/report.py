@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_engine import metrics
@@ -116,10 +116,12 @@ def curves_of(records: list[dict[str, Any]], names: Sequence[str]) -> dict[str, 
     return {name: (list(x), list(y)) for name, found in points.items() if found for x, y in [zip(*found)]}
 
 
-def run_figures(records: list[dict[str, Any]], prefix: str = "") -> dict[str, Figure]:
-    """The panels that the records have points for, by file name; `prefix` stands before their titles."""
-    drawn = {name: (title, curves_of(records, wanted)) for name, (title, wanted) in PANELS.items()}
-    return {name: line_chart(prefix + title, curves) for name, (title, curves) in drawn.items() if curves}
+def run_figures(
+    records: list[dict[str, Any]], prefix: str = "", panels: Iterable[str] = tuple(PANELS)
+) -> dict[str, Figure]:
+    """Those of the panels that the records have points for, by file name; `prefix` stands before their titles."""
+    drawn = {name: curves_of(records, PANELS[name][1]) for name in panels}
+    return {name: line_chart(prefix + PANELS[name][0], curves) for name, curves in drawn.items() if curves}
 
 
 def page(

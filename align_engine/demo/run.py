@@ -251,8 +251,8 @@ def write_index(output_dir: Path, outcomes: Mapping[int, Outcome]) -> None:
     bars = {name: spread([one[name].points for one in outcomes.values()]) for name in stages}
     figures = [bar_chart("Held-out points by stage", bars, "points of 100")]
     for stage in (SFT, REWARD_MODEL, *METHODS):
-        drawn = run_figures(read(folder / stage.command / "metrics.jsonl"), f"{stage.name}: ")
-        figures += [drawn[panel] for panel in stage.panels if panel in drawn]
+        records = read(folder / stage.command / "metrics.jsonl")
+        figures += run_figures(records, f"{stage.name}: ", stage.panels).values()
     heldout = load_rows(folder / "data" / "heldout.jsonl")
     answers = [
         [heldout[i]["prompt"][-1]["content"], *(first[name].answers[i] for name in stages[1:])]
