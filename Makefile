@@ -15,10 +15,10 @@ $(VENV)/.installed: $(SOURCES)
 	$(BYTECODE)
 	touch $@
 
-# and the peers, test and bench tools
+# and the peers, test and bench tools; the CUDA kernels too, where nvcc is but no GPU
 $(VENV)/.installed-dev: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	FORCE_CUDA=1 $(BIN)/pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	$(BYTECODE)
 	touch $(VENV)/.installed $@
 

@@ -1,6 +1,7 @@
-"""Builds align_kernels._C, the CPU kernels, and align_kernels._cuda where nvcc is found; the rest is in pyproject.toml.
+"""Builds align_kernels._C, the CPU kernels, and align_kernels._cuda; the rest is in pyproject.toml.
 
 Both extensions are optional: without a working compiler the package installs and runs on torch operations alone.
+The second takes nvcc and, like torchvision's, a GPU in the machine or FORCE_CUDA=1: it is most of the compiler's work.
 """
 
 import os
@@ -8,18 +9,23 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-# Files of one instruction set, chosen at run time.
-ISA_FLAGS: dict[str, list[str]] = {"isa_baseline": []}
+# Flags of single files: the instruction sets, chosen at run time; of bindings only the size matters.
+FILE_FLAGS = {"bind": ["-Os"]}
+ISAS = ["isa_baseline"]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS["isa_avx2"] = ISA_FLAGS["gemm_avx2"] = ["-mavx2", "-mfma"]
-    ISA_FLAGS["isa_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+    ISAS += ["isa_avx2", "gemm_avx2", "isa_avx512"]
+    FILE_FLAGS["isa_avx2"] = FILE_FLAGS["gemm_avx2"] = ["-mavx2", "-mfma"]
+    FILE_FLAGS["isa_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # No kernel uses what an "a" architecture adds; plain code also runs on later chips of its family (of sm_100 on 10.3).
 # PTX of the first serves the rest.
@@ -33,8 +39,13 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
 
 
+def wants_cuda() -> bool:
+    gpu = shutil.which("nvidia-smi") is not None or os.environ.get("FORCE_CUDA") == "1"
+    return gpu and find_nvcc() is not None
+
+
 class BuildExt(build_ext):
-    """Compiles the files of ISA_FLAGS with flags of their own, and CUDA files with nvcc."""
+    """Compiles the files of an extension side by side, with the flags of each, and CUDA files with nvcc."""
 
     def run(self) -> None:
         # of an earlier build: a wheel takes whatever lies there
@@ -42,21 +53,24 @@ class BuildExt(build_ext):
             stale.unlink()
         super().run()
 
-    def finalize_options(self) -> None:
-        super().finalize_options()
-        self.parallel = True  # the extensions, side by side
+    def build_extensions(self) -> None:
+        one, cuda = self.compiler.compile, self.compile_cuda
+
+        def compile_file(source: str, postargs: Sequence[str], named: dict[str, Any]) -> str:
+            if source.endswith(".cu"):
+                return cuda(source)
+            return one([source], extra_postargs=[*postargs, *FILE_FLAGS.get(Path(source).stem, [])], **named)[0]
+
+        def compile_all(sources: Sequence[str], extra_postargs: Sequence[str], **named: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return list(pool.map(lambda source: compile_file(source, extra_postargs, named), sources))
+
+        self.compiler.compile = compile_all
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name == "align_kernels._cuda":
-            ext.extra_objects += [self.compile_cuda("csrc/cuda/kernels.cu")]
             ext.library_dirs.append(self.cuda_libraries())
-        else:
-            for name, flags in ISA_FLAGS.items():
-                ext.extra_objects += self.compiler.compile(
-                    [f"csrc/cpu/{name}.cpp"],
-                    output_dir=self.build_temp,
-                    extra_postargs=[*ext.extra_compile_args, *flags],
-                )
         super().build_extension(ext)
 
     def compile_cuda(self, source: str) -> str:
@@ -94,17 +108,14 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "align_kernels._C",
-        sources=["csrc/cpu/bind.cpp", "csrc/cpu/tile.cpp", "csrc/cpu/gemm.cpp"],
-        depends=[
-            "csrc/require.h",
-            *map(str, sorted(Path("csrc/cpu").glob("*.h"))),
-            *(f"csrc/cpu/{name}.cpp" for name in ISA_FLAGS),
-        ],
+        sources=[f"csrc/cpu/{name}.cpp" for name in ("bind", "gemm", "tile", *ISAS)],
+        depends=["csrc/require.h", *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
         include_dirs=[pybind11.get_include()],
         # no -ffast-math: NaN and infinity must come through
         extra_compile_args=[
             "-std=c++17",
             "-O3",
+            "-g0",
             "-ffp-contract=fast",
             "-fno-math-errno",
             "-fno-trapping-math",
@@ -117,18 +128,15 @@ extensions = [
         optional=True,
     )
 ]
-if find_nvcc() is not None:
+if wants_cuda():
     extensions.append(
         Extension(
             "align_kernels._cuda",
-            sources=["csrc/cuda/bind.cpp", "csrc/cuda/check.cpp"],
-            depends=[
-                "csrc/require.h",
-                *(str(path) for path in sorted(Path("csrc/cuda").glob("*")) if path.suffix in (".h", ".cu", ".cpp")),
-            ],
+            sources=["csrc/cuda/kernels.cu", "csrc/cuda/bind.cpp", "csrc/cuda/check.cpp"],
+            depends=["csrc/require.h", *map(str, sorted(Path("csrc/cuda").glob("*.h")))],
             include_dirs=[pybind11.get_include()],
             libraries=["cudart_static", "rt", "pthread", "dl"],
-            extra_compile_args=["-std=c++17", "-O2", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
             extra_link_args=["-s", "-Wl,--exclude-libs,ALL"],
             language="c++",
             optional=True,

@@ -49,7 +49,7 @@ build() {
       "${pip[@]}" --no-deps "$wheel" || echo "left out: $wheel" >&2
     done
   fi
-  .gpu-venv/bin/python setup.py --quiet build_ext --inplace || return
+  FORCE_CUDA=1 .gpu-venv/bin/python setup.py --quiet build_ext --inplace || return
   PYTHONPATH=kernels .gpu-venv/bin/python - <<'PYTHON'
 import torch
 from align_kernels.backends import cuda, triton

@@ -36,9 +36,10 @@ class Stage(NamedTuple):
     rows: str  # what it learns from
     panels: tuple[str, ...]  # its curves on the page
     reward_model: bool = False  # whether that scores its samples
+    threads: int = 1
 
 
-SFT = Stage("SFT", "sft", "sft", ("loss", "token-accuracy"))
+SFT = Stage("SFT", "sft", "sft", ("loss", "token-accuracy"), threads=2)  # nothing is trained beside it
 REWARD_MODEL = Stage("reward model", "rm", "ranked", ("loss",))
 METHODS = (  # all from the SFT model
     Stage("DPO", "dpo", "preference", ("loss", "accuracies", "margins", "logps")),
@@ -70,8 +71,7 @@ def run(output_dir: Path, seeds: Sequence[int], workers: int = 2) -> dict[int, O
     Stages that are already there are not trained again: their runs are finished.
 
     Args:
-        workers: stages that are trained at a time, each in a process of its own and on one thread: a model this small
-            gains nothing from a second one. With 1 everything runs in this process.
+        workers: stages that are trained at a time, each in a process of its own. With 1 everything runs in this one.
     """
     outcomes = {}
     with executor(workers) as pool:
@@ -96,8 +96,10 @@ def executor(workers: int) -> Iterator[Executor]:
 def start_worker() -> None:
     """What several processes print at a time nobody can read: stages write logs, errors travel with their results. And
     a worker ends with its parent, or it would go on training beside the run that resumes a killed one."""
+    import torch
     from transformers.utils import logging
 
+    torch.set_num_threads(1)
     logging.set_verbosity_error()
     sys.stdout = sys.stderr = open(os.devnull, "w")
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -127,11 +129,12 @@ def run_seed(folder: Path, seed: int, pool: Executor, quiet: bool) -> Outcome:
         print(f"seed {seed}  {name:13s} {result.points:5.1f}{rounds}  {result.seconds:.0f} s", flush=True)
         return result
 
-    futures[BASELINE] = pool.submit(score_stage, data / "model", data)
     start(SFT)
-    outcome = {name: wait(name) for name in (BASELINE, SFT.name)}
-    start(REWARD_MODEL, *(stage for stage in METHODS if not stage.reward_model))
-    outcome[REWARD_MODEL.name] = wait(REWARD_MODEL.name)
+    outcome = {SFT.name: wait(SFT.name)}
+    start(REWARD_MODEL)
+    futures[BASELINE] = pool.submit(score_stage, data / "model", data)
+    start(*(stage for stage in METHODS if not stage.reward_model))
+    outcome |= {name: wait(name) for name in (BASELINE, REWARD_MODEL.name)}
     start(*(stage for stage in METHODS if stage.reward_model))
     outcome |= {stage.name: wait(stage.name) for stage in METHODS}
     scores = {name: result._asdict() for name, result in outcome.items()}
@@ -143,7 +146,7 @@ def run_stage(stage: Stage, folder: Path, seed: int, quiet: bool) -> Result:
     """Train one stage and score what it made; with `quiet` what it prints goes to a log beside its folder."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(stage.threads)
     began, out, data = time.perf_counter(), folder / stage.command, folder / "data"
     with contextlib.ExitStack() as stack:
         if quiet:
@@ -158,7 +161,9 @@ def run_stage(stage: Stage, folder: Path, seed: int, quiet: bool) -> Result:
             accuracy = [line["eval_accuracy"] for line in read(out / "metrics.jsonl") if "eval_accuracy" in line][-1]
             return Result(100 * accuracy, [], [], time.perf_counter() - began)
         made = score_stage(out / "final", data)
-        rounds = [score_stage(path, data).points for path in sorted(out.glob("round-*/train/final"))]
+        rounds = [score_stage(path, data).points for path in sorted(out.glob("round-*/train/final"))[:-1]]
+        if rounds:  # what it made is its last round's model
+            rounds.append(made.points)
     return made._replace(rounds=rounds, seconds=time.perf_counter() - began)
 
 

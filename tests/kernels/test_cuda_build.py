@@ -118,7 +118,7 @@ BUILD = """
 
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | environment
+    env = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | {"FORCE_CUDA": "1"} | environment
     command = [sys.executable, "-c", textwrap.dedent(BUILD), str(folder / "lib"), str(folder / "temp")]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
@@ -149,6 +149,13 @@ def test_without_nvcc_nothing_of_cuda_is_built(tmp_path: Path):
     done = build(tmp_path, CUDA_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert "no CUDA extension" in done.stdout and not stale.exists()
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="the machine has a GPU")
+def test_without_a_gpu_nothing_of_cuda_is_built(tmp_path: Path):
+    done = build(tmp_path, FORCE_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA extension" in done.stdout
 
 
 # -- without a GPU ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ try:
 except ImportError as error:
     MISSING = (
         f"the extension align_kernels._cuda is not built or fails to load ({error}): reinstall where nvcc is on PATH "
-        "or in CUDA_HOME"
+        "or in CUDA_HOME, with FORCE_CUDA=1 if no GPU is in sight there"
     )
 
 DEVICE = "cuda"
