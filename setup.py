@@ -54,11 +54,11 @@ class BuildExt(build_ext):
         super().run()
 
     def build_extensions(self) -> None:
-        one, cuda = self.compiler.compile, self.compile_cuda
+        one = self.compiler.compile
 
         def compile_file(source: str, postargs: Sequence[str], named: dict[str, Any]) -> str:
             if source.endswith(".cu"):
-                return cuda(source)
+                return self.compile_cuda(source)
             return one([source], extra_postargs=[*postargs, *FILE_FLAGS.get(Path(source).stem, [])], **named)[0]
 
         def compile_all(sources: Sequence[str], extra_postargs: Sequence[str], **named: Any) -> list[str]:
