@@ -1,10 +1,12 @@
 """DPO from hidden states, forward and backward: align_kernels beside its peers, on this machine's CPU.
 
-One process runs all methods in turn, round after round; the table gives medians in seconds, the ratio of each peer to
-align_kernels, our share of the GEMM ceiling (torch.mm over the kept rows: three with the head trained, two frozen, one
-forward only), and, with the head trained, peak memory above inputs and gradients, measured in a process of its own.
+One process runs all methods in turn, round after round, a step of align_kernels between every two: a method's ratio is
+the median of its times over the mean of the two steps around each, so that a machine whose speed drifts moves both
+alike. The table gives medians in seconds, those ratios, our share of the GEMM ceiling (torch.mm over the kept rows:
+three with the head trained, two frozen, one forward only), and, with the head trained, peak memory above inputs and
+gradients, measured in a process of its own.
 
-    python benches/peers.py [--shapes 0 1 2 3] [--heads trained frozen] [--rounds 5] [--json results.json]
+    python benches/peers.py [--shapes 0 1 2 3] [--heads trained frozen] [--seconds 40] [--json results.json]
     ONEDNN_MAX_CPU_ISA=AVX512_CORE python benches/peers.py --bf16    # bfloat16 storage without bfloat16 units
 """
 
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ PAIRS = 4
 BETA = 0.1
 LOW_MEMORY = 24 << 20
 FEW_ROWS = 64
-FAR = 4.0  # a machine's noise moves no bar so far
+ROUNDS = 3  # of each method at least
 
 
 class Case:
@@ -108,8 +111,8 @@ def ours(c: Case, workspace: int | None = None) -> Tensor:
     return dpo_loss(c.hidden, c.weight, c.targets, c.ref, beta=BETA, workspace=workspace).loss
 
 
-METHODS: dict[str, Callable[[Case], Tensor]] = {
-    "align_kernels": ours,
+OURS = "align_kernels"
+PEERS: dict[str, Callable[[Case], Tensor]] = {
     "align_kernels, low memory": lambda c: ours(c, LOW_MEMORY),
     "eager, all rows": eager,
     "TRL 1.16 as called": trl,
@@ -119,6 +122,7 @@ METHODS: dict[str, Callable[[Case], Tensor]] = {
     "torch.compile, rows compacted": compiled,
     "Cut Cross-Entropy, torch path": cce,
 }
+METHODS = {OURS: ours, **PEERS}
 
 
 def step(case: Case, method: str) -> None:
@@ -175,80 +179,89 @@ def measure_memory(shape: int, method: str) -> float:
     return float(done.stdout.strip().splitlines()[-1])
 
 
-def in_turn(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, all in turn, round after round; what takes FAR times the first has three rounds."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    first = next(iter(times.values()))
-    for i in range(rounds):
-        for name, run in runs.items():
-            if i >= 3 and statistics.median(times[name]) > FAR * statistics.median(first):
-                continue
-            began = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(t) for name, t in times.items()}
+def timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
 
 
-def narrow(shape: int, rounds: int) -> None:
+def beside(ours: Callable[[], object], others: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
+    """Times and ratios of each of `others`, all in turn, with a run of `ours` between every two.
+
+    Each gets ROUNDS rounds and then more, until it and the runs of `ours` after it have taken `seconds`.
+    """
+    figures: dict[str, dict] = {name: {"times": [], "around": []} for name in others}
+    spent = dict.fromkeys(others, 0.0)
+    before = timed(ours)
+    while left := [n for n in others if len(figures[n]["times"]) < ROUNDS or spent[n] < seconds]:
+        for name in left:
+            took, after = timed(others[name]), timed(ours)
+            figures[name]["times"].append(took)
+            figures[name]["around"].append((before + after) / 2)
+            spent[name] += took + after
+            before = after
+    for figure in figures.values():
+        figure["ratio"] = statistics.median(t / o for t, o in zip(figure["times"], figure["around"]))
+    return figures
+
+
+def narrow(shape: int, seconds: float) -> None:
     """Hidden states and weight in bfloat16, beside float32; beside eager bfloat16 on few rows: it takes minutes."""
     few = (FEW_ROWS, *SHAPES[shape][1:])
     for trained in (True, False):
+        head = "trained" if trained else "frozen"
         wide, half = Case(SHAPES[shape], trained), Case(SHAPES[shape], trained, torch.bfloat16)
         short = Case(few, trained, torch.bfloat16)
-        pairs: dict[tuple[int, int, int], dict[str, Callable[[], object]]] = {
-            SHAPES[shape]: {
-                "float32": lambda case=wide: step(case, "align_kernels"),
-                "bfloat16": lambda case=half: step(case, "align_kernels"),
-            },
-            few: {
-                "bfloat16": lambda case=short: step(case, "align_kernels"),
-                "eager bfloat16": lambda case=short: step(case, "eager, all rows"),
-            },
+        pairs: dict[str, tuple[Case, str, tuple[Case, str]]] = {
+            f"{SHAPES[shape]}, bfloat16 over float32": (wide, "align_kernels", (half, "align_kernels")),
+            f"{few}, eager bfloat16 over ours": (short, "align_kernels", (short, "eager, all rows")),
         }
-        for size, runs in pairs.items():
-            in_turn(runs, 1)
-            seconds = in_turn(runs, rounds)
-            base = next(iter(seconds.values()))
-            print(f"{size}, head {'trained' if trained else 'frozen'}:", end=" ")
-            print(*(f"{name} {value:.3f} s ({value / base:.2f})" for name, value in seconds.items()), sep=", ")
+        for name, (base, method, other) in pairs.items():
+            runs = partial(step, base, method), partial(step, *other)
+            for warm_up in runs:
+                warm_up()
+            figure = beside(runs[0], {name: runs[1]}, seconds)[name]
+            took, ours = statistics.median(figure["times"]), statistics.median(figure["around"])
+            print(f"{name}, head {head}: {figure['ratio']:.2f} ({took:.3f} s, {ours:.3f} s)", flush=True)
 
 
-def table(shape: int, trained: bool, rounds: int, skip: tuple[str, ...]) -> dict:
+def table(shape: int, trained: bool, seconds: float, skip: tuple[str, ...]) -> dict:
     case = Case(SHAPES[shape], trained)
     check(case, skip)
-    runs: dict[str, Callable[[], object]] = {m: lambda m=m: step(case, m) for m in METHODS if m not in skip}
-    runs["ceiling"] = lambda: ceiling(case, 3 if trained else 2)
+    others: dict[str, Callable[[], object]] = {m: partial(step, case, m) for m in PEERS if m not in skip}
+    others["ceiling"] = partial(ceiling, case, 3 if trained else 2)
+    figures = beside(partial(step, case, OURS), others, seconds)
     if not trained:
 
         def forward() -> None:
             with torch.no_grad():
                 linear_logprobs(case.hidden, case.weight, case.targets)
 
-        runs["forward only"] = forward
-        runs["forward ceiling"] = lambda: ceiling(case, 1)
-    medians = in_turn(runs, rounds)
-    plan = explain(case.hidden, case.weight, case.targets, loss="dpo")
+        figures |= beside(forward, {"forward only, ceiling": partial(ceiling, case, 1)}, seconds)
     return {
         "shape": SHAPES[shape],
         "trained": trained,
-        "seconds": medians,
-        "plan": str(plan),
-        "memory_mb": {m: measure_memory(shape, m) for m in METHODS if m not in skip} if trained else {},
+        "figures": figures,
+        "plan": str(explain(case.hidden, case.weight, case.targets, loss="dpo")),
+        "memory_mb": {m: measure_memory(shape, m) for m in (OURS, *PEERS) if m not in skip} if trained else {},
     }
 
 
 def show(result: dict) -> None:
     n, d, v = result["shape"]
-    seconds, base = result["seconds"], result["seconds"]["align_kernels"]
+    figures, peaks = result["figures"], result["memory_mb"]
     print(f"\nN={n} (half kept) D={d} V={v}, head {'trained' if result['trained'] else 'frozen'}")
     print(result["plan"])
-    print(f"  {'':32s} {'seconds':>8s} {'/ ours':>7s} {'peak MB':>8s}")
-    for name, value in seconds.items():
-        peak = result["memory_mb"].get(name)
-        print(f"  {name:32s} {value:8.3f} {value / base:7.2f} {'' if peak is None else f'{peak:8.0f}'}")
-    print(f"  share of the GEMM ceiling: {seconds['ceiling'] / base:.1%}", end="")
-    if "forward only" in seconds:
-        print(f", forward only {seconds['forward ceiling'] / seconds['forward only']:.1%}", end="")
+    print(f"  {'':32s} {'seconds':>8s} {'ours':>8s} {'/ ours':>7s} {'rounds':>7s} {'peak MB':>8s}")
+    for name, figure in figures.items():
+        took, ours = statistics.median(figure["times"]), statistics.median(figure["around"])
+        line = f"  {name:32s} {took:8.3f} {ours:8.3f} {figure['ratio']:7.2f} {len(figure['times']):7d}"
+        print(line + (f" {peaks[name]:8.0f}" if name in peaks else ""))
+    print(f"  share of the GEMM ceiling: {figures['ceiling']['ratio']:.1%}", end="")
+    if peaks:
+        print(f", peak {peaks[OURS]:.0f} MB", end="")
+    else:
+        print(f", forward only {figures['forward only, ceiling']['ratio']:.1%}", end="")
     print(flush=True)
 
 
@@ -256,8 +269,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--heads", nargs="+", default=["trained", "frozen"], choices=["trained", "frozen"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", default=[], choices=list(METHODS), help="methods to leave out")
+    parser.add_argument("--seconds", type=float, default=40, help="a method's rounds go on for so long (default: 40)")
+    parser.add_argument("--skip", nargs="*", default=[], choices=list(PEERS), help="methods to leave out")
     parser.add_argument("--json", type=Path, help="write the figures here, with versions")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 beside float32 instead of the table")
     parser.add_argument("--memory", choices=list(METHODS), help=argparse.SUPPRESS)
@@ -269,10 +282,10 @@ def main() -> None:
     results = []
     for shape in args.shapes:
         if args.bf16:
-            narrow(shape, args.rounds)
+            narrow(shape, args.seconds)
             continue
         for head in args.heads:
-            results.append(table(shape, head == "trained", args.rounds, tuple(args.skip)))
+            results.append(table(shape, head == "trained", args.seconds, tuple(args.skip)))
             show(results[-1])
     if args.json:
         machine = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
