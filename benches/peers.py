@@ -1,10 +1,10 @@
 """DPO from hidden states, forward and backward: align_kernels beside its peers, on this machine's CPU.
 
 One process runs all methods in turn, round after round, a step of align_kernels between every two: a method's ratio is
-the median of its times over the mean of the two steps around each, so that a machine whose speed drifts moves both
-alike. The table gives medians in seconds, those ratios, our share of the GEMM ceiling (torch.mm over the kept rows:
-three with the head trained, two frozen, one forward only), and, with the head trained, peak memory above inputs and
-gradients, measured in a process of its own.
+its time over the mean of the two steps around it, median over the rounds, so that a machine whose speed drifts moves
+both alike. The table gives medians in seconds, those ratios, our share of the GEMM ceiling (torch.mm over the kept
+rows: three with the head trained, two frozen, one forward only), and, with the head trained, peak memory above inputs
+and gradients, measured in a process of its own. All of it takes some 80 minutes on two cores.
 
     python benches/peers.py [--shapes 0 1 2 3] [--heads trained frozen] [--seconds 40] [--json results.json]
     ONEDNN_MAX_CPU_ISA=AVX512_CORE python benches/peers.py --bf16    # bfloat16 storage without bfloat16 units
@@ -185,23 +185,24 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def beside(ours: Callable[[], object], others: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
-    """Times and ratios of each of `others`, all in turn, with a run of `ours` between every two.
+def beside(base: Callable[[], object], others: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict]:
+    """Times, ratios and medians of each of `others`, all in turn, with a run of `base` between every two.
 
-    Each gets ROUNDS rounds and then more, until it and the runs of `ours` after it have taken `seconds`.
+    Each gets ROUNDS rounds and then more, until it and the runs of `base` after it have taken `seconds`.
     """
     figures: dict[str, dict] = {name: {"times": [], "around": []} for name in others}
     spent = dict.fromkeys(others, 0.0)
-    before = timed(ours)
+    before = timed(base)
     while left := [n for n in others if len(figures[n]["times"]) < ROUNDS or spent[n] < seconds]:
         for name in left:
-            took, after = timed(others[name]), timed(ours)
+            took, after = timed(others[name]), timed(base)
             figures[name]["times"].append(took)
             figures[name]["around"].append((before + after) / 2)
             spent[name] += took + after
             before = after
     for figure in figures.values():
-        figure["ratio"] = statistics.median(t / o for t, o in zip(figure["times"], figure["around"]))
+        figure["ratio"] = statistics.median(t / b for t, b in zip(figure["times"], figure["around"]))
+        figure["seconds"], figure["base"] = statistics.median(figure["times"]), statistics.median(figure["around"])
     return figures
 
 
@@ -209,20 +210,18 @@ def narrow(shape: int, seconds: float) -> None:
     """Hidden states and weight in bfloat16, beside float32; beside eager bfloat16 on few rows: it takes minutes."""
     few = (FEW_ROWS, *SHAPES[shape][1:])
     for trained in (True, False):
-        head = "trained" if trained else "frozen"
         wide, half = Case(SHAPES[shape], trained), Case(SHAPES[shape], trained, torch.bfloat16)
         short = Case(few, trained, torch.bfloat16)
-        pairs: dict[str, tuple[Case, str, tuple[Case, str]]] = {
-            f"{SHAPES[shape]}, bfloat16 over float32": (wide, "align_kernels", (half, "align_kernels")),
-            f"{few}, eager bfloat16 over ours": (short, "align_kernels", (short, "eager, all rows")),
+        pairs = {
+            f"{SHAPES[shape]}, bfloat16 over float32": (partial(step, wide, OURS), partial(step, half, OURS)),
+            f"{few}, eager bfloat16 over ours": (partial(step, short, OURS), partial(step, short, "eager, all rows")),
         }
-        for name, (base, method, other) in pairs.items():
-            runs = partial(step, base, method), partial(step, *other)
-            for warm_up in runs:
-                warm_up()
-            figure = beside(runs[0], {name: runs[1]}, seconds)[name]
-            took, ours = statistics.median(figure["times"]), statistics.median(figure["around"])
-            print(f"{name}, head {head}: {figure['ratio']:.2f} ({took:.3f} s, {ours:.3f} s)", flush=True)
+        for name, (base, other) in pairs.items():
+            base()
+            other()
+            f = beside(base, {name: other}, seconds)[name]
+            head = "trained" if trained else "frozen"
+            print(f"{name}, head {head}: {f['ratio']:.2f} ({f['seconds']:.3f} s, {f['base']:.3f} s)", flush=True)
 
 
 def table(shape: int, trained: bool, seconds: float, skip: tuple[str, ...]) -> dict:
@@ -254,9 +253,8 @@ def show(result: dict) -> None:
     print(result["plan"])
     print(f"  {'':32s} {'seconds':>8s} {'ours':>8s} {'/ ours':>7s} {'rounds':>7s} {'peak MB':>8s}")
     for name, figure in figures.items():
-        took, ours = statistics.median(figure["times"]), statistics.median(figure["around"])
-        line = f"  {name:32s} {took:8.3f} {ours:8.3f} {figure['ratio']:7.2f} {len(figure['times']):7d}"
-        print(line + (f" {peaks[name]:8.0f}" if name in peaks else ""))
+        line = f"  {name:32s} {figure['seconds']:8.3f} {figure['base']:8.3f} {figure['ratio']:7.2f}"
+        print(line, f"{len(figure['times']):7d}", f"{peaks[name]:8.0f}" if name in peaks else "")
     print(f"  share of the GEMM ceiling: {figures['ceiling']['ratio']:.1%}", end="")
     if peaks:
         print(f", peak {peaks[OURS]:.0f} MB", end="")
