@@ -68,7 +68,7 @@ class Plan:
     chunk_rows: int
     first_rows: int  # of the first chunk, more than chunk_rows where dW lends its memory
     tile_cols: int
-    workspace: int  # bytes that the kept logits and the scratch tile take
+    workspace: int  # bytes that the kept logits, the scratch tile and a weight's copy of its columns take
     passes: int  # GEMMs over (rows, vocab, width)
     why: str
     compact: bool = False  # the backward may take fewer columns: see compaction.py
@@ -117,6 +117,7 @@ def plan(
     width: int,
     itemsize: int,
     gradient_itemsize: int = 0,
+    weight_itemsize: int = 0,
     on_chip: float = 0.0,
     tiles_because: str = "",
     device: str,
@@ -140,6 +141,7 @@ def plan(
         rows, vocab, width: N kept rows, V columns on this rank, D.
         itemsize: bytes of one logit as it is kept.
         gradient_itemsize: bytes of a logit's gradient, 0 where it has the logit's dtype and may take its place.
+        weight_itemsize: bytes an element of the weight's copy, made tile by tile; 0: it has the products' dtype.
         on_chip: bytes of statistics per logit of a forward that writes no logits; 0: there is none here.
         tiles_because: why there is none, where the backend has one.
         own_gemm: the backend's matrix products of this size are faster than torch's on this machine.
@@ -161,13 +163,14 @@ def plan(
 
     # beside kept logits the tile is narrower, and with it the buffers that the GEMM packs into
     narrow = profile.tile_bytes // 2
+    copied = width * weight_itemsize  # bytes a column
 
     def tile_of(chunk: int, size: int, each: int) -> int:
-        return max(min(max(size // (chunk * each) // STEP * STEP, STEP), vocab), 1)
+        return max(min(max(size // (chunk * each + copied) // STEP * STEP, STEP), vocab), 1)
 
     def lent_bytes(chunk: int) -> int:
         """Bytes of a tile of a first chunk, of which about two find no room in dW."""
-        return min(max(narrow, chunk * LEAST_COLUMNS * itemsize), limit // 8)
+        return min(max(narrow, LEAST_COLUMNS * (chunk * itemsize + copied)), limit // 8)
 
     def lent_tile(chunk: int) -> int:
         return tile_of(chunk, lent_bytes(chunk), itemsize)
@@ -192,7 +195,7 @@ def plan(
             each = 0 if schedule in ("one pass", "frozen") and not compact else itemsize
         wide = min(narrow if keeps else profile.tile_bytes, max(limit - kept, limit // 16))
         tile = lent_tile(first) if first else tile_of(chunk, wide, each or itemsize)
-        scratch = max(first, chunk) * tile * each
+        scratch = (max(first, chunk) * each + copied) * tile
         waiting = max(limit - kept - scratch, 0) if schedule == "compaction" else 0
         kept += scratch + waiting
         early = schedule == "online" or (schedule == "one pass" and plain and drop_mass == 0)
@@ -210,7 +213,8 @@ def plan(
         return Plan("forward", backend, rows, vocab, width, chunk, chunk, vocab, taken, 1, why, on_chip=True)
     once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
     beside = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, rows)) if drop_mass > 0 else 0  # a compacted block, in rows
-    most = limit - limit // 4 if gradient_itemsize else limit  # the rest holds the gradient of a wide tile
+    # the rest holds the gradient of a wide tile, or the weight's copy of its columns
+    most = limit - limit // 4 if gradient_itemsize else limit - limit // 8 if copied else limit
     room = max(most // per_row - beside, 0)  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
     wide_enough = room >= min(rows, least)

@@ -196,6 +196,7 @@ class Runner:
             width=head.weight.shape[1],
             itemsize=self.logits_dtype.itemsize,
             gradient_itemsize=0 if self.dtype == self.logits_dtype else self.dtype.itemsize,
+            weight_itemsize=0 if self.dtype == head.weight.dtype else self.dtype.itemsize,
             on_chip=on_chip,
             tiles_because=tiles_because,
             device=head.weight.device.type,

@@ -18,6 +18,7 @@ from align_kernels import dpo_loss, linear_logprobs, sft_loss
 
 MIB = 1 << 20
 TALL, WIDE, FULL = (152_064, 64, 64), (4096, 2048, 512), (40_000, 512, 125)  # V, D, T
+FEW = (152_064, 256, 4)  # a tile of logits would hold the whole vocabulary, and with it a float32 copy of the weight
 B = 4
 SLACK = 6 * MIB  # packing buffers of the GEMM, softmax states, the interpreter
 CASES = [  # shape, loss, trained tensors, storage, workspace in MiB
@@ -31,6 +32,9 @@ CASES = [  # shape, loss, trained tensors, storage, workspace in MiB
     (TALL, "logprobs", "hidden", "float32", 48),
     (TALL, "logprobs", "", "float32", 16),
     (TALL, "logprobs", "hidden weight", "bfloat16", 8),
+    (FEW, "sft", "hidden", "bfloat16", 16),
+    (FEW, "logprobs", "", "bfloat16", 16),
+    (FEW, "dpo", "hidden weight", "bfloat16", 16),
     (WIDE, "sft", "hidden", "float32", 8),
     (WIDE, "logprobs", "hidden", "float32", 8),
     (WIDE, "logprobs", "hidden weight", "float32", 8),

@@ -86,12 +86,13 @@ def test_a_bias_or_lora_costs_no_weight_gradient():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 def test_workspace_is_kept(device: str):
-    """The limit, and a tile of 64 columns, than which none is narrower."""
+    """The limit, and a tile of 64 columns, than which none is narrower, with a copy of the weight's."""
     pick = random.Random(0)
     seen = set()
     for _ in range(5000):
         rows, itemsize = pick.choice([1, 7, 100, 500, 2000, 100_000]), pick.choice([2, 4, 8])
         workspace = pick.choice([None, int(2 ** pick.uniform(8, 33))])
+        width, weight_itemsize = pick.choice([1, 64, 1024, 4096]), pick.choice([0, 0, 4])
         made = plan(
             rows,
             (pick.random() < 0.7, pick.random() < 0.6),
@@ -104,11 +105,14 @@ def test_workspace_is_kept(device: str):
             plain=pick.random() < 0.5,
             sparse=pick.random() < 0.5,
             lends=pick.random() < 0.5,
-            width=pick.choice([1, 64, 1024, 4096]),
+            width=width,
+            weight_itemsize=weight_itemsize,
             largest_unit=pick.choice([1, 50, 3000]),
         )
         limit = workspace or PROFILES.get(device, PROFILES["cuda"]).workspace
-        assert made.workspace <= limit + made.first_rows * min(64, made.vocab) * itemsize, (made, workspace)
+        narrowest = (made.first_rows * itemsize + width * weight_itemsize) * min(64, made.vocab)
+        assert made.workspace <= limit + narrowest, (made, workspace)
+        assert made.workspace >= made.tile_cols * width * weight_itemsize
         assert 1 <= made.chunk_rows <= made.first_rows <= max(rows, 1) and 1 <= made.tile_cols <= made.vocab
         seen.add(made.schedule)
     assert seen == {"forward", "online", "frozen", "keep", "one pass", "recompute"}
