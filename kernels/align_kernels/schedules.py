@@ -156,8 +156,25 @@ class Grads:
             (self.lora_A, head.lora_A),
             (self.lora_B, head.lora_B),
         ):
-            out.append(None if grad is None or of is None else grad.to(of.dtype))
+            out.append(None if grad is None or of is None else _narrowed(grad, of.dtype))
         return out
+
+
+def _narrowed(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sums` in a dtype that may be half as wide, then in its own memory: no second one, no fresh pages.
+
+    Blocks double: the elements i .. 2i lie in bytes 4i .. 8i and go to 2i .. 4i, whose own were moved before.
+    """
+    if sums.dtype.itemsize != 2 * dtype.itemsize or sums.numel() == 0:
+        return sums.to(dtype)
+    flat = sums.view(-1)
+    out, end = flat.view(dtype)[: len(flat)], min(len(flat), 4096)
+    out[:end] = flat[:end].to(dtype)
+    while end < len(flat):
+        block = slice(end, 2 * end)
+        out[block].copy_(flat[block])
+        end *= 2
+    return out.view(sums.shape)
 
 
 class Runner:
