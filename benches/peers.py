@@ -210,6 +210,7 @@ def narrow(shape: int, seconds: float) -> None:
     """Hidden states and weight in bfloat16, beside float32; beside eager bfloat16 on few rows: it takes minutes."""
     few = (FEW_ROWS, *SHAPES[shape][1:])
     for trained in (True, False):
+        head = "trained" if trained else "frozen"
         wide, half = Case(SHAPES[shape], trained), Case(SHAPES[shape], trained, torch.bfloat16)
         short = Case(few, trained, torch.bfloat16)
         pairs = {
@@ -220,7 +221,6 @@ def narrow(shape: int, seconds: float) -> None:
             base()
             other()
             f = beside(base, {name: other}, seconds)[name]
-            head = "trained" if trained else "frozen"
             print(f"{name}, head {head}: {f['ratio']:.2f} ({f['seconds']:.3f} s, {f['base']:.3f} s)", flush=True)
 
 
@@ -242,7 +242,7 @@ def table(shape: int, trained: bool, seconds: float, skip: tuple[str, ...]) -> d
         "trained": trained,
         "figures": figures,
         "plan": str(explain(case.hidden, case.weight, case.targets, loss="dpo")),
-        "memory_mb": {m: measure_memory(shape, m) for m in (OURS, *PEERS) if m not in skip} if trained else {},
+        "memory_mb": {m: measure_memory(shape, m) for m in METHODS if m not in skip} if trained else {},
     }
 
 

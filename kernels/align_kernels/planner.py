@@ -68,7 +68,7 @@ class Plan:
     chunk_rows: int
     first_rows: int  # of the first chunk, more than chunk_rows where dW lends its memory
     tile_cols: int
-    workspace: int  # bytes that the kept logits, the scratch tile and a weight's copy of its columns take
+    workspace: int  # bytes that the kept logits, the scratch tile and the copy of its weight take
     passes: int  # GEMMs over (rows, vocab, width)
     why: str
     compact: bool = False  # the backward may take fewer columns: see compaction.py
@@ -213,7 +213,7 @@ def plan(
         return Plan("forward", backend, rows, vocab, width, chunk, chunk, vocab, taken, 1, why, on_chip=True)
     once = 1 + needs_input + needs_weight  # GEMMs when no logits are made twice
     beside = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, rows)) if drop_mass > 0 else 0  # a compacted block, in rows
-    # the rest holds the gradient of a wide tile, or the weight's copy of its columns
+    # the rest holds the gradient of a wide tile, or the copy of its weight
     most = limit - limit // 4 if gradient_itemsize else limit - limit // 8 if copied else limit
     room = max(most // per_row - beside, 0)  # rows of logits that may be kept
     least = profile.min_rows if needs_head else profile.min_rows // 2
