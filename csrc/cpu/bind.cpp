@@ -71,15 +71,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "product",
-      [](uintptr_t a, std::pair<int64_t, int64_t> a_strides, uintptr_t b, std::pair<int64_t, int64_t> b_strides,
-         uintptr_t c, int64_t stride, int64_t m, int64_t n, int64_t k, bool add, int threads) {
-        product({{at<float>(a), a_strides.first, a_strides.second}, {at<float>(b), b_strides.first, b_strides.second},
-                 at<float>(c), stride, m, n, k, add},
+      [](uintptr_t a, int a_dtype, std::pair<int64_t, int64_t> a_strides, uintptr_t b, int b_dtype,
+         std::pair<int64_t, int64_t> b_strides, uintptr_t c, int64_t stride, int64_t m, int64_t n, int64_t k, bool add,
+         int threads) {
+        product({{at<void>(a), Storage(a_dtype), a_strides.first, a_strides.second},
+                 {at<void>(b), Storage(b_dtype), b_strides.first, b_strides.second}, at<float>(c), stride, m, n, k, add},
                 threads);
       },
-      "C [m, n] (+)= A [m, k] B [k, n] in float32.", py::arg("a"), py::arg("a_strides"), py::arg("b"),
-      py::arg("b_strides"), py::arg("c"), py::arg("stride"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("add"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      "C [m, n] (+)= A [m, k] B [k, n] in float32.", py::arg("a"), py::arg("a_dtype"), py::arg("a_strides"),
+      py::arg("b"), py::arg("b_dtype"), py::arg("b_strides"), py::arg("c"), py::arg("stride"),
+      py::arg("m"), py::arg("n"), py::arg("k"), py::arg("add"), py::arg("threads"),
+      py::call_guard<py::gil_scoped_release>());
   m.def("product_advised", &product_advised, "Whether `product` was measured faster than torch.mm on such a machine.");
 
   m.def("isa", &isa_name, "The instruction set in use.");

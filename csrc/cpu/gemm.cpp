@@ -11,9 +11,10 @@
 namespace align {
 namespace {
 
-void check(const char* name, const float* data, int64_t rows, int64_t cols, int64_t row, int64_t col) {
-  check_pointer(name, data, sizeof *data);
-  require(row >= 0 && col >= 0, name, " [", rows, ", ", cols, "] must have strides >= 0, got ", row, ", ", col);
+void check(const char* name, const Matrix& x, int64_t rows, int64_t cols) {
+  check_storage(name, x.storage);
+  check_pointer(name, x.data, size_of(x.storage));
+  require(x.row >= 0 && x.col >= 0, name, " [", rows, ", ", cols, "] must have strides >= 0, got ", x.row, ", ", x.col);
 }
 
 #ifdef __x86_64__
@@ -59,9 +60,9 @@ void product(const Product& p, int threads) {
   require(threads >= 1, "threads must be >= 1, got ", threads);
   require(p.m >= 0 && p.n >= 0 && p.k >= 1, "sizes must be >= 0, k >= 1, got ", p.m, ", ", p.n, ", ", p.k);
   if (p.m == 0 || p.n == 0) return;
-  check("a", p.a.data, p.m, p.k, p.a.row, p.a.col);
-  check("b", p.b.data, p.k, p.n, p.b.row, p.b.col);
-  check("c", p.c, p.m, p.n, p.stride, 1);
+  check("a", p.a, p.m, p.k);
+  check("b", p.b, p.k, p.n);
+  check_pointer("c", p.c, sizeof *p.c);
   require(p.m == 1 || p.stride >= p.n, "c must have a row stride >= its columns");
 
   // a slice of C for each thread: packing an element costs about as much as forty of its products
@@ -80,7 +81,7 @@ void product(const Product& p, int threads) {
   for (int64_t item = 0; item < items; item++) {
     const int64_t i = item / across * height, j = item % across * width;
     Product part = p;
-    part.a.data += i * p.a.row, part.b.data += j * p.b.col, part.c += i * p.stride + j;
+    part.a = p.a.from(i, 0), part.b = p.b.from(0, j), part.c += i * p.stride + j;
     part.m = std::min(height, p.m - i), part.n = std::min(width, p.n - j);
     product_avx2(part, packed + item * each);
   }

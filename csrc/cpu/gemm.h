@@ -3,12 +3,20 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "storage.h"
+
 namespace align {
 
-// C [m, n] with rows `stride` apart; A [m, k] and B [k, n] with an element every `row` and `col` numbers.
+// C [m, n] with rows `stride` apart; A [m, k] and B [k, n] with an element every `row` and `col` numbers. bfloat16 is
+// widened where it is packed: no copy is made first.
 struct Matrix {
-  const float* data;
+  const void* data;
+  Storage storage;
   int64_t row, col;
+
+  Matrix from(int64_t i, int64_t j) const {
+    return {static_cast<const char*>(data) + (i * row + j * col) * size_of(storage), storage, row, col};
+  }
 };
 struct Product {
   Matrix a, b;

@@ -12,6 +12,21 @@ constexpr int64_t W = 8;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+typedef uint16_t Bf16;
+
+float widen(float x) { return x; }
+float widen(Bf16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float wide;
+  memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+__m256 load(const float* p) { return _mm256_loadu_ps(p); }
+__m256 load(const Bf16* p) {
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+
 void transpose(__m256 (&x)[8]) {
   __m256 t[8], u[8];
   for (int i = 0; i < 4; i++) {
@@ -30,42 +45,57 @@ void transpose(__m256 (&x)[8]) {
   }
 }
 
+template <int64_t kSize, class T>
+void copy(float* out, const T* in) {
+  for (int64_t i = 0; i < kSize; i++) out[i] = widen(in[i]);
+}
+
 // `count` <= kSize vectors of `depth` elements, one every `across` and an element every `along`, as [depth][kSize] with
 // zeros for what is missing. Writes up to 2 numbers more.
-template <int64_t kSize>
-void pack(float* out, const float* in, int64_t across, int64_t along, int64_t count, int64_t depth) {
+template <int64_t kSize, class T>
+void pack(float* out, const T* in, int64_t across, int64_t along, int64_t count, int64_t depth) {
   int64_t k = 0;
   if (count == kSize && along == 1) {
     for (; k + 2 * W <= depth; k += 2 * W)
       for (int64_t part = 0; part < kSize; part += W)
         for (int64_t half = k; half < k + 2 * W; half += W) {  // a line of memory is read once
           __m256 x[8];
-          for (int64_t i = 0; i < W; i++) x[i] = _mm256_loadu_ps(in + least(part + i, kSize - 1) * across + half);
+          for (int64_t i = 0; i < W; i++) x[i] = load(in + least(part + i, kSize - 1) * across + half);
           transpose(x);  // six are stored as eight: the next ones, or the next panel, overwrite two
           for (int64_t i = 0; i < W; i++) _mm256_storeu_ps(out + (half + i) * kSize + part, x[i]);
         }
   } else if (count == kSize && across == 1) {
-    for (; k < depth; k++) memcpy(out + k * kSize, in + k * along, kSize * sizeof *out);
+    for (; k < depth; k++) copy<kSize>(out + k * kSize, in + k * along);
   }
   for (; k < depth; k++)
-    for (int64_t i = 0; i < kSize; i++) out[k * kSize + i] = i < count ? in[i * across + k * along] : 0.0f;
+    for (int64_t i = 0; i < kSize; i++) out[k * kSize + i] = i < count ? widen(in[i * across + k * along]) : 0.0f;
+}
+
+// Panels of A [m][depth], one below the other.
+template <class T>
+void pack_a(float* out, const Matrix& a, int64_t m, int64_t depth) {
+  const T* data = static_cast<const T*>(a.data);
+  for (int64_t i = 0; i < m; i += kTile)
+    pack<kTile>(out + i * depth, data + i * a.row, a.row, a.col, least(kTile, m - i), depth);
 }
 
 // Panels of B [depth][n], side by side.
+template <class T>
 void pack_b(float* out, const Matrix& b, int64_t n, int64_t depth) {
+  const T* data = static_cast<const T*>(b.data);
   constexpr int64_t kPanels = 4, kAhead = 8;  // rows of several panels at once: fewer pages in turn
   int64_t j = 0;
   if (b.col == 1)
     for (; j + kPanels * kTileWide <= n; j += kPanels * kTileWide)
       for (int64_t k = 0; k < depth; k++) {
-        const float* row = b.data + k * b.row + j;
+        const T* row = data + k * b.row + j;
         for (int64_t g = 0; g < kPanels * kTileWide; g += kTileWide) {
           _mm_prefetch(reinterpret_cast<const char*>(row + kAhead * b.row + g), _MM_HINT_T0);
-          memcpy(out + (j + g) * depth + k * kTileWide, row + g, kTileWide * sizeof *out);
+          copy<kTileWide>(out + (j + g) * depth + k * kTileWide, row + g);
         }
       }
   for (; j < n; j += kTileWide)
-    pack<kTileWide>(out + j * depth, b.data + j * b.col, b.col, b.row, least(kTileWide, n - j), depth);
+    pack<kTileWide>(out + j * depth, data + j * b.col, b.col, b.row, least(kTileWide, n - j), depth);
 }
 
 // c [6, 16] (+)= a [depth][6] b [depth][16]
@@ -113,17 +143,17 @@ void tile_at_the_edge(const float* a, const float* b, int64_t depth, float* c, i
 
 void product_avx2(const Product& p, float* packed) {
   float *packed_b = packed, *packed_a = packed + packed_size(p.n) - packed_size(0);
+  const auto panels_a = p.a.storage == Storage::f32 ? pack_a<float> : pack_a<Bf16>;
+  const auto panels_b = p.b.storage == Storage::f32 ? pack_b<float> : pack_b<Bf16>;
   for (int64_t j0 = 0; j0 < p.n; j0 += kWide) {
     const int64_t n = least(kWide, p.n - j0);
     for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
       const int64_t depth = least(kDepth, p.k - k0);
       const bool add = p.add || k0 > 0;
-      pack_b(packed_b, {p.b.data + k0 * p.b.row + j0 * p.b.col, p.b.row, p.b.col}, n, depth);
+      panels_b(packed_b, p.b.from(k0, j0), n, depth);
       for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {
         const int64_t m = least(kTall, p.m - i0);
-        for (int64_t i = 0; i < m; i += kTile)
-          pack<kTile>(packed_a + i * depth, p.a.data + (i0 + i) * p.a.row + k0 * p.a.col, p.a.row, p.a.col,
-                      least(kTile, m - i), depth);
+        panels_a(packed_a, p.a.from(i0, k0), m, depth);
         for (int64_t j = 0; j < n; j += kTileWide)
           for (int64_t i = 0; i < m; i += kTile) {
             float* c = p.c + (i0 + i) * p.stride + j0 + j;

@@ -57,13 +57,6 @@ class FlushDenormals {
 };
 
 // -- checks ----------------------------------------------------------------------------------------------------------
-int64_t size_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
-
-void check_storage(const char* name, Storage storage) {
-  require(storage == Storage::f32 || storage == Storage::bf16, name,
-          " dtype code must be 0 (float32) or 1 (bfloat16), got ", int(storage));
-}
-
 template <class... Where>
 void check_temperature(double temperature, const Where&... where) {
   require(std::isfinite(temperature) && temperature > 0, "temperature must be finite and > 0, got ", temperature,
@@ -180,6 +173,11 @@ int64_t blocks_of(const Logits& in) { return (in.cols + kBlock - 1) / kBlock; }
 }
 
 }  // namespace
+
+void check_storage(const char* name, Storage storage) {
+  require(storage == Storage::f32 || storage == Storage::bf16, name,
+          " dtype code must be 0 (float32) or 1 (bfloat16), got ", int(storage));
+}
 
 void forward(const Logits& in, State* state, int threads) {
   if (!check(in, state, threads)) return;

@@ -4,9 +4,9 @@
 #pragma once
 #include <cstdint>
 
-namespace align {
+#include "storage.h"
 
-enum class Storage : int { f32 = 0, bf16 = 1 };
+namespace align {
 
 // What has been seen of one row's softmax: a row of the float64 [n, 8] state tensor.
 struct State {

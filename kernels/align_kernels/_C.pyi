@@ -41,8 +41,10 @@ def set_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...
 def product(
     a: int,
+    a_dtype: int,
     a_strides: tuple[int, ...],
     b: int,
+    b_dtype: int,
     b_strides: tuple[int, ...],
     c: int,
     stride: int,

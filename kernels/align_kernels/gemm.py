@@ -11,8 +11,8 @@ from align_kernels.head import Head
 def gemm_dtype(head: Head) -> torch.dtype:
     """The dtype in which logits are made.
 
-    The wider of hidden and weight. A CPU has no GEMM with narrow inputs and a float32 output, so 16-bit storage is
-    widened tile by tile there.
+    The wider of hidden and weight. torch has no GEMM with narrow inputs and a float32 output for a CPU, so 16-bit
+    storage is widened there: tile by tile, or where the backend's own product packs it.
     """
     dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
     return torch.promote_types(dtype, torch.float32) if head.weight.device.type == "cpu" else dtype

@@ -141,7 +141,7 @@ def plan(
         rows, vocab, width: N kept rows, V columns on this rank, D.
         itemsize: bytes of one logit as it is kept.
         gradient_itemsize: bytes of a logit's gradient, 0 where it has the logit's dtype and may take its place.
-        weight_itemsize: bytes an element of the weight's copy, made tile by tile; 0: it has the products' dtype.
+        weight_itemsize: bytes an element of the weight's copy, made tile by tile; 0: products read it as it lies.
         on_chip: bytes of statistics per logit of a forward that writes no logits; 0: there is none here.
         tiles_because: why there is none, where the backend has one.
         own_gemm: the backend's matrix products of this size are faster than torch's on this machine.

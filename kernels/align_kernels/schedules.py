@@ -205,6 +205,10 @@ class Runner:
         on_chip, tiles_because = _on_chip(self.backend, head, needs)
         if on_chip:  # no CPU stands behind it whose GEMMs want wider inputs
             self.dtype = head.weight.dtype
+        own_gemm = hasattr(self.backend, "has_product") and self.backend.has_product(
+            self.dtype, len(kept), widest, head.weight.shape[1]
+        )
+        self.casts_weight = head.weight.dtype != self.dtype and not (own_gemm and self.backend.reads(head.weight.dtype))
         # an entropy that may be asked for late is made again then
         plain = settings.clamp is None and settings.transform.softcap is None and not (needs.bias or entropy)
         self.plan = plan(
@@ -213,13 +217,12 @@ class Runner:
             width=head.weight.shape[1],
             itemsize=self.logits_dtype.itemsize,
             gradient_itemsize=0 if self.dtype == self.logits_dtype else self.dtype.itemsize,
-            weight_itemsize=0 if self.dtype == head.weight.dtype else self.dtype.itemsize,
+            weight_itemsize=self.dtype.itemsize if self.casts_weight else 0,
             on_chip=on_chip,
             tiles_because=tiles_because,
             device=head.weight.device.type,
             backend=name,
-            own_gemm=hasattr(self.backend, "has_product")
-            and self.backend.has_product(self.dtype, len(kept), widest, head.weight.shape[1]),
+            own_gemm=own_gemm,
             workspace=settings.workspace,
             needs_input=needs.hidden,
             needs_head=needs.head,
@@ -316,8 +319,9 @@ class Runner:
         return self._tiles[dtype][: n * columns].view(n, columns)
 
     def weight(self, columns: slice | Tensor) -> Tensor:
+        """Rows of the weight, in a dtype that `product` takes."""
         w = self.head.weight[columns]
-        if w.dtype == self.dtype:
+        if not self.casts_weight:
             return w
         if self._w is None:
             self._w = self.empty(self.plan.tile_cols, w.shape[1])

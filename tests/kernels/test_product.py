@@ -18,21 +18,32 @@ if cpu.why_not(torch.device("cpu"), torch.float32) or "avx2" not in cpu._C.avail
 EPSILON = 2.0**-24
 
 
-def matrix(rows: int, cols: int, layout: str, rng: torch.Generator) -> Tensor:
+def matrix(rows: int, cols: int, layout: str, rng: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
     """A view into memory that is NaN elsewhere."""
     shape = (cols, rows) if layout == "columns" else (rows, cols)
-    wide = torch.full((shape[0] + 2, shape[1] + 5), torch.nan)
-    wide[1:-1, 2:-3] = torch.randn(*shape, generator=rng)
+    wide = torch.full((shape[0] + 2, shape[1] + 5), torch.nan, dtype=dtype)
+    wide[1:-1, 2:-3] = torch.randn(*shape, generator=rng).to(dtype)
     x = wide[1:-1, 2:-3]
     if layout == "strided":
-        x = torch.full((rows, 2 * cols), torch.nan)[:, ::2].copy_(x)
+        x = torch.full((rows, 2 * cols), torch.nan, dtype=dtype)[:, ::2].copy_(x)
     return x.T if layout == "columns" else x
 
 
-def multiply(m: int, n: int, k: int, add: bool, a_layout: str = "rows", b_layout: str = "rows") -> Tensor:
+FLOATS = (torch.float32, torch.float32)
+
+
+def multiply(
+    m: int,
+    n: int,
+    k: int,
+    add: bool,
+    a_layout: str = "rows",
+    b_layout: str = "rows",
+    dtypes: tuple[torch.dtype, torch.dtype] = FLOATS,
+) -> Tensor:
     """The product, checked: error within that of a float32 sum, and nothing written beside `out`."""
     rng = torch.Generator().manual_seed(m + 7 * n + 31 * k)
-    a, b = matrix(m, k, a_layout, rng), matrix(k, n, b_layout, rng)
+    a, b = matrix(m, k, a_layout, rng, dtypes[0]), matrix(k, n, b_layout, rng, dtypes[1])
     frame = torch.full((m + 2, n + 9), 7.0)
     out = frame[1:-1, 4:-5]
     out.copy_(torch.randn(m, n, generator=rng) if add else torch.full((m, n), torch.nan))
@@ -49,17 +60,35 @@ def multiply(m: int, n: int, k: int, add: bool, a_layout: str = "rows", b_layout
 EDGES = (1, 5, 6, 7, 15, 16, 17, 97)
 
 
+MIXED = [FLOATS, (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtypes", MIXED)
 @pytest.mark.parametrize(("a_layout", "b_layout"), list(itertools.product(("rows", "columns", "strided"), repeat=2)))
-def test_layouts_and_edges(a_layout: str, b_layout: str, add: bool):
+def test_layouts_and_edges(a_layout: str, b_layout: str, dtypes: tuple[torch.dtype, torch.dtype], add: bool):
     for m, n in itertools.product(EDGES, (1, 16, 33, 71)):
-        multiply(m, n, 37, add, a_layout, b_layout)
+        multiply(m, n, 37, add, a_layout, b_layout, dtypes)
 
 
 @pytest.mark.parametrize("shape", [(200, 1100, 400), (100, 2050, 769), (1, 1, 5000), (97, 64, 384), (7, 1024, 385)])
 @pytest.mark.parametrize("layouts", [("rows", "columns"), ("rows", "rows"), ("columns", "rows")])
-def test_more_than_one_block(shape: tuple[int, int, int], layouts: tuple[str, str]):
-    multiply(*shape, True, *layouts)
+@pytest.mark.parametrize("dtypes", MIXED)
+def test_more_than_one_block(
+    shape: tuple[int, int, int], layouts: tuple[str, str], dtypes: tuple[torch.dtype, torch.dtype]
+):
+    multiply(*shape, True, *layouts, dtypes)
+
+
+def test_bfloat16_is_read_as_the_float32_that_it_is():
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(99, 401, generator=rng).bfloat16(), torch.randn(401, 203, generator=rng).bfloat16()
+    b[:4, 7] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0]).bfloat16()
+    b[5, 8], b[6, 9] = torch.finfo(torch.bfloat16).max, 2.0**-133  # a denormal
+    found, want = torch.empty(99, 203), torch.empty(99, 203)
+    cpu.product(found, a, b, False)
+    cpu.product(want, a.float(), b.float(), False)
+    assert torch.equal(found.nan_to_num(-1.0), want.nan_to_num(-1.0)) and found[:, 7].isnan().all()
 
 
 def test_threads_change_no_bit():
@@ -94,7 +123,8 @@ def test_nothing_to_do():
     ("out", "a", "b", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(5, 3), "do not fit together"),
-        (torch.zeros(2, 3), torch.zeros(2, 4).double(), torch.zeros(4, 3), "a must be a float32 matrix"),
+        (torch.zeros(2, 3), torch.zeros(2, 4).double(), torch.zeros(4, 3), "a must be a float32 or bfloat16 matrix"),
+        (torch.zeros(2, 3).bfloat16(), torch.zeros(2, 4), torch.zeros(4, 3), "out must be a float32 matrix"),
         (torch.zeros(3, 2).T, torch.zeros(2, 4), torch.zeros(4, 3), "out must have unit column stride"),
         (torch.zeros(2, 3), torch.zeros(2, 0), torch.zeros(0, 3), "k >= 1"),
     ],
@@ -139,6 +169,30 @@ def test_schedules_on_it_give_the_same_gradients_and_flops(train: bool, monkeypa
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
+    """Also by the few rows that dropping zero coefficients leaves, and the last columns of V = 1000."""
+
+    def grads(own: bool, kept: int) -> list[Tensor]:
+        monkeypatch.setattr(cpu, "_ADVISED", own)
+        rng = torch.Generator().manual_seed(5)
+        hidden = torch.randn(B * T, D, generator=rng).requires_grad_()
+        weight = (torch.randn(V, D, generator=rng) * 0.2).bfloat16().requires_grad_(train)
+        targets = torch.randint(0, V, (B * T,), generator=rng)
+        out = linear_logprobs(hidden, weight, targets, impl="cpu")
+        (out.logp[:kept].sum() + out.entropy[:kept].sum()).backward()
+        return [x.grad for x in (hidden, weight) if x.grad is not None]
+
+    read, product = [], cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *args: read.append(args[2].dtype) or product(*args))
+    for kept in (B * T, 3):
+        read.clear()
+        found = grads(True, kept)
+        assert read.count(torch.bfloat16) >= 2  # logits and dX
+        for a, b in zip(found, grads(False, kept), strict=True):
+            assert (a - b).abs().max() <= (2e-6 if a.dtype == torch.float32 else 2**-8) * b.abs().max()
+
+
 def test_only_large_float32_products_are_taken(monkeypatch):
     monkeypatch.setattr(cpu, "_ADVISED", True)
     a, b = torch.zeros(64, 70), torch.zeros(70, 64)
@@ -146,5 +200,6 @@ def test_only_large_float32_products_are_taken(monkeypatch):
     assert not cpu.takes_product(torch.zeros(64, 64).T, a, b)
     assert not cpu.takes_product(torch.zeros(63, 64), a[:63], b)
     assert not cpu.takes_product(torch.zeros(64, 64).double(), a.double(), b.double())
+    assert cpu.takes_product(torch.zeros(63, 64), a[:63], b.bfloat16())  # torch.mm takes no two dtypes
     monkeypatch.setattr(cpu, "_ADVISED", False)
     assert not cpu.takes_product(torch.zeros(64, 64), a, b)

@@ -164,6 +164,11 @@ def peaks(
 LEAST = 64  # rows, columns and depth of a product that `product` takes
 
 
+def reads(dtype: torch.dtype) -> bool:
+    """Whether `product` takes matrices of this dtype as they lie."""
+    return dtype in _CODES
+
+
 def has_product(dtype: torch.dtype, *sizes: int) -> bool:
     """Whether `product` serves this dtype and sizes, and was measured faster than torch.mm there: on AMD processors
     with AVX2 and without AVX-512."""
@@ -171,12 +176,13 @@ def has_product(dtype: torch.dtype, *sizes: int) -> bool:
 
 
 def takes_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether these are large enough, and laid out, for `product`."""
-    return has_product(out.dtype, *out.shape, len(b)) and a.dtype == out.dtype and out.stride(1) == 1
+    """Whether these are laid out for `product`, and so large that it is faster, or such as torch.mm does not take."""
+    sizes = (*out.shape, len(b)) if b.dtype == out.dtype else ()
+    return has_product(out.dtype, *sizes) and a.dtype == out.dtype and out.stride(1) == 1
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (m, n) (+)= a (m, k) @ b (k, n), float32, any strides of a and b.
+    """out (m, n) float32 (+)= a (m, k) @ b (k, n), each float32 or bfloat16 with any strides.
 
     torch counts it as any other matrix product (`torch.utils.flop_counter`).
 
@@ -195,9 +201,10 @@ _LIBRARY.define("product_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()")
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     if _MISSING is not None:
         raise RuntimeError(_MISSING)
-    for name, x in (("out", out), ("a", a), ("b", b)):
-        if x.dtype != torch.float32 or x.dim() != 2:
-            raise ValueError(f"{name} must be a float32 matrix, got {x.dtype} {tuple(x.shape)}")
+    for name, x, dtypes in (("out", out, {torch.float32: 0}), ("a", a, _CODES), ("b", b, _CODES)):
+        if x.dtype not in dtypes or x.dim() != 2:
+            allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ValueError(f"{name} must be a {allowed} matrix, got {x.dtype} {tuple(x.shape)}")
     if out.shape != (a.shape[0], b.shape[1]) or a.shape[1] != b.shape[0]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (out, a, b))
         raise ValueError(f"out (m, n), a (m, k) and b (k, n) do not fit together, got {shapes}")
@@ -205,8 +212,8 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         raise ValueError(f"out must have unit column stride, got strides {out.stride()}")
     (m, n), k = out.shape, a.shape[1]
     _C.product(
-        a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), out.data_ptr(), out.stride(0), m, n, k, add,
-        torch.get_num_threads(),
+        a.data_ptr(), _CODES[a.dtype], a.stride(), b.data_ptr(), _CODES[b.dtype], b.stride(), out.data_ptr(),
+        out.stride(0), m, n, k, add, torch.get_num_threads(),
     )  # fmt: skip
 
 
