@@ -15,6 +15,7 @@ from align_kernels.dtensor import local, local_head
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, flatten
 from align_kernels.schedules import Needs
+from align_kernels.sums import add_at
 
 
 class LogProbs(NamedTuple):
@@ -153,6 +154,6 @@ def sequence_logprobs(
                 f"logps of shape {tuple(logps.shape)}"
             )
         place = torch.repeat_interleave(torch.arange(len(lengths), device=logps.device), lengths)
-        total = values.new_zeros(len(lengths)).index_put((place,), values, accumulate=True)
-        count = torch.zeros_like(lengths, dtype=torch.int64).index_add(0, place, mask.long())
+        total = add_at(values.new_zeros(len(lengths)), place, values)
+        count = add_at(torch.zeros_like(lengths, dtype=torch.int64), place, mask.long())
     return total / count.clamp(min=1) if average else total

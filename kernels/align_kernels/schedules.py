@@ -20,6 +20,7 @@ from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.gemm import gemm_dtype, logits_dtype
 from align_kernels.head import Head, Settings
 from align_kernels.planner import lent_columns, plan
+from align_kernels.sums import add_at
 
 EMPTY_STATE = (-torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0)
 
@@ -136,7 +137,7 @@ class Grads:
         """Add one row x [m, D] and xa [m, R] at each of m columns, which may repeat."""
         for grad, rows in ((self.weight, x), (self.lora_B, xa)):
             if grad is not None and rows is not None:
-                grad.index_put_((columns,), rows.to(grad.dtype), accumulate=True)
+                add_at(grad, columns, rows.to(grad.dtype))
 
     def add_lora_A(self, dxb: Tensor, x: Tensor) -> None:
         """Add from dL/d(x @ lora_A.T) [m, R]."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import LOSSES, Level, Loss, Unit
+from align_kernels.sums import add_at
 
 
 def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
@@ -156,8 +157,7 @@ def unit_values(
 
     def total(x: Tensor) -> Tensor:
         assert ids is not None and place is not None
-        # sorted before it is summed on a GPU, so that a sum has one order; index_add has none there
-        return x.new_zeros(len(ids)).index_put((place,), x, accumulate=True)
+        return add_at(x.new_zeros(len(ids)), place, x)
 
     if place is not None:
         if loss.per != "token":

@@ -18,6 +18,7 @@ from align_kernels.losses.corrections import Sums, off_policy_keep, sampler_rati
 from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.ppo import RATIO_LIMIT, clip_surrogate
 from align_kernels.losses.registry import loss
+from align_kernels.sums import add_at
 
 Value = tuple[Tensor, dict[str, Tensor]]  # (n,) each
 LEAST_RATIO = math.log(1e-8)  # of VESPO's weights
@@ -197,7 +198,7 @@ def grpo(
 
     def total(x: Tensor) -> Tensor:
         assert sequence is not None and lengths is not None
-        return torch.zeros_like(lengths).index_put((sequence,), x, accumulate=True)[sequence]
+        return add_at(torch.zeros_like(lengths), sequence, x)[sequence]
 
     def length() -> Tensor:
         assert sequence is not None and lengths is not None
