@@ -131,8 +131,9 @@ def test_nothing_but_torch_numpy_and_the_standard_library():
     assert tops - set(sys.stdlib_module_names) <= {"torch", "numpy", "align_kernels", "triton"}
 
 
-def test_losses_import_torch_and_each_other_alone():
-    assert not offenders("losses", ("align_kernels",), ("align_kernels.losses",))
+def test_losses_import_torch_each_other_and_sums_alone():
+    assert not offenders("losses", ("align_kernels",), ("align_kernels.losses", "align_kernels.sums"))
+    assert {name.split(".")[0] for name in imports(PACKAGE / "sums.py")} == {"__future__", "torch"}
     tops = {name.split(".")[0] for file in (PACKAGE / "losses").glob("*.py") for name in imports(file)}
     assert tops - set(sys.stdlib_module_names) == {"torch", "align_kernels"}
 
