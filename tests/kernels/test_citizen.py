@@ -365,33 +365,32 @@ def dpo_twin(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 # -- determinism --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("impl", ["torch", "cpu"])
 def test_targets_that_many_rows_share_are_summed_in_one_order(impl: str):
-    """Some thousand rows of one dW row, on two threads: enough for torch to cut an `index_put_` in two."""
-    threads, found = torch.get_num_threads(), []
-    rng = torch.Generator().manual_seed(0)
+    """1200 x 128 numbers for 70 rows of dW: enough for torch to cut an `index_put_` in two."""
+    rng, found = torch.Generator().manual_seed(0), []
     hidden, weight = torch.randn(1200, 128, generator=rng), torch.randn(70, 128, generator=rng) * 0.1
     targets = torch.randint(0, 70, (1200,), generator=rng)
-    try:
-        torch.set_num_threads(2)
-        for _ in range(30):
-            w = weight.clone().requires_grad_()
-            sft_loss(hidden, w, targets, impl=impl).loss.backward()
-            found.append(w.grad)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in range(30):
+        w = weight.clone().requires_grad_()
+        sft_loss(hidden, w, targets, impl=impl).loss.backward()
+        found.append(w.grad)
     assert all(torch.equal(x, found[0]) for x in found)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_sums_of_long_sequences_have_one_order():
-    threads, rng = torch.get_num_threads(), torch.Generator().manual_seed(0)
-    logps = torch.randn(200_000, generator=rng)
-    try:
-        torch.set_num_threads(2)
-        edges = torch.tensor([0, 90_000, 200_000])
-        found = [sequence_logprobs(logps, cu_seqlens=edges) for _ in range(30)]
-    finally:
-        torch.set_num_threads(threads)
+    logps, edges = torch.randn(200_000, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 90_000, 200_000])
+    found = [sequence_logprobs(logps, cu_seqlens=edges) for _ in range(30)]
     assert all(torch.equal(x, found[0]) for x in found)
     want = torch.stack([x.double().sum() for x in logps.split([90_000, 110_000])])
     assert (found[0] - want).abs().max() < 0.05

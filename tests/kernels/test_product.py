@@ -193,7 +193,7 @@ def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
             assert (a - b).abs().max() <= (2e-6 if a.dtype == torch.float32 else 2**-8) * b.abs().max()
 
 
-def test_only_large_float32_products_are_taken(monkeypatch):
+def test_large_products_are_taken_and_those_of_two_dtypes(monkeypatch):
     monkeypatch.setattr(cpu, "_ADVISED", True)
     a, b = torch.zeros(64, 70), torch.zeros(70, 64)
     assert cpu.takes_product(torch.zeros(64, 64), a, b)
