@@ -1,29 +1,137 @@
-"""Python objects by name, for recipes."""
+"""Code that is not ours: found by name, and run so that its failures bear its name."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import hashlib
 import importlib
-import runpy
-from types import SimpleNamespace
+import importlib.util
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from align_engine.errors import BadInput
+from align_engine.errors import AlignError, BadInput
+
+OURS = str(Path(__file__).parent) + os.sep
+LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def load_object(spec: str, field: str) -> Any:
     """The object that `module:name` or `path/to/file.py:name` stands for; `field` of the recipe is for the message.
 
+    A file may import what lies beside it, as a script may; a module may lie in the current folder.
+
     Raises:
-        BadInput: not of this form, nothing to import there, or no such name in it.
+        BadInput: not of this form, nothing to import there, an error while it is imported (with file and line), or no
+            such name in it.
     """
-    module, colon, name = spec.rpartition(":")
-    if not colon:
-        raise BadInput(f"{field}: {spec!r} is not of the form module:name or file.py:name")
-    try:
-        in_file = module.endswith(".py")
-        loaded = SimpleNamespace(**runpy.run_path(module)) if in_file else importlib.import_module(module)
-    except (ImportError, FileNotFoundError) as error:
-        raise BadInput(f"{field}: cannot import {spec!r}: {error}") from error
+    place, _, name = spec.rpartition(":")
+    path = source_file(spec, field)
+    with foreign(f"{field}: cannot import {spec!r}", BadInput):
+        loaded = _run_file(path) if path is not None and place.endswith(".py") else importlib.import_module(place)
     if not hasattr(loaded, name):
-        raise BadInput(f"{field}: {module} has no {name!r}")
+        where = f"{place} ({path})" if path is not None and not place.endswith(".py") else place
+        raise BadInput(f"{field}: {where} has no {name!r}{_known(path)}")
     return getattr(loaded, name)
+
+
+def source_file(spec: str, field: str) -> Path | None:
+    """The file that `module:name` or `path/to/file.py:name` is read from; None for a module that has no source.
+
+    Raises:
+        BadInput: not of this form, or no such file or module.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name:
+        path = Path(spec.rstrip(":"))
+        if path.suffix == ".py" and path.is_file():
+            raise BadInput(f"{field}: {spec!r} names no function of the file: say {path}:NAME{_known(path)}")
+        raise BadInput(f"{field}: {spec!r} is not of the form module:name or file.py:name")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise BadInput(f"{field}: cannot import {spec!r}: no such file")
+        return Path(place)
+    if place in sys.modules:
+        file = getattr(sys.modules[place], "__file__", None)
+        return Path(file) if file else None
+    if (here := os.getcwd()) not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    importlib.invalidate_caches()
+    with foreign(f"{field}: cannot import {spec!r}", BadInput):
+        found = importlib.util.find_spec(place)  # runs the packages that it lies in
+    if found is None:
+        raise BadInput(f"{field}: cannot import {spec!r}: No module named {place!r}")
+    return Path(found.origin) if found.has_location and found.origin else None
+
+
+def _run_file(path: Path) -> ModuleType:
+    """The module that a file is, run once for each state of the file. Its name is nobody else's, so that it may be
+    called as a module of ours or of Python's library; under it dataclasses and pickle find it again."""
+    path = path.resolve()
+    state = hashlib.sha256(str(path).encode() + b"\0" + path.read_bytes()).hexdigest()[:12]
+    name = f"{path.stem}_{state}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a file whose name ends in .py"
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    folder = str(path.parent)
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(folder)
+    if folder not in sys.path:
+        sys.path.append(folder)  # behind everything else, for what its functions import later
+    return module
+
+
+def _known(path: Path | None) -> str:
+    """The functions and classes of a source file, for a message."""
+    try:
+        body = ast.parse(path.read_bytes()).body if path is not None else []
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    names = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    names = [name for name in names if not name.startswith("_")]
+    return f"; it has {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
+
+
+@contextlib.contextmanager
+def foreign(what: str, kind: type[AlignError]) -> Iterator[None]:
+    """Around code that is not ours: whatever it raises, SystemExit too, becomes an error of ours that names it, file
+    and line. Errors that are ours already pass, and so does Ctrl-C."""
+    try:
+        yield
+    except (AlignError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        text = error.msg if isinstance(error, SyntaxError) else str(error)
+        text = (text.strip() or "no message").splitlines()[0]
+        raise kind(f"{what}{_place(error)}: {type(error).__name__}: {text}") from error
+
+
+def _place(error: BaseException) -> str:
+    """ " (file line N)" of the user's own code: the deepest frame that is neither ours nor a library's, or else the
+    first one that is not ours."""
+    frames = [
+        (frame.filename, frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((OURS, "<frozen"))
+    ]
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).is_file():
+        frames.append((error.filename, error.lineno))
+    own = [place for place in frames if not place[0].startswith(LIBRARIES)]
+    for file, line in [*own[-1:], *frames[:1]][:1]:
+        here = os.path.relpath(file) if Path(file).is_relative_to(Path.cwd()) else file
+        return f" ({here} line {line})"
+    return ""

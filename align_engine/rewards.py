@@ -20,15 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from align_engine import fingerprint as fingerprints
 from align_engine import heads
 from align_engine.credit import nanstd
 from align_engine.data.batches import collate_sft
 from align_engine.data.encoder import Encoder
 from align_engine.data.formats import is_conversational
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import load_object
+from align_engine.importing import load_object, source_file
 from align_engine.policy import load_tokenizer
 from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.secrets import masked
 from align_engine.server import post_all
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
     from align_engine.checkpoint import RunFolder
 
-HUMAN = "human"
+HUMAN, ADDRESSES = "human", ("http://", "https://")
 HTTP_CHUNK = 16  # completions of one request to a scorer
 
 
@@ -76,14 +78,34 @@ def load_reward(spec: str, device: torch.device) -> Reward:
     """
     if spec == HUMAN:
         return Reward(HUMAN, human_scores)
-    if spec.startswith(("http://", "https://")):
+    if spec.startswith(ADDRESSES):
         return Reward("http", partial(_ask, spec))
-    if ":" not in spec:
+    if not is_function(spec):
         return Reward(Path(spec).name, reward_model(spec, device))
     function = load_object(spec, "reward_funcs")
     if not callable(function):
         raise BadInput(f"reward_funcs: {spec!r} is not a function")
     return Reward(spec.rpartition(":")[2], function)
+
+
+def fingerprint(spec: str) -> str:
+    """What tells whether one of the recipe's `reward_funcs` is still the same scorer: a hash of a function's source
+    file, or of a reward model's folder; "human" and addresses (their secrets masked) as they stand.
+
+    Raises:
+        BadInput: nothing of that name.
+    """
+    if spec == HUMAN or spec.startswith(ADDRESSES):
+        return masked(spec)
+    if not is_function(spec):
+        return fingerprints.of_model(spec)
+    path = source_file(spec, "reward_funcs")
+    return "no source" if path is None else fingerprints.of_file(path)
+
+
+def is_function(spec: str) -> bool:
+    """Whether a scorer is named as module:name or file.py:name, and not as the folder or hub name of a model."""
+    return not Path(spec).is_dir() and (":" in spec or spec.endswith(".py"))
 
 
 def score(rewards: Sequence[Reward], answers: dict[str, list[Any]]) -> Tensor:
