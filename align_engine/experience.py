@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align_engine import rewards as scoring
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_order
+from align_engine.data.fingerprint import content_hash
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps
@@ -87,6 +88,10 @@ class Prompts:
             self.server = server_sampler(self.tokenizer, self.settings, name, self.kind)
         self.scorers = [scoring.load_reward(spec, self.accelerator.device) for spec in self.settings.reward_funcs]
 
+    def fingerprint(self) -> str:
+        """Hash of the prompts' token ids, and of every column that scorers may read."""
+        return f"{content_hash(self.rows)}-{content_hash(self.columns)}"
+
     def sampler(self, model: Any) -> Sampler:
         """Of this model, or of the server that the recipe names."""
         return self.server or transformers_sampler(model, self.tokenizer, self.settings)
@@ -144,6 +149,10 @@ class Rollouts(Source):
         if learns:
             self.reference, engine.reference = engine.reference, None
             engine.accelerator.register_for_checkpointing(self)
+
+    def fingerprint(self) -> str:
+        """That of the prompts."""
+        return self.prompts.fingerprint()
 
     def window_rows(self, step: int) -> list[int]:
         """Numbers of the completions that a step sees, of this step's rollout."""

@@ -6,15 +6,15 @@ the epoch's permutation. It does not depend on how those three share it out.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from align_engine.data.batches import Batch, epoch_order, split_order
+from align_engine.data.fingerprint import content_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,23 +81,18 @@ class Source:
         return self.collate([dict(zip(columns, values)) for values in zip(*columns.values())])
 
     def fingerprint(self) -> str:
-        """Hash of the token ids of all rows, and of the numbers that they carry."""
-        digest = hashlib.sha256()
-        part: Any
-        for part in self.rows.with_format("arrow").iter(batch_size=10_000):
-            for name in sorted(part.column_names):
-                column = part[name].combine_chunks()
-                if name.endswith("_ids"):
-                    digest.update(np.asarray(column.value_lengths()).tobytes())
-                    digest.update(np.asarray(column.flatten()).tobytes())
-                elif name != "index":
-                    digest.update(np.asarray(column, dtype=np.float64).tobytes())
-        return digest.hexdigest()[:16]
+        """Hash of what is learnt from: the token ids of all rows, and the numbers that they carry."""
+        return content_hash(self.rows.remove_columns("index"))
 
 
 def endless_order(n: int, seed: int, place: int) -> int:
     """The number at `place` of an endless row of permutations of range(n)."""
-    return epoch_order(n, seed, place // n)[place % n]
+    return int(_permutation(n, seed, place // n)[place % n])
+
+
+@lru_cache(maxsize=2)  # places are asked one after the other: this epoch's, and the next one's at its end
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.array(epoch_order(n, seed, epoch))
 
 
 def total_steps(source: Source, epochs: float, max_steps: int) -> int:

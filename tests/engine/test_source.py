@@ -1,12 +1,25 @@
 """Rows per step, however they are shared out; sums and recipes."""
 
 import datasets
+import numpy as np
 import pytest
+import tiny
 import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer
 
-from align_engine.data.batches import collate_sft
+from align_engine import metrics
+from align_engine.checkpoint import RunFolder
+from align_engine.data.batches import collate_sft, epoch_order
+from align_engine.data.fingerprint import content_hash
+from align_engine.data.tokenize import prepare
+from align_engine.experience import Prompts
+from align_engine.iterate import write_pairs
 from align_engine.metrics import Sums
-from align_engine.source import Source, rows_seen, total_steps
+from align_engine.recipe import IterateRecipe
+from align_engine.rewards import Reward
+from align_engine.rollout import Completion
+from align_engine.source import Source, endless_order, rows_seen, total_steps
 
 
 def rows(count):
@@ -71,3 +84,75 @@ def test_sums_weigh_by_count_and_ignore_what_has_none():
     more.add("never", 1.0, 0)
     sums.merge(more)
     assert {name: float(value) for name, value in sums.means().items()} == {"loss": 3.0}
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_prompts_are_asked_in_the_order_of_numpys_permutations_each_made_once(count, monkeypatch):
+    made, real = [], epoch_order
+    monkeypatch.setattr("align_engine.source.epoch_order", lambda *of: made.append(of) or real(*of))
+    expected = [i for epoch in range(3) for i in np.random.default_rng([2**20 + 5, epoch]).permutation(count).tolist()]
+    assert [endless_order(count, 2**20 + 5, place) for place in range(3 * count)] == expected
+    assert made == [(count, 2**20 + 5, epoch) for epoch in range(3)]
+
+
+@pytest.fixture
+def asking(tmp_path):
+    """Prompts whose rows carry what no model reads: a text, a list, a picture's bytes."""
+    model = tiny.write_model(tmp_path / "model")
+    recipe = tiny.online(IterateRecipe, model, tmp_path / "rows.jsonl", tmp_path / "run", num_generations=2)
+
+    def made(**changes):
+        columns = {"prompt": ["w1", "w2", "w3"], "wanted": ["w4", None, "w6"], "seen": [[1], [], [2, 3]],
+                   "blob": [b"x", b"", b"y"]} | changes  # fmt: skip
+        rows = datasets.Dataset.from_dict(columns)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        prepared, _ = prepare(rows, tokenizer, "prompt")
+        return Prompts(prepared, rows, tokenizer, recipe, Accelerator(cpu=True), RunFolder(tmp_path / "run", {}))
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt": ["w1", "w2", "w5"]},
+        {"wanted": ["w4", "", "w6"]},
+        {"seen": [[1], [2], [3]]},
+        {"blob": [b"xy", b"", b""]},
+        {"more": [1.0, 2.0, 3.0]},
+    ],
+)
+def test_the_fingerprint_of_prompts_covers_every_column_that_a_scorer_may_read(change, asking):
+    assert asking().fingerprint() == asking().fingerprint()
+    assert asking(**change).fingerprint() != asking().fingerprint()
+
+
+def test_a_hash_of_rows_is_of_what_they_hold_wherever_it_lies():
+    whole = datasets.Dataset.from_dict({"a": [None, "x", "yz"], "b": [{"c": [1.5]}, None, {"c": None}]})
+    halves = datasets.concatenate_datasets([whole.select([0]), whole.select([1, 2])])
+    assert content_hash(halves) == content_hash(whole) == content_hash(whole.select([2, 1, 0]).select([2, 1, 0]))
+    assert content_hash(whole.select([0, 2, 1])) != content_hash(whole)
+
+
+def test_rounds_of_iterate_ask_the_next_prompts_and_pair_the_best_answer_with_the_worst(asking, monkeypatch):
+    prompts = asking()
+    said = iter(range(100))  # each completion is another one: w0, w1, ...
+
+    def sampler(prompts, seed):
+        return [Completion([(number := next(said)) + 2], torch.zeros(1), number % 2 == 0) for _ in prompts]
+
+    monkeypatch.setattr("align_engine.iterate.sampler_of", lambda *_: sampler)
+    prompts.scorers = [Reward("length", lambda completions, **_: [float(text[1:]) for text in completions])]
+    for number in (1, 2):
+        write_pairs(prompts, number, 2, "a model")
+    asked = [i for epoch in range(2) for i in np.random.default_rng([42, epoch]).permutation(3).tolist()][:4]
+    for number in (1, 2):
+        rows = metrics.read(prompts.folder.path / f"round-{number}" / "samples.jsonl")
+        first, second = asked[2 * number - 2 : 2 * number]
+        assert [row["prompt"] for row in rows] == [f"w{i + 1}" for i in (first, first, second, second)]
+        pairs = metrics.read(prompts.folder.path / f"round-{number}" / "pairs.jsonl")
+        answers = [4 * (number - 1) + i for i in range(4)]
+        assert [(row["chosen"], row["rejected"]) for row in pairs] == [
+            (f"w{answers[1]}", f"w{answers[0]}"),
+            (f"w{answers[3]}", f"w{answers[2]}"),
+        ]
