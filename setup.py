@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FILE_FLAGS["isa_avx2"] = FILE_FLAGS["gemm_avx2"] = ["-mavx2", "-mfma"]
     FILE_FLAGS["isa_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
+# What distributions harden their own packages with; the flags of the linker are GNU's and LLVM's.
+HARDENED = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]
+HARDENED_LINK = ["-Wl,-z,relro,-z,now,-z,noexecstack"] if sys.platform == "linux" else []
 # No kernel uses what an "a" architecture adds; plain code also runs on later chips of its family (of sm_100 on 10.3).
 # PTX of the first serves the rest.
 CUDA_ARCHS = ["80", "90", "100"]
@@ -49,7 +53,7 @@ class BuildExt(build_ext):
 
     def run(self) -> None:
         # of an earlier build: a wheel takes whatever lies there
-        for stale in Path(self.build_lib).glob("align_kernels/_cuda*"):
+        for stale in Path(self.build_lib).glob(f"align_kernels/_cuda*{sysconfig.get_config_var('EXT_SUFFIX')}"):
             stale.unlink()
         super().run()
 
@@ -121,9 +125,10 @@ extensions = [
             "-fno-trapping-math",
             "-fvisibility=hidden",
             "-Wno-psabi",
+            *HARDENED,
             *OPENMP,
         ],
-        extra_link_args=[*OPENMP, "-s"] if OPENMP else [],
+        extra_link_args=[*HARDENED_LINK, *OPENMP, "-s"] if OPENMP else [],
         language="c++",
         optional=True,
     )
@@ -136,8 +141,8 @@ if wants_cuda():
             depends=["csrc/require.h", *map(str, sorted(Path("csrc/cuda").glob("*.h")))],
             include_dirs=[pybind11.get_include()],
             libraries=["cudart_static", "rt", "pthread", "dl"],
-            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden"],
-            extra_link_args=["-s", "-Wl,--exclude-libs,ALL"],
+            extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", *HARDENED],
+            extra_link_args=["-s", "-Wl,--exclude-libs,ALL", *HARDENED_LINK],
             language="c++",
             optional=True,
         )

@@ -11,9 +11,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-from typing_extensions import dataclass_transform
+from typing import Any, Literal, TypeVar, dataclass_transform
 
 from align_engine.errors import BadInput
 

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,7 +137,7 @@ def machine(options: Options) -> dict[str, Any]:
             versions[name] = None
     device = "CPU, dry run: no figure means anything" if options.dry else torch.cuda.get_device_name()
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device,
         "command": " ".join(["python", *sys.argv]),
         "python": platform.python_version(),
