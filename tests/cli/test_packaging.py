@@ -1,0 +1,101 @@
+"""What is declared, what a source distribution and a wheel hold, and how the extensions are linked."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import struct
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import setuptools
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SHIPPED = ("align_engine", "kernels/align_kernels")
+
+
+def named(requirements: list[str]) -> set[str]:
+    return {re.split(r"[<>=!~\[; ]", text)[0].lower().replace("_", "-") for text in requirements}
+
+
+def imported(folder: Path) -> set[str]:
+    """Distributions of what the files of a folder import, the standard library and this project left out."""
+    names = set()
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(str(node.module).split(".")[0])
+    owners = importlib.metadata.packages_distributions()
+    foreign = names - set(sys.stdlib_module_names) - {"align_engine", "align_kernels"}
+    return {owners.get(name, [name])[0].lower().replace("_", "-") for name in foreign}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    needed, extras = named(PROJECT["project"]["dependencies"]), PROJECT["project"]["optional-dependencies"]
+    found = set().union(*(imported(ROOT / folder) for folder in SHIPPED))
+    assert found - needed == {"triton", "trl"}, "optional parts, each an extra of its own name"
+    assert needed - found == set()
+    assert {"triton", "trl"} <= extras.keys()
+
+
+def test_one_floor_of_python_everywhere():
+    floor = PROJECT["project"]["requires-python"].removeprefix(">=")
+    assert PROJECT["tool"]["ruff"]["target-version"] == "py" + floor.replace(".", "")
+    assert PROJECT["tool"]["pyright"]["pythonVersion"] == floor
+    assert f"Python {floor} or later" in (ROOT / "README.md").read_text()
+
+
+def test_a_source_distribution_holds_the_repository(tmp_path):
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
+        cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    listed = set((tmp_path / "align_engine.egg-info" / "SOURCES.txt").read_text().split())
+    wanted = {"README.md", "LICENSE", "Makefile", "constraints.txt", "setup.py", "pyproject.toml", "MANIFEST.in"}
+    for folder in (*SHIPPED, "csrc", "tests", "benches", "recipes", "examples", "docs"):
+        files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        wanted |= {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".so", ".pyc")}
+    assert wanted - listed == set()
+    assert not {name for name in listed if name.endswith((".so", ".pyc"))}
+
+
+def test_a_build_drops_the_cuda_extension_of_an_earlier_one_and_keeps_its_stub(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.chdir(ROOT)
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__name__": "setup"})
+    package = tmp_path / "align_kernels"
+    package.mkdir()
+    stale = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")
+    for name in (stale, "_cuda.pyi", "_C.pyi"):
+        (package / name).touch()
+    build = given["cmdclass"]["build_ext"](setuptools.Distribution())
+    build.build_lib = str(tmp_path)
+    build.run()
+    assert {path.name for path in package.iterdir()} == {"_cuda.pyi", "_C.pyi"}
+
+
+# -- of the linker's output ------------------------------------------------------------------------------------------
+PT_DYNAMIC, PT_GNU_STACK, PT_GNU_RELRO, DT_FLAGS, BIND_NOW = 2, 0x6474E551, 0x6474E552, 30, 8
+
+
+def test_extensions_are_linked_with_what_hardens_them():
+    """Symbols bound at load time, their table read-only then, no executable stack, a guard on stack frames."""
+    libraries = list((ROOT / "kernels" / "align_kernels").glob("_*.so")) if sys.platform == "linux" else []
+    for library in libraries:
+        data = library.read_bytes()
+        offset, size, count = struct.unpack_from("<Q", data, 32)[0], *struct.unpack_from("<HH", data, 54)
+        headers = [struct.unpack_from("<IIQQQQQQ", data, offset + i * size) for i in range(count)]
+        segments = {header[0]: header for header in headers}
+        _, _, start, _, _, length, _, _ = segments[PT_DYNAMIC]
+        tags = dict(struct.unpack_from("<QQ", data, at) for at in range(start, start + length, 16))
+        assert tags.get(DT_FLAGS, 0) & BIND_NOW, library.name
+        assert PT_GNU_RELRO in segments, library.name
+        assert not segments[PT_GNU_STACK][1] & 1, library.name
+        assert b"__stack_chk_fail" in data, library.name
