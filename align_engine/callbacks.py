@@ -44,7 +44,7 @@ class Callbacks:
             vars(self.state).update(kept["state"])
             for callback, attributes in zip(self.stateful, kept["callbacks"]):
                 vars(callback).update(attributes)
-            self.control.should_training_stop = kept["stopped"]
+            self.control.should_training_stop = kept["stopped"] and engine.progress.step < total
 
     def call(self, event: str, **more: Any) -> None:
         """Run one of transformers' events: on_train_begin, on_step_end, on_log, ..."""
@@ -57,7 +57,7 @@ class Callbacks:
 
     def _keep(self) -> None:
         """What must outlive the process goes where checkpoints find it."""
-        state = {name: getattr(self.state, name) for name in ("log_history", "best_metric", "best_global_step")}
+        state = {name: getattr(self.state, name) for name in ("best_metric", "best_global_step")}
         attributes = [callback.state()["attributes"] for callback in self.stateful]
         stopped = self.control.should_training_stop
         self.engine.progress.trainer = {"state": state, "callbacks": attributes, "stopped": stopped}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align_engine import recipe as recipes
+from align_engine import stops
 from align_engine.errors import AlignError, BadInput
 from align_engine.recipe import RECIPES
 
@@ -42,9 +43,10 @@ def _attempt(argv: Sequence[str] | None) -> int:
         print(USAGE.format(commands="\n".join(lines)))
         return 0 if arguments else 2
     try:
-        run(arguments[0], arguments[1:], own.recipe)
+        with stops.terminable():
+            run(arguments[0], arguments[1:], own.recipe)
     except KeyboardInterrupt:
-        return _complain("stopped; the same command goes on from the last checkpoint", 1)
+        return _complain("stopped before the run began; the same command starts it", 1)
     except Exception as error:
         if own.debug:
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from align_engine import heads
+from align_engine import heads, statefile, stops
 from align_engine.algorithms import Algorithm, gradient_limits, metric_weight
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
-from align_engine.errors import RunFailed
+from align_engine.errors import BadInput, RunFailed
 from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.metrics import Sums
 from align_engine.recipe import OnlineRecipe, Recipe
@@ -38,7 +39,8 @@ class Progress:
         return {**vars(self), "sums": self.sums.totals}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, sums=Sums(state["sums"]))
+        sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
+        vars(self).update(state, sums=Sums(sums))
 
 
 class Engine:
@@ -73,7 +75,8 @@ class Engine:
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
         )
-        accelerator.register_for_checkpointing(self.scheduler, self.progress)
+        # objects with state_dict and load_state_dict that go into checkpoints beside model and optimiser
+        self.kept: dict[str, Any] = {"scheduler": self.scheduler, "progress": self.progress}
         accelerator.register_save_state_pre_hook(drop_frozen)
         self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model
         self._sums = Sums()
@@ -146,12 +149,14 @@ class Engine:
         """Clip, check and take the optimiser step.
 
         Returns:
-            the sums of the window over all ranks; "num_tokens" in it is a plain sum.
+            the sums of the window over all ranks; "num_tokens" and "stop" (ranks that have been told to stop) in them
+            are plain sums.
         Raises:
             RunFailed: the loss or the gradient is not finite; the weights have not been touched.
         """
         limit = self.recipe.train.max_grad_norm or math.inf
         norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        self._sums.add("stop", float(stops.asked()), 1)
         sums, self._sums = self._sums.reduced(self.accelerator), Sums()
         loss, norm = sums.means()["loss"], float(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -185,20 +190,42 @@ class Engine:
 
     def save(self, folder: RunFolder) -> None:
         """Write a checkpoint of everything that the next step depends on."""
-        name = folder.checkpoint(self.progress.step).name
-        side = folder.written(name) if self.accelerator.is_main_process else contextlib.nullcontext()
-        with side as path:
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(path or folder.path / f"{name}.tmp"))
-            self.accelerator.wait_for_everyone()
-        self.accelerator.wait_for_everyone()
+        accelerator, name = self.accelerator, folder.checkpoint(self.progress.step).name
+        rank = accelerator.process_index
+        with folder.written(name) if accelerator.is_main_process else contextlib.nullcontext(folder.side(name)) as path:
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(path))
+            # accelerate goes on without these where they cannot be read, and they are pickles
+            (path / f"random_states_{rank}.pkl").unlink()
+            statefile.write(path / f"random-{rank}", statefile.random_states())
+            if accelerator.is_main_process:
+                statefile.write(path / "state", {name: one.state_dict() for name, one in self.kept.items()})
+            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
 
-    def restore(self, path: Path) -> None:
-        """Go back to a checkpoint."""
-        self.accelerator.load_state(str(path), strict=False)  # frozen weights are not in it
+    def restore(self, path: Path, folder: RunFolder) -> None:
+        """Go back to a checkpoint of the folder.
 
-    def save_model(self, folder: RunFolder, tokenizer: Any, name: str = "final") -> None:
-        """Write the trained model (or its adapter) and the tokenizer, for transformers (or peft) to load."""
+        Raises:
+            BadInput: something in it is missing or cannot be read.
+        """
+        folder.check_whole(path)
+        try:
+            self.accelerator.load_state(str(path), strict=False)  # frozen weights are not in it
+            state = statefile.read(path / "state")
+            for name, one in self.kept.items():
+                one.load_state_dict(state[name])
+            statefile.set_random_states(statefile.read(path / f"random-{self.accelerator.process_index}"))
+        except Exception as error:
+            first_line = (str(error).strip() or "no message").splitlines()[0]
+            raise BadInput(folder.without(path, f"{type(error).__name__}: {first_line}")) from error
+
+    def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
+        """Write the trained model (or its adapter) and the tokenizer to `final`, for transformers (or peft) to load."""
+        self.write_model(partial(folder.written, "final"), tokenizer)
+
+    def write_model(self, written: Callable[[], contextlib.AbstractContextManager[Path]], tokenizer: Any) -> None:
+        """The same to what `written` gives: a path, which takes its place at the end of the block."""
         state: Any = self.accelerator.get_state_dict(self.model)
         state = {name: value for name, value in state.items() if "value_head." not in name}
         # peft would put the whole embedding into an adapter of the head; the vocabulary never grows here
@@ -207,7 +234,7 @@ class Engine:
         if self.recipe.model.use_peft:
             options = {"save_embedding_layers": False, "selected_adapters": [model.active_adapter]}
         if self.accelerator.is_main_process:
-            with folder.written(name) as path:
+            with written() as path:
                 model.save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
         self.accelerator.wait_for_everyone()

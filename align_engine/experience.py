@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps
 from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
 from align_engine.server import kind_of_server, reload_weights, server_sampler
+from align_engine.server_weights import ServerWeights
 from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
@@ -86,6 +86,10 @@ class Prompts:
                 why = f"needs vLLM's log-probs, and {url}/v1/models does not say that vLLM owns the model"
                 raise BadInput(f"{corrects} = True {why}: set it to false, or give the address of vLLM itself")
             self.server = server_sampler(self.tokenizer, self.settings, name, self.kind)
+        self.server_weights: ServerWeights | None = None
+        if self.settings.server_weights:
+            self.server_weights = ServerWeights(self.settings.server_weights, self.recipe.model.model_name_or_path)
+            self.server_weights.check()
         self.scorers = [scoring.load_reward(spec, self.accelerator.device) for spec in self.settings.reward_funcs]
 
     def fingerprint(self) -> str:
@@ -148,7 +152,7 @@ class Rollouts(Source):
         self.engine, self.sampler = engine, self.prompts.sampler(engine.model)
         if learns:
             self.reference, engine.reference = engine.reference, None
-            engine.accelerator.register_for_checkpointing(self)
+            engine.kept["rollouts"] = self
 
     def fingerprint(self) -> str:
         """That of the prompts."""
@@ -205,9 +209,8 @@ class Rollouts(Source):
 
     def refresh_server(self) -> None:
         """Hand a server that samples the present policy."""
-        if self.settings.server_weights:
-            path = Path(self.settings.server_weights)
-            self.engine.save_model(RunFolder(path.parent, {}), self.prompts.tokenizer, path.name)
+        if (weights := self.prompts.server_weights) is not None:
+            self.engine.write_model(weights.written, self.prompts.tokenizer)
             if self.engine.accelerator.is_main_process:
                 reload_weights(self.settings, self.prompts.kind)
             self.engine.accelerator.wait_for_everyone()

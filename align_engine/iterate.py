@@ -15,15 +15,17 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 
-from align_engine import policy
+from align_engine import inputs, policy, stops
 from align_engine import recipe as recipes
 from align_engine.algorithms import ALGORITHMS
-from align_engine.checkpoint import RunFolder, remove
+from align_engine.checkpoint import RunFolder
 from align_engine.credit import best_versus_worst
 from align_engine.errors import BadInput, RunFailed
 from align_engine.experience import Prompts
@@ -49,15 +51,22 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
         BadInput: before anything is computed. RunFailed: later; what is there is whole.
     """
     recipes.check(recipe)
-    options, accelerator = recipe.iteration, make_accelerator(recipe)
+    inputs.check_outputs(recipe)
+    accelerator = make_accelerator(recipe)
     recipes.check(round_recipe(recipe, "model", Path("round-1"), 1))
-    folder, finished = open_folder("iterate", recipe, accelerator)
-    if finished:
-        return folder
+    with open_folder("iterate", recipe, accelerator) as (folder, finished):
+        if not finished:
+            all_rounds(recipe, accelerator, folder)
+    return folder
+
+
+def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolder) -> None:
+    """The rounds that are still to do, in a folder that is ours."""
+    options = recipe.iteration
     data, tokenizer = recipe.data, policy.load_tokenizer(recipe.model.model_name_or_path)
     rows = load_prepared(data.dataset_name, data.dataset_train_split, "prompt", recipe, tokenizer, accelerator)
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
-    begin(folder, recipe, accelerator, {})
+    begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"
     accelerator.print(f"reference {options.reference}: the model that {started} from")
     model = recipe.model.model_name_or_path
@@ -66,13 +75,14 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
         if not (here / "pairs.jsonl").exists():
             write_pairs(prompts, number, options.prompts_per_round or len(prompts.rows), model)
         accelerator.print(f"round {number} of {options.rounds}: {options.method} on {here / 'pairs.jsonl'}")
+        if accelerator.is_main_process:
+            folder.adopt(f"{here.name}/train")
         train(options.method, round_recipe(recipe, model, here, number))
         model = merge(model, here, folder, accelerator) if recipe.model.use_peft else str(here / "train" / "final")
     if accelerator.is_main_process:
         with folder.written("final") as path:
             shutil.copytree(model, path)
     finish(folder, "iterate", recipe, accelerator)
-    return folder
 
 
 def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> Recipe:
@@ -107,7 +117,16 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
     """
     accelerator, folder, size = prompts.accelerator, prompts.folder, prompts.settings.num_generations
     asked = prompts.asked(number - 1, count)
-    completions = prompts.answers(kept(sampler_of(prompts, model), folder, f"round-{number}/answers"), asked, number)
+    sampler = kept(sampler_of(prompts, model), folder, f"round-{number}/answers")
+    stopped = stops.Stopped(f"stopped in round {number}; the same command goes on inside it")
+    with stops.graceful(accelerator.print):
+        try:
+            with stops.breakable() if accelerator.num_processes == 1 else nullcontext():
+                completions = prompts.answers(sampler, asked, number)
+        except stops.StopNow as error:
+            raise stopped from error
+        if any(gather_object([stops.asked()])):
+            raise stopped
     accelerator.free_memory()
     judged = prompts.judge(asked, completions, size, number)
     pairs = best_versus_worst(judged.rewards, size)
@@ -131,7 +150,7 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
         ]  # fmt: skip
         folder.write_rows(f"round-{number}/samples.jsonl", [dict(zip(names, sample)) for sample in samples])
         folder.write_rows(f"round-{number}/pairs.jsonl", rows)
-        remove(folder.path / f"round-{number}" / "answers")
+        folder.discard(f"round-{number}/answers")
     accelerator.wait_for_everyone()
 
 
@@ -141,9 +160,9 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
     if not settings.server_base_url:
         model = policy.load_model(path, prompts.recipe.model)
         model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
-    elif settings.server_weights:
+    elif prompts.server_weights is not None:
         if accelerator.is_main_process:
-            shutil.copytree(path, settings.server_weights, dirs_exist_ok=True)
+            prompts.server_weights.copy(path)
             reload_weights(settings, prompts.kind)
         accelerator.wait_for_everyone()
     return prompts.sampler(model)

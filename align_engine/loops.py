@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from align_engine import stops
 from align_engine.callbacks import Callbacks
 from align_engine.checkpoint import RunFolder
 from align_engine.engine import Engine
@@ -25,13 +27,20 @@ class Training:
     callbacks: Callbacks
     total: int  # optimiser steps
     steps_per_epoch: int
+    stopping: bool = False  # a rank has been told to stop
 
     def steps(self) -> Iterator[int]:
-        """Numbers (from 0) of the steps still to do. Ends with the last step, or where a callback stops the run."""
+        """Numbers (from 0) of the steps still to do. Ends with the last step, or where a callback stops the run.
+
+        Raises:
+            Stopped: the process has been told to stop; a checkpoint is written.
+        """
         progress, callbacks = self.engine.progress, self.callbacks
         self.engine.model.train()
         callbacks.call("on_train_begin")
         while progress.step < self.total and not callbacks.control.should_training_stop:
+            if self.stopping:
+                raise stops.Stopped(f"stopped after step {progress.step}; {self.folder.standing()}")
             if progress.step % self.steps_per_epoch == 0:
                 callbacks.call("on_epoch_begin")
             control = callbacks.control
@@ -53,6 +62,7 @@ class Training:
         with clock("step"):
             sums = engine.step()
         tokens, _ = sums.totals.pop("num_tokens")
+        self.stopping = sums.totals.pop("stop")[0] > 0
         engine.progress.num_tokens += tokens
         engine.progress.sums.merge(sums)
         self.journal.advance(tokens)
@@ -83,12 +93,22 @@ class Training:
             self._log({**means, "num_tokens": progress.num_tokens, **self.journal.throughput()})
         if found:
             self._log(found)
-        if best or due(options.output.save_steps, callbacks.control.should_save):
-            with self.journal.clock("save"):
-                self.engine.save(self.folder)
-                if self.engine.accelerator.is_main_process:
-                    self.folder.keep(options.output.save_total_limit, self.best())
-            callbacks.call("on_save")
+        if best or due(options.output.save_steps, callbacks.control.should_save or self.stopping):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, and delete those over the limit."""
+        with self.journal.clock("save"):
+            self.engine.save(self.folder)
+            if self.engine.accelerator.is_main_process:
+                self.folder.keep(self.engine.recipe.output.save_total_limit, self.best())
+        self.callbacks.call("on_save")
+
+    def stop_before(self) -> None:
+        """End between two steps: the checkpoint of the last one is written, if it is not there."""
+        if self.engine.progress.step and not self.folder.checkpoint(self.engine.progress.step).exists():
+            self.save()
+        self.stopping = True
 
     def _log(self, numbers: dict[str, float]) -> None:
         record = {**numbers, "epoch": self.engine.progress.step / self.steps_per_epoch}
@@ -103,9 +123,21 @@ class Training:
 
 def loop(training: Training, source: Source) -> None:
     """Train from where the engine stands to the last step. A source whose rows the policy writes has a new rollout
-    wherever the last one has served all its steps."""
-    for step in training.steps():
-        source.prepare(step, training.journal.clock)
-        with training.journal.clock("data"):
-            window = source.window(step)
-        training.learn(window)
+    wherever the last one has served all its steps.
+
+    Raises:
+        Stopped: see `Training.steps`.
+    """
+    alone = training.engine.accelerator.num_processes == 1  # several processes agree at the end of a step
+    with stops.graceful(training.journal.say):
+        for step in training.steps():
+            try:
+                with stops.breakable() if alone else contextlib.nullcontext():
+                    stops.pause()
+                    source.prepare(step, training.journal.clock)
+            except stops.StopNow:
+                training.stop_before()
+                continue
+            with training.journal.clock("data"):
+                window = source.window(step)
+            training.learn(window)

@@ -109,6 +109,10 @@ class Journal:
         rate, self.tokens = self.tokens / seconds, 0.0
         return {"tokens_per_second": rate, "peak_memory_mib": peak_memory_mib(self.accelerator.device), **shares}
 
+    def say(self, text: str) -> None:
+        """Show a sentence on the screen."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     def warn(self, step: int, text: str) -> None:
         """Say on the screen what may go wrong with the run."""
         self.console.print(f"step {step}: warning: {text}", style="yellow", highlight=False, soft_wrap=True)

@@ -17,7 +17,8 @@ from align_engine.errors import BadInput
 
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
 EVALUATED = "needs eval_steps and an evaluation dataset"
-NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit")
+NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
+                       "dataset_num_proc")  # fmt: skip
 
 
 @dataclass_transform(field_specifiers=(field,))

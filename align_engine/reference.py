@@ -88,7 +88,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
         if any(isinstance(reference, DTensor) for reference, _ in pairs):
             raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
         alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
-        accelerator.register_for_checkpointing(nn.ParameterList([reference for reference, _ in pairs]))
+        engine.kept["reference"] = nn.ParameterList([reference for reference, _ in pairs])
         engine.after_step = partial(follow, pairs, alpha, every)
     if kind != "precomputed":
 

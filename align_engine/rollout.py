@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
 
+from align_engine import stops
 from align_engine.data.batches import collate_prompts, split_order
 from align_engine.errors import BadInput, RunFailed
 
@@ -188,6 +189,7 @@ def sample_all(
     batches, world = split_order(range(len(prompts)), batch_size), accelerator.num_processes
     mine = []
     for number in range(accelerator.process_index, -(-len(batches) // world) * world, world):
+        stops.pause()
         batch = batches[min(number, len(batches) - 1)]  # equally many for each rank: a sharded policy needs all of them
         answers = sampler([prompts[i] for i in batch], derived_seed(*seeds, number))
         mine += [(number, answers)] if number < len(batches) else []

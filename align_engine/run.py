@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 
-from align_engine import heads, policy
+from align_engine import heads, inputs, policy, stops
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
@@ -41,18 +43,25 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     Returns:
         the run's folder, with the trained model in `final`.
     Raises:
-        BadInput: before anything is computed. RunFailed: later; the last checkpoint is whole.
+        BadInput: before anything is computed. RunFailed: later; the last checkpoint is whole. Stopped: by a signal.
     """
     recipes.check(recipe)
+    inputs.check_outputs(recipe)
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
     check_choices(recipe, accelerator.device)
     check_loss(algorithm, recipe)
     callbacks = [*from_recipe(recipe), *callbacks]
-    folder, finished = open_folder(name, recipe, accelerator)
-    if finished:
-        return folder
+    with open_folder(name, recipe, accelerator) as (folder, finished):
+        if not finished:
+            fit(algorithm, recipe, accelerator, folder, callbacks)
+    return folder
 
+
+def fit(
+    algorithm: Algorithm, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Any]
+) -> None:
+    """Load, train, save and report, in a folder that is ours."""
     tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path, distinct_pad=algorithm.scalar)
     if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
         accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")
@@ -75,7 +84,9 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     if not algorithm.scalar:
         hook.check_head(model)
     check_room(folder, model, recipe)
-    begin(folder, recipe, accelerator, {"data": source.fingerprint()})
+    facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
+    check_extent(folder, recipe, steps)
+    begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
     set_seed(recipe.train.seed, device_specific=True)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
     if algorithm.refers(recipe):
@@ -84,41 +95,80 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
         if isinstance(part, Rollouts):
             part.start(engine, learns=part is source)
     if checkpoints := folder.checkpoints():
-        engine.restore(checkpoints[-1])
+        engine.restore(checkpoints[-1], folder)
         accelerator.print(f"going on from {checkpoints[-1]}")
+    logged: list[dict[str, Any]] = []
     if accelerator.is_main_process:
-        folder.truncate_metrics(engine.progress.step)
+        logged = folder.truncate_metrics(engine.progress.step)
     accelerator.init_trackers("align", config={k: str(v) for k, v in recipes.flat(recipe).items()})
     accelerator.print(summary(engine, source, steps))
-    journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, name)
+    journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, algorithm.name)
     with journal.bar:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
+        around.state.log_history += logged
         training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
         loop(training, source)
     if best := training.best():
         accelerator.print(f"the model is that of step {best}, the best evaluation")
-        engine.restore(folder.checkpoint(best))
+        engine.restore(folder.checkpoint(best), folder)
     engine.save_model(folder, tokenizer)
-    finish(folder, name, recipe, accelerator)
+    finish(folder, algorithm.name, recipe, accelerator)
     for tracker in accelerator.trackers:  # not end_training: the processes stay together for a further run
         tracker.finish()
-    return folder
 
 
-def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> tuple[RunFolder, bool]:
-    """The folder of the run, and whether it holds the run already, finished."""
+@contextlib.contextmanager
+def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[RunFolder, bool]]:
+    """The folder of the run, inside the block this run's alone, and whether it holds the run already, finished.
+
+    Raises:
+        Stopped: a KeyboardInterrupt ended the block.
+    """
     identity = {"algorithm": name, "processes": accelerator.num_processes, **recipes.identity(recipe)}
     folder = RunFolder(recipe.output.output_dir, identity)
-    finished = folder.finished(recipe.output.overwrite)
-    if finished:
+    overwrite = recipe.output.overwrite
+    if folder.finished(overwrite):
         accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
-    return folder, finished
+        yield folder, True
+        return
+    with folder.locked() if accelerator.is_main_process else contextlib.nullcontext():
+        try:
+            yield folder, folder.finished(overwrite)
+        except KeyboardInterrupt as error:
+            raise stops.Stopped(f"stopped; {folder.standing()}") from error
+
+
+def check_extent(folder: RunFolder, recipe: Recipe, steps: int) -> None:
+    """Refuse another number of steps than the folder's run was begun with, where that changes the steps already done.
+
+    Raises:
+        BadInput: with the ways to go on.
+    """
+    identity = folder.record()["identity"]
+    before = steps if recipe.output.overwrite else identity.get("steps", steps)
+    if before == steps:
+        return
+    held, train = f"output_dir = {str(folder.path)!r} holds this run with {before} steps", recipe.train
+    way = f"start another run from its model (--model_name_or_path {folder.final} --output_dir ANOTHER)"
+    checkpoints = folder.checkpoints()
+    if not checkpoints:
+        raise BadInput(f"{held} and no checkpoint to go on from to {steps}; {way}")
+    done = int(checkpoints[-1].name.rpartition("-")[2])
+    if done > steps:
+        raise BadInput(f"{held}, of which {done} are done already: more than {steps}")
+    warmups = {math.ceil(number * train.warmup_ratio) for number in (before, steps)}
+    steady = train.lr_scheduler_type == "constant"
+    if not steady and not (train.lr_scheduler_type == "constant_with_warmup" and len(warmups) == 1):
+        raise BadInput(
+            f"{held}, on which the learning rates of lr_scheduler_type = {train.lr_scheduler_type!r} depend, so they "
+            f"cannot become {steps}: {way}. A run with lr_scheduler_type constant can be extended"
+        )
 
 
 def begin(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, facts: dict[str, Any]) -> None:
     """Make the folder, or go on in it, with the recipe in it; `facts` are as RunFolder.begin has them."""
     with accelerator.main_process_first():
-        folder.begin(facts, recipe.output.overwrite and accelerator.is_main_process)
+        folder.begin(facts, recipe.output.overwrite, writes=accelerator.is_main_process)
     if accelerator.is_main_process:
         with folder.written("recipe.yaml") as path:
             recipes.save(recipe, path)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from align_engine import loops
 from align_engine.recipe import Recipe
 from align_engine.run import train
+from align_engine.stops import Stopped
 
 
 def cut_off(name: str, recipe: Recipe, step: int | None = None) -> None:
@@ -21,7 +22,7 @@ def cut_off(name: str, recipe: Recipe, step: int | None = None) -> None:
         if step in (None, engine.progress.step):
             raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loops.Engine, "save", save_then_stop)
         train(name, recipe)
 

@@ -91,15 +91,6 @@ def test_changed_data_are_another_run(model, pairs, tmp_path):
         train("dpo", recipe)
 
 
-def test_foreign_files_are_refused_and_never_deleted(model, pairs, tmp_path):
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadInput, match=r"no run of ours \(thesis\.txt\)"):
-        train("dpo", tiny.dpo(model, pairs, tmp_path / "home"))
-    train("dpo", tiny.dpo(model, pairs, tmp_path / "home", overwrite=True))
-    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
-
-
 def test_a_full_disk_leaves_the_last_checkpoint_whole(model, pairs, tmp_path):
     settings = dict(max_steps=6, save_steps=2)
     recipe = tiny.dpo(model, pairs, tmp_path / "run", **settings)
