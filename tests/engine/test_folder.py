@@ -19,6 +19,8 @@ from align_engine.recipe import GrpoRecipe
 from align_engine.run import train
 from align_engine.server_weights import ServerWeights
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -214,7 +216,11 @@ def test_no_checkpoint_holds_a_pickle_that_is_run(stopped, model, tmp_path):
     bomb = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "sampler.bin"):
         (place / name).write_bytes(bomb)
-    train("sft", tiny.sft(model, stopped / "rows.jsonl", tmp_path / "run", save_steps=1))
+    recipe = tiny.sft(model, stopped / "rows.jsonl", tmp_path / "run", save_steps=1)
+    with pytest.raises(BadInput, match="checkpoint-000002 is damaged: .*custom checkpoints"):
+        train("sft", recipe)
+    (place / "custom_checkpoint_0.pkl").unlink()
+    train("sft", recipe)
     assert not (tmp_path / "ran").exists()
 
 
