@@ -41,17 +41,32 @@ class Nursery:
         self.process = subprocess.Popen([sys.executable, "-c", self.CODE], env=os.environ | ENV, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
-    def kill(self, job: str, when: Callable[[], bool]) -> None:
-        """Start the job and kill -9 it as soon as `when()`."""
+    def start(self, job: str) -> int:
+        """Start the job; its process's number."""
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(job + "\n")
         self.process.stdin.flush()
-        child, end = int(self.process.stdout.readline()), time.monotonic() + 120
+        self.child = int(self.process.stdout.readline())
+        return self.child
+
+    def wait_until(self, when: Callable[[], bool]) -> None:
+        """Wait while the job runs."""
+        end = time.monotonic() + 120
         while not when():
             time.sleep(0.002)
-            assert time.monotonic() < end and Path(f"/proc/{child}").exists(), "the job has ended by itself"
+            assert time.monotonic() < end and Path(f"/proc/{self.child}").exists(), "the job has ended by itself"
+
+    def end(self) -> int:
+        """The status with which the job ends."""
+        assert self.process.stdout
+        return int(self.process.stdout.readline())
+
+    def kill(self, job: str, when: Callable[[], bool]) -> None:
+        """Start the job and kill -9 it as soon as `when()`."""
+        child = self.start(job)
+        self.wait_until(when)
         os.kill(child, signal.SIGKILL)
-        status = int(self.process.stdout.readline())
+        status = self.end()
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it must not have ended by itself"
 
     def close(self) -> None:

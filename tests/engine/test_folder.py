@@ -217,7 +217,7 @@ def test_no_checkpoint_holds_a_pickle_that_is_run(stopped, model, tmp_path):
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "sampler.bin"):
         (place / name).write_bytes(bomb)
     recipe = tiny.sft(model, stopped / "rows.jsonl", tmp_path / "run", save_steps=1)
-    with pytest.raises(BadInput, match="checkpoint-000002 is damaged: .*custom checkpoints"):
+    with pytest.raises(BadInput, match=r"checkpoint-000002 is damaged: .*custom checkpoints"):
         train("sft", recipe)
     (place / "custom_checkpoint_0.pkl").unlink()
     train("sft", recipe)
