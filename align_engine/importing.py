@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from align_engine.errors import AlignError, BadInput
+from align_engine.fingerprint import of_file
 
 OURS = str(Path(__file__).parent) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -68,6 +69,38 @@ def source_file(spec: str, field: str) -> Path | None:
     if found is None:
         raise BadInput(f"{field}: cannot import {spec!r}: No module named {place!r}")
     return Path(found.origin) if found.has_location and found.origin else None
+
+
+def fingerprint(spec: str, field: str) -> str:
+    """Hash of the source file of `module:name` or `file.py:name`, and of what it imports from the files beside it.
+
+    Raises:
+        BadInput: no such file or module.
+    """
+    path = source_file(spec, field)
+    if path is None:
+        return "no source"
+    return hashlib.sha256("".join(map(of_file, _sources(path))).encode()).hexdigest()[:16]
+
+
+def _sources(path: Path) -> list[Path]:
+    """A source file, and the modules beside it that it imports, and so on."""
+    found, waiting = [], [path]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        with contextlib.suppress(OSError, SyntaxError, ValueError):  # told where it is imported
+            for node in ast.walk(ast.parse(path.read_bytes())):
+                names = [one.name for one in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module] if node.module else names  # `from . import name`
+                for name in names:
+                    module = path.parent / name.partition(".")[0]
+                    beside = [module.with_suffix(".py"), *module.glob("**/*.py")]
+                    waiting += [one for one in beside if one.is_file()]
+    return sorted(found)
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -65,5 +65,5 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     if specs := values.get("reward_funcs"):
         found["files of reward_funcs"] = [rewards.fingerprint(spec) for spec in specs]
     if names := values.get("callbacks"):
-        found["files of callbacks"] = [importing.fingerprint(name) for name in names]
+        found["files of callbacks"] = [importing.fingerprint(name, "callbacks") for name in names]
     return found

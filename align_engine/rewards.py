@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from align_engine import fingerprint as fingerprints
-from align_engine import heads
+from align_engine import heads, importing
 from align_engine.credit import nanstd
 from align_engine.data.batches import collate_sft
 from align_engine.data.encoder import Encoder
 from align_engine.data.formats import is_conversational
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import load_object, source_file
+from align_engine.importing import load_object
 from align_engine.policy import load_tokenizer
 from align_engine.recipe import ModelSection, RolloutSection
 from align_engine.secrets import masked
@@ -90,7 +90,7 @@ def load_reward(spec: str, device: torch.device) -> Reward:
 
 def fingerprint(spec: str) -> str:
     """What tells whether one of the recipe's `reward_funcs` is still the same scorer: a hash of a function's source
-    file, or of a reward model's folder; "human" and addresses (their secrets masked) as they stand.
+    files, or of a reward model's folder; "human" and addresses (their secrets masked) as they stand.
 
     Raises:
         BadInput: nothing of that name.
@@ -99,8 +99,7 @@ def fingerprint(spec: str) -> str:
         return masked(spec)
     if not is_function(spec):
         return fingerprints.of_model(spec)
-    path = source_file(spec, "reward_funcs")
-    return "no source" if path is None else fingerprints.of_file(path)
+    return importing.fingerprint(spec, "reward_funcs")
 
 
 def is_function(spec: str) -> bool:

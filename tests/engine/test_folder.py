@@ -5,19 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
 from runs import cut_off, same_bits
 
-from align_engine import metrics
+from align_engine import inputs, metrics
 from align_engine.checkpoint import RECORD, RunFolder
 from align_engine.errors import BadInput, RunFailed
-from align_engine.inputs import check_outputs
-from align_engine.recipe import GrpoRecipe
+from align_engine.iterate import iterate
+from align_engine.recipe import GrpoRecipe, IterateRecipe
 from align_engine.run import train
 from align_engine.server_weights import ServerWeights
+from align_engine.stops import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 
@@ -275,6 +278,41 @@ CHANGES = {
 }  # fmt: skip
 
 
+def test_code_that_a_run_loads_is_part_of_it(model, tmp_path):
+    sources = {
+        "rewards.py": "from helper import f\n",
+        "helper.py": "def f(completions, **_): return [0.0] * len(completions)\n",
+        "watch.py": "from transformers import TrainerCallback\nclass W(TrainerCallback): pass\n",
+        "apart.py": "x = 1\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    code = dict(reward_funcs=[f"{tmp_path / 'rewards.py'}:f"], callbacks=[f"{tmp_path / 'watch.py'}:W"])
+    recipe = tiny.online(GrpoRecipe, model, tmp_path / "rows.jsonl", tmp_path / "run", **code)
+    before = inputs.facts(recipe)
+    for name, field in {"rewards.py": "reward_funcs", "helper.py": "reward_funcs", "watch.py": "callbacks"}.items():
+        (tmp_path / name).write_text(sources[name] + "y = 2\n")
+        after = inputs.facts(recipe)
+        assert [key for key in before if before[key] != after[key]] == [f"files of {field}"]
+        (tmp_path / name).write_text(sources[name])
+    (tmp_path / "apart.py").write_text("x = 2\n")
+    assert inputs.facts(recipe) == before
+
+
+@pytest.mark.parametrize(("kind", "call"), [(GrpoRecipe, partial(train, "grpo")), (IterateRecipe, iterate)])
+def test_a_column_that_scorers_read_is_part_of_the_run(kind, call, model, tmp_path):
+    rows, path = tiny.prompt_rows(8), tmp_path / "prompts.jsonl"
+    tiny.write_rows(path, rows)
+    settings = dict(max_steps=2, per_device_train_batch_size=4)
+    recipe = tiny.online(kind, model, path, tmp_path / "run", **settings)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("align_engine.rollout.stops.pause", Mock(side_effect=KeyboardInterrupt))
+        call(recipe)
+    tiny.write_rows(path, [rows[0] | {"wanted": "w59"}, *rows[1:]])
+    with pytest.raises(BadInput, match=r"another run \(data"):
+        call(recipe)
+
+
 @pytest.mark.parametrize("case", CHANGES)
 def test_what_changed_at_the_same_path_is_another_run(case, tmp_path):
     name, settings, change, named = CHANGES[case]
@@ -303,17 +341,17 @@ def test_no_output_is_or_holds_an_input(model, completions, tmp_path):
     with pytest.raises(BadInput, match="is or holds dataset_name"):
         train("sft", tiny.sft(model, data, tmp_path, overwrite=True))
     with pytest.raises(BadInput, match="lies inside the data"):
-        check_outputs(tiny.sft(model, folder / "data", folder / "data" / "run"))
+        inputs.check_outputs(tiny.sft(model, folder / "data", folder / "data" / "run"))
     online = dict(reward_funcs=[f"{rewards}:f"], server_base_url="http://127.0.0.1:9")
     with pytest.raises(BadInput, match="is or holds reward_funcs"):
-        check_outputs(tiny.online(GrpoRecipe, model, data, folder, **online))
+        inputs.check_outputs(tiny.online(GrpoRecipe, model, data, folder, **online))
     for policy, served, named in (
         (folder / "model", folder / "model", r"server_weights = .* is or holds model_name_or_path"),
         (model, tmp_path / "o" / "w", r"output_dir = .* is or holds server_weights"),
     ):
         with pytest.raises(BadInput, match=named):
             recipe = tiny.online(GrpoRecipe, policy, data, tmp_path / "o", server_weights=str(served), **online)
-            check_outputs(recipe)
+            inputs.check_outputs(recipe)
     assert contents(tmp_path) == before
 
 
