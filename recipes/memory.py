@@ -1,17 +1,23 @@
-"""Expected memory of the recipes for real models on one GPU: `python recipes/memory.py`.
+"""Memory that the recipes for real models are expected to take on one GPU: `python recipes/memory.py`.
+
+Computed; nothing here has been measured on a GPU. `tests/engine/test_recipe_memory.py` holds the parts that grow with
+the model and the batch to measured peaks of small models on a CPU; `rest` is an allowance.
 
     weights      parameters x bytes of their type (4 bits: 0.5 bytes and 1/64 of 4 bytes for scales, head and embedding
                  in 16 bits)
-    trained      trained parameters x (4 bytes gradient + 8 bytes AdamW), or 2 + 4 where they are bfloat16; fresh
-                 adapters are float32 and come on top of the weights; an LM head's gradient is summed up in float32,
-                 4 V D bytes more
-    activations  N tokens in one forward pass (2 sequences a row for pairs): the layers' inputs, 2 N D L bytes (with
-                 gradient checkpointing), and one layer at work, 2 N (12 D + 5 F)
+    trained      trained parameters x (gradient and AdamW's two states, of the parameter's type); fresh adapters are
+                 float32 and come on top of the weights
+    activations  of N tokens in one forward pass (2 sequences a row for pairs): the layers' inputs, N D L numbers of the
+                 weights' type, as that is the type of the residual stream; and at work beside them the larger of
+                 a layer    recomputed in the backward pass, N (a D + b F) bytes, see LAYER; the gradient of its largest
+                            matrix; its weights in bfloat16, where float32 weights compute in it
+                 the head   logits, at most `workspace` bytes; the float32 sum of its gradient, where it is trained;
+                            float32 weights that compute in bfloat16 all lie there in bfloat16 too by then
     reference    of online methods with a KL term on all weights: those weights again
     scorer       a reward model's weights, in the type that it was saved in (float32 of a float32 run)
-    cache        keys and values of the completions sampled at a time; counted where larger than the activations, which
-                 are not there meanwhile
-    rest         2 GiB: CUDA's context, logits under the workspace limit, cuBLAS, fragments
+    sampling     keys and values of the completions sampled at a time, their logits, bfloat16 copies of float32 weights;
+                 counted where larger than the activations, which are not there meanwhile
+    rest         2 GiB: CUDA's context, cuBLAS, what the allocator cannot use
 
 D hidden size, F intermediate size, L layers, V vocabulary. Offline there is no second model: references are precomputed
 or adapter-off.
@@ -24,10 +30,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from align_engine import recipe as recipes
-from align_engine.recipe import RECIPES, Recipe
+from align_engine.recipe import RECIPES, Recipe, RolloutSection
 
 GIB = 2**30
 REST = 2 * GIB
+WORKSPACE = 2 * GIB  # the planner's on a GPU, where the recipe sets none
+# bytes a token of one layer at work, per unit of D and of F: (weights, computed in) -> (a, b)
+LAYER = {
+    ("float32", "float32"): (36, 24),
+    ("float32", "bfloat16"): (34, 14),
+    ("bfloat16", "bfloat16"): (24, 14),
+    ("bfloat16 with LoRA", "bfloat16"): (36, 14),
+    ("bfloat16 with LoRA and dropout", "bfloat16"): (60, 22),
+}
 FOLDER = Path(__file__).parent
 
 
@@ -74,58 +89,93 @@ def shape_of(path: str) -> Shape:
     return next(shape for known, shape in SHAPES.items() if known.lower() in path.lower())
 
 
-def parts(name: str, recipe: Recipe) -> dict[str, float]:
+def parts(name: str, recipe: Recipe, shape: Shape | None = None) -> dict[str, float]:
     """Bytes by part.
 
     Args:
         name: of the algorithm.
-        recipe: of a model in SHAPES.
+        recipe: with gradient checkpointing.
+        shape: of its model. Default None: that of SHAPES.
     """
     model, train = recipe.model, recipe.train
-    path = model.model_name_or_path
-    shape = shape_of(path)
-    embeddings = shape.embeddings
+    assert train.gradient_checkpointing, "the formula is that of recomputed layers"
+    shape = shape or shape_of(model.model_name_or_path)
     if name == "rm" and not shape.tied:
-        embeddings //= 2  # a score head in the LM head's place
-    size = {"float32": 4, "bfloat16": 2}[model.dtype]
-    weights = (embeddings + shape.blocks) * size
-    if model.load_in_4bit:
-        weights = embeddings * 2 + shape.blocks * (0.5 + 4 / 64)
-    if model.use_peft:
-        adapters = shape.layers * sum(model.lora_r * (a + b) for a, b in shape.linears)
-        trained = adapters * (4 + 4 + 8)
-    else:
-        trained = (embeddings + shape.blocks) * (12 if size == 4 else 6)
-        trained += 4 * shape.vocabulary * shape.hidden * (name != "rm")
-    rollout = getattr(recipe, "rollout", None)
-    length = recipe.data.max_length
-    if rollout:
-        length = (recipe.data.max_prompt_length or length) + rollout.max_completion_length
-    tokens = train.per_device_train_batch_size * (2 if name in ("rm", "dpo", "iterate") else 1) * length
-    inputs = tokens * shape.hidden * shape.layers
-    if not train.gradient_checkpointing:
-        inputs = tokens * (12 * shape.hidden + 5 * shape.intermediate) * shape.layers
-    activations = 2 * (inputs + tokens * (12 * shape.hidden + 5 * shape.intermediate))
-    found = {"weights": weights, "trained": trained, "activations": activations}
-    if rollout:
-        found |= online_parts(recipe, shape, weights, length)
-        found.pop("activations" if found["cache"] > activations else "cache")
+        shape = shape._replace(tied=True)  # a score head in the LM head's place
+    found = {"weights": weights(recipe, shape), "trained": trained(recipe, shape)}
+    found["activations"] = activations(name, recipe, shape)
+    if rollout := getattr(recipe, "rollout", None):
+        found |= online_parts(recipe, rollout, shape)
+        found.pop("activations" if found["sampling"] > found["activations"] else "sampling")
     return found | {"rest": REST}
 
 
-def online_parts(recipe: Recipe, shape: Shape, weights: float, length: int) -> dict[str, float]:
+def weights(recipe: Recipe, shape: Shape) -> float:
+    if recipe.model.load_in_4bit:
+        return shape.embeddings * 2 + shape.blocks * (0.5 + 4 / 64)
+    return (shape.embeddings + shape.blocks) * itemsize(recipe)
+
+
+def itemsize(recipe: Recipe) -> int:
+    return {"float32": 4, "bfloat16": 2}[recipe.model.dtype]
+
+
+def mixed(recipe: Recipe) -> bool:
+    """Whether float32 weights compute in bfloat16."""
+    return bool(recipe.train.bf16) and recipe.model.dtype == "float32"
+
+
+def trained(recipe: Recipe, shape: Shape) -> float:
+    if recipe.model.use_peft:
+        adapters = shape.layers * sum(recipe.model.lora_r * (a + b) for a, b in shape.linears)
+        return adapters * (4 + 4 + 8)
+    return (shape.embeddings + shape.blocks) * 3 * itemsize(recipe)
+
+
+def tokens_of(name: str, recipe: Recipe) -> tuple[int, int]:
+    """(tokens of one forward pass that is trained, tokens of one sequence)."""
+    length = recipe.data.max_length
+    if rollout := getattr(recipe, "rollout", None):
+        length = (recipe.data.max_prompt_length or length) + rollout.max_completion_length
+    return recipe.train.per_device_train_batch_size * (2 if name in ("rm", "dpo", "iterate") else 1) * length, length
+
+
+def activations(name: str, recipe: Recipe, shape: Shape) -> float:
+    model, size = recipe.model, itemsize(recipe)
+    tokens, _ = tokens_of(name, recipe)
+    kind = model.dtype
+    if model.use_peft:
+        kind += " with LoRA and dropout" if name == "sft" and model.lora_dropout else " with LoRA"
+    a, b = LAYER[kind, "bfloat16" if recipe.train.bf16 else "float32"]
+    largest = max(i * o for i, o in shape.linears)
+    layer = tokens * (a * shape.hidden + b * shape.intermediate) + largest * size
+    if mixed(recipe):
+        layer += 2 * (shape.blocks // shape.layers + largest)
+    table = shape.vocabulary * shape.hidden
+    head = 0.0
+    if name != "rm":
+        head = min(recipe.kernels.workspace or WORKSPACE, tokens * shape.vocabulary * 4)
+        head += 0 if model.use_peft else 4 * table
+    if mixed(recipe):
+        head += 2 * (shape.blocks + table)
+    return tokens * shape.hidden * shape.layers * size + max(layer, head)
+
+
+def online_parts(recipe: Recipe, rollout: RolloutSection, shape: Shape) -> dict[str, float]:
     """What sampling, scoring and a reference add."""
-    rollout, values, found = recipe.rollout, recipes.flat(recipe), {}
+    values, found = recipes.flat(recipe), {}
     if (values.get("kl_coef") or values.get("beta")) and not recipe.model.use_peft:
-        found["reference"] = weights
+        found["reference"] = weights(recipe, shape)
     for scorer in rollout.reward_funcs:
         if ":" not in scorer:
-            model = shape_of(scorer)
-            head = 0 if model.tied else model.embeddings // 2
-            found["scorer"] = (model.embeddings - head + model.blocks) * (4 if "full" in scorer else 2)
+            other = shape_of(scorer)._replace(tied=True)
+            found["scorer"] = (other.embeddings + other.blocks) * (4 if "full" in scorer else 2)
     size = 4 if recipe.model.dtype == "float32" and not recipe.train.bf16 else 2
     per_token = 2 * shape.layers * shape.kv_heads * shape.head_size * size
-    found["cache"] = rollout.per_device_generation_batch_size * length * per_token
+    rows = rollout.per_device_generation_batch_size
+    found["sampling"] = rows * (tokens_of("", recipe)[1] * per_token + 4 * shape.vocabulary)
+    if mixed(recipe):
+        found["sampling"] += 2 * (shape.blocks + shape.vocabulary * shape.hidden)
     return found
 
 

@@ -57,11 +57,12 @@ def fuse(trainer: Any = None) -> Any:
     Args:
         trainer: one that is built and not yet trained: its model and reference change, and it is returned. Default
             None: every trainer that is built from here on changes, until the `with` block ends or `close()` is called
-            on what is returned; without either, for good. Reward models have no LM head and stay as they are.
+            on what is returned; without either, for good. A RewardTrainer has no LM head: it may be built meanwhile and
+            stays as it is.
 
     Raises:
         BadInput: a TRL release that this was not tested with; a trainer that does not take its log-probs through
-            `add_fused_lm_head`, given or built inside the block; a head that cannot be taken exactly (see
+            `add_fused_lm_head`, given (a RewardTrainer too) or built inside the block; a head that cannot be taken exactly (see
             `add_fused_lm_head`). All before training.
     """
     import trl

@@ -1,7 +1,7 @@
 """Recipes from YAML: sections or not, what is refused, what identifies a run."""
 
-import re
-import runpy
+import dataclasses
+import importlib
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,8 @@ import pytest
 from align_engine import recipe as recipes
 from align_engine.errors import BadInput
 from align_engine.recipe import RECIPES, DpoRecipe, SftRecipe, flat
+
+FOLDER = Path(__file__).parents[2] / "recipes"
 
 
 def read(tmp_path, text, kind=DpoRecipe):
@@ -30,13 +32,36 @@ def test_sections_and_bare_names_are_the_same(tmp_path):
     assert (bare.loss.beta, bare.train.learning_rate, bare.output.report_to) == (0.3, 1e-4, ["tensorboard"])
 
 
-def test_defaults_are_those_of_trl():
-    sft, dpo = flat(SftRecipe()), flat(DpoRecipe())
-    assert (sft["learning_rate"], dpo["learning_rate"], dpo["beta"], dpo["loss_type"]) == (2e-5, 1e-6, 0.1, "sigmoid")
-    shared = {"per_device_train_batch_size": 8, "num_train_epochs": 3.0, "max_steps": -1, "max_length": 1024,
-              "logging_steps": 10, "save_steps": 500, "gradient_checkpointing": True, "lr_scheduler_type": "linear",
-              "max_grad_norm": 1.0, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "seed": 42}  # fmt: skip
-    assert {name: dpo[name] for name in shared} == shared == {name: sft[name] for name in shared}
+TRL_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "rm": "RewardConfig", "grpo": "GRPOConfig",
+               "direct": "RLOOConfig", "cpo": "cpo.CPOConfig", "orpo": "orpo.ORPOConfig"}  # fmt: skip
+SAME_MEANING = [("", None), ([], "none"), ("sigmoid", ["sigmoid"]), (0.0, None)]  # not given; one or several
+TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True)}
+
+
+def defaults(kind):
+    fields = [field for field in dataclasses.fields(kind) if field.default_factory is dataclasses.MISSING]
+    made = [field for field in dataclasses.fields(kind) if field.default_factory is not dataclasses.MISSING]
+    return {field.name: field.default for field in fields} | {field.name: field.default_factory() for field in made}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of TRL's experimental part
+def test_a_setting_that_trl_has_bears_its_default():
+    """Read from TRL 1.16's own dataclasses; README names the two defaults that differ."""
+    import trl
+
+    common = defaults(trl.ScriptArguments) | defaults(trl.ModelConfig)
+    differing = {}
+    for name, path in TRL_CONFIGS.items():
+        module, _, config = path.rpartition(".")
+        where = importlib.import_module(f"trl.experimental.{module}") if module else trl
+        theirs, ours = common | defaults(getattr(where, config)), flat(RECIPES[name]())
+        shared = theirs.keys() & ours.keys()
+        assert len(shared) >= 35, name
+        pairs = {key: (ours[key], theirs[key]) for key in shared if ours[key] != theirs[key]}
+        differing |= {key: pair for key, pair in pairs.items() if pair not in SAME_MEANING}
+    assert differing == TRL_DIFFERS
+    readme = (FOLDER.parent / "README.md").read_text()
+    assert all(name in readme for name in TRL_DIFFERS)
 
 
 def test_a_saved_recipe_reads_back(tmp_path):
@@ -83,23 +108,23 @@ def test_where_a_run_writes_does_not_change_what_it_is():
     assert recipes.identity(one) != recipes.identity(two)
 
 
-FOLDER = Path(__file__).parents[2] / "recipes"
+def test_recipes_of_the_demo_are_the_packages_own():
+    """Copies and not links: an archive without links, or Windows, holds them too."""
+    own = FOLDER.parent / "align_engine" / "demo"
+    copies = {path.name.removeprefix("demo-"): path for path in FOLDER.glob("demo-*.yaml")}
+    assert copies.keys() == {path.name for path in own.glob("*.yaml")} and copies
+    for name, path in copies.items():
+        assert not path.is_symlink() and path.read_text() == (own / name).read_text()
 
 
-def test_real_models_fit_on_their_cards():
-    """The line on memory is what recipes/memory.py computes; published sizes of the models stand beside it."""
-    memory = runpy.run_path(str(FOLDER / "memory.py"))
-    sizes = {name: round((shape.embeddings + shape.blocks) / 1e9, 2) for name, shape in memory["SHAPES"].items()}
-    assert sizes == {"Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.62, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.25}
-    real = [path for path in FOLDER.glob("*.yaml") if not path.stem.startswith("demo-")]
-    assert {path.stem.rpartition("-")[2] for path in real} == {"sft", "rm", "dpo", "kto", "grpo", "ppo", "iterate"}
-    assert len(real) >= 22
-    for path in real:
-        line = memory["describe"](*memory["load"](path))
-        text = path.read_text()
-        assert f"# expected memory: {line} (recipes/memory.py)" in text, path
-        card, need = (float(re.search(found, text)[1]) for found in (r"card of (\d+) GB", r"= ([\d.]+) GiB"))
-        assert need < 0.9 * card * 1e9 / 2**30, path
+def test_online_recipes_say_how_long_they_run():
+    """An epoch over the prompts of a hub dataset is thousands of rollouts."""
+    for path in (path for path in FOLDER.glob("*.yaml") if path.stem.endswith(("-grpo", "-ppo", "-direct"))):
+        made = recipes.load(RECIPES[path.stem.rpartition("-")[2]], path)
+        forward_passes = made.rollout.steps_per_generation or made.train.gradient_accumulation_steps
+        completions = made.train.per_device_train_batch_size * forward_passes
+        assert made.train.max_steps > 0 and completions >= 128, path
+        assert completions % made.rollout.num_generations == 0, path
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
