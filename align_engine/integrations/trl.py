@@ -62,8 +62,8 @@ def fuse(trainer: Any = None) -> Any:
 
     Raises:
         BadInput: a TRL release that this was not tested with; a trainer that does not take its log-probs through
-            `add_fused_lm_head`, given (a RewardTrainer too) or built inside the block; a head that cannot be taken exactly (see
-            `add_fused_lm_head`). All before training.
+            `add_fused_lm_head`, given (a RewardTrainer too) or built inside the block; a head that cannot be taken
+            exactly (see `add_fused_lm_head`). All before training.
     """
     import trl
 
