@@ -1,7 +1,8 @@
 """The recipe of a run: one tree of dataclasses, read from YAML and overridden by flags.
 
 A setting that TRL 1.16 has bears its name and default (two defaults differ: `TRL_DIFFERS` in the tests).
-A field's name is unique over the whole tree, so YAML may hold it at the top level or under its section, and its flag bears no prefix.
+A field's name is unique over the whole tree, so YAML may hold it at the top level or under its section, and its flag
+bears no prefix.
 """
 
 from __future__ import annotations
