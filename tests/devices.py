@@ -1,8 +1,9 @@
-"""The kernels' tests on another device than the CPU, by environment variables that benches/gpu.sh sets.
+"""The kernels' tests on another device than the CPU, by environment variables that benches/gpu/checks.py sets.
 
 ALIGN_TEST_DEVICE  where the library runs; inputs are made, and results judged, on the CPU. Default "cpu".
 ALIGN_TEST_IMPL    the backend that takes the place of impl="cpu" there. Default "auto".
 ALIGN_TEST_SEED    of the random calls. Default 0.
+ALIGN_TEST_CALLS   how many random calls. Default 2400.
 ALIGN_TEST_POISON  1: memory that is not initialised reads NaN.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 DEVICE = os.environ.get("ALIGN_TEST_DEVICE", "cpu")
 IMPL = os.environ.get("ALIGN_TEST_IMPL", "auto")
 SEED = int(os.environ.get("ALIGN_TEST_SEED", "0"))
+CALLS = int(os.environ.get("ALIGN_TEST_CALLS", "2400"))
 PROFILE = DEVICE.split(":")[0]  # of the planner
 
 if os.environ.get("ALIGN_TEST_POISON") == "1":

@@ -1,9 +1,8 @@
 """A whole optimiser step of DPO and GRPO on a randomly initialised model: this library's head, TRL's head, eager torch.
 
-    python benches/gpu/steps.py [0.5B | 7B] [--dry]
-
 The model's body, its data, the optimiser and gradient checkpointing are the same for all; the log-probs of the
-reference and of the sampling policy are given. TRL's head is what its trainers call, ChunkedLogProbFunction.
+reference and of the sampling policy are given. TRL's head is what its trainers call, ChunkedLogProbFunction. A 7B model
+whose weights are all trained takes SGD: weights, gradients and AdamW's two states would be 61 GB before any activation.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Options, free, interleaved, read_options, why, write
+from common import Lab
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -35,12 +34,12 @@ BETA = 0.1
 class Step:
     """A model, a batch and an optimiser."""
 
-    def __init__(self, shape: dict[str, Any], lora: bool, options: Options) -> None:
-        b, t = (4, 12) if options.dry else (SEQUENCES, LENGTH)
+    def __init__(self, shape: dict[str, Any], lora: bool, adam: bool, lab: Lab) -> None:
+        b, t = (4, 12) if lab.dry else (SEQUENCES, LENGTH)
         torch.manual_seed(time.time_ns() % 2**31)
-        with options.device:
+        with lab.device:
             default = torch.get_default_dtype()
-            torch.set_default_dtype(options.dtype)
+            torch.set_default_dtype(lab.dtype)
             self.model: Any = Qwen2ForCausalLM(Qwen2Config(**shape, max_position_embeddings=2 * t))
             torch.set_default_dtype(default)
             self.ids = torch.randint(0, shape["vocab_size"], (b, t))
@@ -60,7 +59,8 @@ class Step:
         self.model.train()
         self.body, self.weight = base.model, base.lm_head.weight
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=not options.dry)
+        optimizer = torch.optim.AdamW if adam else torch.optim.SGD
+        self.optimizer = optimizer(trained, lr=1e-6, fused=not lab.dry)
 
     def run(self, loss: Callable[[Step, Tensor], Tensor]) -> None:
         hidden = self.body(input_ids=self.ids, use_cache=False).last_hidden_state
@@ -114,39 +114,18 @@ def losses(kind: str, dry: bool) -> dict[str, Loss]:
     }
 
 
-def table(name: str, options: Options) -> list[dict[str, Any]]:
-    began, rows = time.monotonic(), []
-    for lora in (True, False):
-        about = {"model": name, "trained": "LoRA" if lora else "all"}
-        if time.monotonic() - began > options.budget:
-            rows.append({**about, "head": "not reached"})
-            continue
-        try:
-            step = Step(TINY if options.dry else MODELS[name], lora, options)
-        except Exception as error:
-            rows.append({**about, "note": why(error)})
-            continue
-        for kind in ("dpo", "grpo"):
-            runs = {key: lambda f=f, s=step: s.run(f) for key, f in losses(kind, options.dry).items()}
-            took = interleaved(runs, options)
-            peer = took["TRL's head"].milliseconds
-            for key, measured in took.items():
-                row = {**about, "loss": kind, "head": key, "ms": measured.milliseconds, "peak MiB": measured.peak_mib}
-                if measured.milliseconds is None:
-                    row["note"] = measured.note
-                elif peer is not None:
-                    row["TRL's time over this"] = peer / measured.milliseconds
-                rows.append(row)
-        del step
-        free()
-    return rows
-
-
-def main() -> None:
-    options = read_options(__doc__, tuple(MODELS))
-    for name in MODELS if options.choice is None else (options.choice,):
-        write(options, f"step-{name}", table(name, options))
-
-
-if __name__ == "__main__":
-    main()
+def steps(lab: Lab, model: str, trained: str) -> None:
+    adam = trained == "LoRA" or model != "7B"
+    made, reason = lab.attempt("model", lambda: Step(TINY if lab.dry else MODELS[model], trained == "LoRA", adam, lab))
+    if made is None:
+        lab.record("model", None, "", note=reason)
+        return
+    for kind in ("dpo", "grpo"):
+        runs = {f"{kind}, {key}": lambda f=f: made.run(f) for key, f in losses(kind, lab.dry).items()}
+        took = lab.race(runs)
+        peer = took[f"{kind}, TRL's head"].milliseconds
+        for key, measured in took.items():
+            more = {"peak MiB": measured.peak_mib, "note": measured.note}
+            if measured.milliseconds and peer:
+                more["TRL's time over this"] = peer / measured.milliseconds
+            lab.record(key, measured.milliseconds, "ms", optimizer="AdamW" if adam else "SGD", **more)

@@ -1,0 +1,67 @@
+"""What the planner chooses between, on the 7B head at 8192 rows: the workspace, rows per chunk, dW's memory lent or not.
+
+With a workspace that holds all logits a gradient that comes late finds them kept, else they are made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from common import Lab
+from heads import make
+from methods import Batch
+
+from align_kernels import explain, linear_logprobs, planner, sft_loss
+
+GIB = 1 << 30
+MODES = ("frozen", "trained", "late")
+
+
+@contextmanager
+def planned(device: str, lends: bool = True, **fields: Any) -> Iterator[None]:
+    """Another profile of the device, and no memory lent."""
+    profile, lent = planner.PROFILES[device], planner.lent_columns
+    planner.PROFILES[device] = profile._replace(**fields)
+    if not lends:
+        planner.lent_columns = lambda *_: 0
+    try:
+        yield
+    finally:
+        planner.PROFILES[device], planner.lent_columns = profile, lent
+
+
+def step(b: Batch, mode: str, workspace: int | None, impl: str) -> None:
+    b.hidden.grad = b.weight.grad = None
+    if mode == "late":
+        linear_logprobs(b.hidden, b.weight, b.targets, impl=impl, workspace=workspace).logp.backward(-b.g)
+    else:
+        sft_loss(b.hidden, b.weight, b.targets, impl=impl, workspace=workspace).loss.backward()
+
+
+def plans(lab: Lab) -> None:
+    impl, device = "torch" if lab.dry else "triton", lab.device.type
+    n, unit = (40, 1 << 12) if lab.dry else (8192, GIB)
+    for mode in MODES:
+        b = make(lab, "Qwen2.5-7B", n, "dense", mode)
+
+        def measure(what: str, workspace: int | None = None, b: Batch = b, mode: str = mode, **profile: Any) -> None:
+            with planned(device, **profile):
+                took = lab.race({what: lambda: step(b, mode, workspace, impl)})[what]
+                loss = None if mode == "late" else "sft"
+                plan = explain(b.hidden, b.weight, b.targets, loss=loss, impl=impl, workspace=workspace)
+            sizes = {"peak MiB": took.peak_mib, "schedule": plan.schedule, "rows a chunk": plan.chunk_rows}
+            sizes |= {"columns a tile": plan.tile_cols, "note": took.note}
+            lab.record(what, took.milliseconds, "ms", **sizes)
+
+        for size in (2, 4, 8):
+            measure(f"{mode}, {size} GiB", size * unit)
+        for rows in (1024, 1152, 2048, 2304, 4096, 8192):
+            chunks = dict(max_rows=rows, trained_rows=rows, frozen_rows=rows, workspace=8 * unit)
+            measure(f"{mode}, {rows} rows a chunk", **chunks)
+        if mode == "trained":
+            measure(f"{mode}, not lent", lends=False)
+        lab.free()
+
+
