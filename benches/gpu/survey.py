@@ -87,6 +87,7 @@ def work(pipe: Connection, setting: tuple[bool, Path, str], paths: list[str]) ->
         importlib.import_module("triton_interpreter").install()
     from common import Lab, Lost, Setting, why
 
+    pipe.send(("ready", ""))
     while (order := pipe.recv()) is not None:
         part, seconds, skip = order
         print(f"== {part.name}", flush=True)
@@ -126,16 +127,17 @@ class Survey:
                 began = time.monotonic()
                 culprit, reason = self.carry_out(part, skip)
                 self.note(part, "", "the whole part", value=time.monotonic() - began, unit="s", predicted=needs)
+                if reason:
+                    self.note(part, reason, culprit)
                 if culprit is None or culprit in skip:
                     break
-                self.note(part, reason, culprit)
                 skip |= {culprit}
         self.end()
 
     def carry_out(self, part: Part, skip: frozenset[str]) -> tuple[str | None, str]:
         """Run a part; what its process was at when it had to be ended, or None, and why."""
-        if self.worker is None:
-            self.start()
+        if self.worker is None and not self.start():
+            return None, "its process did not start"
         limit = min(self.left(), 3 * part.seconds)
         until, at = time.monotonic() + limit, part.name
         try:
@@ -148,9 +150,7 @@ class Survey:
                     self.end()
                     return at, f"the device is lost: {text}"
                 else:
-                    if text:
-                        self.note(part, text)
-                    return None, ""
+                    return None, text
             reason = f"ended after {limit:.0f} s"
         except (EOFError, OSError):
             self.worker.join(1)
@@ -158,13 +158,21 @@ class Survey:
         self.end()
         return at, reason
 
-    def start(self) -> None:
+    def start(self) -> bool:
+        """Whether a process that measures is there in time."""
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         setting = (self.dry, self.out, self.command)
         self.worker = context.Process(target=work, args=(other, setting, list(sys.path)), daemon=False)
         self.worker.start()
         other.close()
+        try:
+            if self.pipe.poll(max(self.left(), 0)) and self.pipe.recv()[0] == "ready":
+                return True
+        except (EOFError, OSError):
+            pass
+        self.end()
+        return False
 
     def end(self) -> None:
         if self.worker is None:
