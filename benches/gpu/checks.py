@@ -1,6 +1,6 @@
 """Trust: the kernels' tests on the GPU, compute-sanitizer over small calls, and a profile of one launch of each kernel.
 
-    python -m checks        # the small calls alone, which compute-sanitizer and ncu watch
+python -m checks        # the small calls alone, which compute-sanitizer and ncu watch
 """
 
 from __future__ import annotations
@@ -73,7 +73,11 @@ def start_tests(lab: Lab, impl: str, log: Path, seed: int) -> subprocess.Popen:
     env |= dict(ALIGN_TEST_DEVICE="cpu:0" if lab.dry else "cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     env |= dict(ALIGN_TEST_CALLS="12" if lab.dry else str(CALLS), TRITON_INTERPRET="0")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(DRY_TESTS if lab.dry else TESTS)]
-    command += ["-W", "ignore:.*does not have a deterministic implementation", *([] if lab.dry else ["-n", str(WORKERS), "--dist", "loadgroup"])]
+    command += [
+        "-W",
+        "ignore:.*does not have a deterministic implementation",
+        *([] if lab.dry else ["-n", str(WORKERS), "--dist", "loadgroup"]),
+    ]
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=file, stderr=subprocess.STDOUT)
 

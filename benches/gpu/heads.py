@@ -1,4 +1,4 @@
-"""Cross-entropy of LM heads: time, share of the time of bare GEMMs, peak memory and error, beside eager torch and peers.
+"""Cross-entropy of LM heads: time beside eager torch, peers and bare GEMMs, peak memory and error.
 
 The softmax is dense (random) or peaked (the target's probability 0.8 to 0.9). The GEMMs are one, two or three of the
 same shape, 4096 rows at a time. Errors are of samples, against float64, over the largest true value.

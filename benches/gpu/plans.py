@@ -1,4 +1,4 @@
-"""What the planner chooses between, on the 7B head at 8192 rows: the workspace, rows per chunk, dW's memory lent or not.
+"""What the planner chooses between, on the 7B head at 8192 rows: workspace, rows per chunk, dW's memory lent or not.
 
 With a workspace that holds all logits a gradient that comes late finds them kept, else they are made again.
 """
@@ -63,5 +63,3 @@ def plans(lab: Lab) -> None:
         if mode == "trained":
             measure(f"{mode}, not lent", lends=False)
         lab.free()
-
-

@@ -40,7 +40,17 @@ def collect(carry: Path, python: str) -> None:
     folder, wheels = carry / "peers", carry / "wheels"
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     for name, module in PEERS.items():
-        fetch = [python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), f"{name}=={pins[name]}"]
+        fetch = [
+            python,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(wheels),
+            f"{name}=={pins[name]}",
+        ]
         if subprocess.run(fetch).returncode:
             print(f"left out {name} {pins[name]}: it cannot be downloaded")
             continue

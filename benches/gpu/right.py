@@ -86,7 +86,9 @@ def calls(lab: Lab) -> None:
                 got, reason = lab.attempt(what, lambda call=call, mode=mode, impl=impl: call.run(mode, impl))
                 for name in got or ():
                     try:
-                        ratio = check(name, got[name], true[name].detach(), twin[name].detach(), scale=1.0 * (name[0] != "d"))
+                        ratio = check(
+                            name, got[name], true[name].detach(), twin[name].detach(), scale=1.0 * (name[0] != "d")
+                        )
                         lab.record(f"{what}: {name}", ratio, "of the allowed error")
                     except AssertionError as error:
                         lab.record(f"{what}: {name}", None, "", note=f"WRONG: {error}")

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from common import Lab
@@ -32,7 +33,7 @@ class Tile:
         self.targets = torch.randint(0, self.v, (n,), device=device)
         self.state = torch.tensor(EMPTY_STATE, dtype=torch.float64, device=device).repeat(n, 1)
         self.g = torch.full((n,), 1 / n, device=device)
-        self.common = dict(offset=0, vocab=self.v, bias=None, scale=1.0, softcap=None, temperature=1.0)
+        self.common: dict[str, Any] = dict(offset=0, vocab=self.v, bias=None, scale=1.0, softcap=None, temperature=1.0)
         self.finished = self.state.clone()
         torch_ops.forward(self.z, self.finished, self.targets, **self.common)
         self.x = torch.randn(n, self.d, device=device).to(torch.bfloat16)
@@ -84,18 +85,27 @@ def variants(t: Tile) -> list[tuple[str, Run]]:
     for block, warps in itertools.product((512, 1024, 2048), (4, 8)):
         other = dict(BLOCK=block, num_warps=warps)
         call = partial(t.forward, triton, t.z)
-        made.append((f"triton forward, fp32, BLOCK {block}, {warps} warps", partial(under, triton.FORWARD, other, call)))
+        made.append(
+            (f"triton forward, fp32, BLOCK {block}, {warps} warps", partial(under, triton.FORWARD, other, call))
+        )
     for block, warps in itertools.product((1024, 2048, 4096), (4, 8)):
         other = dict(BLOCK=block, num_warps=warps)
         call = partial(t.backward, triton, t.z, t.out)
-        made.append((f"triton backward, fp32 to bf16, BLOCK {block}, {warps} warps", partial(under, triton.BACKWARD, other, call)))
+        made.append(
+            (
+                f"triton backward, fp32 to bf16, BLOCK {block}, {warps} warps",
+                partial(under, triton.BACKWARD, other, call),
+            )
+        )
     return made
 
 
 def on_chip(t: Tile) -> list[tuple[str, Run]]:
     made: list[tuple[str, Run]] = [("forward without logits", t.linear)]
     for columns in (8, 16, 32):
-        made.append((f"forward without logits, merge BN {columns}", partial(under, triton.MERGE, dict(BN=columns), t.linear)))
+        made.append(
+            (f"forward without logits, merge BN {columns}", partial(under, triton.MERGE, dict(BN=columns), t.linear))
+        )
     for name, tile in (("DEEP", triton.DEEP), ("SMALL", triton.SMALL)):
         made.append((f"forward without logits, {name} tiles", partial(under, triton.TILES, {90: tile}, t.linear)))
     return made

@@ -10,9 +10,9 @@
 --dry      the whole order on the CPU, with tiny shapes and Triton's kernels in its interpreter, to prove the scripts
 
 The GPU's machine needs torch, triton and transformers, pytest with pytest-xdist for the part `tests` and peft for the
-last ones, and nothing is installed there. Each result is one line of OUT/survey.jsonl as soon as it is known; the table of
-all, OUT/survey.md, is written last, with logs at most eight files. A part runs in a process beside this one, and what
-hangs or dies is named and left out when its part runs again.
+last ones, and nothing is installed there. Each result is one line of OUT/survey.jsonl as soon as it is known; the table
+of all, OUT/survey.md, is written last, with logs at most eight files. A part runs in a process beside this one, and
+what hangs or dies is named and left out when its part runs again.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     call: str  # module:function, called with a Lab
     seconds: float  # on an H100, estimated
     dry: float  # on one core, measured
-    options: dict[str, Any] = {}  # noqa: RUF012: never changed
+    options: dict[str, Any] | None = None
 
 
 def head(part: str, name: str, mode: str, seconds: float, dry: float, **more: Any) -> Part:
@@ -93,8 +93,10 @@ def work(pipe: Connection, setting: tuple[bool, Path, str], paths: list[str]) ->
         print(f"== {part.name}", flush=True)
         module, function = part.call.split(":")
         try:
-            lab = Lab(Setting(*setting), part.name, time.monotonic() + seconds, skip, lambda what: pipe.send(("at", what)))
-            getattr(importlib.import_module(module), function)(lab, **part.options)
+            lab = Lab(
+                Setting(*setting), part.name, time.monotonic() + seconds, skip, lambda what: pipe.send(("at", what))
+            )
+            getattr(importlib.import_module(module), function)(lab, **(part.options or {}))
             pipe.send(("done", ""))
         except Lost as error:
             pipe.send(("lost", str(error)))
@@ -139,7 +141,7 @@ class Survey:
         if self.worker is None and not self.start():
             return None, "its process did not start"
         limit = min(self.left(), 3 * part.seconds)
-        until, at = time.monotonic() + limit, part.name
+        until, at, worker = time.monotonic() + limit, part.name, self.worker
         try:
             self.pipe.send((part, limit, skip))
             while self.pipe.poll(max(until - time.monotonic(), 0)):
@@ -153,8 +155,8 @@ class Survey:
                     return None, text
             reason = f"ended after {limit:.0f} s"
         except (EOFError, OSError):
-            self.worker.join(1)
-            reason = f"the process died ({self.worker.exitcode})"
+            worker.join(1)
+            reason = f"the process died ({worker.exitcode})"
         self.end()
         return at, reason
 

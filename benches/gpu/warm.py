@@ -9,12 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import heads
 import torch
 from common import Lab, Setting
 from methods import methods, step
 from rows import Tile, variants
-
-import heads
 
 
 def warm(i: int, of: int) -> None:
