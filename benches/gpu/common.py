@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ class Lab:
         row = dict(part=self.part, what=what, value=value, unit=unit)
         row["predicted"] = prediction(self.part, what, self.about["device"])
         row |= {key: entry for key, entry in more.items() if entry not in (None, "")}
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        date = datetime.now(UTC).isoformat(timespec="seconds")
         append(self.out / "survey.jsonl", row | dict(date=date, **self.about, command=self.setting.command))
 
     # -- measuring ------------------------------------------------------------------------------------------------

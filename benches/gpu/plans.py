@@ -46,8 +46,8 @@ def plans(lab: Lab) -> None:
     for mode in MODES:
         b = make(lab, "Qwen2.5-7B", n, "dense", mode)
 
-        def measure(what: str, workspace: int | None = None, b: Batch = b, mode: str = mode, **profile: Any) -> None:
-            with planned(device, **profile):
+        def measure(what: str, workspace: int | None = None, profile: Any = (), b: Batch = b, mode: str = mode) -> None:
+            with planned(device, **dict(profile)):
                 took = lab.race({what: lambda: step(b, mode, workspace, impl)})[what]
                 loss = None if mode == "late" else "sft"
                 plan = explain(b.hidden, b.weight, b.targets, loss=loss, impl=impl, workspace=workspace)
@@ -59,7 +59,7 @@ def plans(lab: Lab) -> None:
             measure(f"{mode}, {size} GiB", size * unit)
         for rows in (1024, 1152, 2048, 2304, 4096, 8192):
             chunks = dict(max_rows=rows, trained_rows=rows, frozen_rows=rows, workspace=8 * unit)
-            measure(f"{mode}, {rows} rows a chunk", **chunks)
+            measure(f"{mode}, {rows} rows a chunk", profile=chunks)
         if mode == "trained":
-            measure(f"{mode}, not lent", lends=False)
+            measure(f"{mode}, not lent", profile=dict(lends=False))
         lab.free()

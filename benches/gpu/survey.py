@@ -27,7 +27,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +141,8 @@ class Survey:
         if self.worker is None and not self.start():
             return None, "its process did not start"
         limit = min(self.left(), 3 * part.seconds)
-        until, at, worker = time.monotonic() + limit, part.name, self.worker
+        until, at = time.monotonic() + limit, part.name
+        worker: Any = self.worker
         try:
             self.pipe.send((part, limit, skip))
             while self.pipe.poll(max(until - time.monotonic(), 0)):
@@ -188,7 +189,7 @@ class Survey:
         self.worker = None
 
     def note(self, part: Part, text: str, what: str | None = None, **more: Any) -> None:
-        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        date = datetime.now(UTC).isoformat(timespec="seconds")
         row = dict(part=part.name, what=what, **more, note=text, date=date, command=self.command)
         with (self.out / "survey.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
