@@ -6,13 +6,19 @@ import argparse
 import difflib
 import os
 import sys
+import traceback
+from collections import deque
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from align_engine import recipe as recipes
 from align_engine import stops
 from align_engine.errors import AlignError, BadInput
-from align_engine.recipe import RECIPES
+from align_engine.fields import NO, NOTHING, YES
+from align_engine.recipe import RECIPES, Recipe
+from align_engine.secrets import masked
 
 USAGE = """usage: align COMMAND [--flags]
 
@@ -24,42 +30,55 @@ align COMMAND --help lists the flags of a command. A recipe is a YAML file of th
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; one of several processes ends with it."""
-    code = _attempt(argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # a thread of gloo still freeing the last collective's tensors would abort Python's own way out
-    return code
-
-
-def _attempt(argv: Sequence[str] | None) -> int:
+    """Run one command and return its exit code. One of several processes ends with it, and ends the others where it
+    fails; one of them says why."""
     own = argparse.ArgumentParser(prog="align", add_help=False, allow_abbrev=False)
     own.add_argument("--recipe")
     own.add_argument("--debug", action="store_true")
+    own.add_argument("--version", action="store_true")
     own, arguments = own.parse_known_args(argv)
+    if own.version:
+        print(f"align-engine {metadata.version('align-engine')}")
+        return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:7} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
         print(USAGE.format(commands="\n".join(lines)))
         return 0 if arguments else 2
+    watch = None
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from align_engine.ranks import Watch
+
+            watch = Watch()
         with stops.terminable():
             run(arguments[0], arguments[1:], own.recipe)
-    except KeyboardInterrupt:
-        return _complain("stopped before the run began; the same command starts it", 1)
-    except Exception as error:
-        if own.debug:
+        code, sentence, certain = 0, None, True
+    except BaseException as error:
+        if own.debug and not watch:
             raise
-        if isinstance(error, AlignError):
-            return _complain(str(error), error.exit_code)
-        text = (str(error).strip() or "no message").splitlines()[0]
-        return _complain(f"{type(error).__name__}: {text}\n(the same command with --debug shows where)", 1)
-    return 0
-
-
-def _complain(message: str, code: int) -> int:
-    print(f"align: error: {message}", file=sys.stderr)
+        if own.debug:
+            traceback.print_exc()
+        code, sentence = explained(error)
+        certain = isinstance(error, (AlignError, SystemExit))
+    if watch:
+        watch.end(code, sentence, certain)
+    if sentence:
+        print(f"align: error: {sentence}", file=sys.stderr)
     return code
+
+
+def explained(error: BaseException) -> tuple[int, str | None]:
+    """The exit code of an error, and what to say of it."""
+    if isinstance(error, SystemExit):  # of the parser of flags, which has said its own
+        return int(error.code or 0), None
+    if isinstance(error, KeyboardInterrupt):
+        return 1, "stopped before the run began; the same command starts it"
+    if isinstance(error, AlignError):
+        return error.exit_code, masked(str(error))
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    text = masked((str(error).strip() or "no message").splitlines()[0])
+    place = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return 1, f"{type(error).__name__} in {place}: {text} (unexpected; the same command with --debug shows the way there)"
 
 
 def run(name: str, arguments: list[str], path: str | None) -> None:
@@ -72,21 +91,17 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         raise BadInput(f"no command {name!r}; " + (f"did you mean {close[0]!r}?" if close else "see align --help"))
-    import tyro
-
     if name not in RECIPES:
+        import tyro
+
         tyro.cli(COMMANDS[name], args=arguments, prog=f"align {name}")
         return
     kind = RECIPES[name]
-    recipe = recipes.load(kind, path) if path else kind()
-    for section in vars(recipe).values():
-        for field in recipes.REQUIRED:
-            if getattr(section, field, None) == "":
-                setattr(section, field, tyro.MISSING)
-    said = f"{kind.__doc__}\n\n--recipe FILE: a YAML file of the names below; flags override it."
-    flat = (tyro.conf.OmitArgPrefixes,)
-    recipe = tyro.cli(kind, args=arguments, prog=f"align {name}", description=said, default=recipe, config=flat)
-    recipes.check(recipe)
+    changes, others = flags(kind, arguments)
+    recipe = recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags")
+    if others:
+        explain(name, recipe, others)
+    recipe = recipes.check(recipe)
     quiet_libraries()
     from accelerate import PartialState
 
@@ -100,6 +115,65 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
         train(name, recipe)
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+
+
+def explain(name: str, recipe: Recipe, others: Sequence[str]) -> None:
+    """Print the help of a command that is a recipe, for `-h` or `--help`; refuse other arguments that are no flags."""
+    if strange := [word for word in others if word not in ("-h", "--help")]:
+        if not strange[0].startswith("-"):
+            raise BadInput(f"{strange[0]!r} belongs to no flag")
+        known = [f"--{name.replace('_', '-')}" for name in recipes.fields(type(recipe))]
+        raise BadInput(recipes.unknown("flag", strange[0], known))
+    import tyro
+
+    for section in vars(recipe).values():
+        for field in recipes.REQUIRED:
+            if getattr(section, field, None) == "":
+                setattr(section, field, tyro.MISSING)
+    said = f"{type(recipe).__doc__}\n\n--recipe FILE: a YAML file of the names below; flags override it."
+    flat = (tyro.conf.OmitArgPrefixes,)
+    tyro.cli(type(recipe), args=["--help"], prog=f"align {name}", description=said, default=recipe, config=flat)
+
+
+def flags(kind: type[Recipe], arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What flags say of a recipe's fields.
+
+    A flag is read as a line of a recipe's YAML: `--name value`, `--name=value`, values side by side for a list,
+    `--name` or `--no-name` for a switch.
+
+    Returns:
+        section -> field -> text (a list: texts), as `recipes.typed` takes it; and the arguments that are none of them.
+    Raises:
+        BadInput: a flag without its value.
+    """
+    known, waiting, others = recipes.fields(kind), deque(arguments), list[str]()
+    changes: dict[str, dict[str, Any]] = {}
+
+    def next_value(words: Sequence[str] = ()) -> str | None:
+        """The next argument, unless it is a flag, or none of `words` where some are given."""
+        is_flag = not waiting or waiting[0] == "-h" or (waiting[0].startswith("--") and waiting[0] != "--")
+        return None if is_flag or (words and waiting[0].lower() not in words) else waiting.popleft()
+
+    while waiting:
+        word = waiting.popleft()
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        off = name.removeprefix("no_") if not equals else ""
+        if word.startswith("--") and off != name and off in known and known[off][1].kind is bool:
+            name, equals, value = off, "=", "false"
+        if not word.startswith("--") or name not in known:
+            others.append(word)
+            continue
+        section, field = known[name]
+        if field.kind is bool and not equals:
+            value = next_value((*YES, *NO, *NOTHING)) or "true"
+        elif not equals:
+            values = list(iter(next_value, None)) if field.is_list else [next_value()]
+            if values in ([], [None]):
+                raise BadInput(f"{word} needs a value")
+            value = values if field.is_list else values[0]
+        changes.setdefault(section, {})[name] = value
+    return changes, others
 
 
 def quiet_libraries() -> None:

@@ -9,15 +9,30 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+import functools
+import reprlib
+from collections.abc import Iterable, Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_type_hints
 
 from align_engine.errors import BadInput
+from align_engine.fields import (
+    Count,
+    Field,
+    Finite,
+    Names,
+    NotNegative,
+    Part,
+    Positive,
+    Range,
+    Share,
+    field_of,
+    numbers,
+    parse,
+)
 
-REQUIRED = ("model_name_or_path", "dataset_name", "output_dir")
-EVALUATED = "needs eval_steps and an evaluation dataset"
+REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc")  # fmt: skip
 
@@ -45,14 +60,15 @@ class ModelSection(Section):
     """Weights in 8 bits, through bitsandbytes; with use_peft."""
     use_peft: bool = False
     """Train LoRA adapters instead of all the weights: fresh ones, or those of the folder model_name_or_path."""
-    lora_r: int = 16
+    lora_r: Count = 16
     """Rank of the adapters."""
-    lora_alpha: int = 32
+    lora_alpha: Count = 32
     """Scale of the adapters: the update is multiplied by lora_alpha / lora_r."""
-    lora_dropout: float = 0.05
+    lora_dropout: Annotated[float, Range("[0, 1)")] = 0.05
     """Dropout inside the adapters (sft; the preference methods run without dropout)."""
-    lora_target_modules: list[str] | None = None
-    """Modules that get adapters, `lm_head` included if you like (None: every linear layer but the head)."""
+    lora_target_modules: Annotated[list[str], Names("all-linear")] | None = None
+    """Modules that get adapters, `lm_head` included if you like (None or `all-linear`: every linear layer but the
+    head)."""
 
 
 class DataSection(Section):
@@ -66,15 +82,15 @@ class DataSection(Section):
     """Dataset to evaluate on (None: no evaluation, unless dataset_test_split is given)."""
     dataset_test_split: str | None = None
     """Split of the evaluation dataset (of dataset_name, when eval_dataset_name is not given)."""
-    max_length: int = 1024
-    """Longest sequence in tokens, prompt and completion together."""
-    max_prompt_length: int | None = None
+    max_length: Annotated[int, Range("[2, inf)")] | None = 1024
+    """Longest sequence in tokens, prompt and completion together (None: no limit)."""
+    max_prompt_length: Count | None = None
     """Longest prompt in tokens (None: what max_length leaves)."""
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     """What to do with rows over these limits. truncate: cut the prompt at its left, then the completion at its end."""
     bad_rows: Literal["error", "drop"] = "error"
     """What to do with rows that cannot be used (no `chosen`, chosen equal to rejected, an empty answer, ...)."""
-    dataset_num_proc: int | None = None
+    dataset_num_proc: Count | None = None
     """Processes that tokenise."""
 
 
@@ -92,11 +108,11 @@ class ReferenceFields(Section):
     training goes on with saved adapters; else precomputed."""
     ref_model_name_or_path: str | None = None
     """Reference model (None: the model as it is before the first step)."""
-    ref_model_mixup_alpha: float = 0.6
+    ref_model_mixup_alpha: Part = 0.6
     """ema: the reference becomes alpha x model + (1 - alpha) x reference, arXiv:2404.09656 ..."""
-    ref_model_sync_steps: int = 512
+    ref_model_sync_steps: Count = 512
     """... every so many steps."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Strength of the pull towards the reference: higher stays closer to it."""
 
 
@@ -106,13 +122,13 @@ class DpoLoss(ReferenceFields):
     loss_type: str = "sigmoid"
     """Preference loss; `sigmoid` is DPO's. Several with commas between are summed: `sigmoid,sft`. The aot types sort
     the pairs of one forward pass, so with them 8 x 1 is not 1 x 8."""
-    loss_weights: list[float] | None = None
+    loss_weights: list[Finite] | None = None
     """Weight of each of several losses (None: 1)."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range("[0, 0.5)")] = 0.0
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     """Divergence from the reference that is limited."""
-    f_alpha_divergence_coef: float = 0.5
+    f_alpha_divergence_coef: Finite = 0.5
     """Alpha of alpha_divergence."""
     use_weighting: bool = False
     """WPO: weigh each pair by how probable its answers are to the model."""
@@ -121,11 +137,11 @@ class DpoLoss(ReferenceFields):
 class SimpoLoss(Section):
     """Loss."""
 
-    beta: float = 2.0
+    beta: Positive = 2.0
     """Factor on the difference of the mean log-probs."""
-    simpo_gamma: float = 0.5
+    simpo_gamma: NotNegative = 0.5
     """Margin that the chosen answer must have."""
-    label_smoothing: float = 0.0
+    label_smoothing: Annotated[float, Range("[0, 0.5)")] = 0.0
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
 
 
@@ -134,16 +150,16 @@ class CpoLoss(SimpoLoss):
 
     loss_type: str = "sigmoid"
     """sigmoid, hinge, ipo, or simpo (the only one with simpo_gamma)."""
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Factor on the difference of the log-probs."""
-    cpo_alpha: float = 1.0
+    cpo_alpha: NotNegative = 1.0
     """Weight of the chosen answers' negative log-likelihood."""
 
 
 class OrpoLoss(Section):
     """Loss."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Weight of the odds ratio beside the chosen answers' negative log-likelihood."""
 
 
@@ -152,9 +168,9 @@ class KtoLoss(ReferenceFields):
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
     """kto, or the same with the reference point 0."""
-    desirable_weight: float = 1.0
+    desirable_weight: NotNegative = 1.0
     """Weight of the desirable rows."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: NotNegative = 1.0
     """Weight of the undesirable rows."""
     balance_classes: bool = False
     """Raise one of the weights so that desirable_weight x rows to undesirable_weight x rows lies in [1, 4/3]."""
@@ -163,9 +179,9 @@ class KtoLoss(ReferenceFields):
 class RmLoss(Section):
     """Loss."""
 
-    center_rewards_coefficient: float = 0.0
+    center_rewards_coefficient: NotNegative = 0.0
     """Weight of (chosen + rejected)^2, which keeps the mean score near 0 (0.01 is usual)."""
-    rank_margin: float = 0.0
+    rank_margin: NotNegative = 0.0
     """Margin per step between the columns `chosen_rank` and `rejected_rank` (rank 1 is the best; 0: no margin). A
     column `margin` is used as it stands."""
 
@@ -176,29 +192,29 @@ class RolloutSection(Section):
     reward_funcs: list[str] = field(default_factory=list)
     """What scores completions: `module:function` or `file.py:function` (TRL's signature), the folder of a reward model,
     `http://...` of a scorer, or `human`: a file in the run's folder that people fill in."""
-    reward_weights: list[float] | None = None
+    reward_weights: list[Finite] | None = None
     """Factor of each of them (None: 1)."""
-    num_generations: int = 8
+    num_generations: Count = 8
     """Completions of each prompt."""
-    max_completion_length: int = 512
+    max_completion_length: Count = 512
     """Longest completion in tokens."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of sampling, and of the policy that is trained."""
-    top_p: float = 1.0
+    top_p: Part = 1.0
     """Sample from the likeliest tokens that hold this share of the probability (the loss sees all tokens)."""
-    top_k: int = 0
+    top_k: Annotated[int, Range("[0, inf)")] = 0
     """Sample from so many likeliest tokens (0: all)."""
     stop_strings: list[str] | None = None
     """Texts that end a completion; the token that completes one is its last."""
-    steps_per_generation: int | None = None
+    steps_per_generation: Count | None = None
     """Forward passes that one rollout feeds, a multiple of gradient_accumulation_steps (None: one step's)."""
-    per_device_generation_batch_size: int = 64
+    per_device_generation_batch_size: Count = 64
     """Completions sampled at a time on one device."""
     use_transformers_continuous_batching: bool = False
     """Sample by transformers' continuous batching: rows that have ended leave the batch. It pays with a
     flash attn_implementation and completions of very different lengths. Not for models with layers of several kinds of
     attention, attn_logit_softcapping, or shards."""
-    missing_eos_penalty: float | None = None
+    missing_eos_penalty: NotNegative | None = None
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut off out of the loss."""
@@ -206,7 +222,7 @@ class RolloutSection(Section):
     """Sample from this OpenAI-compatible server, e.g. http://localhost:8000 (None: from the policy in this process)."""
     server_model: str | None = None
     """The model's name there (None: server_weights for `transformers serve`, else model_name_or_path)."""
-    server_concurrency: int = 64
+    server_concurrency: Count = 64
     """Most requests under way at a time (1, on one process: `transformers serve` gives the same answers
     again)."""
     server_weights: str | None = None
@@ -227,9 +243,9 @@ class KlReference(Section):
 class RoundsSection(Section):
     """Rounds."""
 
-    rounds: int = 3
+    rounds: Count = 3
     """Rounds of sampling, scoring, pairing and training."""
-    prompts_per_round: int | None = None
+    prompts_per_round: Count | None = None
     """Prompts of one round (None: all of them, every round)."""
     method: str = "dpo"
     """Algorithm that trains on the pairs: dpo or another that learns from preferences."""
@@ -243,12 +259,12 @@ class RoundsSection(Section):
 class ClippedRatio(Section):
     """Of the losses that clip the ratio of a completion's probability to that when it was sampled."""
 
-    num_iterations: int = 1
+    num_iterations: Count = 1
     """Passes over each rollout."""
-    epsilon: float = 0.2
+    epsilon: NotNegative = 0.2
     """How far below 1 the probability ratio may go before its gradient stops, and above, unless epsilon_high says (of
     gmpo: the log-ratio, below 0)."""
-    epsilon_high: float | None = None
+    epsilon_high: Positive | None = None
     """How far above 1 (None: epsilon)."""
 
 
@@ -257,7 +273,7 @@ class DirectLoss(ClippedRatio):
 
     baseline: Literal["leave_one_out", "batch_mean", "none"] = "leave_one_out"
     """What is taken off a reward. leave_one_out: the mean of the prompt's other completions (RLOO)."""
-    beta: float = 0.05
+    beta: NotNegative = 0.05
     """Weight of the KL divergence from the reference in the reward."""
     normalize_advantages: bool = False
     """Divide the advantages by their spread over the rollout, after taking off their mean."""
@@ -270,9 +286,9 @@ class GrpoLoss(ClippedRatio):
     """How tokens are weighed and averaged (bnpo is dapo here: its batch is the whole step)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Whose standard deviation divides the advantages."""
-    beta: float = 0.0
+    beta: NotNegative = 0.0
     """Weight of the KL divergence from the reference (0: no reference is loaded)."""
-    delta: float | None = None
+    delta: Positive | None = None
     """Upper limit of the ratio for negative advantages too (None: none)."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """One ratio for each token, or for each sequence (GSPO)."""
@@ -280,23 +296,23 @@ class GrpoLoss(ClippedRatio):
     """Of the KL term."""
     use_bias_correction_kl: bool = True
     """Multiply the KL term by the ratio."""
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of an entropy bonus (with a loss_type that is a mean over tokens)."""
-    top_entropy_quantile: float = 1.0
+    top_entropy_quantile: Part = 1.0
     """Learn from this share of the tokens of each forward pass, those of highest entropy."""
-    off_policy_mask_threshold: float | None = None
+    off_policy_mask_threshold: NotNegative | None = None
     """Leave out completions of negative advantage that have become so much less likely than when sampled."""
-    sapo_temperature_pos: float = 1.0
+    sapo_temperature_pos: Positive = 1.0
     """sapo's temperature where the advantage is positive."""
-    sapo_temperature_neg: float = 1.05
+    sapo_temperature_neg: Positive = 1.05
     """And where it is not."""
-    vespo_k_pos: float = 2.0
+    vespo_k_pos: NotNegative = 2.0
     """vespo's power where the advantage is not negative."""
-    vespo_lambda_pos: float = 3.0
+    vespo_lambda_pos: NotNegative = 3.0
     """And its rate."""
-    vespo_k_neg: float = 3.0
+    vespo_k_neg: NotNegative = 3.0
     """vespo's power where the advantage is negative."""
-    vespo_lambda_neg: float = 2.0
+    vespo_lambda_neg: NotNegative = 2.0
     """And its rate."""
     vllm_importance_sampling_correction: bool = False
     """Correct for a sampler (of a server) whose log-probs are not quite the policy's."""
@@ -304,40 +320,40 @@ class GrpoLoss(ClippedRatio):
         "sequence_mask"
     )
     """Per token or completion; ratios outside the limits are clipped (truncate) or left out (mask)."""
-    vllm_importance_sampling_clip_min: float | None = None
+    vllm_importance_sampling_clip_min: NotNegative | None = None
     """Lower limit of that ratio."""
-    vllm_importance_sampling_clip_max: float | None = 3.0
+    vllm_importance_sampling_clip_max: Positive | None = 3.0
     """Upper limit of that ratio."""
 
 
 class PpoLoss(Section):
     """Loss."""
 
-    num_ppo_epochs: int = 4
+    num_ppo_epochs: Count = 4
     """Passes over each rollout."""
-    kl_coef: float = 0.05
+    kl_coef: NotNegative = 0.05
     """Weight of the KL penalty in the reward of each token (0: no reference is loaded)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     """k1: log pi - log ref. k3: never negative."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """KL divergence per completion that kl_coef is steered to (None: kl_coef stays)."""
-    kl_horizon: float = 10000.0
+    kl_horizon: Annotated[float, Range("[1, inf)")] = 10000.0
     """Completions in which kl_coef can about double or halve."""
-    cliprange: float = 0.2
+    cliprange: Positive = 0.2
     """Largest change of a token's probability ratio that is rewarded."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Range("(1, inf)")] | None = None
     """The loss of a token of negative advantage is at most this times it (None: unbounded)."""
-    cliprange_value: float = 0.2
+    cliprange_value: Positive = 0.2
     """Largest change of a value in one rollout that is rewarded."""
-    vf_coef: float = 0.1
+    vf_coef: NotNegative = 0.1
     """Weight of the value loss."""
-    gamma: float = 1.0
+    gamma: Share = 1.0
     """Discount per token."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """Lambda of GAE."""
     whiten_rewards: bool = False
     """Divide the rewards by their spread over the rollout."""
-    entropy_coef: float = 0.0
+    entropy_coef: NotNegative = 0.0
     """Weight of an entropy bonus."""
     value_model_name_or_path: str | None = None
     """Model that the critic starts from, e.g. the reward model (None: a linear head on the policy's hidden states)."""
@@ -346,38 +362,38 @@ class PpoLoss(Section):
 class TrainSection(Section):
     """Training."""
 
-    learning_rate: float = 2e-5
+    learning_rate: Positive = 2e-5
     """Highest learning rate of AdamW."""
-    per_device_train_batch_size: int = 8
+    per_device_train_batch_size: Count = 8
     """Rows (pairs, for dpo) in one forward pass on one device."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Count = 1
     """Forward passes per optimiser step; 8 x 1 and 1 x 8 take the same step."""
-    num_train_epochs: float = 3.0
+    num_train_epochs: Positive = 3.0
     """Passes over the training data."""
-    max_steps: int = -1
+    max_steps: Annotated[int, Range("[1, inf)", also=-1, meaning="for whole epochs")] = -1
     """Optimiser steps; overrides num_train_epochs where positive."""
     lr_scheduler_type: str = "linear"
     """Schedule of the learning rate, one of transformers': linear, cosine, constant_with_warmup, ..."""
-    warmup_ratio: float = 0.0
+    warmup_ratio: Share = 0.0
     """Share of the steps in which the learning rate rises from 0."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's weight decay (not on biases and norms)."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm (0: never)."""
     bf16: bool | None = None
     """Compute in bfloat16 (None: on a GPU that can, not on a CPU)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    seed: int = 42
+    seed: Annotated[int, Range("[0, 4294967295]")] = 42
     """Seed of the order of the rows, of new weights and of dropout."""
 
 
 class EvalSection(Section):
     """Evaluation."""
 
-    per_device_eval_batch_size: int = 8
+    per_device_eval_batch_size: Count = 8
     """Rows in one forward pass of the evaluation."""
-    eval_steps: int | None = None
+    eval_steps: Count | None = None
     """Evaluate every so many steps (None: at the end only)."""
     load_best_model_at_end: bool = False
     """Keep the checkpoint of the best evaluation whatever save_total_limit says, and end with its weights."""
@@ -385,9 +401,9 @@ class EvalSection(Section):
     """Metric of the evaluation that says which is best (None: loss), for load_best_model_at_end and early stopping."""
     greater_is_better: bool | None = None
     """Whether more of that metric is better (None: yes, unless its name ends in loss)."""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: Count | None = None
     """Stop after so many evaluations without a better one (None: never)."""
-    early_stopping_threshold: float = 0.0
+    early_stopping_threshold: NotNegative = 0.0
     """By how much an evaluation must be better to count as one, for early stopping."""
 
 
@@ -399,14 +415,14 @@ class OutputSection(Section):
     with the same folder goes on where it stopped."""
     overwrite: bool = False
     """Delete the run that output_dir holds and start afresh."""
-    logging_steps: int = 10
+    logging_steps: Count = 10
     """Write metrics every so many steps."""
-    save_steps: int = 500
+    save_steps: Count = 500
     """Write a checkpoint every so many steps."""
-    save_total_limit: int | None = None
+    save_total_limit: Count | None = None
     """Keep the latest so many checkpoints (None: all)."""
-    report_to: list[str] = field(default_factory=list)
-    """Trackers of accelerate that get the metrics too: tensorboard, wandb, mlflow, ..."""
+    report_to: Annotated[list[str], Names("none")] = field(default_factory=list)
+    """Trackers of accelerate that get the metrics too: tensorboard, wandb, mlflow, ... (`none`: none)."""
     callbacks: list[str] = field(default_factory=list)
     """TrainerCallbacks of transformers by import path, `module:Class` or `file.py:Class`."""
 
@@ -416,16 +432,16 @@ class KernelSection(Section):
 
     impl: str = "auto"
     """Backend of the fused loss: auto, eager, cpu, ... (see `align env`). One asked for by name never falls back."""
-    workspace: int | None = None
+    workspace: Count | None = None
     """Bytes that the fused loss may use for logits at a time (None: the kernels decide)."""
 
 
 class LimitSection(Section):
     """Limits on gradients."""
 
-    grad_clamp: float | None = None
+    grad_clamp: Positive | None = None
     """Largest |1 - p| or |0 - p| of a token of the vocabulary in the gradient of its logit (None: no limit)."""
-    prob_gate: float | None = None
+    prob_gate: Annotated[float, Range("(0, 1)")] | None = None
     """Tokens of answers that are more probable than this are not trained on any further (None: all are)."""
 
 
@@ -551,8 +567,21 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}
 
 
+@functools.cache
+def fields(kind: type[Recipe]) -> dict[str, tuple[str, Field]]:
+    """Every field of a recipe class by its bare name: (its section's name, what it takes)."""
+    return {
+        name: (section, field_of(annotation))
+        for section, value in vars(kind()).items()
+        for name, annotation in get_type_hints(type(value), include_extras=True).items()
+    }
+
+
 def load(kind: type[R], path: str | Path) -> R:
     """Read a recipe from YAML.
+
+    Every value is text until its field says what it is, as that of a flag is; nothing in it is expanded: `${...}` is
+    text too.
 
     Args:
         kind: the algorithm's recipe class; fields that the file leaves out keep its defaults.
@@ -560,124 +589,162 @@ def load(kind: type[R], path: str | Path) -> R:
     Raises:
         BadInput: no such file, not YAML, an unknown key (with the nearest known one), a value of the wrong type.
     """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    import yaml
 
+    from align_engine import yaml_text
+
+    where = f"recipe {path}"
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
+        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), yaml_text.TextLoader)
     except OSError as error:
-        raise BadInput(f"recipe {path}: {error.strerror or error}") from error
-    except (YAMLError, ValueError) as error:
-        raise BadInput(f"recipe {path} is not readable YAML: {error}") from error
+        raise BadInput(f"{where}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{where} is not UTF-8 (byte {error.object[error.start]:#x} at {error.start})") from error
+    except RecursionError as error:
+        raise BadInput(f"{where} is not readable YAML: it is nested too deep") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"{where} is not readable YAML: {yaml_text.sentence(error)}") from error
     if not isinstance(content, dict):
-        raise BadInput(f"recipe {path} holds no `name: value` lines")
-    return typed(kind(), _into_sections(kind(), content, path), f"recipe {path}")
+        raise BadInput(f"{where} holds no `name: value` lines")
+    return typed(kind(), _into_sections(kind, content, where), where)
 
 
 def typed(recipe: R, changes: dict[str, dict[str, Any]], where: str) -> R:
-    """The recipe with `changes` (section -> field -> value); raises BadInput for a value that is not of its field's
-    type, with `where` in front."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """A recipe with `changes` (section -> field -> value), every field of it as its type has it.
 
-    try:
-        made: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(recipe), changes))
-        return made
-    except OmegaConfBaseException as error:
-        raise BadInput(f"{where}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    Raises:
+        BadInput: naming every value that is not of its field's type, and `where` they stand.
+    """
+    known, wrong, sections = fields(type(recipe)), [], {}
+    for section, default in vars(recipe).items():
+        values = vars(default) | changes.get(section, {})
+        for name, value in values.items():
+            if name not in known or known[name][0] != section:
+                there = [one for one, (at, _) in known.items() if at == section]
+                raise BadInput(f"{where}: {unknown('key', str(name), there)}")
+            try:
+                values[name] = parse(known[name][1], value)
+            except ValueError as error:
+                wrong.append(f"{name} = {reprlib.repr(value)} {error}")
+        sections[section] = values
+    if wrong:
+        raise BadInput(f"{where}: {'; '.join(wrong)}")
+    made = {section: type(getattr(recipe, section))(**values) for section, values in sections.items()}
+    return type(recipe)(**made)
 
 
-def _into_sections(recipe: Recipe, content: dict[Any, Any], path: str | Path) -> dict[str, dict[str, Any]]:
-    section_of = {name: section for section, fields in dataclasses.asdict(recipe).items() for name in fields}
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The sentence on a name that is not known, with the nearest one that is."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {what} `{name:.80}`" + (
+        f"; did you mean `{close[0]}`?" if close else ": --help lists all there are"
+    )
+
+
+def _into_sections(kind: type[Recipe], content: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    known, sections = fields(kind), vars(kind())
     tree: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
-        is_section = hasattr(recipe, str(key))
+        is_section = key in sections
+        if is_section and not isinstance(value or {}, dict):
+            raise BadInput(f"{where}: `{key}` is a section: it takes `name: value` lines, not {reprlib.repr(value)}")
         for name, inner in (value or {}).items() if is_section else [(key, value)]:
-            if name not in section_of:
-                (close,) = difflib.get_close_matches(str(name), section_of, n=1, cutoff=0.0)
-                raise BadInput(f"recipe {path}: unknown key `{name}`; did you mean `{close}`?")
-            if is_section and section_of[name] != key:
-                raise BadInput(f"recipe {path}: `{name}` belongs under `{section_of[name]}`, not under `{key}`")
-            tree.setdefault(section_of[name], {})[name] = inner
+            if name not in known:
+                raise BadInput(f"{where}: {unknown('key', name, known)}")
+            section = known[name][0]
+            if is_section and section != key:
+                raise BadInput(f"{where}: `{name}` belongs under `{section}`, not under `{key}`")
+            if name in tree.setdefault(section, {}):
+                raise BadInput(f"{where}: `{name}` stands at the top and under `{section}`; leave one of them out")
+            tree[section][name] = inner
     return tree
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
     """Write the whole recipe, defaults included, as YAML that `load` reads."""
-    from omegaconf import OmegaConf
+    import yaml
 
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
-
-
-RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # what a number must be, where it is given -> which fields
-    "must be at least 0": (
-        lambda x: x >= 0,
-        "weight_decay max_grad_norm seed center_rewards_coefficient rank_margin desirable_weight undesirable_weight "
-        "top_k beta kl_coef vf_coef entropy_coef epsilon",
-    ),
-    "must be at least 1": (
-        lambda x: x >= 1,
-        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps save_steps "
-        "save_total_limit lora_r lora_alpha eval_steps early_stopping_patience workspace max_prompt_length kl_horizon "
-        "dataset_num_proc ref_model_sync_steps num_generations max_completion_length per_device_generation_batch_size "
-        "num_iterations num_ppo_epochs rounds prompts_per_round server_concurrency steps_per_generation",
-    ),
-    "must be at least 2": (lambda x: x >= 2, "max_length"),
-    "must be above 0": (
-        lambda x: x > 0,
-        "learning_rate num_train_epochs temperature cliprange cliprange_value epsilon_high delta kl_target grad_clamp",
-    ),
-    "must be above 1": (lambda x: x > 1, "dual_clip"),
-    "must be above 0, or -1 for whole epochs": (lambda x: x > 0 or x == -1, "max_steps"),
-    "must lie in [0, 1]": (lambda x: 0 <= x <= 1, "warmup_ratio gamma lam top_entropy_quantile"),
-    "must lie in [0, 1)": (lambda x: 0 <= x < 1, "lora_dropout"),
-    "must lie in (0, 1)": (lambda x: 0 < x < 1, "prob_gate"),
-    "must lie in (0, 1]": (lambda x: 0 < x <= 1, "top_p ref_model_mixup_alpha"),
-    "must lie in [0, 0.5)": (lambda x: 0 <= x < 0.5, "label_smoothing"),
-}
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
 
 
-def check(recipe: Recipe) -> None:
+def check(recipe: R) -> R:
     """Refuse values that no run can use, all of them in one message.
 
+    Returns:
+        the recipe with every value as its field's type has it.
     Raises:
         BadInput: naming each value and what it must be.
     """
-    values = flat(typed(recipe, {}, "recipe"))
-    rules = [(name, bool(values[name]), "is required") for name in (*REQUIRED, "reward_funcs") if name in values]
-    for text, (holds, names) in RANGES.items():
-        rules += [(name, holds(values[name]), text) for name in names.split() if values.get(name) is not None]
-    get, peft, accumulation = values.get, values["use_peft"], values["gradient_accumulation_steps"]
-    judged = values["eval_steps"] and (values["eval_dataset_name"] or values["dataset_test_split"])
-    kind, scorers, weights = get("reference", "auto"), get("reward_funcs", []), get("reward_weights")
-    relations = [
-        ("beta", get("beta") or isinstance(recipe, OnlineRecipe), "must be above 0"),
-        ("max_prompt_length", (values["max_prompt_length"] or 0) < values["max_length"],
-         f"must leave room for a completion: below max_length = {values['max_length']}"),
-        ("load_best_model_at_end", not values["load_best_model_at_end"] or judged, EVALUATED),
-        ("early_stopping_patience", not values["early_stopping_patience"] or judged, EVALUATED),
-        ("load_in_4bit", not values["load_in_4bit"] or peft, "needs --use_peft: such weights cannot be trained"),
-        ("load_in_8bit", not values["load_in_8bit"] or peft, "needs --use_peft: such weights cannot be trained"),
-        ("load_in_8bit", not (values["load_in_4bit"] and values["load_in_8bit"]), "is not load_in_4bit"),
-        ("reference", not kind.startswith("adapter") or peft, "needs --use_peft: there are no adapters"),
-        ("ref_model_name_or_path", kind not in ("none", "ema", "adapter-off", "adapter-copy")
-         or not get("ref_model_name_or_path"), f"is another reference than reference = {kind!r}"),
-        ("reward_funcs", len(scorers) == 1 or "human" not in scorers, "takes 'human' alone, without other scorers"),
-        ("eval_dataset_name", not values["eval_dataset_name"] or scorers != ["human"], "needs a scorer, not people"),
-        ("server_weights", not get("server_weights") or get("server_base_url"), "needs server_base_url"),
-        ("server_weights", not (get("server_weights") and peft), "needs use_peft: false"),
-        ("entropy_coef", get("loss_type") not in ("grpo", "dr_grpo", "luspo", "sapo", "gmpo")
-         or not get("entropy_coef"), "needs a loss_type that counts tokens"),
-        ("epsilon_high", get("loss_type") != "cispo" or get("epsilon_high") is not None,
-         "is the limit of cispo's ratio: give it (5.0 is usual)"),
-        ("reward_weights", weights is None or len(weights) == len(scorers), f"must be {len(scorers)}, as reward_funcs"),
-        ("steps_per_generation", (get("steps_per_generation") or 0) % max(accumulation, 1) == 0,
-         f"must be a multiple of gradient_accumulation_steps = {accumulation}"),
-    ]  # fmt: skip
-    if get(paged := "use_transformers_continuous_batching"):
-        unset = {"top_p": 1.0, "top_k": 0, "stop_strings": None, "server_base_url": None}
-        relations += [(name, values[name] == x, f"must be {x} with {paged}") for name, x in unset.items()]
-    rules += [rule for rule in relations if rule[0] in values]
-    broken = [f"{name} = {values[name]!r} {text}" for name, holds, text in rules if not holds]
+    recipe = typed(recipe, {}, "recipe")
+    values = flat(recipe)
+    broken = [f"{name} = {values[name]!r} is required" for name in REQUIRED if not values.get(name, True)]
+    for name, (_, taken) in fields(type(recipe)).items():
+        if taken.range is not None and any(number not in taken.range for number in numbers(values[name])):
+            broken.append(f"{name} = {values[name]!r} {taken.range}")
+    broken += [f"{name} = {values[name]!r} {text}" for name, text in _conflicts(recipe, values)]
     if broken:
         raise BadInput("; ".join(broken))
+    return recipe
+
+
+def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields that do not go with others: (name, what it must be or needs)."""
+    get, peft = values.get, values["use_peft"]
+    room, most = values["max_prompt_length"], values["max_length"]
+    if room and most and room >= most:
+        yield "max_prompt_length", f"must leave room for a completion: below max_length = {most}"
+    evaluation = values["eval_dataset_name"] or values["dataset_test_split"]
+    if evaluation and get("reward_funcs") == ["human"]:
+        yield "eval_dataset_name" if values["eval_dataset_name"] else "dataset_test_split", "needs a scorer, not people"
+    if values["eval_steps"] and not evaluation:
+        yield "eval_steps", "needs eval_dataset_name or dataset_test_split"
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if values[name] and not (values["eval_steps"] and evaluation):
+            yield name, "needs eval_steps and an evaluation dataset"
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if values[name] and not peft:
+            yield name, "needs --use_peft: such weights cannot be trained"
+    if values["load_in_4bit"] and values["load_in_8bit"]:
+        yield "load_in_8bit", "does not go with load_in_4bit = True: choose one of them"
+    yield from _reference_conflicts(values)
+    if isinstance(recipe, OnlineRecipe | IterateRecipe):
+        yield from _rollout_conflicts(values)
+    if get("loss_type") in ("grpo", "dr_grpo", "luspo", "sapo", "gmpo") and get("entropy_coef"):
+        yield "entropy_coef", f"needs a loss_type that counts tokens, and {get('loss_type')} does not"
+    if get("loss_type") == "cispo" and get("epsilon_high") is None:
+        yield "epsilon_high", "is the limit of cispo's ratio: give it (5.0 is usual)"
+    low, high = get("vllm_importance_sampling_clip_min"), get("vllm_importance_sampling_clip_max")
+    if low is not None and high is not None and low >= high:
+        yield "vllm_importance_sampling_clip_min", f"must be below vllm_importance_sampling_clip_max = {high}"
+    if get("kl_target") and not get("kl_coef"):
+        yield "kl_target", "needs kl_coef above 0, which it steers"
+    if get("desirable_weight") == 0 and get("undesirable_weight") == 0:
+        yield "desirable_weight", "and undesirable_weight are both 0: no row would count"
+
+
+def _reference_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    kind, path = values.get("reference", "auto"), values.get("ref_model_name_or_path")
+    if kind.startswith("adapter") and not values["use_peft"]:
+        yield "reference", "needs --use_peft: there are no adapters"
+    if path and kind in ("none", "ema", "adapter-off", "adapter-copy"):
+        yield "ref_model_name_or_path", f"is another reference than reference = {kind!r}: leave one of them out"
+
+
+def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    scorers, weights = values["reward_funcs"], values["reward_weights"]
+    if len(scorers) > 1 and "human" in scorers:
+        yield "reward_funcs", "takes 'human' alone, without other scorers"
+    if weights is not None and len(weights) != len(scorers):
+        yield "reward_weights", f"must be {len(scorers)} numbers, as many as reward_funcs"
+    for name in ("server_weights", "server_model"):
+        if values[name] and not values["server_base_url"]:
+            yield name, "needs server_base_url"
+    if values["server_weights"] and values["use_peft"]:
+        yield "server_weights", "needs use_peft: false"
+    passes, accumulation = values["steps_per_generation"], values["gradient_accumulation_steps"]
+    if passes and accumulation >= 1 and passes % accumulation:
+        yield "steps_per_generation", f"must be a multiple of gradient_accumulation_steps = {accumulation}"
+    if values[paged := "use_transformers_continuous_batching"]:
+        for name, unset in {"top_p": 1.0, "top_k": 0, "stop_strings": None, "server_base_url": None}.items():
+            if values[name] != unset:
+                yield name, f"must be {unset} with {paged}"

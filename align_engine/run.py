@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 
-from align_engine import heads, inputs, policy, stops
+from align_engine import heads, inputs, policy, ranks, stops
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
@@ -45,7 +45,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     Raises:
         BadInput: before anything is computed. RunFailed: later; the last checkpoint is whole. Stopped: by a signal.
     """
-    recipes.check(recipe)
+    recipe = recipes.check(recipe)
     inputs.check_outputs(recipe)
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
@@ -87,7 +87,7 @@ def fit(
     facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
     check_extent(folder, recipe, steps)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
-    set_seed(recipe.train.seed, device_specific=True)
+    set_seed((recipe.train.seed + accelerator.process_index) % 2**32)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
     if algorithm.refers(recipe):
         references.attach(engine, source, evaluation, steps, folder)
@@ -187,14 +187,10 @@ def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerato
 
 def check_choices(recipe: Recipe, device: torch.device) -> None:
     """Refuse names that the kernels or transformers do not know, before anything is loaded."""
-    from transformers import SchedulerType
-
     from align_kernels.dispatch import pick
 
     policy.check_path(recipes.flat(recipe).get("ref_model_name_or_path") or recipe.model.model_name_or_path)
-    kind, known = recipe.train.lr_scheduler_type, [kind.value for kind in SchedulerType]
-    if kind not in known:
-        raise BadInput(f"lr_scheduler_type = {kind!r} is none of {', '.join(known)}")
+    check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     try:
         if recipe.kernels.impl != "eager":
             pick(recipe.kernels.impl, device, torch.float32)
@@ -202,8 +198,35 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
         raise BadInput(str(error)) from error
 
 
+def check_schedule(kind: str, learning_rate: float) -> None:
+    """Refuse a schedule of transformers that cannot be built here, or not be stepped: some need arguments that a recipe
+    does not have."""
+    from transformers import SchedulerType, get_scheduler
+
+    def why_not(kind: str) -> str | None:
+        parameter = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([parameter], lr=learning_rate)
+        try:
+            parameter.grad = torch.zeros(1)
+            optimizer.step()
+            get_scheduler(kind, optimizer, 0, 2).step()
+        except (TypeError, ValueError, KeyError) as error:
+            return str(error)
+        return None
+
+    known = [kind.value for kind in SchedulerType]
+    if kind not in known or why_not(kind):
+        why = f"cannot run: {why_not(kind)}" if kind in known else "is not one of transformers'"
+        some = ", ".join(one for one in known if not why_not(one))
+        raise BadInput(f"lr_scheduler_type = {kind!r} {why}; choose one of {some}")
+
+
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Device, precision and trackers; refuses a tracker that is not installed."""
+    """Device, precision, processes and trackers.
+
+    Raises:
+        BadInput: a tracker that is not installed; more processes than accelerate can join here.
+    """
     from accelerate.tracking import get_available_trackers
 
     available = [str(tracker.value) for tracker in get_available_trackers()]
@@ -214,10 +237,12 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    ranks.choose_device()
     # an earlier run in this process may have had another precision, and FSDP's settings are only read with the devices
     AcceleratorState._reset_state(reset_partial_state=fsdp)
     options: Any = {"log_with": recipe.output.report_to or None, "project_dir": recipe.output.output_dir}
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
+    ranks.check(accelerator)
     if fsdp and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
         raise BadInput(f"FSDP is asked for; accelerate takes {accelerator.distributed_type} on {accelerator.device}")
     return accelerator
