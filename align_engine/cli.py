@@ -15,7 +15,7 @@ from typing import Any
 
 from align_engine import recipe as recipes
 from align_engine import stops
-from align_engine.errors import AlignError, BadInput
+from align_engine.errors import AlignError, BadInput, RunFailed
 from align_engine.fields import NO, NOTHING, YES
 from align_engine.recipe import RECIPES, Recipe
 from align_engine.secrets import masked
@@ -26,7 +26,8 @@ USAGE = """usage: align COMMAND [--flags]
 
 align COMMAND --help lists the flags of a command. A recipe is a YAML file of the same names, which flags override:
   align dpo --recipe recipes/demo-dpo.yaml --learning_rate 1e-5
---debug shows the traceback of an error. Exit codes: 0 done, 1 the run failed, 2 bad input."""
+--debug shows the traceback of an error, --version the version. Exit codes: 0 done, 1 the run failed, 2 bad input.
+Several processes: torchrun --nproc_per_node 2 -m align_engine COMMAND ... (or accelerate launch), on GPUs or a CPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = None
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in one sentence, not in frames
             from align_engine.ranks import Watch
 
             watch = Watch()
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(arguments[0], arguments[1:], own.recipe)
         code, sentence, certain = 0, None, True
     except BaseException as error:
-        if own.debug and not watch:
+        if own.debug and not watch and isinstance(error, Exception):
             raise
         if own.debug:
             traceback.print_exc()
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explained(error: BaseException) -> tuple[int, str | None]:
     """The exit code of an error, and what to say of it."""
     if isinstance(error, SystemExit):  # of the parser of flags, which has said its own
-        return int(error.code or 0), None
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1, None
     if isinstance(error, KeyboardInterrupt):
         return 1, "stopped before the run began; the same command starts it"
     if isinstance(error, AlignError):
@@ -78,7 +80,10 @@ def explained(error: BaseException) -> tuple[int, str | None]:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     text = masked((str(error).strip() or "no message").splitlines()[0])
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
-    return 1, f"{type(error).__name__} in {place}: {text} (unexpected; the same command with --debug shows the way there)"
+    return (
+        1,
+        f"{type(error).__name__} in {place}: {text} (unexpected; the same command with --debug shows the way there)",
+    )
 
 
 def run(name: str, arguments: list[str], path: str | None) -> None:
@@ -105,14 +110,17 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     quiet_libraries()
     from accelerate import PartialState
 
-    if isinstance(recipe, recipes.IterateRecipe):
-        from align_engine.iterate import iterate
+    try:
+        if isinstance(recipe, recipes.IterateRecipe):
+            from align_engine.iterate import iterate
 
-        iterate(recipe)
-    else:
-        from align_engine.run import train
+            iterate(recipe)
+        else:
+            from align_engine.run import train
 
-        train(name, recipe)
+            train(name, recipe)
+    except SystemExit as error:  # of a reward function, a callback, ...: no way to end a run well
+        raise RunFailed(f"the run was left by sys.exit({error.code!r})") from error
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
 

@@ -158,7 +158,7 @@ class Engine:
         norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
         self._sums.add("stop", float(stops.asked()), 1)
         sums, self._sums = self._sums.reduced(self.accelerator), Sums()
-        loss, norm = sums.means()["loss"], float(norm)
+        loss, norm = sums.means().get("loss", 0.0), float(norm)  # 0: no row of the window counts
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RunFailed(
                 f"step {self.progress.step + 1}: the loss is {loss} and the gradient norm {norm}, so the step was not "

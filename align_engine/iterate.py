@@ -50,7 +50,7 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     Raises:
         BadInput: before anything is computed. RunFailed: later; what is there is whole.
     """
-    recipes.check(recipe)
+    recipe = recipes.check(recipe)
     inputs.check_outputs(recipe)
     accelerator = make_accelerator(recipe)
     recipes.check(round_recipe(recipe, "model", Path("round-1"), 1))
@@ -91,15 +91,15 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
     Raises:
         BadInput: a method that does not learn from preferences, or a setting that it does not have.
     """
-    from omegaconf import OmegaConf
-
     options = recipe.iteration
     known = [name for name, row in ALGORITHMS.items() if row.kind == "preference" and not row.scalar]
     if options.method not in known:
         raise BadInput(f"method = {options.method!r} is none of {', '.join(known)}")
     made: Any = recipes.RECIPES[options.method]()
     changes: dict[str, Any] = {name: dict(vars(getattr(recipe, name))) for name in SHARED}
-    changes["loss"] = dict(OmegaConf.from_dotlist(options.method_settings))
+    if unset := [setting for setting in options.method_settings if "=" not in setting]:
+        raise BadInput(f"method_settings: {unset[0]!r} is not of the form name=value")
+    changes["loss"] = dict(setting.split("=", 1) for setting in options.method_settings)
     changes["model"]["model_name_or_path"] = model
     changes["data"] |= {"dataset_name": str(here / "pairs.jsonl"), "dataset_train_split": "train"}
     changes["output"] |= {"output_dir": str(here / "train"), "overwrite": False}

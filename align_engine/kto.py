@@ -22,7 +22,7 @@ NAME = "kl_completion_ids"
 LEAST, MOST = 1.0, 4 / 3  # w_D n_D / (w_U n_U), arXiv:2402.01306 section 4.2
 
 
-def with_strangers(rows: datasets.Dataset, seed: int, max_length: int) -> datasets.Dataset:
+def with_strangers(rows: datasets.Dataset, seed: int, max_length: int | None) -> datasets.Dataset:
     """Add the column `kl_completion_ids`: for each row a completion that answers another prompt.
 
     It is the completion before it in a permutation of the rows, or the next before that whose prompt differs: a
@@ -42,7 +42,7 @@ def with_strangers(rows: datasets.Dataset, seed: int, max_length: int) -> datase
     strangers = rows.select(stranger).select_columns("completion_ids").rename_column("completion_ids", NAME)
 
     def cut(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {NAME: row[NAME][: max(max_length - len(row["prompt_ids"]), 1)]}
+        return {NAME: row[NAME][: max_length and max(max_length - len(row["prompt_ids"]), 1)]}
 
     both = datasets.concatenate_datasets([rows, strangers.flatten_indices()], axis=1)
     return both.map(cut, desc="Completions of other prompts")

@@ -87,7 +87,7 @@ class Training:
                     found = self.engine.evaluate(self.evaluation)
             best = callbacks.evaluated(found)
         if due(options.output.logging_steps, callbacks.control.should_log):
-            means, progress.sums = progress.sums.means(), Sums()
+            means, progress.sums = {"loss": 0.0} | progress.sums.means(), Sums()
             for text in warnings(progress.watched, progress.said, means):
                 self.journal.warn(progress.step, text)
             self._log({**means, "num_tokens": progress.num_tokens, **self.journal.throughput()})

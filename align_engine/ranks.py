@@ -7,11 +7,12 @@ start a run on two GPUs, or on two processes of a CPU where there is no GPU. A r
 exit code, and one sentence is printed. A rank that is killed or frozen ends the others too: each shows every second, in
 the store of torch's launcher, that it lives. A thread does so, so that long work (a rollout, an evaluation, tokenising)
 is life as well. Who shows nothing for ALIGN_RANKS_TIMEOUT seconds (default 40) is taken for frozen; a process that has
-ended on the same machine is found at once.
+ended on the same machine is found at once. Frozen ones of the same machine are killed: they cannot end themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from align_engine.errors import BadInput, RunFailed
 
@@ -98,9 +100,9 @@ class Watch:
             threading.Thread(target=work, daemon=True).start()
 
     def _join(self) -> None:
-        store, _, world = next(dist.rendezvous("env://", timeout=JOINING))
-        self.store = dist.PrefixStore("align", store)
-        for name, value in {"life": "0", "left": "", "who": f"{_place()} {os.getpid()}"}.items():
+        store, _, world = next(rendezvous("env://", timeout=JOINING))
+        self.store = PrefixStore("align", store)
+        for name, value in {"life": "0", "left": "", "who": f"{_place()} {os.getpid()} {_born(os.getpid())}"}.items():
             self.store.set(f"{name}/{self.rank}", value)
         others = [rank for rank in range(world) if rank != self.rank]
         self.peers = [Peer(rank, self.store.get(f"who/{rank}").decode()) for rank in others]
@@ -116,7 +118,7 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that sees the first process go
         began = self.round
-        while not certain and any(peer.alive and peer.changed < began + 2 for peer in self.peers):
+        while not certain and any(not peer.left and peer.changed < began + 2 for peer in self.peers):
             time.sleep(self.interval)  # whoever is gone or has failed is found meanwhile, which ends this process
         with self.ending:
             self._leave(code, sentence)
@@ -140,7 +142,9 @@ class Watch:
 
     def _is_first(self) -> bool:
         """Whether this is the lowest of the ranks that may speak where the store is gone."""
-        return self.rank <= min([peer.rank for peer in self.peers if peer.alive and peer.rank != self.host], default=self.rank)
+        return self.rank <= min(
+            [peer.rank for peer in self.peers if peer.alive and peer.rank != self.host], default=self.rank
+        )
 
     def _exchange(self) -> None:
         """Show the others that this rank lives, and take note of them."""
@@ -176,13 +180,17 @@ class Watch:
     def _verdict(self) -> str | None:
         gone = "has ended without an error of its own (killed, or out of memory)"
         silent = f"has shown no life for {self.limit * self.interval:.0f} s (stopped, or out of reach)"
-        host = "the launcher" if self.host is None else f"rank {self.host}"
         if self.lost or self.unheard > self.limit:
+            for peer in self.peers:
+                if peer.rank == self.host:
+                    peer.kill()
+            host = "the launcher" if self.host is None else f"rank {self.host}"
             return f"{host} {gone if self.lost else silent}"
         for peer in self.peers:
             if peer.dead:
                 return f"rank {peer.rank} {gone}"
             if peer.alive and self.round - peer.changed > self.limit:
+                peer.kill()
                 return f"rank {peer.rank} {silent}"
         return None
 
@@ -193,8 +201,8 @@ class Peer:
     def __init__(self, rank: int, who: str) -> None:
         self.rank, self.life, self.changed = rank, b"", 0  # what it has shown last, and in which round that was new
         self.left = self.dead = False  # gone as it should be, or otherwise
-        place, _, pid = who.rpartition(" ")
-        self.process = Path(f"/proc/{pid}/stat") if place == _place() else None
+        place, pid, self.born = who.rsplit(" ", 2)
+        self.pid = int(pid) if place == _place() else None  # None: on another machine
 
     @property
     def alive(self) -> bool:
@@ -203,15 +211,27 @@ class Peer:
 
     def ended(self) -> bool:
         """Whether its process is seen to have ended, on this machine."""
-        try:
-            return self.process is not None and self.process.read_text().rpartition(")")[2].split()[0] in ("Z", "X")
-        except OSError:
-            return True
+        return self.pid is not None and _born(self.pid) != self.born
+
+    def kill(self) -> None:
+        """End its process, if it runs on this machine: one that is stopped cannot do so itself."""
+        if self.pid is not None and not self.ended():
+            with contextlib.suppress(OSError):
+                os.kill(self.pid, signal.SIGKILL)
+
+
+def _born(pid: int) -> str:
+    """When a process of this machine has started, in ticks since boot; "ended" where it does not run."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "ended"
+    return "ended" if fields[0] in ("Z", "X") else fields[19]
 
 
 def _place() -> str:
     """What processes share that see each other under /proc; of no use to others where there is none."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}-{os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{os.uname().nodename} {os.getpid()}"
+        return f"process-{os.getpid()}"

@@ -31,6 +31,7 @@ from align_engine.fields import (
     numbers,
     parse,
 )
+from align_engine.secrets import masked
 
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
@@ -563,8 +564,9 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The fields that decide what a run computes: two runs that agree on them (and on data) end with equal weights."""
-    return {name: value for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}
+    """The fields that decide what a run computes: two runs that agree on them (and on data) end with equal weights.
+    Secrets of addresses are masked."""
+    return {name: masked(value) for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}
 
 
 @functools.cache
@@ -661,10 +663,11 @@ def _into_sections(kind: type[Recipe], content: dict[str, Any], where: str) -> d
 
 
 def save(recipe: Recipe, path: str | Path) -> None:
-    """Write the whole recipe, defaults included, as YAML that `load` reads."""
+    """Write the whole recipe, defaults included, as YAML that `load` reads. Secrets of addresses are masked."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
+    content = masked(dataclasses.asdict(recipe))
+    Path(path).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), "utf-8")
 
 
 def check(recipe: R) -> R:

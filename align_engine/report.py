@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_engine import metrics
 from align_engine import recipe as recipes
+from align_engine.secrets import masked
 
 if TYPE_CHECKING:
     from align_engine.checkpoint import RunFolder
@@ -162,7 +163,7 @@ def write_report(folder: RunFolder, algorithm: str, recipe: recipes.Recipe) -> N
     if evaluated := [record for record in records if "eval_loss" in record]:
         rows = [(name, value) for name, value in evaluated[-1].items() if name.startswith("eval_")]
         tables.append(Table("Evaluation", ("metric", f"step {evaluated[-1]['step']}"), rows))
-    settings = Table("Recipe", ("setting", "value"), list(recipes.flat(recipe).items()))
+    settings = Table("Recipe", ("setting", "value"), list(masked(recipes.flat(recipe)).items()))
     lead = f"{recipe.model.model_name_or_path} on {recipe.data.dataset_name}, {last['step']} steps."
     html = page(f"align {algorithm}: {folder.path.name}", lead, tables, list(figures.values()), [settings])
     with folder.written("report.html") as path:

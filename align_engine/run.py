@@ -32,6 +32,7 @@ from align_engine.loops import Training, loop
 from align_engine.metrics import Journal
 from align_engine.online import ValueHead
 from align_engine.recipe import KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
+from align_engine.secrets import masked
 from align_engine.source import Source, total_steps
 
 
@@ -99,8 +100,15 @@ def fit(
         accelerator.print(f"going on from {checkpoints[-1]}")
     logged: list[dict[str, Any]] = []
     if accelerator.is_main_process:
+<<<<<<< HEAD
         logged = folder.truncate_metrics(engine.progress.step)
     accelerator.init_trackers("align", config={k: str(v) for k, v in recipes.flat(recipe).items()})
+=======
+        folder.truncate_metrics(engine.progress.step)
+    accelerator.init_trackers(
+        "align", config={name: str(value) for name, value in masked(recipes.flat(recipe)).items()}
+    )
+>>>>>>> 02cae62 (Ranks: a frozen one of this machine is killed, a lost one is waited for)
     accelerator.print(summary(engine, source, steps))
     journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, algorithm.name)
     with journal.bar:
@@ -207,9 +215,10 @@ def check_schedule(kind: str, learning_rate: float) -> None:
         parameter = torch.zeros(1, requires_grad=True)
         optimizer = torch.optim.SGD([parameter], lr=learning_rate)
         try:
-            parameter.grad = torch.zeros(1)
+            schedule = get_scheduler(kind, optimizer, 0, 2)
             optimizer.step()
-            get_scheduler(kind, optimizer, 0, 2).step()
+            schedule.step()
+            schedule.get_last_lr()
         except (TypeError, ValueError, KeyError) as error:
             return str(error)
         return None

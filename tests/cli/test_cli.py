@@ -77,7 +77,7 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
     "no model": ("sft", {"model_name_or_path": "./nowhere/model"}, ["./nowhere/model", "no such folder"]),
     "unknown flag": ("dpo", {"learning_rat": 1}, ["--learning_rat", "--learning-rate"]),
     "flag of another algorithm": ("sft", {"beta": 1}, ["--beta"]),
-    "value of the wrong type": ("dpo", {"max_steps": "many"}, ["many", "max-steps"]),
+    "value of the wrong type": ("dpo", {"max_steps": "many"}, ["max_steps = 'many' is not a whole number"]),
     "value out of range": ("dpo", {"beta": -1, "warmup_ratio": 2}, ["beta = -1", "warmup_ratio = 2", "[0, 1]"]),
     "unknown backend": ("dpo", {"impl": "warp"}, ["impl", "warp"]),
     "unknown loss": ("dpo", {"loss_type": "sigmoyd"}, ["loss_type", "sigmoyd", "sigmoid"]),
