@@ -100,15 +100,9 @@ def fit(
         accelerator.print(f"going on from {checkpoints[-1]}")
     logged: list[dict[str, Any]] = []
     if accelerator.is_main_process:
-<<<<<<< HEAD
         logged = folder.truncate_metrics(engine.progress.step)
-    accelerator.init_trackers("align", config={k: str(v) for k, v in recipes.flat(recipe).items()})
-=======
-        folder.truncate_metrics(engine.progress.step)
-    accelerator.init_trackers(
-        "align", config={name: str(value) for name, value in masked(recipes.flat(recipe)).items()}
-    )
->>>>>>> 02cae62 (Ranks: a frozen one of this machine is killed, a lost one is waited for)
+    settings = masked(recipes.flat(recipe))
+    accelerator.init_trackers("align", config={name: str(value) for name, value in settings.items()})
     accelerator.print(summary(engine, source, steps))
     journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, algorithm.name)
     with journal.bar:
