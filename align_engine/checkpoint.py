@@ -51,7 +51,8 @@ class RunFolder:
     # what the folder holds
 
     def record(self) -> dict[str, Any]:
-        """What run.json says: "finished", "identity", and "files", a dict from path to size (None: it changes later).
+        """What run.json says: "finished", "identity", and "files": a dict from path to the size as
+        it was written (of a run inside this one, whose name ends in "/", 0).
 
         Raises:
             BadInput: it is damaged, or no record of a run.
@@ -139,7 +140,7 @@ class RunFolder:
             place = self.path / path
             if not place.is_file():
                 return f"{path} is missing"
-            if size is not None and place.stat().st_size != size:
+            if place.stat().st_size != size:
                 return f"{path} has {place.stat().st_size} bytes, but {size} were written"
         return None if listed else f"{name} is missing"
 
@@ -230,7 +231,7 @@ class RunFolder:
 
     def adopt(self, name: str) -> RunFolder:
         """A run of its own inside this one, which goes with it."""
-        self._list({f"{name}/": None})
+        self._list({f"{name}/": 0})
         return RunFolder(self.path / name, {})
 
     # checkpoints
@@ -293,11 +294,9 @@ class RunFolder:
             raise kind(f"{foreign[0]} is not this run's, and lies where the run writes {name}: move it away")
 
     @contextlib.contextmanager
-    def written(self, name: str, changes: bool = False) -> Iterator[Path]:
+    def written(self, name: str) -> Iterator[Path]:
         """A path to write a file or a folder to; afterwards it bears `name`, whole and on the disk, or not at all.
 
-        Args:
-            changes: whether the file is written to afterwards (its size is not checked then).
         Raises:
             RunFailed: the disk is full or refuses, or what bears `name` is not ours; it is untouched then.
         """
@@ -307,9 +306,8 @@ class RunFolder:
             remove(side)
             side.parent.mkdir(parents=True, exist_ok=True)
             yield side
-            parts = {path: side / path for path in (str(one.relative_to(side)) for one in _files(side))}
-            sizes = {f"{name}/{path}": place.stat().st_size for path, place in parts.items()} if side.is_dir() else {}
-            self._list(sizes or {name: None if changes else side.stat().st_size}, instead_of=name)
+            inside = {f"{name}/{path.relative_to(side)}": path.stat().st_size for path in _files(side)}
+            self._list(inside if side.is_dir() else {name: side.stat().st_size}, instead_of=name)
             settle(side, self._target(name))
         except Exception as error:
             if refusal(error) is None:
@@ -318,7 +316,7 @@ class RunFolder:
                 remove(side)
             raise self._failure(self.path / name, error) from error
 
-    def _list(self, files: dict[str, int | None], instead_of: str | None = None) -> None:
+    def _list(self, files: dict[str, int], instead_of: str | None = None) -> None:
         """Put files on the list, in place of those under a name. The record of a run that has not begun is not kept."""
         if not (self.path / RECORD).exists():
             return
@@ -350,9 +348,9 @@ class RunFolder:
             return f"the last checkpoint is {left[-1].name}" if left else "there is no checkpoint yet"
         return "its record is damaged"
 
-    def write_rows(self, name: str, rows: Iterable[dict[str, Any]], changes: bool = False) -> None:
+    def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Write a file with one JSON object per line."""
-        with self.written(name, changes) as path:
+        with self.written(name) as path:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def truncate_metrics(self, step: int, *more: dict[str, Any]) -> list[dict[str, Any]]:
@@ -363,7 +361,7 @@ class RunFolder:
         """
         kept = [row for row in read_metrics(self.metrics) if row["step"] <= step] if self.metrics.exists() else []
         kept += more
-        self.write_rows("metrics.jsonl", kept, changes=True)
+        self.write_rows("metrics.jsonl", kept)
         return kept
 
 

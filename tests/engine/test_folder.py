@@ -81,7 +81,7 @@ def test_overwriting_refuses_to_delete_what_people_put_into_the_runs_folders(beg
         begun.finished(overwrite=True)
     assert contents(begun.path) == before
     (begun.path / "final" / "notes.txt").unlink()
-    begun.write_rows("marks/rollout-000000.jsonl", [{"completion": "a", "score": None}], changes=True)
+    begun.write_rows("marks/rollout-000000.jsonl", [{"completion": "a", "score": None}])
     assert not begun.finished(overwrite=True)
     (begun.path / "marks/rollout-000000.jsonl").write_text('{"completion": "a", "score": 3}\n')
     with pytest.raises(BadInput, match="where people have put marks"):

@@ -1,0 +1,96 @@
+"""Runs of every method, killed at random moments and gone on with: do they end with the same bits?
+
+    python tests/kills.py [--kills 30] [--seed 0]
+
+Run by hand: some ten minutes. A third of the runs is ended by SIGKILL, a third by SIGTERM, a third by SIGINT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in (".", "kernels", "tests")]
+
+import tiny  # noqa: E402
+from nursery import Nursery  # noqa: E402
+from runs import same_bits  # noqa: E402
+
+from align_engine.checkpoint import SIDE  # noqa: E402
+
+ONLINE = ("direct", "grpo", "ppo", "iterate")
+METHODS = ("sft", "dpo", "kto", "rm", *ONLINE)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+def job(method: str, model: Path, rows: Path, out: Path) -> str:
+    """Python that runs a method, for the nursery."""
+    common = dict(save_steps=3, logging_steps=1, per_device_train_batch_size=4, lr_scheduler_type="cosine")
+    paths = [str(model), str(rows), str(out)]
+    if method not in ONLINE:
+        settings = common | {"max_steps": 20}
+        return f"run.train({method!r}, tiny.offline({method!r}, *{paths!r}, **{settings!r}))"
+    settings = common | {"max_steps": 6 if method == "iterate" else 12}
+    kind = f"__import__('align_engine.recipe').recipe.RECIPES[{method!r}]"
+    made = f"tiny.online({kind}, *{paths!r}, **{settings!r})"
+    if method == "iterate":
+        return f"__import__('align_engine.iterate').iterate.iterate({made})"
+    return f"run.train({method!r}, {made})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="kills-"))
+    model, nursery, kills, ends, wrong = tiny.write_model(folder / "model"), Nursery(), 0, Counter(), []
+    seconds = {}
+    for method in METHODS:
+        rows = tiny.prompt_rows(8) if method in ONLINE else tiny.OFFLINE[method][1](16)
+        tiny.write_rows(folder / f"{method}.jsonl", rows)
+        began = time.monotonic()
+        nursery.start(job(method, model, folder / f"{method}.jsonl", folder / f"{method}-whole"))
+        assert nursery.end() == 0, method
+        seconds[method] = time.monotonic() - began
+    number = 0
+    while kills < options.kills:
+        method, out = METHODS[number % len(METHODS)], folder / f"{number}"
+        number += 1
+        for again in range(rng.randint(1, 3)):
+            how = SIGNALS[kills % len(SIGNALS)]
+            child = nursery.start(job(method, model, folder / f"{method}.jsonl", out))
+            moment = time.monotonic() + rng.uniform(0.1, 1.0) * seconds[method] / (1 + again)
+            while time.monotonic() < moment and Path(f"/proc/{child}").exists():
+                time.sleep(0.002)
+            if Path(f"/proc/{child}").exists():
+                os.kill(child, how)
+            status = nursery.end()
+            if status == 0:
+                break
+            kills += 1
+            ends[f"{method} {how.name}"] += 1
+        nursery.start(job(method, model, folder / f"{method}.jsonl", out))
+        assert nursery.end() == 0, f"{method} does not go on in {out}"
+        left = [str(path) for path in out.rglob(f"*{SIDE}")]
+        same = same_bits(folder / f"{method}-whole" / "final", out / "final")
+        wrong += [] if same and not left else [(method, number, left)]
+        print(
+            f"{method} in {out.name}: {'the same bits' if same else 'OTHER BITS'} after {kills} kills in all",
+            flush=True,
+        )
+    nursery.close()
+    print(f"{kills} kills in {number} runs ({', '.join(f'{n} x {name}' for name, n in sorted(ends.items()))}): "
+          f"{number - len(wrong)} ended with the same bits and nothing left behind")  # fmt: skip
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
