@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align_engine import recipe as recipes
+from align_engine.checkpoint import SIDE, remove, settle
 from align_engine.data.sources import load_rows
 from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
+from align_engine.errors import BadInput
 from align_engine.evals import Score, score
 from align_engine.iterate import iterate
 from align_engine.metrics import read
@@ -72,7 +74,13 @@ def run(output_dir: Path, seeds: Sequence[int], workers: int = 2) -> dict[int, O
 
     Args:
         workers: stages that are trained at a time, each in a process of its own. With 1 everything runs in this one.
+    Raises:
+        BadInput: output_dir holds something, and no demo among it.
     """
+    if output_dir.exists() and (
+        not output_dir.is_dir() or (any(output_dir.iterdir()) and not any(output_dir.glob("seed-*")))
+    ):
+        raise BadInput(f"output_dir = {str(output_dir)!r} holds files that are no demo of ours; give a new folder")
     outcomes = {}
     with executor(workers) as pool:
         for seed in seeds:
@@ -115,8 +123,11 @@ def end_with_parent() -> None:
 def run_seed(folder: Path, seed: int, pool: Executor, quiet: bool) -> Outcome:
     """Data, all stages and their scores for one seed, in one folder."""
     data = folder / "data"
-    if not (data / "model").exists():
-        make_demo(data, seed)
+    if not data.exists():
+        side = folder / f"data{SIDE}"
+        remove(side)
+        make_demo(side, seed)
+        settle(side, data)
     futures: dict[str, Future[Result]] = {}
 
     def start(*stages: Stage) -> None:

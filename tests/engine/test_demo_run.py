@@ -11,6 +11,7 @@ import pytest
 
 from align_engine.demo import run as demo
 from align_engine.demo.make import make_demo
+from align_engine.errors import BadInput
 
 
 @pytest.fixture
@@ -92,3 +93,10 @@ def test_several_seeds_give_mean_spread_and_gain():
     assert rows["KTO"] == ["70.0", "73.0", "76.0", "73.0 ± 3.0", "+22.0 ± 2.0"]
     assert rows["  after round 1"] == ["60.0", "60.0", "60.0", "60.0 ± 0.0", ""]
     assert rows["reward model: pairs, %"] == ["80.0", "80.0", "80.0", "80.0 ± 0.0", ""]
+
+
+def test_a_folder_of_somebody_elses_is_refused(tmp_path):
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(BadInput, match="no demo of ours"):
+        demo.run(tmp_path, (0,))
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
