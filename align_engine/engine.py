@@ -7,20 +7,22 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from align_engine import heads, statefile, stops
+from align_engine import heads, noise, statefile, stops
 from align_engine.algorithms import Algorithm, gradient_limits, metric_weight
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput, RunFailed
 from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.metrics import Sums
-from align_engine.recipe import OnlineRecipe, Recipe
+from align_engine.recipe import OnlineRecipe, PpoRecipe, Recipe
 from align_engine.source import Micro, Source
 
 
@@ -65,12 +67,10 @@ class Engine:
         temperature = recipe.rollout.temperature if isinstance(recipe, OnlineRecipe) else 1.0
         self.head_options = {**vars(recipe.kernels), "temperature": temperature}  # keywords of linear_logprobs
         self.critic: Any = getattr(causal_model(model), "value_head", None)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": train.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=train.learning_rate)
+        self.aux_coef = router_aux_loss_coef(causal_model(model), train.router_aux_loss_coef)
+        # torch's own default on CUDA holds one more copy of all weights for a while
+        fused = True if accelerator.device.type == "cuda" else None
+        optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=train.learning_rate, fused=fused)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
@@ -82,14 +82,15 @@ class Engine:
         self._sums = Sums()
 
     def forward(self, batch: Batch, num_items: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """One forward pass with the fused loss, or with the loss of the scores where the model has a score head.
+        """One forward pass with the fused loss, or with the loss of the scores where the model has a score head. A
+        mixture of experts adds its load-balancing loss, weighed by the batch's share of the units.
 
         Returns:
             (loss, metrics): the sum over the batch's units over `num_items`, and the metrics of the loss.
         """
         if self.reference is not None:
             batch.ref_logps = self.reference(batch)
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.algorithm.scalar:
             out = self.algorithm.loss(heads.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
             return out.loss, out.metrics
@@ -102,9 +103,38 @@ class Engine:
             metrics.update(out.metrics)
             return out.loss
 
+        if self.aux_coef:
+            inputs["output_router_logits"] = True
         with fused_head(self.model, fn):
-            loss = self.model(**inputs, use_cache=False).logits
-        return loss, metrics
+            out = self.model(**inputs, use_cache=False)
+        if not self.aux_coef:
+            return out.logits, metrics
+        share = self.algorithm.count(batch, self.recipe) / num_items
+        return out.logits + self.aux_coef * share * out.aux_loss, metrics | {"aux_loss": out.aux_loss.detach()}
+
+    def check_noise(self) -> None:
+        """Refuse a model whose training mode is not its evaluation mode, where the algorithm promises no dropout.
+
+        Raises:
+            BadInput: naming the model.
+        """
+
+        def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            if self.algorithm.scalar:
+                return heads.values(self.model, **inputs)
+
+            def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:  # [B, T, D], and the values behind them
+                parts = [hidden]
+                if self.critic is not None:
+                    parts.append(self.critic(hidden, SimpleNamespace(**inputs))[..., None].to(hidden.dtype))
+                return torch.cat(parts, -1)
+
+            with fused_head(self.model, fn):
+                return self.model(**inputs, use_cache=False).logits
+
+        if not self.algorithm.dropout:
+            noise.check(self.model, forward, self.accelerator.device)
 
     def open(self, window: list[Micro]) -> float:
         """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch.
@@ -188,8 +218,32 @@ class Engine:
         del means["num_tokens"]
         return {f"eval_{name}": value for name, value in means.items()}
 
+    def check_finite(self) -> None:
+        """Refuse to save weights that are infinite or not a number.
+
+        Raises:
+            RunFailed: on every rank, naming a tensor.
+        """
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad and p.numel()]
+        shards = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for _, parameter in trained]
+        largest = torch.stack(
+            [x.detach().abs().max().float() if x.numel() else x.new_zeros(()).float() for x in shards]
+        )
+        broken: Any = self.accelerator.reduce((~largest.isfinite()).int().to(self.accelerator.device), "sum")
+        if broken.any():
+            (first, _), count = trained[int(broken.argmax())], int((broken > 0).sum())
+            raise RunFailed(
+                f"step {self.progress.step}: {count} of {len(trained)} trained tensors are infinite or not a number, "
+                f"{first} first: they were not saved. Lower learning_rate or weight_decay; the last checkpoint is whole"
+            )
+
     def save(self, folder: RunFolder) -> None:
-        """Write a checkpoint of everything that the next step depends on."""
+        """Write a checkpoint of everything that the next step depends on.
+
+        Raises:
+            RunFailed: weights that are not finite; what the disk says.
+        """
+        self.check_finite()
         accelerator, name = self.accelerator, folder.checkpoint(self.progress.step).name
         rank = accelerator.process_index
         with folder.written(name) if accelerator.is_main_process else contextlib.nullcontext(folder.side(name)) as path:
@@ -225,7 +279,12 @@ class Engine:
         self.write_model(partial(folder.written, "final"), tokenizer)
 
     def write_model(self, written: Callable[[], contextlib.AbstractContextManager[Path]], tokenizer: Any) -> None:
-        """The same to what `written` gives: a path, which takes its place at the end of the block."""
+        """The same to what `written` gives: a path, which takes its place at the end of the block.
+
+        Raises:
+            RunFailed: weights that are not finite; what the disk says.
+        """
+        self.check_finite()
         state: Any = self.accelerator.get_state_dict(self.model)
         state = {name: value for name, value in state.items() if "value_head." not in name}
         # peft would put the whole embedding into an adapter of the head; the vocabulary never grows here
@@ -234,10 +293,44 @@ class Engine:
         if self.recipe.model.use_peft:
             options = {"save_embedding_layers": False, "selected_adapters": [model.active_adapter]}
         if self.accelerator.is_main_process:
-            with written() as path:
+            with written() as path, noise.restored(model):
                 model.save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
         self.accelerator.wait_for_everyone()
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """The trained weights as AdamW takes them: matrices with weight decay, vectors without; those of a critic apart,
+    with a learning rate of their own."""
+    train, critic = recipe.train, getattr(causal_model(model), "value_head", None)
+    apart = {id(parameter) for parameter in critic.parameters()} if critic is not None else set()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = []
+    for of_critic in (False, True):
+        lr = recipe.loss.value_learning_rate if of_critic and isinstance(recipe, PpoRecipe) else train.learning_rate
+        mine = [parameter for parameter in trained if (id(parameter) in apart) == of_critic]
+        groups += [
+            {"params": [p for p in mine if p.dim() >= 2], "weight_decay": train.weight_decay, "lr": lr},
+            {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0, "lr": lr},
+        ]
+    return [group for group in groups if group["params"]]
+
+
+def router_aux_loss_coef(causal: Any, asked: float | None) -> float:
+    """Weight of a mixture of experts' load-balancing loss: what the recipe asks for, or what the model's config has (as
+    TRL); 0 for a model that has none.
+
+    Raises:
+        BadInput: asked for of a model that has none.
+    """
+    config = causal.config.get_text_config()
+    served = hasattr(config, "output_router_logits") and causal.get_output_embeddings() is not None
+    if asked and not served:
+        name = type(causal).__name__
+        raise BadInput(f"router_aux_loss_coef = {asked}: {name} has no load-balancing loss of experts")
+    held = (getattr(config, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
+    own = next((coef for coef in held if coef is not None), 0.0)
+    return float(own if asked is None else asked) if served else 0.0
 
 
 def drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:

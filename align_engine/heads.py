@@ -22,15 +22,17 @@ if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
 
 
-def load_scalar_model(path: str, section: ModelSection, pad_token_id: int) -> nn.Module:
-    """A model with a score head from a folder or hub name: a saved one, or a causal LM's body with a fresh head.
+def load_scalar_model(path: str, section: ModelSection, pad_token_id: int, fresh_head: bool = False) -> nn.Module:
+    """A model with a score head from a folder or hub name.
 
+    Args:
+        fresh_head: whether a causal LM's body may be given a new head (which is said), to be trained. Default False.
     Raises:
-        BadInput: nothing there that transformers can load, or an architecture without a score head of one number.
+        BadInput: nothing there that transformers can load, no score head there, or one of several numbers.
     """
     from transformers import AutoModelForSequenceClassification
 
-    model: Any = policy.load_model(path, section, AutoModelForSequenceClassification, num_labels=1)
+    model: Any = policy.load_model(path, section, AutoModelForSequenceClassification, fresh_head, num_labels=1)
     model.config.get_text_config().pad_token_id = pad_token_id
     score = score_module(model)
     score.to(torch.promote_types(next(score.parameters()).dtype, torch.float32))  # a bfloat16 score has three digits

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers.trainer_utils import align_special_tokens
 
 from align_engine import inputs, policy, stops
 from align_engine import recipe as recipes
@@ -30,7 +31,7 @@ from align_engine.credit import best_versus_worst
 from align_engine.errors import BadInput, RunFailed
 from align_engine.experience import Prompts
 from align_engine.metrics import read
-from align_engine.recipe import IterateRecipe, Recipe
+from align_engine.recipe import IterateRecipe, ModelSection, Recipe
 from align_engine.rollout import Completion, Sampler
 from align_engine.run import begin, finish, load_prepared, make_accelerator, open_folder, train
 from align_engine.server import reload_weights
@@ -62,8 +63,8 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
 
 def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolder) -> None:
     """The rounds that are still to do, in a folder that is ours."""
-    options = recipe.iteration
-    data, tokenizer = recipe.data, policy.load_tokenizer(recipe.model.model_name_or_path)
+    options, data, section = recipe.iteration, recipe.data, recipe.model
+    tokenizer = policy.load_tokenizer(section.model_name_or_path, trust_remote_code=section.trust_remote_code)
     rows = load_prepared(data.dataset_name, data.dataset_train_split, "prompt", recipe, tokenizer, accelerator)
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
@@ -78,7 +79,8 @@ def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolde
         if accelerator.is_main_process:
             folder.adopt(f"{here.name}/train")
         train(options.method, round_recipe(recipe, model, here, number))
-        model = merge(model, here, folder, accelerator) if recipe.model.use_peft else str(here / "train" / "final")
+        trained = str(here / "train" / "final")
+        model = merge(model, here, folder, accelerator, section) if section.use_peft else trained
     if accelerator.is_main_process:
         with folder.written("final") as path:
             shutil.copytree(model, path)
@@ -159,6 +161,7 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
     settings, accelerator, model = prompts.settings, prompts.accelerator, None
     if not settings.server_base_url:
         model = policy.load_model(path, prompts.recipe.model)
+        policy.check_pad(model, prompts.tokenizer)
         model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     elif prompts.server_weights is not None:
         if accelerator.is_main_process:
@@ -183,14 +186,42 @@ def kept(sampler: Sampler, folder: RunFolder, name: str) -> Sampler:
     return sample
 
 
-def merge(model: str, here: Path, folder: RunFolder, accelerator: Accelerator) -> str:
-    """The round's adapter in the weights that it was trained on, in round-n/merged: what the next round starts from."""
-    if accelerator.is_main_process and not (here / "merged").exists():
-        from peft import AutoPeftModelForCausalLM
+def merge(
+    model: str, here: Path, folder: RunFolder, accelerator: Accelerator, section: ModelSection | None = None
+) -> str:
+    """The round's adapter in the weights that it was trained on, in round-n/merged: what the next round starts from.
 
-        adapted: Any = AutoPeftModelForCausalLM.from_pretrained(here / "train" / "final")
+    Args:
+        model: where the round started from; its tokenizer goes along.
+        here: the round's folder.
+        section: of the recipe, for how the weights are loaded. Default None: as they were saved.
+    """
+    if accelerator.is_main_process and not (here / "merged").exists():
+        asked = section or ModelSection()
+        plain = ModelSection(dtype="auto", trust_remote_code=asked.trust_remote_code)
+        adapted: Any = policy.load_model(str(here / "train" / "final"), plain)
+        tokenizer = policy.load_tokenizer(model, trust_remote_code=asked.trust_remote_code)
+        untie(adapted.get_base_model())
+        merged = adapted.merge_and_unload()
+        align_special_tokens(merged, tokenizer)
         with folder.written(f"{here.name}/merged") as path:
-            adapted.merge_and_unload().save_pretrained(path)
-            policy.load_tokenizer(model).save_pretrained(path)
+            merged.save_pretrained(path)
+            tokenizer.save_pretrained(path)
     accelerator.wait_for_everyone()
     return str(here / "merged")
+
+
+def untie(causal: Any) -> None:
+    """Give an LM head weights of its own where it shares them with the embeddings and an adapter lies on one of the
+    two: merged into what both share, it would change the other too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    head: Any = causal.get_output_embeddings()
+    embeddings: Any = causal.get_input_embeddings()
+    if not any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in (head, embeddings)):
+        return
+    inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else getattr(head, "original_module", head)
+    inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    for config in {id(one): one for one in (causal.config, causal.config.get_text_config())}.values():
+        config.tie_word_embeddings = False

@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
+from align_engine.modelfiles import adapter_base, check_files, check_path, check_report, listed
+from align_engine.noise import disable_dropout as disable_dropout
 
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
 
 
-def check_path(path: str) -> None:
-    """Refuse a path that is no folder here and cannot be a hub name, without asking the hub."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise BadInput(f"no model at {path!r}: no such folder")
-
-
-def load_tokenizer(path: str, distinct_pad: bool = False) -> Any:
+def load_tokenizer(path: str, distinct_pad: bool = False, trust_remote_code: bool = False) -> Any:
     """The tokenizer saved beside a model.
 
     Args:
         distinct_pad: a pad token other than EOS, where the vocabulary has a special one to spare: what a saved model
             with a score head needs, for transformers' own forward finds its last token by the pad id. Default False:
             pad falls back to EOS, as attention is by masks only.
+        trust_remote_code: run code that lies beside the tokenizer. Default False: refuse it.
+    Raises:
+        BadInput: none there that transformers can load; one without pad and EOS tokens.
     """
     from transformers import AutoTokenizer
 
     check_path(path)
+    if Path(path).is_dir():
+        check_files(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"model_name_or_path = {path!r}: no tokenizer there: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise BadInput(f"no tokenizer can be loaded from {path!r}: {_reason(error)}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise BadInput(
+            f"the tokenizer of {path!r} has neither an EOS nor a pad token: name the token that ends an answer as "
+            "eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if distinct_pad and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -47,29 +55,21 @@ def load_tokenizer(path: str, distinct_pad: bool = False) -> Any:
     return tokenizer
 
 
-def load_model(path: str, section: ModelSection, kind: Any = None, **options: Any) -> nn.Module:
-    """A model from a folder or hub name, in the dtype and with the attention that the recipe names.
+def load_model(path: str, section: ModelSection, kind: Any = None, fresh_head: bool = False, **options: Any) -> Any:
+    """A model from a folder or hub name, in the dtype and with the attention that the recipe names, whole: every weight
+    of it comes from there, and nothing that lies there is left over.
 
     Args:
         kind: class of transformers to load it with. Default None: AutoModelForCausalLM.
+        fresh_head: make a head of that class where there is none, and say so. Default False: that is refused.
         **options: of its `from_pretrained`.
+    Raises:
+        BadInput: no model there, damaged files, weights of another model (with the tensors' names), code that would
+            have to be run.
     """
-    from transformers import AutoModelForCausalLM
-
-    check_path(path)
-    if (base := adapter_base(path)) is not None:
-        from peft import PeftModel
-
-        model: Any = load_model(base, section, kind, **options)
-        return PeftModel.from_pretrained(model, path, is_trainable=section.use_peft)
-    if section.attn_implementation is not None:
-        options["attn_implementation"] = section.attn_implementation
-    if section.load_in_4bit or section.load_in_8bit:
-        options |= _quantised(section)
-    try:
-        model = (kind or AutoModelForCausalLM).from_pretrained(path, dtype=section.dtype, **options)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot load the model {path!r}: {_first_line(error)}") from error
+    model, fresh = _load(path, section, kind, fresh_head, options)
+    if fresh:
+        PartialState().print(f"{path}: its weights hold no {listed(fresh)}; a fresh head is made")
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             # else an evaluation repacks bitsandbytes' weights for a product that has no gradients, and so they stay
@@ -77,10 +77,69 @@ def load_model(path: str, section: ModelSection, kind: Any = None, **options: An
     return model
 
 
-def adapter_base(path: str) -> str | None:
-    """The base model that a folder of saved adapters names, or None for a folder or hub name of a whole model."""
-    config = Path(path) / "adapter_config.json"
-    return json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else None
+def _load(
+    path: str, section: ModelSection, kind: Any, fresh_head: bool, options: dict[str, Any]
+) -> tuple[Any, set[str]]:
+    """(model, names of its head's tensors that are fresh), checked as `load_model` says."""
+    from transformers import AutoModelForCausalLM
+
+    check_path(path)
+    if Path(path).is_dir():
+        check_files(Path(path))
+    if (base := adapter_base(path)) is not None:
+        return _load_adapter(path, base, section, kind, fresh_head, options)
+    if section.attn_implementation is not None:
+        options = options | {"attn_implementation": section.attn_implementation}
+    if section.load_in_4bit or section.load_in_8bit:
+        options = options | _quantised(section)
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused by name
+    try:
+        loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
+            path, dtype=section.dtype, trust_remote_code=section.trust_remote_code, **options
+        )
+    except Exception as error:
+        raise BadInput(f"cannot load the model {path!r}: {_reason(error)}") from error
+    model, report = loaded
+    return model, check_report(path, model, report, fresh_head)
+
+
+def _load_adapter(
+    path: str, base: str, section: ModelSection, kind: Any, fresh_head: bool, options: dict[str, Any]
+) -> tuple[Any, set[str]]:
+    """As `_load`, of a folder of adapters: its base model, and the adapter in it. It may bring the model's head."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        brought = set(getattr(PeftConfig.from_pretrained(path), "modules_to_save", None) or ())
+    except Exception as error:
+        raise BadInput(f"cannot load the adapter {path!r}: {_reason(error)}") from error
+    check_path(base, f"{path}: base_model_name_or_path")
+    model, fresh = _load(base, section, kind, fresh_head or bool(brought), options)
+    fresh = {name for name in fresh if name.partition(".")[0] not in brought}
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what is missing: it is refused below
+            adapted: Any = PeftModel.from_pretrained(model, path, is_trainable=section.use_peft)
+            report = adapted.load_adapter(path, adapted.active_adapter, is_trainable=section.use_peft)
+    except Exception as error:
+        said = " ".join(str(error).split()) if "size mismatch" in str(error) else _reason(error)
+        raise BadInput(f"the adapter {path!r} does not fit its base model {base!r}: {said:.400}") from error
+    parts = {
+        "lacks": [*report.missing_keys, *(fresh if not fresh_head else ())],
+        "has besides": report.unexpected_keys,
+    }
+    if wrong := [f"{what} {listed(names)}" for what, names in parts.items() if names]:
+        raise BadInput(f"the adapter {path!r} does not fit its base model {base!r}: it {' and '.join(wrong)}")
+    return adapted, fresh
+
+
+def _reason(error: Exception) -> str:
+    """What an error of loading says, in one line."""
+    text = str(error).strip()
+    if "trust_remote_code" in text:
+        return "it needs code of its own that lies beside it: read that, then give --trust_remote_code"
+    if isinstance(error, KeyError):
+        return f"it lacks {text}"
+    return f"{' '.join(text.partition(chr(10) * 2)[0].split()):.300}" or type(error).__name__
 
 
 def _quantised(section: ModelSection) -> dict[str, Any]:
@@ -88,7 +147,6 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
     if importlib.util.find_spec("bitsandbytes") is None:
         bits = 4 if section.load_in_4bit else 8
         raise BadInput(f"load_in_{bits}bit = True: bitsandbytes is not installed (pip install bitsandbytes)")
-    from accelerate import PartialState
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -115,7 +173,7 @@ def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM"
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise BadInput(f"lora_target_modules = {section.lora_target_modules}: {_first_line(error)}") from error
+        raise BadInput(f"lora_target_modules = {section.lora_target_modules}: {_reason(error)}") from error
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -132,15 +190,62 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Dropout off in training mode too (a preference loss compares two forward passes of one model)."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+def check_pad(model: Any, tokenizer: Any) -> None:
+    """Refuse a pad token without a row in the model's embeddings.
+
+    Raises:
+        BadInput: naming the token, its id and the size of the embeddings.
+    """
+    held, pad = causal_model(model).get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    if pad >= held:
+        raise BadInput(
+            f"the pad token {tokenizer.pad_token!r} has the id {pad}, and the model has embeddings of {held} tokens: "
+            f"set pad_token to {tokenizer.eos_token!r} in tokenizer_config.json, or resize the model's embeddings"
+        )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def check_positions(model: Any, longest: int) -> None:
+    """Refuse rows that are longer than a table of positions in the model. Rotary and relative positions have no end.
+
+    Args:
+        longest: tokens of the longest row.
+    Raises:
+        BadInput: naming both numbers.
+    """
+    causal = causal_model(model)
+    if longest > (most := min(_positions(causal), default=longest)):
+        raise BadInput(
+            f"the longest row has {longest} tokens, and {type(causal).__name__} has a table of {most} positions: set "
+            f"max_length = {most} or lower (with max_completion_length, where completions are sampled)"
+        )
+
+
+def _positions(causal: Any) -> Iterator[int]:
+    """Places in each table of positions, learnt or computed once."""
+    usual = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    tables = [
+        (name, part.num_embeddings, part) for name, part in causal.named_modules() if isinstance(part, nn.Embedding)
+    ]
+    tables += [(name, len(part), None) for name, part in causal.named_buffers() if part.dim() == 2 and len(part) > 1]
+    for path, size, part in tables:
+        name = path.rpartition(".")[2]
+        if ("pos" in name or name == "wpe") and (usual is None or usual <= size <= usual + 8):  # else it is of images
+            padding = getattr(part, "padding_idx", None)  # positions count on from it
+            yield size - getattr(part, "offset", 0) - (0 if padding is None else padding + 1)
+    yield from (vars(part)["max_seq_length"] for part in causal.modules() if "max_seq_length" in vars(part))
+
+
+def hold_in_float32(model: Any) -> str | None:
+    """Turn a model with trained float16 weights into float32, where AdamW's steps are not lost and its eps is not 0.
+
+    Returns:
+        what was done, None where nothing was.
+    """
+    halves = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.float16]
+    if not halves:
+        return None
+    if len(halves) == sum(p.requires_grad for p in model.parameters()) == sum(1 for _ in model.parameters()):
+        model.float()
+    for parameter in halves:
+        parameter.data = parameter.data.float()
+    return f"{len(halves)} trained tensors of the checkpoint are float16: they are held, trained and saved in float32"

@@ -53,6 +53,8 @@ class ModelSection(Section):
     """Folder or hub name of the model to train; its tokenizer is taken from the same place."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Type of the weights in memory; `auto` keeps what the checkpoint says."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside a model of another architecture than transformers has. Read it before."""
     attn_implementation: str | None = None
     """Attention of transformers: sdpa, eager, flash_attention_2, ... (None: transformers chooses)."""
     load_in_4bit: bool = False
@@ -358,6 +360,8 @@ class PpoLoss(Section):
     """Weight of an entropy bonus."""
     value_model_name_or_path: str | None = None
     """Model that the critic starts from, e.g. the reward model (None: a linear head on the policy's hidden states)."""
+    value_learning_rate: Positive = 1e-5
+    """Highest learning rate of the critic, on the policy's schedule: it starts from less than the policy does."""
 
 
 class TrainSection(Section):
@@ -381,6 +385,8 @@ class TrainSection(Section):
     """AdamW's weight decay (not on biases and norms)."""
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm (0: never)."""
+    router_aux_loss_coef: NotNegative | None = None
+    """Weight of a mixture of experts' load-balancing loss (None: what the model's config.json says; 0: none)."""
     bf16: bool | None = None
     """Compute in bfloat16 (None: on a GPU that can, not on a CPU)."""
     gradient_checkpointing: bool = True

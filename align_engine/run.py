@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
+from transformers.trainer_utils import align_special_tokens
 
 from align_engine import heads, inputs, policy, ranks, stops
 from align_engine import recipe as recipes
@@ -34,6 +36,8 @@ from align_engine.online import ValueHead
 from align_engine.recipe import KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
 from align_engine.secrets import masked
 from align_engine.source import Source, total_steps
+
+pc: Any = pyarrow.compute
 
 
 def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder:
@@ -63,7 +67,8 @@ def fit(
     algorithm: Algorithm, recipe: Recipe, accelerator: Accelerator, folder: RunFolder, callbacks: Sequence[Any]
 ) -> None:
     """Load, train, save and report, in a folder that is ours."""
-    tokenizer = policy.load_tokenizer(recipe.model.model_name_or_path, distinct_pad=algorithm.scalar)
+    section = recipe.model
+    tokenizer = policy.load_tokenizer(section.model_name_or_path, algorithm.scalar, section.trust_remote_code)
     if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
         accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")
     data = recipe.data
@@ -80,16 +85,19 @@ def fit(
 
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm, tokenizer)
+    policy.check_pad(model, tokenizer)
     for part in filter(None, (source, evaluation)):
         check_vocab(part.rows, hook.causal_model(model).get_input_embeddings().num_embeddings)
+        policy.check_positions(model, longest_row(part, recipe))
     if not algorithm.scalar:
         hook.check_head(model)
     check_room(folder, model, recipe)
     facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
     check_extent(folder, recipe, steps)
-    begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
     set_seed((recipe.train.seed + accelerator.process_index) % 2**32)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
+    engine.check_noise()
+    begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
     if algorithm.refers(recipe):
         references.attach(engine, source, evaluation, steps, folder)
     for part in (source, evaluation):
@@ -191,7 +199,9 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     """Refuse names that the kernels or transformers do not know, before anything is loaded."""
     from align_kernels.dispatch import pick
 
-    policy.check_path(recipes.flat(recipe).get("ref_model_name_or_path") or recipe.model.model_name_or_path)
+    for field in ("model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path"):
+        if path := recipes.flat(recipe).get(field):
+            policy.check_path(path, field)
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     try:
         if recipe.kernels.impl != "eager":
@@ -286,6 +296,16 @@ def load_source(
     return Source(rows, algorithm.collate, tokenizer.pad_token_id, *sizes, *place, train.seed)
 
 
+def longest_row(source: Source, recipe: Recipe) -> int:
+    """Most tokens that a row can have: of those that are sampled, its prompt and max_completion_length."""
+    table: Any = source.rows.with_format("arrow")[:]
+    count = {name: pc.list_value_length(table[name]) for name in table.column_names if name.endswith("_ids")}
+    prompts = count.pop("prompt_ids")
+    if isinstance(recipe, OnlineRecipe):
+        return pc.max(prompts).as_py() + recipe.rollout.max_completion_length
+    return max(pc.max(pc.add(prompts, lengths)).as_py() for lengths in count.values())
+
+
 def with_margins(rows: Any, per_rank: float) -> Any:
     """A column `margin` from the ranks of the two answers, rank 1 being the best."""
     if missing := {"chosen_rank", "rejected_rank"} - set(rows.column_names):
@@ -304,8 +324,17 @@ def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
     place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < need:
-        sizes = f"{free / 2**30:.1f} GiB are free, and the checkpoints need about {need / 2**30:.1f} GiB"
-        raise BadInput(f"output_dir = {str(folder.path)!r}: {sizes}; choose another disk, or a lower save_total_limit")
+        said = f"{size(free)} are free, and the checkpoints and the model need about {size(need)}"
+        raise BadInput(f"output_dir = {str(folder.path)!r}: {said}; choose another disk, or a lower save_total_limit")
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
@@ -313,7 +342,7 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     path, section, pad = recipe.model.model_name_or_path, recipe.model, tokenizer.pad_token_id
     if policy.adapter_base(path) is not None and not section.use_peft:
         raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
-    model = heads.load_scalar_model(path, section, pad) if algorithm.scalar else policy.load_model(path, section)
+    model = heads.load_scalar_model(path, section, pad, True) if algorithm.scalar else policy.load_model(path, section)
     if section.use_peft and policy.adapter_base(path) is None:
         model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
     if section.use_peft and algorithm.refers(recipe) and references.of(recipe)[0] in ("adapter-copy", "ema"):
@@ -327,14 +356,23 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
         policy.checkpoint_activations(model)
     if not algorithm.dropout:
         policy.disable_dropout(model)
+    if said := policy.hold_in_float32(model):
+        PartialState().print(said)
+    # what is saved ends where its tokenizer ends, as with transformers' Trainer; further EOS ids stay
+    align_special_tokens(hook.causal_model(model), tokenizer)
     return model.train()
 
 
 def summary(engine: Engine, source: Source, steps: int) -> str:
-    """What is about to run, in one line."""
+    """What is about to run, in a line or two."""
     trained = sum(p.numel() for p in engine.model.parameters() if p.requires_grad)
     everything, processes = sum(p.numel() for p in engine.model.parameters()), engine.accelerator.num_processes
-    return (
+    pure = all(p.dtype == torch.bfloat16 for p in engine.model.parameters() if p.requires_grad)
+    warned = (
+        "all weights are held and trained in bfloat16, whose 8 bits do not see most steps of a small learning rate: "
+        "--dtype float32 (products stay in bfloat16 with --bf16) or --use_peft train them all\n"
+    )
+    return warned * pure + (
         f"{engine.algorithm.name}: {trained:,} of {everything:,} weights trained, {len(source):,} rows, {steps} steps "
         f"of {source.window_size} rows ({processes} process{'es' if processes > 1 else ''}, "
         f"{engine.accelerator.device}, {engine.accelerator.mixed_precision} mixed precision)"

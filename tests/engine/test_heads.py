@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 def scalar(path, lora=False):
     torch.manual_seed(0)
-    model = heads.load_scalar_model(str(path), ModelSection(), 1)
+    model = heads.load_scalar_model(str(path), ModelSection(), 1, fresh_head=True)
     return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)) if lora else model
 
 
@@ -123,7 +123,7 @@ def test_ranks_that_are_not_there_are_refused(model, pairs, tmp_path):
 
 
 def test_the_head_of_a_bfloat16_model_scores_in_float32(model):
-    made = heads.load_scalar_model(str(model), ModelSection(dtype="bfloat16"), 1)
+    made = heads.load_scalar_model(str(model), ModelSection(dtype="bfloat16"), 1, fresh_head=True)
     assert next(made.model.parameters()).dtype == torch.bfloat16 and made.score.weight.dtype == torch.float32
     found = heads.scores(made, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64))
     assert found.dtype == torch.float32 and found.item() != found.bfloat16().item()

@@ -6,6 +6,7 @@ import pytest
 import tiny
 from runs import same_bits
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from align_engine import experience, metrics
 from align_engine.errors import BadInput
@@ -27,7 +28,7 @@ def prompts(tmp_path):
 def test_the_reward_rises(name, model, prompts, tmp_path):
     settings = dict(max_steps=24, per_device_train_batch_size=32, learning_rate=3e-3, lr_scheduler_type="constant")
     if name == "ppo":
-        settings |= dict(num_ppo_epochs=2, max_steps=40)
+        settings |= dict(num_ppo_epochs=2, max_steps=40, value_learning_rate=3e-3)
     folder = train(name, tiny.online(KINDS[name], model, prompts, tmp_path / "run", **settings))
     rewards = [record["reward"] for record in metrics.read(folder.metrics) if "reward" in record]
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.1, rewards
@@ -100,7 +101,10 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
 )
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
 def test_every_option_trains(name, settings, model, prompts, tmp_path):
-    settings = {key: str(model) if value == "MODEL" else value for key, value in settings.items()}
+    if settings.get("value_model_name_or_path") == "MODEL":
+        scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+        scored.save_pretrained(tmp_path / "scored")
+        settings = settings | {"value_model_name_or_path": str(tmp_path / "scored")}
     folder = train(name, tiny.online(KINDS[name], model, prompts, tmp_path / "run", max_steps=3, **settings))
     records = metrics.read(folder.metrics)
     assert len(records) == 3 and all(record["grad_norm"] > 0 for record in records)
