@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align_engine import rewards as scoring
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_order
+from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
@@ -61,7 +62,7 @@ class Prompts:
 
     Args:
         rows: as `align_engine.data.prepare` returns them.
-        columns: the data set's own rows, for reward functions.
+        columns: the data set's own rows, for reward functions: as they were written, media undecoded.
         tokenizer: the policy's.
         recipe: its section `rollout` above all.
         accelerator: shares the work out among the ranks.
@@ -113,7 +114,7 @@ class Prompts:
     def judge(self, asked: list[int], completions: list[Completion], group_size: int, number: int) -> Judged:
         """What the scorers, or people in the `number`-th file of theirs, say of the completions."""
         ids, ended = [one.ids for one in completions], [one.ended for one in completions]
-        answers = scoring.answers(self.columns[self.rows[asked]["index"]], ids, self.tokenizer)
+        answers = scoring.answers(read(self.columns, self.rows[asked]["index"]), ids, self.tokenizer)
         if self.settings.reward_funcs == [scoring.HUMAN]:
             with self.accelerator.main_process_first():
                 scores = scoring.human_scores(self.folder, number, answers)

@@ -41,11 +41,12 @@ def with_strangers(rows: datasets.Dataset, seed: int, max_length: int | None) ->
         stranger[here] = last
     strangers = rows.select(stranger).select_columns("completion_ids").rename_column("completion_ids", NAME)
 
-    def cut(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {NAME: row[NAME][: max_length and max(max_length - len(row["prompt_ids"]), 1)]}
+    def cut(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        pairs = zip(rows["prompt_ids"], rows[NAME])
+        return {NAME: [ids[: max_length and max(max_length - len(prompt), 1)] for prompt, ids in pairs]}
 
     both = datasets.concatenate_datasets([rows, strangers.flatten_indices()], axis=1)
-    return both.map(cut, desc="Completions of other prompts")
+    return both.map(cut, batched=True, desc="Completions of other prompts")
 
 
 def reference_point(engine: Engine, window: list[Micro]) -> None:

@@ -94,7 +94,7 @@ class DataSection(Section):
     bad_rows: Literal["error", "drop"] = "error"
     """What to do with rows that cannot be used (no `chosen`, chosen equal to rejected, an empty answer, ...)."""
     dataset_num_proc: Count | None = None
-    """Processes that tokenise."""
+    """Processes that tokenise (None: one per core from 20,000 rows on)."""
 
 
 class ReferenceFields(Section):

@@ -23,8 +23,9 @@ from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
 from align_engine.callbacks import Callbacks, from_recipe
 from align_engine.checkpoint import RunFolder
-from align_engine.data.sources import load_rows
-from align_engine.data.tokenize import check_vocab, describe, prepare
+from align_engine.data.exact import media_columns
+from align_engine.data.sources import cache_errors, load_rows
+from align_engine.data.tokenize import check_vocab, describe, prepare, processes
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
 from align_engine.experience import Prompts, Rollouts
@@ -267,13 +268,18 @@ def load_prepared(
     """Rows from file to token ids, with what was dropped or cut said once: (prepared, as they stand in the file)."""
     names = ("max_length", "max_prompt_length", "overlong", "bad_rows")
     limits = {name: getattr(recipe.data, name) for name in names}
-    try:
-        with accelerator.main_process_first():
-            found = load_rows(where, split)
-            rows, report = prepare(found, tokenizer, kind, num_proc=recipe.data.dataset_num_proc, **limits)
-    except (ValueError, FileNotFoundError) as error:
-        raise BadInput(f"{where}: {error}") from error
+    with accelerator.main_process_first(), cache_errors(where):
+        found = load_rows(where, split)
+        many = processes(len(found), recipe.data.dataset_num_proc)
+        if many:
+            accelerator.print(f"{where}: {len(found):,} rows are tokenised by {many} processes")
+        try:
+            rows, report = prepare(found, tokenizer, kind, num_proc=many or 1, **limits)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from error
     accelerator.print(f"{where}: {describe(report)}")
+    if kind == "prompt" and (media := media_columns(found)):
+        accelerator.print(f"{where}: reward functions get {', '.join(media)} undecoded, as `bytes` and `path`")
     return rows, found
 
 
@@ -286,7 +292,8 @@ def load_source(
     if isinstance(recipe, OnlineRecipe):
         return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder))
     if algorithm.kind == "unpaired":
-        rows = with_strangers(rows, train.seed, recipe.data.max_length)
+        with cache_errors(where):
+            rows = with_strangers(rows, train.seed, recipe.data.max_length)
     if rank_margin := recipes.flat(recipe).get("rank_margin"):
         rows = with_margins(rows, rank_margin)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps)

@@ -18,8 +18,10 @@ A message is a dict with `role` and `content`. Columns that are not named here a
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
+
+import regex
 
 from align_engine.errors import BadInput
 
@@ -33,6 +35,19 @@ LAYOUTS: dict[str, tuple[tuple[str, ...], ...]] = {  # the first that fits is ta
     "unpaired": (("prompt", "completion", "label"),),
     "prompt": (("prompt",),),
 }
+USERS = {"sft": "align sft", "preference": "align dpo", "unpaired": "align kto", "prompt": "align grpo"}
+
+# what a prompt taken out of two texts never ends inside of: a word of any script, or a sign that is seen as one
+WORD = r"[\w\p{M}\u200c\u200d]+(?:['’.,\-‐][\w\p{M}\u200c\u200d]+)*"
+UNIT = regex.compile(rf"{WORD}|\X")
+TAG = r"<[^\s<>]+>|\[/?[A-Z_]+\]"  # what templates put around the parts of a text
+REACH = 256  # characters before a cut that are read for the units about it
+
+
+def units(tokens: Iterable[str]) -> regex.Pattern[str]:
+    """`UNIT`, with a tokenizer's own tokens and tags not to be cut either."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return regex.compile("|".join([*map(regex.escape, longest_first), TAG, UNIT.pattern]))
 
 
 class BadRow(Exception):
@@ -50,8 +65,9 @@ def detect_layout(columns: Sequence[str], kind: Kind) -> tuple[str, ...]:
         if set(layout) <= set(columns):
             return layout
     wanted = " or ".join(" + ".join(f"'{key}'" for key in layout) for layout in LAYOUTS[kind])
-    others = [other for other in LAYOUTS if other != kind and any(set(one) <= set(columns) for one in LAYOUTS[other])]
-    hint = f"; these rows look like {others[0]} data" if others else ""
+    fitting = {other: [len(one) for one in LAYOUTS[other] if set(one) <= set(columns)] for other in LAYOUTS}
+    best = max(LAYOUTS, key=lambda other: max(fitting[other], default=0))
+    hint = f"; these rows look like {best} data, as {USERS[best]} learns from" if fitting[best] else ""
     raise BadInput(f"{kind} data needs the columns {wanted}, but there are {sorted(columns)}{hint}")
 
 
@@ -60,8 +76,9 @@ def is_conversational(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict) and "role" in value[0]
 
 
-def normalise(row: dict[str, Any], layout: tuple[str, ...]) -> dict[str, Text]:
-    """The row's text by layout column, checked, with the prompt of an implicit preference row taken out.
+def normalise(row: dict[str, Any], layout: tuple[str, ...], unit: regex.Pattern[str] = UNIT) -> dict[str, Text]:
+    """The row's text by layout column, checked, with the prompt of an implicit preference row taken out: what both
+    texts begin with, up to the end of a `unit`.
 
     Raises BadRow for a missing value, a wrong type, an empty completion, and chosen equal to rejected.
     """
@@ -79,7 +96,7 @@ def normalise(row: dict[str, Any], layout: tuple[str, ...]) -> dict[str, Text]:
         if not value and key != "prompt":
             raise BadRow(f"'{key}' is empty")
     if implicit:
-        parts = _extract_prompt(parts["chosen"], parts["rejected"])
+        parts = _extract_prompt(parts["chosen"], parts["rejected"], unit)
     prompt = parts.get("prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "system":
         raise BadRow("'prompt' ends with a system message, expected 'user', 'tool' or 'assistant'")
@@ -94,7 +111,12 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
             tools = json.loads(tools)
         except json.JSONDecodeError as error:
             raise BadRow(f"'tools' is not JSON ({error.msg})") from error
-    extra = {key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
+    extra = row.get("chat_template_kwargs") or {}
+    if not isinstance(extra, dict):
+        raise BadRow(f"'chat_template_kwargs' is of type {type(extra).__name__}, expected an object")
+    if tools is not None and not isinstance(tools, list):
+        raise BadRow(f"'tools' is of type {type(tools).__name__}, expected a list")
+    extra = {key: value for key, value in extra.items() if value is not None}
     return {"tools": tools or None, **extra}
 
 
@@ -126,26 +148,26 @@ def _message(message: Any, key: str) -> dict[str, Any]:
     return message
 
 
-def _extract_prompt(chosen: Text, rejected: Text) -> dict[str, Text]:
+def _extract_prompt(chosen: Text, rejected: Text, unit: regex.Pattern[str]) -> dict[str, Text]:
     shared, most = 0, min(len(chosen), len(rejected)) - 1  # something must stay on both sides
     while shared < most and chosen[shared] == rejected[shared]:
         shared += 1
     if isinstance(chosen, str):
-        shared = _word_boundary(chosen, str(rejected), shared)
+        shared = last_cut([chosen, str(rejected)], shared, unit)
+        if shared > 1 and chosen[shared - 1] == " ":  # the space in front of an answer goes with it
+            shared -= 1
     if shared <= 0:
         raise BadRow("'chosen' and 'rejected' share no beginning that could be the prompt, and there is no 'prompt'")
     return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-def _word_boundary(chosen: str, rejected: str, shared: int) -> int:
-    """Where to cut two texts that share `shared` characters: not inside a word, and before the space in front of it."""
-    cut = shared
-    while cut and _letter(chosen[cut - 1]) and (_letter(chosen[cut]) or _letter(rejected[cut])):
-        cut -= 1
-    if cut > 1 and chosen[cut - 1] == " ":
-        cut -= 1
-    return cut or shared
-
-
-def _letter(character: str) -> bool:
-    return character.isascii() and character.isalnum()
+def last_cut(texts: Sequence[str], most: int, unit: regex.Pattern[str] = UNIT) -> int:
+    """The last place, at most `most`, where texts that share `most` characters can be cut: inside no `unit` of any."""
+    start, ends = max(texts[0].rfind(" ", 0, max(most - REACH, 0)), 0), []
+    for text in texts:
+        ends.append(start)
+        for found in unit.finditer(text, start):
+            if found.end() > most:
+                break
+            ends[-1] = found.end()
+    return min(ends)

@@ -2,65 +2,211 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow as pa
+from datasets.data_files import DataFilesDict, DataFilesList
+from datasets.packaged_modules.json.json import Json
 
+from align_engine.data.builder import Files, JsonLines, Parquet
+from align_engine.data.exact import undecoded
 from align_engine.errors import BadInput
 
-FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+READERS: dict[str, type[Files]] = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet}
+TYPES = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+NO_DATA = {"dataset_info.json", "dataset_infos.json", "config.json"}  # beside the data of a folder
+SPLITS = {  # words in the names of files and folders, as `datasets` has them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def load_rows(path: str | Path, split: str | None = None) -> datasets.Dataset:
-    """The rows of a data set.
+    """The rows of a data set, each value as it was written; pictures, sounds and videos are not decoded.
 
     `path` is a .jsonl, .json or .parquet file, a folder written by `datasets` (`save_to_disk`), a folder that holds
-    such files, or the name of a data set on the hub, `org/name`. `split` defaults to "train" (a data set with a single
-    split gives that one).
+    such files (splits are told by their names, as `datasets` does: train.jsonl, test/a.parquet; without any such name
+    all are "train"), or the name of a data set on the hub, `org/name`. `split` defaults to "train" (a data set with a
+    single split gives that one).
 
-    Raises BadInput for a path that is not there, an empty file or split, an unknown file type or split, and a file that
-    cannot be read, naming the line.
+    Raises BadInput for a path that is not there, an empty file or split, an unknown file type or split, a cache that
+    cannot be written, and a file that cannot be read, naming the line.
     """
     local = Path(path).expanduser()
-    if local.is_file() and local.suffix not in FILE_TYPES:
-        raise BadInput(f"'{path}': unknown file type '{local.suffix}', expected one of {', '.join(FILE_TYPES)}")
-    if not local.exists() and (local.suffix in FILE_TYPES or not HUB_NAME.fullmatch(str(path))):
+    if not local.exists() and (local.suffix.lower() in READERS or not HUB_NAME.fullmatch(str(path))):
         raise BadInput(f"no data at '{path}': not a file, not a folder, and not a hub name like 'org/name'")
     try:
-        if local.is_file():
-            found = datasets.load_dataset(FILE_TYPES[local.suffix], data_files=str(local))
-        elif (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
-            found = datasets.load_from_disk(str(local))
-        else:
-            found = datasets.load_dataset(str(local))
-    except Exception as error:  # whatever the reader raises: say which line, keep the cause
-        reason = _fault(local) or f"cannot be read: {error.__cause__ or error}"
-        raise BadInput(f"'{path}' {reason}") from error
-    splits = datasets.DatasetDict({"train": found}) if isinstance(found, datasets.Dataset) else found
-    wanted = split or (next(iter(splits)) if len(splits) == 1 else "train")
+        with cache_errors(path):
+            rows = _load(path, local, split)
+    except Exception as error:  # whatever a reader raises: the cause is kept
+        known = next((cause for cause in _causes(error) if isinstance(cause, BadInput)), None)
+        raise known or BadInput(f"'{path}' cannot be read: {error.__cause__ or error}") from error
+    if not len(rows):
+        raise BadInput(f"'{path}' has no rows" + (f" in split '{split}'" if split else ""))
+    return rows
+
+
+def _load(path: str | Path, local: Path, split: str | None) -> datasets.Dataset:
+    if local.is_dir() and (damage := _damage(local)):
+        raise BadInput(f"'{path}' cannot be read: {damage}")
+    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+        found: Any = datasets.load_from_disk(str(local))
+        splits = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+        return undecoded(splits[_wanted(path, split, list(splits))])
+    if local.is_file() or (local.is_dir() and not _describes_itself(local)):
+        files = _files(path, local)
+        return undecoded(_built(files, _wanted(path, split, list(files))))
+    builder = datasets.load_dataset_builder(str(local if local.is_dir() else path))
+    files = builder.config.data_files
+    if isinstance(builder, Json) and files:
+        return undecoded(_built(files, _wanted(path, split, list(files))))
+    builder.download_and_prepare()
+    found = builder.as_dataset()
+    return undecoded(found[_wanted(path, split, list(found))])
+
+
+@contextlib.contextmanager
+def cache_errors(path: str | Path) -> Iterator[None]:
+    """Turn the errors of a cache that cannot be written, whatever wraps them, into a BadInput that names it."""
+    try:
+        yield
+    except Exception as error:
+        for cause in _causes(error):
+            if isinstance(cause, OSError) and (cause.errno in FULL or "disk space" in str(cause)):
+                raise _refusal(path, cause) from error
+        raise
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _refusal(path: str | Path, error: OSError) -> BadInput:
+    cache, why = datasets.config.HF_DATASETS_CACHE, error.strerror or str(error)
+    place = str(error.filename or cache)
+    if error.errno == errno.EACCES and Path(place).exists() and not os.access(place, os.R_OK):
+        return BadInput(f"'{path}' cannot be read: {place}: {why}")
+    return BadInput(
+        f"'{path}': the cache of data at {cache} cannot be written ({why}): make room there, or set HF_DATASETS_CACHE "
+        "to a folder on another disk"
+    )
+
+
+def _wanted(path: str | Path, split: str | None, splits: list[str]) -> str:
+    wanted = split or (splits[0] if len(splits) == 1 else "train")
     if wanted not in splits:
         raise BadInput(f"'{path}' has no split '{wanted}'; it has {', '.join(map(str, splits))}")
-    if not len(splits[wanted]):
-        raise BadInput(f"'{path}' has no rows" + (f" in split '{split}'" if split else ""))
-    return splits[wanted]
+    return wanted
 
 
-def _fault(path: Path) -> str | None:
-    """What `datasets` does not say: no rows, or the first line of a .jsonl file that is not a JSON object."""
-    for state in path.rglob("state.json"):
-        if not json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+def _files(path: str | Path, local: Path) -> DataFilesDict:
+    """The data files of each split: the file itself, or those of a folder, all of one type."""
+    if local.is_file():
+        if local.suffix.lower() not in READERS:
+            packed = ": unpack it first" * (local.suffix.lower() in PACKED)
+            raise BadInput(f"'{path}': unknown file type '{local.suffix}', expected {TYPES}{packed}")
+        return _stamped({"train": [local]})
+    hidden = re.compile(r"(^|/)[._]")
+    found = [file for file in sorted(local.rglob("*")) if file.is_file() and file.suffix.lower() in READERS]
+    found = [
+        file for file in found if file.name not in NO_DATA and not hidden.search(file.relative_to(local).as_posix())
+    ]
+    if not found:
+        raise BadInput(f"'{path}' holds no {TYPES} file")
+    suffixes = sorted({file.suffix.lower() for file in found})
+    if len({READERS[suffix] for suffix in suffixes}) > 1:
+        raise BadInput(f"'{path}' holds {' and '.join(suffixes)} files: name one file, or part them into folders")
+    splits: dict[str, list[Path]] = {}
+    for file in found:
+        splits.setdefault(_split(file.relative_to(local)) or "", []).append(file)
+    unnamed = splits.pop("", [])
+    return _stamped(splits or {"train": unnamed})
+
+
+def _split(file: Path) -> str | None:
+    """The split that a file's name, or else a folder's, speaks of."""
+    if shard := re.fullmatch(r"(\w+(?:\.\w+)*)-\d{5,}-of-\d{5,}.*", file.name):
+        return shard[1]
+    for part in reversed(file.parts):
+        for name, words in SPLITS.items():
+            if re.search(rf"(^|[-._ 0-9])({'|'.join(words)})([-._ 0-9]|$)", part.lower()):
+                return name
+    return None
+
+
+def _stamped(splits: dict[str, list[Path]]) -> DataFilesDict:
+    """Files as a builder takes them, no pattern being read into their names; a change of any is another cache."""
+    found = {}
+    for name, files in splits.items():
+        states = [file.stat() for file in files]
+        stamps: Any = [tuple(str(n) for n in (one.st_size, one.st_mtime_ns, one.st_ctime_ns)) for one in states]
+        found[name] = DataFilesList([str(file.resolve()) for file in files], stamps)
+    return DataFilesDict(found)
+
+
+def _built(files: DataFilesDict, split: str) -> datasets.Dataset:
+    """The rows of one split's files."""
+    reader = READERS.get(Path(files[split][0]).suffix.lower(), JsonLines)
+    builder = reader(data_files=DataFilesDict({split: files[split]}))
+    builder.download_and_prepare()
+    found: Any = builder.as_dataset(split=split)
+    return found
+
+
+def _describes_itself(folder: Path) -> bool:
+    """Whether a folder's README says which files make up which split, as those of the hub do."""
+    readme = folder / "README.md"
+    return readme.is_file() and bool(re.match(r"---\n(.*\n)*?configs:", readme.read_text("utf-8", "replace")))
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a folder that `save_to_disk` wrote; None: nothing, or it is none."""
+    if (folder / "dataset_dict.json").is_file():
+        parts = [folder / name for name in _json(folder / "dataset_dict.json").get("splits", [])]
+    else:
+        parts = [folder] if any((folder / name).is_file() for name in ("state.json", "dataset_info.json")) else []
+        if not (folder / "state.json").is_file() and not any(folder.glob("*.arrow")):
+            return None
+    for part in parts:
+        _json(part / "dataset_info.json")
+        files = _json(part / "state.json").get("_data_files", [])
+        if not files:
             return "has no rows"
-    if path.suffix != ".jsonl":
-        return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            return f"cannot be read: line {number} is not JSON ({error.msg} at column {error.colno})"
-        if not isinstance(row, dict):
-            return f"cannot be read: line {number} is a JSON {type(row).__name__}, expected an object"
-    return None if any(map(str.strip, lines)) else "is empty"
+        for file in (part / one["filename"] for one in files):
+            if not file.is_file():
+                return f"{file} is missing"
+            try:
+                with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+                    for _ in stream:
+                        pass
+            except (pa.ArrowException, OSError) as error:
+                return f"{file} is damaged ({str(error).splitlines()[0]})"
+    return None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A file of `save_to_disk`."""
+    if not file.is_file():
+        raise BadInput(f"'{file}' is missing: the folder is not what `save_to_disk` wrote")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+        return found
+    except (ValueError, AssertionError) as error:
+        raise BadInput(f"'{file}' is damaged: it is not the JSON that `save_to_disk` wrote") from error

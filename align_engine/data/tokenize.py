@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any, Literal
+import inspect
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow.compute
+from datasets.fingerprint import Hasher
 
-from align_engine.data.encoder import Encoder
+from align_engine.data.encoder import Encoder, Written
+from align_engine.data.exact import as_written
 from align_engine.data.formats import BadRow, Kind, detect_layout, normalise, template_arguments
 from align_engine.data.limits import fit
 from align_engine.errors import BadInput
 
 pc: Any = pyarrow.compute
+ROWS_PER_PROCESS = 10_000  # fewer are tokenised before a further process has started
+BESIDE = ("tools", "chat_template_kwargs")  # columns for the chat template
 CARRIED = {"preference": ("margin", "chosen_rank", "rejected_rank"), "unpaired": ("label",)}  # numbers beside the texts
+CARRIED_TYPES = {
+    "label": datasets.Value("bool"),
+    **dict.fromkeys(CARRIED["preference"], datasets.Value("float64")),
+}
 WAYS = {"bad": "bad_rows='drop' leaves them out", "long": "overlong='truncate' or 'drop' goes on"}
 SIDES = {"sft": ("completion",), "unpaired": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 
@@ -55,32 +69,31 @@ def prepare(
         kept, report = prepare(rows, tokenizer, "preference", **settings, **more)
         report["changed"]["pairs, each split into a desirable and an undesirable row"] = len(kept)
         return _split_pairs(kept), report
-    names = ["prompt_ids", *(f"{side}_ids" for side in sides)]
-    carried = [name for name in CARRIED.get(kind, ()) if name in rows.column_names]
+    names = ("prompt_ids", *(f"{side}_ids" for side in sides))
+    carried = tuple(name for name in CARRIED.get(kind, ()) if name in rows.column_names)
     ready = kind != "unpaired" and set(names) <= set(rows.column_names)
     layout = () if ready else tuple(name for name in detect_layout(rows.column_names, kind) if name != "label")
-    given = {"encoder": Encoder(tokenizer), "layout": layout, "sides": sides, "truncate": overlong == "truncate"}
-    text, number = datasets.Value("string"), datasets.Value("int64")
-    features = dict.fromkeys(names, datasets.List(datasets.Value("int32"))) | {n: rows.features[n] for n in carried}
-    features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
-    done = rows.map(
-        _encode_row, with_indices=True, fn_kwargs={"names": names, "carried": carried, **given, **settings},
-        remove_columns=rows.column_names, features=datasets.Features(features), num_proc=num_proc,
-        desc=f"Tokenising {kind} data",
-    )  # fmt: skip
-    found: dict[str, list[int]] = {"": []}  # rows by what is wrong with them
-    for i, status in enumerate(done["status"]):
-        found.setdefault(status, []).append(i)
-    kept, dropped = done.select(found.pop("")), found
-    _refuse(dropped, len(rows), len(kept), {"bad": bad_rows, "long": overlong})
-    report = {
-        "rows": len(rows),
-        "kept": len(kept),
-        "longest": max(kept["length"]),
-        "dropped": {status.partition(": ")[2]: where for status, where in dropped.items()},
-        "changed": dict(Counter(note for notes in done["notes"] for note in notes)),
-    }
+    read = [name for name in (*(names if ready else layout), *carried, *BESIDE) if name in rows.column_names]
+    features = {name: rows.features[name] for name in read}
+    limits = {**settings, "truncate": overlong == "truncate"}
+    done = _mapped(
+        rows.select_columns(read),
+        Work(Encoder(tokenizer), names, carried, layout, sides, limits, features),
+        processes(len(rows), num_proc),
+        f"Tokenising {kind} data",
+    )
+    report, good = _report(done)
+    kept = done if len(good) == len(done) else done.select(good)
+    _refuse(report["dropped"], len(rows), len(kept), {"bad": bad_rows, "long": overlong})
+    report["dropped"] = {status.partition(": ")[2]: where for status, where in report["dropped"].items()}
     return kept.remove_columns(["length", "status", "notes"]), report
+
+
+def processes(rows: int, num_proc: int | None) -> int | None:
+    """How many processes tokenise so many rows: those asked for, or one per core where each has enough to do; None:
+    this one alone."""
+    many = min(len(os.sched_getaffinity(0)), rows // ROWS_PER_PROCESS) if num_proc is None else num_proc
+    return many if many > 1 else None
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -104,41 +117,143 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
                 raise BadInput(f"{what} is outside the model's vocabulary of {vocab_size}: {why}")
 
 
-def _encode_row(
-    row: dict[str, Any], index: int, *, names: list[str], carried: list[str], layout: tuple[str, ...], **given: Any
-) -> dict[str, Any]:
-    ids, notes, status, beside = [[] for _ in names], [], "", {name: row[name] for name in carried}
+class Work(NamedTuple):
+    """What `_encode_rows` does to rows."""
+
+    encoder: Encoder
+    names: tuple[str, ...]  # of the columns of ids: of the prompt, of each side
+    carried: tuple[str, ...]
+    layout: tuple[str, ...]  # columns with the texts; (): the ids are there
+    sides: tuple[str, ...]
+    limits: dict[str, Any]
+    features: dict[str, Any]
+
+
+class Row(NamedTuple):
+    """A row on its way to ids, or the reason why it gets none."""
+
+    beside: dict[str, Any]
+    written: Written | None = None
+    ids: list[list[int]] | None = None
+    notes: list[str] = []  # noqa: RUF012 (never changed)
+    bad: BadRow | None = None
+
+
+def _mapped(rows: datasets.Dataset, work: Work, num_proc: int | None, said: str) -> datasets.Dataset:
+    """The rows with their ids, out of the cache where the same work has been done on the same rows.
+
+    The cache of rows that `save_to_disk` wrote would lie among them; here it lies with the others.
+    """
+    ids, text, number = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("int64")
+    features = dict.fromkeys(work.names, ids) | {name: CARRIED_TYPES[name] for name in work.carried}
+    features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
+    code = [inspect.getsource(sys.modules[module]) for module in sorted(sys.modules) if module.startswith(__package__)]
+    key = Hasher.hash([rows._fingerprint, code, work])
+    place = Path(datasets.config.HF_DATASETS_CACHE) / "align"
+    if rows.cache_files:
+        place.mkdir(parents=True, exist_ok=True)
+    return rows.map(
+        _encode_rows, batched=True, with_indices=True, fn_kwargs={"work": work}, num_proc=num_proc, desc=said,
+        remove_columns=rows.column_names, features=datasets.Features(features), new_fingerprint=key,
+        cache_file_name=str(place / f"{key}.arrow") if rows.cache_files else None,
+    )  # fmt: skip
+
+
+def _encode_rows(batch: Mapping[str, list[Any]], indices: list[int], work: Work) -> dict[str, list[Any]]:
+    columns = {name: [as_written(v, feature) for v in batch[name]] for name, feature in work.features.items()}
+    rows = [_written(dict(zip(columns, values)), work) for values in zip(*columns.values())]
+    work.encoder.foresee([row.written for row in rows if row.written is not None])
+    rows = [_read(row, work) for row in rows]
+    work.encoder.known = {}
+    out: dict[str, list[Any]] = {"index": indices, "notes": [row.notes for row in rows]}
+    for i, name in enumerate(work.names):
+        out[name] = [row.ids[i] if row.ids else [] for row in rows]
+    for name in work.carried:
+        out[name] = [row.beside.get(name) for row in rows]
+    out["status"] = [f"{row.bad.kind}: {row.bad}" if row.bad else "" for row in rows]
+    out["length"] = [len(row.ids[0]) + max(map(len, row.ids[1:]), default=0) if row.ids else 0 for row in rows]
+    return out
+
+
+def _written(row: dict[str, Any], work: Work) -> Row:
+    """The row's texts, or the ids that it holds."""
+    beside: dict[str, Any] = {}
     try:
-        for name, value in beside.items():
-            if not isinstance(value, int | float) or value != value:
-                raise BadRow(f"'{name}' is not a number")
-        ids, notes = _ids(row, layout, **given) if layout else ([row[name] for name in names], [])
+        beside = {name: _number(name, row[name]) for name in work.carried}
+        if not work.layout:
+            return Row(beside, ids=[_checked_ids(name, row[name]) for name in work.names])
+        parts, arguments = normalise(row, work.layout, work.encoder.unit), template_arguments(row)
+        texts = [parts[side] for side in work.sides if side in parts] or (
+            [] if "prompt" in parts else [*parts.values()]
+        )
+        return Row(beside, work.encoder.write(parts.get("prompt"), texts, arguments))
     except BadRow as error:
-        status = f"{error.kind}: {error}"
-    length = len(ids[0]) + max(map(len, ids[1:]), default=0)
-    return {"index": index, **dict(zip(names, ids)), **beside, "length": length, "status": status, "notes": notes}
+        return Row(beside, bad=error)
 
 
-def _ids(
-    row: dict[str, Any], layout: tuple[str, ...], encoder: Encoder, sides: tuple[str, ...], **limits: Any
-) -> tuple[list[list[int]], list[str]]:
-    """([ids of the prompt, of each side], what was changed); raises BadRow."""
-    parts, arguments = normalise(row, layout), template_arguments(row)
-    notes: list[str] = []
-    if not sides:
-        prompt, completions = encoder.prompt(parts["prompt"], arguments), []
-    elif "prompt" in parts:
-        prompt, completions, notes = encoder.split(parts["prompt"], [parts[side] for side in sides], arguments)
-    else:
-        prompt, completions = [], [encoder.whole(parts[layout[0]], arguments)]
-    prompt, completions, cuts = fit(prompt, completions, encoder.bos, **limits)
-    if any(len(completion) < 2 - bool(prompt) for completion in completions):
-        raise BadRow("no completion token is left to predict", "drop")
-    if len(completions) == 2 and completions[0] == completions[1]:
-        raise BadRow("chosen and rejected are the same tokens" + (" after truncation" if cuts else ""), "drop")
-    if not sides and not prompt:
-        raise BadRow("'prompt' is empty")
-    return [prompt, *completions], [*dict.fromkeys(notes), *cuts]
+def _read(row: Row, work: Work) -> Row:
+    """The row's ids, within the limits."""
+    if row.bad:
+        return row
+    try:
+        if row.written is None:
+            ids, notes, cuts = row.ids or [], [], []
+        else:
+            prompt, completions, notes = work.encoder.read(row.written)
+            prompt, completions, cuts = fit(prompt, completions, work.encoder.bos, **work.limits)
+            ids = [prompt, *completions]
+        if any(len(completion) < 2 - bool(ids[0]) for completion in ids[1:]):
+            raise BadRow("no completion token is left to predict", "drop")
+        if len(ids) == 3 and ids[1] == ids[2]:
+            raise BadRow("chosen and rejected are the same tokens" + (" after truncation" if cuts else ""), "drop")
+        if len(ids) == 1 and not ids[0]:
+            raise BadRow("'prompt' is empty")
+        return row._replace(ids=ids, notes=[*dict.fromkeys(notes), *cuts])
+    except BadRow as error:
+        return row._replace(ids=None, bad=error)
+
+
+def _number(name: str, value: Any) -> bool | float:
+    """What stands beside the texts: a mark of unpaired data, a finite number otherwise."""
+    if value is None:
+        raise BadRow(f"'{name}' is missing")
+    if name == "label":
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise BadRow(f"'label' is {value!r:.60}, expected true or false, 1 or 0")
+        return bool(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"'{name}' is {value!r:.60}, which is not a number to reckon with")
+    return float(value)
+
+
+def _checked_ids(name: str, ids: Any) -> list[int]:
+    """Ids that a row holds already."""
+    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+        raise BadRow(f"'{name}' is {ids!r:.60}, expected a list of token ids")
+    if wrong := [one for one in ids if not 0 <= one < 2**31]:
+        raise BadRow(f"'{name}' holds {wrong[0]}, which is no token id")
+    if not ids and name != "prompt_ids":
+        raise BadRow(f"'{name}' is empty")
+    return ids
+
+
+def _report(done: datasets.Dataset) -> tuple[dict[str, Any], np.ndarray]:
+    """What `describe` says of rows with a status, those dropped by status; and the numbers of the others."""
+    table: Any = done.data
+    status = table["status"].to_numpy()
+    good, dropped = np.flatnonzero(status == ""), {}
+    for i in np.flatnonzero(status != "").tolist():
+        dropped.setdefault(status[i], []).append(i)
+    counts = pc.value_counts(pc.list_flatten(table["notes"])).to_pylist()
+    lengths = table["length"].to_numpy()[good]
+    report = {
+        "rows": len(done),
+        "kept": len(good),
+        "longest": int(lengths.max()) if len(good) else 0,
+        "dropped": dropped,
+        "changed": {count["values"]: count["counts"] for count in counts},
+    }
+    return report, good
 
 
 def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:

@@ -411,7 +411,7 @@ def test_sources_that_are_not_there_or_empty(tmp_path: Path) -> None:
     for name in ("none.jsonl", "folder/none.parquet", "none"):
         with pytest.raises(BadInput, match=f"{name}"):
             load_rows(tmp_path / name)
-    with pytest.raises(BadInput, match="contain any data files"):
+    with pytest.raises(BadInput, match=r"holds no \.jsonl, \.json or \.parquet file"):
         load_rows(tmp_path)
     for content in ("", " \n\n"):
         (tmp_path / "empty.jsonl").write_text(content)
