@@ -36,8 +36,9 @@ class Files(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(name=name, gen_kwargs={"files": files}) for name, files in found.items()]
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Key, pa.Table]]:
+        features = self.info.features or datasets.Features()
         for i, file in enumerate(files):
-            for j, table in enumerate(self.tables(file, self.info.features.arrow_schema)):
+            for j, table in enumerate(self.tables(file, features.arrow_schema)):
                 yield Key(i, j), table
 
     @staticmethod

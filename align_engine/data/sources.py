@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets import config
 from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.packaged_modules.json.json import Json
 
@@ -98,7 +99,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _refusal(path: str | Path, error: OSError) -> BadInput:
-    cache, why = datasets.config.HF_DATASETS_CACHE, error.strerror or str(error)
+    cache, why = config.HF_DATASETS_CACHE, error.strerror or str(error)
     place = str(error.filename or cache)
     if error.errno == errno.EACCES and Path(place).exists() and not os.access(place, os.R_OK):
         return BadInput(f"'{path}' cannot be read: {place}: {why}")
@@ -160,7 +161,7 @@ def _stamped(splits: dict[str, list[Path]]) -> DataFilesDict:
     return DataFilesDict(found)
 
 
-def _built(files: DataFilesDict, split: str) -> datasets.Dataset:
+def _built(files: Any, split: str) -> datasets.Dataset:
     """The rows of one split's files."""
     reader = READERS.get(Path(files[split][0]).suffix.lower(), JsonLines)
     builder = reader(data_files=DataFilesDict({split: files[split]}))

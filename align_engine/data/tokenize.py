@@ -7,12 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow.compute
+from datasets import config
 from datasets.fingerprint import Hasher
 
 from align_engine.data.encoder import Encoder, Written
@@ -129,13 +131,14 @@ class Work(NamedTuple):
     features: dict[str, Any]
 
 
-class Row(NamedTuple):
+@dataclass(slots=True)
+class Row:
     """A row on its way to ids, or the reason why it gets none."""
 
     beside: dict[str, Any]
     written: Written | None = None
     ids: list[list[int]] | None = None
-    notes: list[str] = []  # noqa: RUF012 (never changed)
+    notes: list[str] = field(default_factory=list)
     bad: BadRow | None = None
 
 
@@ -147,9 +150,13 @@ def _mapped(rows: datasets.Dataset, work: Work, num_proc: int | None, said: str)
     ids, text, number = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("int64")
     features = dict.fromkeys(work.names, ids) | {name: CARRIED_TYPES[name] for name in work.carried}
     features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
-    code = [inspect.getsource(sys.modules[module]) for module in sorted(sys.modules) if module.startswith(__package__)]
+    code = [
+        inspect.getsource(sys.modules[module])
+        for module in sorted(sys.modules)
+        if module.startswith("align_engine.data")
+    ]
     key = Hasher.hash([rows._fingerprint, code, work])
-    place = Path(datasets.config.HF_DATASETS_CACHE) / "align"
+    place = Path(config.HF_DATASETS_CACHE) / "align"
     if rows.cache_files:
         place.mkdir(parents=True, exist_ok=True)
     return rows.map(
@@ -163,7 +170,8 @@ def _encode_rows(batch: Mapping[str, list[Any]], indices: list[int], work: Work)
     columns = {name: [as_written(v, feature) for v in batch[name]] for name, feature in work.features.items()}
     rows = [_written(dict(zip(columns, values)), work) for values in zip(*columns.values())]
     work.encoder.foresee([row.written for row in rows if row.written is not None])
-    rows = [_read(row, work) for row in rows]
+    for row in rows:
+        _read(row, work)
     work.encoder.known = {}
     out: dict[str, list[Any]] = {"index": indices, "notes": [row.notes for row in rows]}
     for i, name in enumerate(work.names):
@@ -191,10 +199,10 @@ def _written(row: dict[str, Any], work: Work) -> Row:
         return Row(beside, bad=error)
 
 
-def _read(row: Row, work: Work) -> Row:
-    """The row's ids, within the limits."""
+def _read(row: Row, work: Work) -> None:
+    """Give a row its ids, within the limits, or the reason why it has none."""
     if row.bad:
-        return row
+        return
     try:
         if row.written is None:
             ids, notes, cuts = row.ids or [], [], []
@@ -208,9 +216,9 @@ def _read(row: Row, work: Work) -> Row:
             raise BadRow("chosen and rejected are the same tokens" + (" after truncation" if cuts else ""), "drop")
         if len(ids) == 1 and not ids[0]:
             raise BadRow("'prompt' is empty")
-        return row._replace(ids=ids, notes=[*dict.fromkeys(notes), *cuts])
+        row.ids, row.notes = ids, [*dict.fromkeys(notes), *cuts]
     except BadRow as error:
-        return row._replace(ids=None, bad=error)
+        row.ids, row.bad = None, error
 
 
 def _number(name: str, value: Any) -> bool | float:

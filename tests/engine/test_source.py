@@ -136,6 +136,7 @@ def test_a_hash_of_rows_is_of_what_they_hold_wherever_it_lies():
 
 def test_rounds_of_iterate_ask_the_next_prompts_and_pair_the_best_answer_with_the_worst(asking, monkeypatch):
     prompts = asking()
+    prompts.folder.begin({}, overwrite=False)
     said = iter(range(100))  # each completion is another one: w0, w1, ...
 
     def sampler(prompts, seed):
