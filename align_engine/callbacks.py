@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from align_engine import recipe as recipes
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import load_object
+from align_engine.importing import foreign, load_object
 
 if TYPE_CHECKING:
     from align_engine.engine import Engine
@@ -36,7 +37,7 @@ class Callbacks:
         self.args, self.control = arguments(engine.recipe, total), TrainerControl()
         main = engine.accelerator.is_main_process
         self.state = TrainerState(max_steps=total, is_world_process_zero=main, is_local_process_zero=main)
-        self.callbacks = [one() if isinstance(one, type) else one for one in callbacks]
+        self.callbacks = [made(one) for one in callbacks]
         self.stateful = [one for one in self.callbacks if isinstance(one, ExportableState)]
         self.things = {"model": engine.model, "processing_class": tokenizer, "optimizer": engine.optimizer,
                        "lr_scheduler": engine.scheduler, "train_dataloader": None, "eval_dataloader": None}  # fmt: skip
@@ -47,11 +48,17 @@ class Callbacks:
             self.control.should_training_stop = kept["stopped"] and engine.progress.step < total
 
     def call(self, event: str, **more: Any) -> None:
-        """Run one of transformers' events: on_train_begin, on_step_end, on_log, ..."""
+        """Run one of transformers' events: on_train_begin, on_step_end, on_log, ... Callbacks share a copy of `more`.
+
+        Raises:
+            RunFailed: a callback raises anything (SystemExit too): with its name, and file and line.
+        """
         step = self.engine.progress.step
         self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
+        more = copy.deepcopy(more)
         for callback in self.callbacks:
-            wish = getattr(callback, event)(self.args, self.state, self.control, **self.things, **more)
+            with foreign(f"callback {type(callback).__name__}.{event}", RunFailed):
+                wish = getattr(callback, event)(self.args, self.state, self.control, **self.things, **more)
             self.control = self.control if wish is None else wish
         self._keep()
 
@@ -115,8 +122,16 @@ def from_recipe(recipe: Recipe) -> list[Any]:
     if options.early_stopping_patience:
         found.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
     for name in recipe.output.callbacks:
-        kind = load_object(name, "callbacks")
-        if not isinstance(kind() if isinstance(kind, type) else kind, TrainerCallback):
+        callback = made(load_object(name, "callbacks"))
+        if not isinstance(callback, TrainerCallback):
             raise BadInput(f"callbacks: {name!r} is no transformers.TrainerCallback")
-        found.append(kind)
+        found.append(callback)
     return found
+
+
+def made(callback: Any) -> Any:
+    """A callback from its class, or as it is. Raises BadInput where the class cannot be made without arguments."""
+    if not isinstance(callback, type):
+        return callback
+    with foreign(f"callbacks: cannot make {callback.__name__}", BadInput):
+        return callback()

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from align_engine.errors import BadInput, RunFailed
+from align_engine.metrics import line
 
 RECORD, LOCK, SIDE = "run.json", ".align.lock", ".align-tmp"
 EXTENT = ("max_steps", "num_train_epochs", "steps")  # how long a run goes on: a later call may say more
@@ -351,7 +352,7 @@ class RunFolder:
     def write_rows(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         """Write a file with one JSON object per line."""
         with self.written(name) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            path.write_text("".join(map(line, rows)), encoding="utf-8")
 
     def truncate_metrics(self, step: int, *more: dict[str, Any]) -> list[dict[str, Any]]:
         """Drop the lines after `step` (and a last line cut by a crash), and add others; the lines that stay.
@@ -373,9 +374,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     lines = path.read_bytes().split(b"\n")
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(text)
             row["step"] + 0
         except (ValueError, KeyError, TypeError, IndexError) as error:
             if number == len(lines):  # without a line's end: a crash has cut it, or nothing follows

@@ -33,7 +33,7 @@ class Progress:
         self.step = 0  # optimiser steps done
         self.num_tokens = 0.0  # tokens seen, prompts included
         self.sums = Sums()  # since the last logged step
-        self.watched: dict[str, float] = {}  # first logged value of each watched metric
+        self.watched: dict[str, dict[str, Any]] = {}  # what warnings compare with
         self.said: list[str] = []  # warnings that were given
         self.trainer: dict[str, Any] = {}  # what callbacks keep
 

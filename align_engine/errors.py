@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 class AlignError(Exception):
     """A message for the user. `exit_code` is what the `align` command returns."""
@@ -17,3 +19,13 @@ class BadInput(AlignError, ValueError):
 
 class RunFailed(AlignError, RuntimeError):
     """A run that began and cannot go on; its last checkpoint is whole."""
+
+
+def printable(text: str) -> str:
+    """`text` for a terminal: control characters and others that would not be seen, but for line ends and tabs, as
+    Python escapes them. Texts of servers and rows are quoted in messages, and must not act on the terminal."""
+    hidden = ("C", "Zl", "Zp")  # Unicode's categories: control, format, surrogate, unassigned; line, paragraph
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c).startswith(hidden) and c not in "\n\t" else c
+        for c in text
+    )

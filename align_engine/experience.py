@@ -22,10 +22,12 @@ from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_ord
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
 from align_engine.errors import BadInput, RunFailed
+from align_engine.policy import vocab_size
 from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
 from align_engine.reference import token_logps
 from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
-from align_engine.server import kind_of_server, reload_weights, server_sampler
+from align_engine.secrets import masked
+from align_engine.server import check_correction, kind_of_server, reload_weights, server_sampler
 from align_engine.server_weights import ServerWeights
 from align_engine.source import Source, endless_order
 
@@ -82,16 +84,19 @@ class Prompts:
         self.settings, self.seed, self.server = self.recipe.rollout, self.recipe.train.seed, None
         if url := self.settings.server_base_url:
             self.kind, name = kind_of_server(url), self.recipe.model.model_name_or_path
-            self.accelerator.print(f"completions come from {url}, which shows itself as {self.kind}")
-            if flat(self.recipe).get(corrects := "vllm_importance_sampling_correction") and self.kind != "vllm":
-                why = f"needs vLLM's log-probs, and {url}/v1/models does not say that vLLM owns the model"
-                raise BadInput(f"{corrects} = True {why}: set it to false, or give the address of vLLM itself")
-            self.server = server_sampler(self.tokenizer, self.settings, name, self.kind)
+            self.accelerator.print(f"completions come from {masked(url)}, which shows itself as {self.kind}")
+            if flat(self.recipe).get("vllm_importance_sampling_correction"):
+                check_correction(self.settings, self.kind)
+            self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, vocab_size(name))
         self.server_weights: ServerWeights | None = None
         if self.settings.server_weights:
             self.server_weights = ServerWeights(self.settings.server_weights, self.recipe.model.model_name_or_path)
             self.server_weights.check()
-        self.scorers = [scoring.load_reward(spec, self.accelerator.device) for spec in self.settings.reward_funcs]
+        self.scorers = scoring.load_rewards(self.settings.reward_funcs, self.accelerator.device)
+        for scorer in self.scorers:
+            if scorer.check is not None:
+                asked: Any = self.columns.select(self.rows["index"][:]).select_columns("prompt").iter(1000)
+                scorer.check(prompt for part in asked for prompt in part["prompt"])
 
     def fingerprint(self) -> str:
         """Hash of the prompts' token ids, and of every column that scorers may read."""

@@ -13,7 +13,7 @@ from align_engine.engine import Engine
 from align_engine.experience import Rollouts
 from align_engine.metrics import Journal, Sums
 from align_engine.source import Micro, Source
-from align_engine.watch import warnings
+from align_engine.watch import Watch
 
 
 @dataclass
@@ -28,6 +28,9 @@ class Training:
     total: int  # optimiser steps
     steps_per_epoch: int
     stopping: bool = False  # a rank has been told to stop
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.engine.recipe, self.engine.progress)
 
     def steps(self) -> Iterator[int]:
         """Numbers (from 0) of the steps still to do. Ends with the last step, or where a callback stops the run.
@@ -65,14 +68,17 @@ class Training:
         self.stopping = sums.totals.pop("stop")[0] > 0
         engine.progress.num_tokens += tokens
         engine.progress.sums.merge(sums)
+        self.watch.step(sums)
         self.journal.advance(tokens)
         self._after()
 
     def _after(self) -> None:
         options, progress, callbacks = self.engine.recipe, self.engine.progress, self.callbacks
         callbacks.call("on_step_end")
+        said = []
         if progress.step % self.steps_per_epoch == 0:
             callbacks.call("on_epoch_end")
+            said += self.watch.epoch()
 
         def due(every: int | None, wish: bool) -> bool:
             last = progress.step == self.total or callbacks.control.should_training_stop
@@ -86,13 +92,15 @@ class Training:
                 else:
                     found = self.engine.evaluate(self.evaluation)
             best = callbacks.evaluated(found)
+            said += self.watch.evaluation(found)
         if due(options.output.logging_steps, callbacks.control.should_log):
             means, progress.sums = {"loss": 0.0} | progress.sums.means(), Sums()
-            for text in warnings(progress.watched, progress.said, means):
-                self.journal.warn(progress.step, text)
+            said += self.watch.log(means)
             self._log({**means, "num_tokens": progress.num_tokens, **self.journal.throughput()})
         if found:
             self._log(found)
+        for text in said:
+            self.journal.warn(progress.step, text)
         if best or due(options.output.save_steps, callbacks.control.should_save or self.stopping):
             self.save()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import resource
 import sys
 import time
@@ -124,7 +125,7 @@ class Journal:
             return
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **record}) + "\n")
+                file.write(line({"step": step, **record}))
         except OSError as error:
             then = "The checkpoints are whole; make room and run the same command again"
             raise RunFailed(f"cannot write {self.path}: {error.strerror}. {then}") from error
@@ -134,6 +135,19 @@ class Journal:
 
 SHOWN = ("reward", "loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
          "eval_loss", "eval_rewards/accuracies", "eval_mean_token_accuracy", "tokens_per_second")  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of a file of JSON lines. JSON has no NaN and no infinity: numbers that are not finite become null."""
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,8 @@ def direct_credit(found: Experience, recipe: DirectRecipe, state: dict[str, Any]
     advantages = credit.BASELINES[options.baseline](found.rewards - options.beta * kl, found.group_size)
     metrics = {"kl": kl.mean()} if found.ref_logps is not None else {}
     if options.normalize_advantages:
-        advantages = (advantages - advantages.mean()) / (credit.nanstd(advantages) + credit.STD_EPSILON)
-        advantages = advantages.where(~found.rewards.isnan(), 0.0)
+        scored = advantages.where(~found.rewards.isnan(), math.nan)
+        advantages = ((scored - scored.nanmean()) / (credit.nanstd(scored) + credit.STD_EPSILON)).nan_to_num(0.0)
     return {"advantages": advantages[:, None].expand(found.mask.shape)}, metrics
 
 

@@ -142,6 +142,13 @@ def _reason(error: Exception) -> str:
     return f"{' '.join(text.partition(chr(10) * 2)[0].split()):.300}" or type(error).__name__
 
 
+def vocab_size(path: str) -> int:
+    """Rows of the embeddings of a model in a folder or of a hub name, without loading it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(adapter_base(path) or path).get_text_config().vocab_size
+
+
 def _quantised(section: ModelSection) -> dict[str, Any]:
     """Options of from_pretrained for weights in 4 or 8 bits; raises BadInput where bitsandbytes is missing."""
     if importlib.util.find_spec("bitsandbytes") is None:

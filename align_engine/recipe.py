@@ -743,6 +743,8 @@ def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     scorers, weights = values["reward_funcs"], values["reward_weights"]
     if len(scorers) > 1 and "human" in scorers:
         yield "reward_funcs", "takes 'human' alone, without other scorers"
+    if len(set(scorers)) < len(scorers):
+        yield "reward_funcs", "names a scorer twice: give it one of the reward_weights"
     if weights is not None and len(weights) != len(scorers):
         yield "reward_weights", f"must be {len(scorers)} numbers, as many as reward_funcs"
     for name in ("server_weights", "server_model"):

@@ -112,8 +112,10 @@ def _png(canvas: Any) -> bytes:
 
 
 def curves_of(records: list[dict[str, Any]], names: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
-    """The recorded points of each named metric; metrics without points are left out."""
-    points = {name: [(record["step"], record[name]) for record in records if name in record] for name in names}
+    """The recorded points of each named metric; metrics without points, and points that are null, are left out."""
+    points = {
+        name: [(record["step"], record[name]) for record in records if record.get(name) is not None] for name in names
+    }
     return {name: (list(x), list(y)) for name, found in points.items() if found for x, y in [zip(*found)]}
 
 
@@ -147,6 +149,10 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def _finite(value: Any) -> Any:
+    return "not finite" if value is None else value  # null in metrics.jsonl
+
+
 def write_report(folder: RunFolder, algorithm: str, recipe: recipes.Recipe) -> None:
     """Write plots/*.png and report.html of a run from its metrics.jsonl."""
     records = metrics.read(folder.metrics)
@@ -158,10 +164,10 @@ def write_report(folder: RunFolder, algorithm: str, recipe: recipes.Recipe) -> N
     training = [record for record in records if "loss" in record or "reward" in record]
     first, last = training[0], training[-1]
     names = [name for name in last if name not in ("step", "epoch")]
-    tables = [Table("Training", ("metric", f"step {first['step']}", f"step {last['step']}"),
-                    [(name, first.get(name, ""), last[name]) for name in names])]  # fmt: skip
+    numbers = [(name, *(_finite(record.get(name, "")) for record in (first, last))) for name in names]
+    tables = [Table("Training", ("metric", f"step {first['step']}", f"step {last['step']}"), numbers)]
     if evaluated := [record for record in records if "eval_loss" in record]:
-        rows = [(name, value) for name, value in evaluated[-1].items() if name.startswith("eval_")]
+        rows = [(name, _finite(value)) for name, value in evaluated[-1].items() if name.startswith("eval_")]
         tables.append(Table("Evaluation", ("metric", f"step {evaluated[-1]['step']}"), rows))
     settings = Table("Recipe", ("setting", "value"), list(masked(recipes.flat(recipe)).items()))
     lead = f"{recipe.model.model_name_or_path} on {recipe.data.dataset_name}, {last['step']} steps."

@@ -2,19 +2,27 @@
 
 A reward function has TRL's signature, `fn(prompts, completions, completion_ids, **columns) -> list[float | None]`, and
 may be async. Prompts and completions are strings, or lists of messages where the data are conversations; columns are
-those of the data set. None means that it cannot score the completion.
+those of the data set. None means that it cannot score the completion. Each function gets copies of its own, and may
+give numbers of any kind: Python's, NumPy's, torch's, and arrays or tensors of them.
+
+An HTTP scorer gets POSTs of {"prompts": [...], "completions": [...], ...columns}, at most 16 completions in each, and
+answers {"scores": [...]}. The environment variable ALIGN_SCORER_API_KEY, where it is set, is its bearer token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -25,12 +33,12 @@ from align_engine import heads, importing
 from align_engine.credit import nanstd
 from align_engine.data.batches import collate_sft
 from align_engine.data.encoder import Encoder
-from align_engine.data.formats import is_conversational
+from align_engine.data.formats import BadRow, is_conversational
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import load_object
+from align_engine.importing import foreign, load_object
 from align_engine.policy import load_tokenizer
 from align_engine.recipe import ModelSection, RolloutSection
-from align_engine.secrets import masked
+from align_engine.secrets import check_address, masked
 from align_engine.server import post_all
 
 if TYPE_CHECKING:
@@ -40,6 +48,10 @@ if TYPE_CHECKING:
 
 HUMAN, ADDRESSES = "human", ("http://", "https://")
 HTTP_CHUNK = 16  # completions of one request to a scorer
+PATIENCE = 120.0  # seconds that one request to a scorer may take
+KEY = "ALIGN_SCORER_API_KEY"  # environment variable
+LARGEST = 1e18  # of a reward: its square, which spreads are computed from, is far from the limit of float32
+ATOMS = (str, bytes, int, float, type(None))  # what cannot be changed in place
 
 
 class Reward(NamedTuple):
@@ -47,6 +59,7 @@ class Reward(NamedTuple):
 
     name: str  # in metrics
     score: Callable[..., Any]
+    check: Callable[[Iterable[Any]], None] | None = None  # raises BadInput for prompts that it cannot read
 
 
 def answers(columns: dict[str, list[Any]], ids: list[list[int]], tokenizer: Any) -> dict[str, list[Any]]:
@@ -66,6 +79,21 @@ def part(answers: dict[str, list[Any]], start: int, end: int) -> dict[str, list[
     return {name: values[start:end] for name, values in answers.items()}
 
 
+def load_rewards(specs: Sequence[str], device: torch.device) -> list[Reward]:
+    """The scorers of the recipe's `reward_funcs`, each under a name of its own: its last part (of the path, the module
+    or the address), with as many of those before it as tell it from the others."""
+    paths = [_parts(spec) for spec in specs]
+
+    def shared(i: int, size: int) -> bool:
+        return any(path[-size:] == paths[i][-size:] for j, path in enumerate(paths) if j != i)
+
+    found = []
+    for i, spec in enumerate(specs):
+        size = next((size for size in range(1, len(paths[i])) if not shared(i, size)), len(paths[i]))
+        found.append(load_reward(spec, device)._replace(name="/".join(paths[i][-size:])))
+    return found
+
+
 def load_reward(spec: str, device: torch.device) -> Reward:
     """The scorer that one of the recipe's `reward_funcs` stands for.
 
@@ -76,16 +104,30 @@ def load_reward(spec: str, device: torch.device) -> Reward:
     Raises:
         BadInput: nothing of that name.
     """
+    name = _parts(spec)[-1]
     if spec == HUMAN:
-        return Reward(HUMAN, human_scores)
+        return Reward(name, human_scores)
     if spec.startswith(ADDRESSES):
-        return Reward("http", partial(_ask, spec))
+        return Reward(name, partial(_ask, spec))
     if not is_function(spec):
-        return Reward(Path(spec).name, reward_model(spec, device))
+        return reward_model(spec, device)
     function = load_object(spec, "reward_funcs")
     if not callable(function):
         raise BadInput(f"reward_funcs: {spec!r} is not a function")
-    return Reward(spec.rpartition(":")[2], function)
+    return Reward(name, function)
+
+
+def _parts(spec: str) -> list[str]:
+    """What a scorer can be called by: parts of its path, module or address, the most telling one last."""
+    if spec.startswith(ADDRESSES):
+        check_address(spec, "reward_funcs", KEY)
+        place = urlsplit(masked(spec))
+        return [*filter(None, (place.netloc, *place.path.split("/"))), "http"]
+    if not is_function(spec):
+        return [*Path(os.path.abspath(spec)).parts] if spec != HUMAN else [spec]
+    place, _, name = spec.rpartition(":")
+    in_file = place.endswith(".py")
+    return [*(Path(os.path.abspath(place)).with_suffix("").parts if in_file else place.split(".")), name]
 
 
 def fingerprint(spec: str) -> str:
@@ -111,23 +153,66 @@ def score(rewards: Sequence[Reward], answers: dict[str, list[Any]]) -> Tensor:
     """What each scorer says of each completion, [R, F] float64; NaN where it cannot say. Async ones run together.
 
     Raises:
-        RunFailed: a function does not give one number (or None) for each completion.
+        RunFailed: a function raises anything (SystemExit too), or does not give one finite number (or None) for each
+            completion; it bears the function's name, and file and line of what was raised.
     """
-    count, found = len(answers["completions"]), [reward.score(**answers) for reward in rewards]
-    if waiting := [values for values in found if inspect.isawaitable(values)]:
-        done = iter(asyncio.run(_together(waiting)))
-        found = [next(done) if inspect.isawaitable(values) else values for values in found]
-    for reward, values in zip(rewards, found):
-        if len(values) != count or not all(value is None or isinstance(value, (int, float)) for value in values):
-            raise RunFailed(
-                f"reward {reward.name!r} gave {values!r:.200} for {count} completions: it must give a list with one "
-                "number (or None) for each"
-            )
-    return torch.tensor(np.array(found, dtype=np.float64)).T
+    count, found = len(answers["completions"]), []
+    try:
+        for reward in rewards:
+            with foreign(f"reward {reward.name!r}", RunFailed):
+                found.append(reward.score(**copied(answers)))
+        if any(map(inspect.isawaitable, found)):
+            found = asyncio.run(_together(rewards, found))
+    finally:
+        for waiting in filter(inspect.iscoroutine, found):
+            waiting.close()  # nothing happens to those that have run
+    columns = [_numbers(reward.name, values, count) for reward, values in zip(rewards, found)]
+    return torch.tensor(columns, dtype=torch.float64).T
 
 
-async def _together(waiting: list[Any]) -> list[Any]:
-    return await asyncio.gather(*waiting)
+async def _together(rewards: Sequence[Reward], found: list[Any]) -> list[Any]:
+    async def one(reward: Reward, values: Any) -> Any:
+        with foreign(f"reward {reward.name!r}", RunFailed):
+            return await values if inspect.isawaitable(values) else values
+
+    return await asyncio.gather(*map(one, rewards, found))
+
+
+def copied(value: Any) -> Any:
+    """Lists and dicts anew at every depth, and whatever else can be changed in place."""
+    if isinstance(value, ATOMS):
+        return value
+    if type(value) is list:
+        return [copied(one) for one in value]
+    if type(value) is dict:
+        return {name: copied(one) for name, one in value.items()}
+    return copy.deepcopy(value)
+
+
+def _numbers(name: str, values: Any, count: int) -> list[float]:
+    """What a function gave as floats, NaN for None. Raises RunFailed where that is not one number a completion."""
+    wanted = "it must give a list with one number (or None) for each"
+    with foreign(f"reward {name!r}", RunFailed):  # objects of its own may fail when they are looked at
+        given = values.tolist() if hasattr(values, "tolist") else values
+        if not isinstance(given, (list, tuple)) or len(given) != count:
+            raise RunFailed(f"reward {name!r} gave {values!r:.200} for {count} completions: {wanted}")
+        found = []
+        for i, value in enumerate(given):
+            value = value.item() if getattr(value, "ndim", None) == 0 else value  # a scalar of NumPy or torch
+            if not (value is None or isinstance(value, Real)):
+                raise RunFailed(f"reward {name!r} gave {value!r:.200} for completion {i + 1} of {count}: {wanted}")
+            found.append(math.nan if value is None else _float(value))
+            if abs(found[-1]) > LARGEST:
+                limit = f"rewards are finite, and at most {LARGEST:.0e}; None says that there is none"
+                raise RunFailed(f"reward {name!r} gave {value!r:.200} for completion {i + 1} of {count}: {limit}")
+        return found
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def score_over_ranks(
@@ -144,9 +229,11 @@ def score_over_ranks(
 
 def combine(scores: Tensor, settings: RolloutSection, ended: Sequence[bool]) -> Tensor:
     """The weighted sum over scorers, those left out that could not say, less the penalty of completions cut off:
-    [R, F] -> [R], NaN where none could."""
+    [R, F] -> [R], NaN where none could. Raises RunFailed for sums that are no rewards for their size."""
     factors = torch.tensor(settings.reward_weights or [1.0] * scores.shape[1], dtype=scores.dtype)
     total = (scores * factors).nansum(1) - (settings.missing_eos_penalty or 0.0) * ~torch.tensor(ended)
+    if (total.abs() > LARGEST).any():
+        raise RunFailed(f"rewards times reward_weights = {settings.reward_weights} exceed {LARGEST:.0e}: lower them")
     return total.masked_fill(scores.isnan().all(1), math.nan)
 
 
@@ -164,37 +251,65 @@ def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, gro
 async def _ask(url: str, completion_ids: list[list[int]], **columns: list[Any]) -> list[float | None]:
     """POSTs {"prompts": [...], "completions": [...], ...columns}, expects {"scores": [...]}."""
     starts = range(0, len(completion_ids), HTTP_CHUNK)
-    replies = await post_all(url, [part(columns, start, start + HTTP_CHUNK) for start in starts])
-    try:
-        return [value for reply in replies for value in reply["scores"]]
-    except (KeyError, TypeError) as error:
-        raise RunFailed(f"{url} answered {replies[0]!r:.200}, expected {{'scores': [...]}}") from error
+    replies = await post_all(url, [part(columns, start, start + HTTP_CHUNK) for start in starts], KEY, PATIENCE)
+    found = []
+    for start, reply in zip(starts, replies):
+        count = len(completion_ids[start : start + HTTP_CHUNK])
+        scores = reply.get("scores") if isinstance(reply, dict) else None
+        if not isinstance(scores, list) or len(scores) != count:
+            wanted = f"expected {{'scores': [...]}} with {count} numbers"
+            raise RunFailed(f"{masked(url)} answered {reply!r:.200}, {wanted}")
+        found += scores
+    return found
 
 
-def reward_model(path: str, device: torch.device, batch_size: int = 32) -> Callable[..., list[float]]:
-    """The score of an AutoModelForSequenceClassification with one label, in the tokenisation that it was trained on.
+def reward_model(path: str, device: torch.device, batch_size: int = 32) -> Reward:
+    """An AutoModelForSequenceClassification with one label, which scores in the tokenisation that it was trained on.
 
     Args:
         path: its folder or hub name, with its tokenizer.
         device: where it runs.
         batch_size: completions of one forward pass.
+    Raises:
+        BadInput: there is no such model. By the scorer's `check`: its chat template, or the lack of one, refuses
+            prompts.
     """
-    tokenizer = load_tokenizer(path, distinct_pad=True)
-    loaded: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
+    try:
+        tokenizer = load_tokenizer(path, distinct_pad=True)
+        loaded: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
+    except BadInput as error:
+        functions = "a function is named module:function or file.py:function"
+        raise BadInput(f"reward_funcs: {path!r} is no reward model ({functions}): {error}") from error
     model, encoder = loaded.to(device).eval().requires_grad_(False), Encoder(tokenizer)
+
+    def encoded(prompt: Any, completion: Any) -> dict[str, Any]:
+        prompt_ids, (ids,), _notes = encoder.split(prompt, [completion], {"tools": None})
+        return {"prompt_ids": prompt_ids, "completion_ids": ids}
+
+    def check(prompts: Iterable[Any]) -> None:
+        seen = set()  # templates look at the roles: one prompt of each sequence of them will do
+        for prompt in prompts:
+            chat = is_conversational(prompt)
+            roles = tuple(message["role"] for message in prompt) if chat else None
+            if roles not in seen:
+                seen.add(roles)
+                try:
+                    encoded(prompt, [{"role": "assistant", "content": "a"}] if chat else "a")
+                except (BadRow, BadInput) as error:
+                    kind = ", ".join(roles) if roles else "text"
+                    raise BadInput(f"reward_funcs: {path!r} cannot read the prompts ({kind}): {error}") from error
 
     @torch.no_grad()
     def score(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-        rows, found = [], []
-        for prompt, completion in zip(prompts, completions):
-            prompt_ids, (ids,), _notes = encoder.split(prompt, [completion], {"tools": None})
-            rows.append({"prompt_ids": prompt_ids, "completion_ids": ids, "index": len(rows)})
+        rows, found = [encoded(*pair) | {"index": i} for i, pair in enumerate(zip(prompts, completions))], []
         for start in range(0, len(rows), batch_size):
             batch = collate_sft(rows[start : start + batch_size], tokenizer.pad_token_id).to(device)
             found += heads.scores(model, batch.input_ids, batch.attention_mask).tolist()
+        if any(map(math.isnan, found)):
+            raise RunFailed(f"the reward model {path!r} gives NaN: its weights, or its dtype, are broken")
         return found
 
-    return score
+    return Reward(Path(path).name, score, check)
 
 
 def human_scores(folder: RunFolder, number: int, answers: dict[str, list[Any]]) -> Tensor:
@@ -208,13 +323,33 @@ def human_scores(folder: RunFolder, number: int, answers: dict[str, list[Any]]) 
     if not path.exists():
         pairs = zip(answers["prompts"], completions)
         folder.write_rows(name, [{"prompt": prompt, "completion": text, "score": None} for prompt, text in pairs])
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = _marks(path)
     if [row["completion"] for row in rows] != completions:
         raise BadInput(f"{path} holds marks of other completions than this run's; delete it")
     marks = [math.nan if row.get("score") == "skip" else row.get("score") for row in rows]
-    if waiting := [mark for mark in marks if not isinstance(mark, (int, float))]:
+    if waiting := [mark for mark in marks if mark is None]:
         raise RunFailed(
             f"{len(waiting)} of {len(rows)} completions wait for marks: put a number (or 'skip') at `score` in {path}, "
             "then give the same command again"
         )
     return torch.tensor(marks, dtype=torch.float64)[:, None]
+
+
+def _marks(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of marks. Raises BadInput, naming the line, for one that is damaged or no mark."""
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # of the encoding, too
+            raise BadInput(f"{path} line {number} is not JSON: {error}; mend it, or delete the file") from error
+        if not isinstance(row, dict) or "completion" not in row:
+            raise BadInput(f"{path} line {number} has no `completion`; mend it, or delete the file")
+        mark = row.get("score")
+        number_of_it = isinstance(mark, (int, float)) and abs(mark) <= LARGEST
+        if not (mark is None or mark == "skip" or number_of_it):
+            raise BadInput(f"{path} line {number}: score = {mark!r:.60} is no finite number, 'skip' or null")
+        found.append(row)
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from typing import Any
+from urllib.parse import urlsplit
 
 from align_engine.errors import BadInput
 
@@ -42,20 +43,28 @@ def _masked_address(found: re.Match[str]) -> str:
     return f"{found[1]}{place}?{'&'.join(pieces)}{behind}"
 
 
-def check_unmasked(address: str, field: str, variable: str) -> None:
-    """Refuse an address that was copied from a recipe or a report in which its secret is masked.
+def check_address(address: str, field: str, variable: str) -> None:
+    """Refuse what is no address of a server, and one copied from a recipe or a report in which its secret is masked.
 
     Args:
         field: of the recipe, for the message.
         variable: of the environment, that the key may stand in.
     Raises:
-        BadInput: the address holds ***.
+        BadInput: naming field and (masked) address.
     """
     if MASK in address:
         raise BadInput(
-            f"{field} = {address!r}: its password or key is not kept in files. Give the address with it again, or "
-            f"without it and the key in the environment variable {variable}"
+            f"{field} = {masked(address)!r}: its password or key is not kept in files. Give the address with it again, "
+            f"or without it and the key in the environment variable {variable}"
         )
+    try:
+        parts = urlsplit(address)
+        whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        whole = False
+    if not whole:
+        raise BadInput(f"{field} = {masked(address)!r} is not of the form http://host:port (special characters of a "
+                       "password are percent-encoded)")  # fmt: skip
 
 
 def key_header(variable: str) -> dict[str, str]:

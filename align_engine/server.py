@@ -12,6 +12,8 @@ started on a copy of the model there, vLLM with VLLM_SERVER_DEV_MODE=1, `transfo
 `--continuous-batching`, which would go on with its first weights. Before each rollout the policy is written to the
 folder and the server told to read it again. `transformers serve` may also be started without a model: it loads what
 the requests name, which is that folder.
+
+The environment variable ALIGN_SERVER_API_KEY, where it is set, is the bearer token of all requests to the server.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
 import torch
@@ -32,47 +35,66 @@ from align_engine.data.encoder import Encoder
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import RolloutSection
 from align_engine.rollout import Completion, Sampler, derived_seed
+from align_engine.secrets import check_address, key_header, masked
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # a later try may succeed
-ATTEMPTS, LONGEST_WAIT, TIMEOUT = 6, 30.0, 600.0
+ATTEMPTS, LONGEST_WAIT = 6, 30.0
+PATIENCE = 600.0  # seconds that one request may take
+KEY = "ALIGN_SERVER_API_KEY"  # environment variable
 
 
 def retried(call: Any) -> Any:
-    """The same function, plain or async, that tries again where that may help."""
+    """The same function, plain or async, that tries again where that may help: not where nothing came in time."""
 
     def passing(error: BaseException) -> bool:
         refused = isinstance(error, httpx2.HTTPStatusError) and error.response.status_code in PASSING
-        return refused or isinstance(error, httpx2.TransportError)
+        return refused or (isinstance(error, httpx2.TransportError) and not isinstance(error, httpx2.TimeoutException))
 
     wait = wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT)
     return retry(retry=retry_if_exception(passing), stop=stop_after_attempt(ATTEMPTS), wait=wait, reraise=True)(call)
 
 
-async def post_all(url: str, payloads: Sequence[Any], concurrency: int = 16) -> list[Any]:
+async def post_all(url: str, payloads: Sequence[Any], key: str, patience: float, concurrency: int = 16) -> list[Any]:
     """POST each payload as JSON, `concurrency` of them at a time, each tried again where that may help.
 
+    Args:
+        key: variable of the environment that may hold a bearer token.
+        patience: seconds that one request may take from its first byte to its answer's last.
     Returns:
         the JSON answers, in the payloads' order.
     Raises:
-        RunFailed: the server refuses a request, or six tries fail, naming the address and what it said.
+        RunFailed: the server refuses a request, six tries fail, or no answer comes in time, naming the address (its
+            secrets masked) and what it said.
     """
-    limits, timeout = httpx2.Limits(max_connections=concurrency), httpx2.Timeout(TIMEOUT, pool=None)
-    async with httpx2.AsyncClient(limits=limits, timeout=timeout) as client:
+    limits, timeout = httpx2.Limits(max_connections=concurrency), httpx2.Timeout(patience, pool=None)
+    async with httpx2.AsyncClient(limits=limits, timeout=timeout, headers=key_header(key)) as client:
+        free = asyncio.Semaphore(concurrency)
 
         @retried
         async def post(payload: Any) -> Any:
-            answer = (await client.post(url, json=payload)).raise_for_status()
+            async with free:
+                answer = (await asyncio.wait_for(client.post(url, json=payload), patience)).raise_for_status()
             return answer.json() if answer.content else None
 
         try:
             return await asyncio.gather(*map(post, payloads))
         except httpx2.HTTPStatusError as error:
-            raise RunFailed(f"{url}: {error.response.status_code} {error.response.text[:200]}") from error
-        except (httpx2.TransportError, ValueError) as error:
-            raise RunFailed(f"{url}: {type(error).__name__} {error}") from error
+            raise RunFailed(f"{masked(url)}: {error.response.status_code} {error.response.text[:200]}") from error
+        except (httpx2.TimeoutException, TimeoutError) as error:
+            raise RunFailed(f"{masked(url)}: no answer within {patience:g} seconds") from error
+        except (httpx2.TransportError, ValueError, TypeError) as error:
+            raise RunFailed(f"{masked(url)}: {type(error).__name__} {masked(str(error))}") from error
 
 
-def server_sampler(tokenizer: Any, settings: RolloutSection, model: str, kind: str) -> Sampler:
+def below(base: str, path: str) -> str:
+    """The address of `path` on a server; the query of its own address (a key, say) stays behind it."""
+    parts = urlsplit(base)
+    return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{path}"))
+
+
+def server_sampler(
+    tokenizer: Any, settings: RolloutSection, model: str, kind: str, vocab_size: int | None = None
+) -> Sampler:
     """A sampler that asks the server at `server_base_url`.
 
     Args:
@@ -80,15 +102,18 @@ def server_sampler(tokenizer: Any, settings: RolloutSection, model: str, kind: s
         settings: besides the sampling's own, server_base_url, server_model, server_concurrency.
         model: its name there, unless server_model says, or `transformers serve` is to load server_weights.
         kind: of the server, as kind_of_server says.
+        vocab_size: of the policy; a server's ids must lie below it (None: anywhere from 0).
     Raises:
         BadInput: the settings ask for what OpenAI's API has not, and the server is no other. RunFailed: by the sampler:
-            the server refuses, or fails again and again; no text gives a prompt's tokens.
+            the server refuses, or fails again and again; it answers with what is no completion; no text gives a
+            prompt's tokens.
     """
-    base, most, stops = settings.server_base_url, settings.max_completion_length, settings.stop_strings or []
+    address, most, stops = settings.server_base_url or "", settings.max_completion_length, settings.stop_strings or []
+    base = masked(address)
     for name in ("top_k", "stop_strings", "server_weights"):
         if kind == "openai" and (value := getattr(settings, name)):
             raise BadInput(f"{name} = {value!r} needs vLLM or `transformers serve`, and {base} is neither")
-    url, encoder = f"{base}/v1/completions", Encoder(tokenizer)
+    url, encoder = masked(below(address, "v1/completions")), Encoder(tokenizer)
     shared: dict[str, Any] = {"model": settings.server_model or model, "max_tokens": most,
                               "temperature": settings.temperature, "top_p": settings.top_p}  # fmt: skip
     shared |= {"stop": stops} if stops else {}
@@ -125,42 +150,85 @@ def server_sampler(tokenizer: Any, settings: RolloutSection, model: str, kind: s
             else:
                 ids, ended = from_text(choice["text"], ended)
                 logps = [math.nan] * len(ids)
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise RunFailed(f"{url} answered {answer!r:.200}, not an OpenAI completion") from error
-        if len(logps) != len(ids):
-            raise RunFailed(f"{url} gave {len(logps)} log-probs for {len(ids)} tokens")
+        check_completion(ids, logps)
+        if truncated(settings):  # the server's are those of the tokens that it kept, ours of all of them
+            logps = [math.nan] * len(ids)
         return Completion(ids, torch.tensor(logps, dtype=torch.float32), ended)
+
+    def check_completion(ids: Any, logps: Any) -> None:
+        if not isinstance(ids, list) or not isinstance(logps, list) or len(logps) != len(ids):
+            raise RunFailed(f"{url} gave {ids!r:.60} as token ids and {logps!r:.60} as their log-probs")
+        for one in ids:
+            if type(one) is not int or one < 0 or one >= (vocab_size or math.inf):
+                limit = f"the policy's vocabulary of {vocab_size}" if vocab_size else "every vocabulary"
+                raise RunFailed(f"{url} gave the token id {one!r:.60}, outside {limit}: it serves another model")
+        for one in logps if kind == "vllm" else ():
+            if type(one) not in (int, float) or not -math.inf < one <= 1e-3:
+                raise RunFailed(f"{url} gave the log-prob {one!r:.60}")
 
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         sent = prompts if kind == "vllm" else map(as_text, prompts)
         payloads = [{**shared, "prompt": one, "seed": derived_seed(seed, i) % 2**31} for i, one in enumerate(sent)]
-        return list(map(read, asyncio.run(post_all(url, payloads, settings.server_concurrency))))
+        asked = post_all(below(address, "v1/completions"), payloads, KEY, PATIENCE, settings.server_concurrency)
+        return list(map(read, asyncio.run(asked)))
 
     return sample
+
+
+def truncated(settings: RolloutSection) -> bool:
+    """Whether completions are drawn from a part of the vocabulary only."""
+    return settings.top_p < 1 or settings.top_k > 0
+
+
+def check_correction(settings: RolloutSection, kind: str) -> None:
+    """Refuse vllm_importance_sampling_correction where the sampler's log-probs cannot be had: from a server that gives
+    none, and from vLLM where top_p or top_k leave tokens out. It normalises over the tokens that it kept
+    (processed_logprobs), or knows no temperature (raw_logprobs); a ratio to the policy's own log-probs, which are over
+    all tokens, would be the share that was kept.
+
+    Raises:
+        BadInput: with what to do.
+    """
+    corrects, url = "vllm_importance_sampling_correction = True", masked(settings.server_base_url)
+    if kind != "vllm":
+        why = f"needs vLLM's log-probs, and {url}/v1/models does not say that vLLM owns the model"
+        raise BadInput(f"{corrects} {why}: set it to false, or give the address of vLLM itself")
+    if truncated(settings):
+        given = f"top_p = {settings.top_p}, top_k = {settings.top_k}"
+        why = "vLLM's log-probs are then those of the tokens that it kept, the policy's those of all tokens"
+        raise BadInput(f"{corrects} with {given}: {why}. Set top_p to 1 and top_k to 0, or the correction to false")
 
 
 def kind_of_server(url: str) -> str:
     """vllm, transformers or openai (any other), as the server at an address shows itself.
 
     Raises:
-        BadInput: nothing answers there.
+        BadInput: no address, or nothing answers there.
     """
+    check_address(url, "server_base_url", KEY)
 
     @retried
     def get(path: str) -> str:
-        return httpx2.get(f"{url}/{path}", timeout=30).raise_for_status().text
+        return httpx2.get(below(url, path), timeout=30, headers=key_header(KEY)).raise_for_status().text
 
     try:
         with contextlib.suppress(httpx2.HTTPStatusError):  # not every server describes itself
             if '"/load_model"' in get("openapi.json"):
                 return "transformers"  # its /v1/models lists what is in the hub's cache, and fails where there is none
         return "vllm" if '"owned_by":"vllm"' in get("v1/models").replace(" ", "") else "openai"
+    except httpx2.HTTPStatusError as error:
+        said, code = error.response.text[:200], error.response.status_code
+        key = f" (a key can be given as the environment variable {KEY})" if code in (401, 403) else ""
+        raise BadInput(f"server_base_url = {masked(url)!r}: {code} {said}{key}") from error
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise BadInput(f"server_base_url = {url!r}: no server answers there: {error}") from error
+        why = masked(str(error)) or type(error).__name__
+        raise BadInput(f"server_base_url = {masked(url)!r}: no server answers there: {why}") from error
 
 
 def reload_weights(settings: RolloutSection, kind: str) -> None:
     """Have the server read its weights again, and forget what it cached under the old ones."""
     vllm = {"collective_rpc": {"method": "reload_weights"}, "reset_prefix_cache": {}}
     for path, payload in (vllm if kind == "vllm" else {"reset": {}}).items():
-        asyncio.run(post_all(f"{settings.server_base_url}/{path}", [payload]))
+        asyncio.run(post_all(below(settings.server_base_url or "", path), [payload], KEY, PATIENCE))

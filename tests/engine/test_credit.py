@@ -7,7 +7,10 @@ import statistics
 import pytest
 import torch
 
-from align_engine import credit
+from align_engine import credit, online
+from align_engine.errors import BadInput
+from align_engine.experience import Experience
+from align_engine.recipe import DirectLoss, DirectRecipe, GrpoRecipe, PpoLoss, PpoRecipe, check
 
 NAN = math.nan
 
@@ -131,3 +134,154 @@ def test_whiten(shift):
     torch.testing.assert_close(got[mask], torch.tensor(want, dtype=torch.float64))
     assert not got[~mask].any()
     assert torch.equal(credit.whiten(x, torch.zeros_like(mask)), torch.zeros_like(x))
+
+
+# -- the methods' own credit, with every number worked out by hand ---------------------------------------------------
+def lost(rows, width=3):
+    """Lists of different lengths as a table; what lies outside must never be read."""
+    return torch.tensor([[*row, *[7e3] * (width - len(row))] for row in rows])
+
+
+def rollout(rewards, lengths, group_size, **tables):
+    mask = torch.arange(3) < torch.tensor(lengths)[:, None]
+    tables = {name: lost(rows) for name, rows in tables.items()}
+    return Experience(torch.tensor(rewards, dtype=torch.float64), group_size, mask, **tables)
+
+
+def direct(**loss):
+    return DirectRecipe(loss=DirectLoss(**loss))
+
+
+# old - ref summed over each completion: 1, 3, 0.5 and -1
+OLD = [[-1.0, -2.0], [-1.0, -1.0, -1.0], [-3.0], [-2.0, -4.0]]
+REF = [[-2.0, -2.0], [-1.0, -3.0, -2.0], [-3.5], [-1.0, -4.0]]
+
+
+@pytest.mark.parametrize(
+    ("loss", "want"),
+    [
+        # rewards 1, 3, none, 2 less half the KL: 0.5, 1.5, none, 2.5
+        (dict(baseline="leave_one_out"), [-1.0, 1.0, 0.0, 0.0]),
+        (dict(baseline="batch_mean"), [-1.0, 0.0, 0.0, 1.0]),
+        (dict(baseline="none"), [0.5, 1.5, 0.0, 2.5]),
+        # of -1, 0 and 1 the mean is 0 and the spread 1; the completion without a reward is none of them
+        (dict(baseline="batch_mean", normalize_advantages=True), [-1 / 1.0001, 0.0, 0.0, 1 / 1.0001]),
+        (dict(baseline="none", normalize_advantages=True), [-1 / 1.0001, 0.0, 0.0, 1 / 1.0001]),
+    ],
+)
+def test_direct_rl_takes_the_kl_of_each_completion_off_its_reward(loss, want):
+    found = rollout([1.0, 3.0, NAN, 2.0], [2, 3, 1, 2], 2, old_logps=OLD, ref_logps=REF)
+    given, measured = online.direct_credit(found, direct(beta=0.5, **loss), {})
+    assert given["advantages"].shape == (4, 3)
+    torch.testing.assert_close(given["advantages"][:, 0], torch.tensor(want, dtype=torch.float64))
+    assert (given["advantages"] == given["advantages"][:, :1]).all(), "one for the whole completion"
+    assert float(measured["kl"]) == pytest.approx((1 + 3 + 0.5 - 1) / 4)
+
+
+def test_direct_rl_without_a_reference_takes_the_rewards_as_they_are():
+    given, measured = online.direct_credit(rollout([1.0, 4.0, 2.0, NAN], [1, 1, 1, 1], 2), direct(beta=0.5), {})
+    assert given["advantages"][:, 0].tolist() == [-3.0, 3.0, 0.0, 0.0] and measured == {}
+
+
+def test_grpo_normalises_within_groups_and_leaves_out_what_nobody_scored():
+    found = rollout([1.0, 3.0, NAN, 2.0, 4.0, NAN], [1, 2, 3, 1, 2, 3], 3)
+    given, _ = online.grpo_credit(found, GrpoRecipe(), {})
+    one = 1 / (math.sqrt(2) + 1e-4)  # of 1, 3 and of 2, 4: 1 from the mean, spread sqrt(2)
+    want = torch.tensor([-one, one, 0, -one, one, 0], dtype=torch.float64)
+    torch.testing.assert_close(given["advantages"], want[:, None].expand(6, 3))
+
+
+def ppo(**loss):
+    return PpoRecipe(loss=PpoLoss(**dict(kl_coef=0.1, gamma=1.0, lam=0.5) | loss))
+
+
+def ppo_rollout():
+    """Of two tokens with reward 1, of three without a reward, of one with reward 2. KL per token: 0.5, -1; 1, 0, 0; 0.
+    Rewards per token: -0.05, 1.1; of no account; 2."""
+    return rollout(
+        [1.0, NAN, 2.0], [2, 3, 1], 1,
+        old_logps=[[-1.0, -2.0], [-1.0, -1.0, -1.0], [-3.0]],
+        ref_logps=[[-1.5, -1.0], [-2.0, -1.0, -1.0], [-3.0]],
+        values=[[0.2, 0.4], [0.1, 0.3, 0.6], [0.5]],
+    )  # fmt: skip
+
+
+def white(values):
+    mean, std = statistics.mean(values), statistics.stdev(values)
+    return [(value - mean) / std for value in values]
+
+
+@pytest.mark.parametrize(
+    ("loss", "advantages", "returns"),
+    [
+        # delta: -0.05 + 0.4 - 0.2 = 0.15, 1.1 - 0.4 = 0.7; 2 - 0.5 = 1.5. The first advantage: 0.15 + 0.5 * 0.7
+        ({}, [0.5, 0.7, 1.5], [0.7, 1.1, 2.0]),
+        # delta: -0.05 + 0.5 * 0.4 - 0.2 = -0.05, 0.7; 1.5. The first advantage: -0.05 + 0.5 * 1 * 0.7
+        (dict(gamma=0.5, lam=1.0), [0.3, 0.7, 1.5], [0.5, 1.1, 2.0]),
+        # no KL: 0 + 0.4 - 0.2 = 0.2, 1 - 0.4 = 0.6; 1.5. The first advantage: 0.2 + 0.5 * 0.6
+        (dict(kl_coef=0.0), [0.5, 0.6, 1.5], [0.7, 1.0, 2.0]),
+        # k3, exp(-d) - 1 + d: 0.5 -> 0.10653066, -1 -> 0.71828183; rewards -0.010653066, 1 - 0.071828183; 2
+        (dict(kl_estimator="k3"), [0.453432842, 0.528171817, 1.5], [0.653432842, 0.928171817, 2.0]),
+    ],
+)
+def test_ppo_learns_from_scored_completions_alone(loss, advantages, returns):
+    found = ppo_rollout()
+    given, _ = online.ppo_credit(found, ppo(**loss), {})
+    table, want = given["advantages"], white(advantages)
+    got = [table[0, 0], table[0, 1], table[2, 0]]
+    assert [float(x) for x in got] == pytest.approx(want, abs=1e-5)
+    assert not table[1].any() and not table[0, 2:].any() and not table[2, 1:].any()
+    table = given["returns"]
+    assert [float(x) for x in (table[0, 0], table[0, 1], table[2, 0])] == pytest.approx(returns, abs=1e-6)
+    assert torch.equal(table[1], found.values[1]), "what nobody scored must not move the critic"
+
+
+def test_ppo_divides_rewards_by_their_spread():
+    given, _ = online.ppo_credit(ppo_rollout(), ppo(whiten_rewards=True), {})
+    mean, std = statistics.mean([-0.05, 1.1, 2.0]), statistics.stdev([-0.05, 1.1, 2.0])
+    first, last, other = ((x - mean) / std + mean for x in (-0.05, 1.1, 2.0))
+    returns = [first + 0.4 - 0.2 + 0.5 * (last - 0.4) + 0.2, last, other]
+    table = given["returns"]
+    assert [float(x) for x in (table[0, 0], table[0, 1], table[2, 0])] == pytest.approx(returns, abs=1e-5)
+
+
+def test_ppo_measures_the_kl_of_a_completion_as_a_sum_over_its_tokens():
+    _, measured = online.ppo_credit(ppo_rollout(), ppo(), {})
+    measured = {name: float(value) for name, value in measured.items()}
+    kl = (-0.5 + 1.0 + 0.0) / 3
+    assert measured == pytest.approx({
+        "objective/kl": kl, "objective/entropy": 3.0, "objective/scores": 1.5, "objective/non_score_reward": -0.1 * kl,
+        "objective/rlhf_reward": 1.5 - 0.1 * kl, "kl_coef": 0.1,
+    }, abs=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "want"),
+    [
+        (0.15, 0.1 * (1 + (1 / 9) * 3 / 10)),  # (1/6) / 0.15 - 1 = 1/9
+        (0.02, 0.1 * (1 + 0.2 * 3 / 10)),  # far above the target: at most 0.2
+        (5.00, 0.1 * (1 - 0.2 * 3 / 10)),  # far below it: at least -0.2
+    ],
+)
+def test_ppo_steers_the_kl_coefficient_by_three_completions_of_a_horizon_of_ten(target, want):
+    state = {}
+    _, first = online.ppo_credit(ppo_rollout(), ppo(kl_target=target, kl_horizon=10.0), state)
+    assert first["kl_coef"] == 0.1, "the coefficient that the rewards were computed with"
+    assert state["kl_coef"] == pytest.approx(want, abs=1e-9)
+    _, second = online.ppo_credit(ppo_rollout(), ppo(kl_target=target, kl_horizon=10.0), state)
+    assert second["kl_coef"] == pytest.approx(want, abs=1e-9), "the next rollout goes on from there"
+
+
+def test_a_kl_coefficient_without_a_target_stays():
+    state = {}
+    online.ppo_credit(ppo_rollout(), ppo(), state)
+    assert state == {"kl_coef": 0.1}
+
+
+@pytest.mark.parametrize("lam", [-0.1, 1.5])
+def test_lambda_outside_its_range_is_refused(lam):
+    recipe = ppo(lam=lam)
+    recipe.model.model_name_or_path = recipe.data.dataset_name = recipe.output.output_dir = "x"
+    recipe.rollout.reward_funcs = ["tiny:word_reward"]
+    with pytest.raises(BadInput, match=rf"^lam = {lam} must lie in \[0, 1\]$"):
+        check(recipe)
