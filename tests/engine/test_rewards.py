@@ -16,6 +16,7 @@ from align_engine import metrics, rewards
 from align_engine.checkpoint import RunFolder
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import GrpoRecipe, RmRecipe, RolloutSection
+from align_engine.report import curves_of
 from align_engine.rewards import Reward, load_reward, load_rewards, score
 from align_engine.run import train
 
@@ -187,12 +188,13 @@ def test_ranks_score_whole_groups_each():
 
 def test_a_metric_that_is_not_finite_stays_json(tmp_path):
     folder = RunFolder(tmp_path, {})
-    metrics_line = metrics.line({"step": 1, "reward": float("nan"), "kl": float("-inf"), "loss": 0.5, "deep": [1e999]})
-    folder.metrics.write_text('{"step": 1, "old": NaN}\n')
-    folder.truncate_metrics(1, {"step": 2, "reward": float("inf")})
-    for text in (metrics_line, folder.metrics.read_text().splitlines()[0], folder.metrics.read_text().splitlines()[1]):
-        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert json.loads(metrics_line) == {"step": 1, "reward": None, "kl": None, "loss": 0.5, "deep": [None]}
+    folder.truncate_metrics(0, {"step": 1, "reward": float("inf"), "kl": float("nan"), "loss": 0.5, "deep": [1e999]})
+    text = folder.metrics.read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert found == {"step": 1, "reward": None, "kl": None, "loss": 0.5, "deep": [None]}
+    assert text == metrics.line({"step": 1, "reward": float("inf"), "kl": float("nan"), "loss": 0.5, "deep": [1e999]})
+    points = curves_of([*metrics.read(folder.metrics), {"step": 2, "reward": 1.0}], ["reward", "kl"])
+    assert points == {"reward": ([2], [1.0])}, "a report is drawn without them"
 
 
 # -- what they raise ------------------------------------------------------------------------------------------------
