@@ -83,7 +83,7 @@ class Watch:
                 f"`torchrun --nproc_per_node {launched()} -m align_engine ...`"
             )
         self.rank = int(os.environ["RANK"])
-        limit = float(os.environ.get("ALIGN_RANKS_TIMEOUT", "40"))
+        limit = _limit()
         self.interval = min(1.0, limit / 10)
         self.limit = round(limit / self.interval)  # in rounds, which stand still while this process is stopped
         self.host = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0  # of the store; or launcher
@@ -124,21 +124,31 @@ class Watch:
             self._leave(code, sentence)
 
     def _leave(self, code: int, sentence: str | None) -> None:
-        reached = not self.lost and self.unheard <= self.limit
-        if sentence and (self.store.add("spoken", 1) == 1 if reached else self._is_first()):
+        speaks = False
+        try:
+            if self.lost or self.unheard > self.limit:
+                speaks = bool(sentence) and self._is_first()
+            else:
+                speaks = bool(sentence) and self.store.add("spoken", 1) == 1
+                self.store.add("failed", code if speaks else 0)
+                self.store.set(f"left/{self.rank}", "left")
+        except RuntimeError:
+            self.lost = True
+        if speaks:
             print(f"align: error: {sentence}", file=sys.stderr, flush=True)
-            if reached:
-                self.store.add("failed", code)
-        if reached:
-            self.store.set(f"left/{self.rank}", "left")
-        for _ in range(10 if code else self.limit):
-            if self.host != self.rank or not any(peer.alive for peer in self.peers):
-                break  # else the others still read the store, which goes with this process
-            time.sleep(self.interval)
-            self._look()
+        if speaks or self.rank == self.host:  # the store, or a launcher that ends all when one has ended
+            self._wait(10 if code else self.limit)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+    def _wait(self, rounds: int) -> None:
+        """Until the other ranks have left, but no longer than so many rounds."""
+        with contextlib.suppress(RuntimeError):
+            while not self.lost and rounds and any(peer.alive for peer in self.peers):
+                time.sleep(self.interval)
+                self._look()
+                rounds -= 1
 
     def _is_first(self) -> bool:
         """Whether this is the lowest of the ranks that may speak where the store is gone."""
@@ -218,6 +228,18 @@ class Peer:
         if self.pid is not None and not self.ended():
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
+
+
+def _limit() -> float:
+    """Seconds without a sign of life that end a run."""
+    text = os.environ.get("ALIGN_RANKS_TIMEOUT", "40")
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < 1e6:
+        raise BadInput(f"ALIGN_RANKS_TIMEOUT = {text!r} is not a number of seconds above 0")
+    return limit
 
 
 def _born(pid: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -64,3 +65,49 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+class Ranks:
+    """One interpreter that has imported everything; each run of the command is two forks of it, so that ranks that
+    fail, die or freeze cost no import. Nothing tells accelerate to take the CPU."""
+
+    CODE = """
+import datasets, json, os, peft, sys, transformers.trainer_callback
+import align_engine.cli, align_engine.ranks, align_engine.run
+for line in sys.stdin:
+    job, ranks = json.loads(line), []
+    for environment in job["ranks"]:
+        child = os.fork()
+        if not child:
+            os.environ.update(environment)
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+            align_engine.cli.main(job["arguments"])
+            os._exit(99)
+        ranks.append(child)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]), flush=True)
+"""
+
+    def __init__(self) -> None:
+        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], text=True, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
+
+    def run(self, folder: Path, *arguments: Any, **environment: str) -> tuple[list[int], str, str]:
+        """(exit codes of the two ranks, what both printed, what both complained); they write in a folder."""
+        assert self.process.stdin and self.process.stdout
+        ranks = [
+            {name: value for name, value in (rank | environment).items() if name != "ACCELERATE_USE_CPU"}
+            for rank in rank_environment(2)
+        ]
+        out, err = folder / "out.txt", folder / "err.txt"
+        job = {"ranks": ranks, "arguments": list(map(str, arguments)), "out": str(out), "err": str(err)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline()), out.read_text(), err.read_text()
+
+    def close(self) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
