@@ -1,4 +1,4 @@
-# make demo | make ladder | make test | make check | make bench | make gpu-registers
+# make demo | make ladder | make test-quick | make test | make check | make bench | make gpu-registers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 # by all cores, where pip takes one; some packages ship files of another Python's syntax
 BYTECODE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo ladder test check bench bench-peers gpu-registers architectures clean
+.PHONY: demo ladder test test-quick check bench bench-peers gpu-registers architectures clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -30,8 +30,14 @@ ladder: $(VENV)/.installed
 	$(BIN)/align demo --seeds 0 1 2
 
 # two at a time, on one thread each, and asleep while it waits: a spinning one costs tenfold when its core is taken
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(PYTEST) tests -n 2 --dist loadfile
+
+# some of every area, named in tests/quick.py; Triton's interpreter wants a process of its own
+test-quick: $(VENV)/.installed-dev
+	$(PYTEST) tests -m quick -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_interp -m quick
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,39 @@
+from pathlib import Path
+
 import pytest
+import quick
 import tiny
 import torch
+
+HERE = Path(__file__).parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: some of every area, see quick.py")
+
+
+def place(path):
+    """As quick.py names a file; of benches nothing is quick."""
+    return path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else ""
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Of the quick tests alone, other files are not even imported."""
+    others = collection_path.suffix == ".py" and place(collection_path) not in quick.QUICK
+    return True if others and config.getoption("markexpr") == "quick" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    asked = {(file, name) for file, names in quick.QUICK.items() for name in names}
+    met = set()
+    for item in items:
+        found = {(place(item.path), name) for name in (item.name, item.name.partition("[")[0], "")} & asked
+        met |= found
+        if found:
+            item.add_marker("quick")
+    here = {place(item.path) for item in items}
+    if config.getoption("markexpr") == "quick" and (gone := {pair for pair in asked - met if pair[0] in here}):
+        raise pytest.UsageError(f"quick.py names tests that are not there: {sorted(gone)}")
 
 
 @pytest.fixture(scope="session")

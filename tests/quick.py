@@ -1,0 +1,42 @@
+"""What `make test-quick` runs: some of every area, in under three minutes of two cores."""
+
+ALL = ("",)
+QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests, with [case] where one case is enough
+    # kernels: log-probs, losses, schedules, compaction, compiled CPU code
+    "kernels/test_logprobs.py": ("test_options", "test_clamp"),
+    "kernels/test_from_logits.py": ("test_against_the_oracle",),
+    "kernels/test_loss_formulas.py": ("test_value_and_gradients",),
+    "kernels/test_loss_trl.py": ("test_kto", "test_cpo", "test_reward"),
+    "kernels/test_unpaired_losses.py": ALL,
+    "kernels/test_planner.py": ALL,
+    "kernels/test_lent_memory.py": ALL,
+    "kernels/test_compaction.py": ("test_dropped_mass",),
+    "kernels/test_cpu_extension.py": ALL,
+    "kernels/test_product.py": ("test_layouts_and_edges", "test_schedules_on_it_give_the_same_gradients_and_flops"),
+    "kernels/test_imports.py": ("test_imports_run_one_way", "test_kernels_never_import_the_engine"),
+    # CUDA emulated, Triton interpreted
+    "kernels/test_cuda_losses.py": ALL,
+    "triton_interp/test_rows.py": ("test_options", "test_ties_take_the_first_column"),
+    "triton_interp/test_operators.py": ("test_recomputed",),
+    # engine: loops, data, references, resuming, rollouts
+    "engine/test_recipe.py": ("test_names_are_unique_so_that_flags_need_no_prefix",
+                              "test_all_that_is_wrong_is_said_at_once"),
+    "engine/test_data.py": ALL,
+    "engine/test_training.py": ("test_dpo_loss_rewards_and_gradient_norm_equal_the_formula", "test_references_agree",
+                                "test_accumulation_equals_one_big_batch[dpo]"),
+    "engine/test_preferences.py": ("test_a_mixture_is_its_parts",),
+    "engine/test_kto.py": ("test_kto_loss_and_metrics_equal_the_formula",),
+    "engine/test_heads.py": ("test_scores_and_values_by_the_mask",),
+    "engine/test_loops.py": ("test_a_callback_object_stops_the_run",),
+    "engine/test_resume.py": ("test_resume_with_dropout_and_lora", "test_a_finished_run_is_not_run_again"),
+    "engine/test_credit.py": ALL,
+    "engine/test_rollout.py": ("test_log_probs_ends_and_cuts", "test_functions_are_weighted_and_unscorable_is_nan"),
+    "engine/test_online.py": ("test_the_reward_rises",),
+    # command line, packaging, drop-ins
+    "cli/test_cli.py": ("test_bad_input_is_one_message_and_exit_code_2", "test_sft_then_dpo_then_again"),
+    "cli/test_packaging.py": ALL,
+    "integrations/test_hook.py": ALL,
+    "integrations/test_trl_options.py": ("test_refusals",),
+    "integrations/test_trl_trainers.py": ("test_fused_after[dpo]",),
+    "integrations/test_examples.py": ("test_example[plain_torch]",),
+}  # fmt: skip
