@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pictures
 import pytest
 import quick
 import tiny
@@ -9,6 +10,7 @@ HERE = Path(__file__).parent
 
 
 def pytest_configure(config):
+    pictures.leave_out()
     config.addinivalue_line("markers", "quick: some of every area, see quick.py")
 
 

@@ -13,6 +13,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 
 
+BEFORE, AFTER = "import pictures\npictures.leave_out()\n", "\nimport processes\nprocesses.leave()"
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -36,7 +39,7 @@ def run_ranks(world: int, code: str, *arguments: Any, **environment: str) -> Non
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", f"{code}\nimport processes\nprocesses.leave()", *map(str, arguments)],
+            [sys.executable, "-c", BEFORE + code + AFTER, *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": paths} | rank | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )

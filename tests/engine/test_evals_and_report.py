@@ -4,6 +4,7 @@ import datasets
 import pytest
 import tiny
 import torch
+from pictures import drawn_again
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import report
@@ -54,10 +55,12 @@ def test_score_grades_the_answer_to_its_own_row(loaded):
 
 
 def test_a_run_leaves_pictures_and_a_page_that_holds_them(model, pairs, tmp_path):
-    folder = train("dpo", tiny.dpo(model, pairs, tmp_path / "run", eval_dataset_name=str(pairs)))
+    with drawn_again():
+        folder = train("dpo", tiny.dpo(model, pairs, tmp_path / "run", eval_dataset_name=str(pairs)))
     pictures = sorted(path.name for path in (folder.path / "plots").iterdir())
     assert {"loss.png", "margins.png", "accuracies.png", "learning-rate.png"} <= set(pictures)
     assert all((folder.path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    assert all((folder.path / "plots" / name).stat().st_size > 5_000 for name in pictures)
     html = (folder.path / "report.html").read_text()
     assert html.count("data:image/png;base64,") == len(pictures)
     assert "http" not in html, "the page must need nothing from outside"
