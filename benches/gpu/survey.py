@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 CLOSING = 4.0  # seconds for the table
 TRIES = 3  # of a part whose process ended
+PATIENCE, DRY_PATIENCE = 3, 30  # times its seconds, after which a part is ended
 COMMON = ("date", "device", "versions", "python", "cuda", "command")  # of every line, said once in the table
 
 
@@ -140,7 +141,7 @@ class Survey:
         """Run a part; what its process was at when it had to be ended, or None, and why."""
         if self.worker is None and not self.start():
             return None, "its process did not start"
-        limit = min(self.left(), 3 * part.seconds)
+        limit = min(self.left(), part.seconds * (DRY_PATIENCE if self.dry else PATIENCE))
         until, at = time.monotonic() + limit, part.name
         worker: Any = self.worker
         try:
