@@ -147,11 +147,10 @@ void rescale(State& state, double max) {
   state.sum *= factor;
 }
 
-// `peak` is the true max of `part`, part.max what its sums are relative to.
-void merge(State& into, State part, double peak) {
-  if (peak > into.max || (peak == into.max && (into.argmax < 0 || part.argmax < into.argmax)))
+void merge(State& into, State part) {
+  if (part.max > into.max || (part.max == into.max && (into.argmax < 0 || part.argmax < into.argmax)))
     into.argmax = part.argmax;
-  double max = std::max(into.max, peak);
+  double max = std::max(into.max, part.max);
   rescale(into, max);
   rescale(part, max);
   into.sum += part.sum;
@@ -190,10 +189,7 @@ void forward(const Logits& in, State* state, int threads) {
 #pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
     for (int64_t row = 0; row < in.rows; row++) {
       FlushDenormals guard;
-      for (int64_t block = 0; block < blocks; block++) {
-        State block_state = part(row, block);
-        merge(state[row], block_state, block_state.max);
-      }
+      for (int64_t block = 0; block < blocks; block++) merge(state[row], part(row, block));
     }
     return;
   }
@@ -204,7 +200,7 @@ void forward(const Logits& in, State* state, int threads) {
     parts[item] = part(item / blocks, item % blocks);
   }
   FlushDenormals guard;
-  for (int64_t item = 0; item < items; item++) merge(state[item / blocks], parts[item], parts[item].max);
+  for (int64_t item = 0; item < items; item++) merge(state[item / blocks], parts[item]);
 }
 
 void exponentials(const Logits& in, State* state, const Exponentials& to, int threads) {
@@ -219,10 +215,8 @@ void exponentials(const Logits& in, State* state, const Exponentials& to, int th
     for (int64_t block = 0; block < blocks; block++)
       peak = std::max(peak, isa.peak(in, row, block * kBlock, end(block)));
     if (!(peak <= reference + kHeadroom)) reference = peak;
-    for (int64_t block = 0; block < blocks; block++) {
-      State part = isa.exponentials(in, to, row, block * kBlock, end(block), &peak);
-      merge(state[row], part, peak);
-    }
+    for (int64_t block = 0; block < blocks; block++)
+      merge(state[row], isa.exponentials(in, to, row, block * kBlock, end(block)));
   }
 }
 

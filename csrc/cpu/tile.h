@@ -71,7 +71,7 @@ struct Isa {
   const char* name;
   State (*forward)(const Logits&, int64_t row, int64_t begin, int64_t end);
   float (*peak)(const Logits&, int64_t row, int64_t begin, int64_t end);
-  State (*exponentials)(const Logits&, const Exponentials&, int64_t row, int64_t begin, int64_t end, float* peak);
+  State (*exponentials)(const Logits&, const Exponentials&, int64_t row, int64_t begin, int64_t end);
   void (*backward)(const Logits&, const Gradient&, int64_t row, int64_t begin, int64_t end);
   void (*peaks)(const Logits&, const Peaks&, int64_t begin, int64_t end);
 };

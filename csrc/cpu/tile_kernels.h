@@ -215,28 +215,40 @@ struct Sums {
   }
 };
 
-// The sums of a block relative to `reference` (to its own max where that is not finite), which becomes the state's max;
-// its true max is *peak. keep(i, e, count) gets exp(l - reference) of the elements i .. i + count, each once.
+// A logit as the vectors see it: with a fused multiply-add k * x - m has the exact product, else the rounded one.
+INLINE double product(float k, float x) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return double(k) * x;
+#else
+  return double(k * x);
+#endif
+}
+
+// The sums of a block, relative to its largest logit in double. Exponentials are made relative to `reference`, or to the
+// largest logit as a float where that is not finite; keep(i, e, count) gets exp(l - reference) of the elements
+// i .. i + count, each once.
 template <class Keep>
 INLINE State sums_of(const Logits& in, int64_t row, int64_t begin, int64_t n, const Block& block, float reference,
-                     float* peak_out, Keep keep) {
+                     Keep keep) {
   const float *x = block.x, k = block.k;
-  float peak = largest(x, n), m = peak * k;
+  const float peak = largest(x, n), m = peak * k;
+  const bool finite = m - m == 0.0f;
   if (!(reference > -INFINITY)) reference = m == -INFINITY ? 0.0f : m;
-  *peak_out = m;
-  int64_t first = first_index(x, n, peak);
+  const int64_t first = first_index(x, n, peak);
 
   State state{};
-  state.max = reference;
   int64_t target = in.targets[row] - in.offset - begin;
-  if (target >= 0 && target < n) state.target = double(k) * x[target];  // before `keep` writes over it
+  if (target >= 0 && target < n) state.target = product(k, x[target]);  // before `keep` writes over it
   state.argmax = first < n ? double(in.offset + begin + first) : -1;  // -1: all NaN
-  // The vector that holds the max is added lane by lane in double: with p -> 1 the sum is 1 + a little, and a float
-  // accumulator would lose the little, which is the whole gradient of the row.
+  // The vector that holds the max is added lane by lane in double, and the max itself is exp(0): with p -> 1 the sum is
+  // 1 + a little, and a float accumulator, or a float product k * x, would lose the little, which is the whole gradient
+  // of the row.
   const int64_t whole = n / W * W, top = first / W * W;
   auto add_alone = [&](int64_t i, int64_t lanes) {
     Sums alone;
     keep(i, alone.add(load(x + i, lanes), k, reference), lanes);
+    const int64_t lane = first - i;
+    if (finite && lane >= 0 && lane < lanes) alone.sum[lane] = alone.sum_x[lane] = alone.sum_sq[lane] = 0.0f;
     alone.fold_into(state, lanes);
   };
   Sums body;
@@ -259,16 +271,24 @@ INLINE State sums_of(const Logits& in, int64_t row, int64_t begin, int64_t n, co
   body.fold_into(state, W);
   if (whole < n) add_alone(whole, n - whole);
   state.total *= k;
+  state.max = m;
+  if (!finite) return state;
+  state.max = product(k, peak);
+  if (state.sum != 0) {
+    const double shift = reference - state.max, factor = shift == 0 ? 1.0 : exp(shift);
+    state.sum_x = (state.sum_x + shift * state.sum) * factor;
+    state.sum_sq *= factor * factor;
+    state.sum *= factor;
+  }
+  state.sum += 1.0;
+  state.sum_sq += 1.0;
   return state;
 }
 
 State forward_block(const Logits& in, int64_t row, int64_t begin, int64_t end) {
   Scratch scratch;
-  float peak;
   Block block = prepare(in, row, begin, end - begin, scratch);
-  State state = sums_of(in, row, begin, end - begin, block, -INFINITY, &peak, [](int64_t, F, int64_t) {});
-  state.max = peak;
-  return state;
+  return sums_of(in, row, begin, end - begin, block, -INFINITY, [](int64_t, F, int64_t) {});
 }
 
 float peak_block(const Logits& in, int64_t row, int64_t begin, int64_t end) {
@@ -278,11 +298,11 @@ float peak_block(const Logits& in, int64_t row, int64_t begin, int64_t end) {
 }
 
 template <class T>
-INLINE State exponentials_into(T* out, const Logits& in, int64_t row, int64_t begin, int64_t n, float reference,
-                               float* peak) {
+INLINE State exponentials_into(T* out, const Logits& in, int64_t row, int64_t begin, int64_t n,
+                               float reference) {
   Scratch scratch;
   Block block = prepare(in, row, begin, n, scratch);
-  State state = sums_of(in, row, begin, n, block, reference, peak, [&](int64_t i, F e, int64_t count) {
+  State state = sums_of(in, row, begin, n, block, reference, [&](int64_t i, F e, int64_t count) {
     store(out + i, e, count);
   });
   int64_t target = in.targets[row] - in.offset - begin;
@@ -290,13 +310,12 @@ INLINE State exponentials_into(T* out, const Logits& in, int64_t row, int64_t be
   return state;
 }
 
-State exponentials_block(const Logits& in, const Exponentials& to, int64_t row, int64_t begin, int64_t end,
-                         float* peak) {
+State exponentials_block(const Logits& in, const Exponentials& to, int64_t row, int64_t begin, int64_t end) {
   int64_t first = row * to.stride + begin, n = end - begin;
   float reference = to.reference[row];
   if (to.storage == Storage::f32)
-    return exponentials_into(static_cast<float*>(to.out) + first, in, row, begin, n, reference, peak);
-  return exponentials_into(static_cast<uint16_t*>(to.out) + first, in, row, begin, n, reference, peak);
+    return exponentials_into(static_cast<float*>(to.out) + first, in, row, begin, n, reference);
+  return exponentials_into(static_cast<uint16_t*>(to.out) + first, in, row, begin, n, reference);
 }
 
 // -- backward --------------------------------------------------------------------------------------------------------
