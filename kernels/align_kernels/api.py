@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align_kernels import ops
+from align_kernels.arguments import check_float, public
 from align_kernels.dtensor import local, local_head
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, flatten
@@ -77,6 +78,7 @@ def needs_of(head: Head) -> Needs:
     )
 
 
+@public(read_head)
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> LogProbs:
     """Log-prob, entropy and more of each target, without ever holding the logits [N, V].
 
@@ -120,6 +122,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
     return LogProbs(logp, entropy, *(x.detach() for x in rest))
 
 
+@public()
 def sequence_logprobs(
     logps: Tensor,
     targets: Tensor | None = None,
@@ -138,6 +141,7 @@ def sequence_logprobs(
     Returns:
         [B], in logps' dtype.
     """
+    check_float("logps", logps)
     if targets is not None and targets.shape != logps.shape:
         raise ValueError(f"targets {tuple(targets.shape)} must have the shape of logps {tuple(logps.shape)}")
     mask = torch.ones_like(logps, dtype=torch.bool) if targets is None else targets != ignore_index

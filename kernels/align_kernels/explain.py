@@ -6,12 +6,14 @@ from torch import Tensor
 
 from align_kernels import functions
 from align_kernels.api import needs_of, read_head
+from align_kernels.arguments import public
 from align_kernels.losses.registry import LOSSES
 from align_kernels.planner import Plan
 from align_kernels.schedules import Runner
 from align_kernels.units import LossCall, Units, keep_rows
 
 
+@public(read_head)
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None = None, **head) -> Plan:
     """The plan of `linear_logprobs`, or of a fused loss, for these tensors; nothing is computed.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from align_kernels.api import LogProbs
+from align_kernels.arguments import check_float, public
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.eager import logprobs_of
 from align_kernels.functions import first_order, read_state
@@ -58,6 +59,7 @@ class FromLogits(torch.autograd.Function):
         return out, None, None, None
 
 
+@public()
 def logprobs_from_logits(
     logits: Tensor,
     targets: Tensor,
@@ -87,8 +89,7 @@ def logprobs_from_logits(
             f"targets must be int64 with the leading shape of logits {tuple(logits.shape)}, got {targets.dtype} "
             f"{tuple(targets.shape)}"
         )
-    if not logits.dtype.is_floating_point:
-        raise ValueError(f"logits must be floating point, got {logits.dtype}")
+    check_float("logits", logits)
     per_row = isinstance(temperature, Tensor)
     if per_row and temperature.shape != targets.shape:
         raise ValueError(f"temperature must be a float or one per position, got shape {tuple(temperature.shape)}")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 
 from align_kernels.head import Head
 
@@ -27,6 +31,21 @@ def logits_dtype(head: Head) -> torch.dtype:
 def widens(device: torch.device) -> bool:
     """Whether torch has GEMMs of 16-bit inputs with a float32 output: `out_dtype`, with cuBLAS alone."""
     return device.type == "cuda" and torch.version.hip is None and "dtype_out" in torch.ops.aten.addmm.overloads()
+
+
+def _count_dtype_out() -> None:
+    """Let FlopCounterMode count `addmm.dtype_out`: torch hands its formula the dtype where it expects a shape."""
+    addmm = torch.ops.aten.addmm
+    formula = flop_counter.flop_registry[addmm]
+
+    @wraps(formula)
+    def tolerant(*args: Any, **kwargs: Any) -> int:
+        return formula(*(x for x in args if not isinstance(x, torch.dtype)), **kwargs)
+
+    flop_counter.flop_registry[addmm] = tolerant
+
+
+_count_dtype_out()
 
 
 def product(acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:

@@ -71,7 +71,8 @@ class Transform:
 class Settings:
     """Everything about a call that is not a tensor. Travels through torch.library as its `repr`."""
 
-    transform: Transform = Transform()
+    # a factory: the torch.compile of torch 2.11 takes no object of ours as a default
+    transform: Transform = dataclasses.field(default_factory=Transform)
     clamp: LogitGradClamp | None = None
     lora_scaling: float = 1.0
     drop_mass: float = 0.0
@@ -130,7 +131,11 @@ def flatten(
         )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
-    for name, x in (("hidden", hidden), ("weight", weight)):
+    lora_A, lora_B = (None, None) if lora is None else lora[:2]
+    floats = {"hidden": hidden, "weight": weight, "bias": bias, "lora's A": lora_A, "lora's B": lora_B}
+    for name, x in floats.items():
+        if x is None:
+            continue
         if not x.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
         if x.device != targets.device:
@@ -150,9 +155,7 @@ def flatten(
         rows = temperature.reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))
     else:
         scalar = float(temperature)
-    lora_A = lora_B = None
-    if lora is not None:
-        lora_A, lora_B, _ = lora
+    if lora_A is not None and lora_B is not None:
         if lora_A.dim() != 2 or lora_A.shape[1] != weight.shape[1] or lora_B.shape != (vocab, lora_A.shape[0]):
             raise ValueError(
                 f"lora=(A [R, {weight.shape[1]}], B [{vocab}, R], scaling), got A {tuple(lora_A.shape)} and "

@@ -13,11 +13,13 @@ from align_kernels.head import Head, Settings
 from align_kernels.schedules import Needs, float_dtype
 from align_kernels.units import LossCall
 
+# they read sizes and kept rows back from the device, which the capture of a CUDA graph forbids
+_TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # the dispatch keys that are off outside of any operator
 
 
 # -- log-probs ----------------------------------------------------------------------------------------------------
-@torch.library.custom_op("align_kernels::logprobs", mutates_args=())
+@torch.library.custom_op("align_kernels::logprobs", mutates_args=(), tags=_TAGS)
 def logprobs_op(
     hidden: Tensor,
     weight: Tensor,
@@ -49,7 +51,7 @@ def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
     )
 
 
-@torch.library.custom_op("align_kernels::logprobs_backward", mutates_args=())
+@torch.library.custom_op("align_kernels::logprobs_backward", mutates_args=(), tags=_TAGS)
 def logprobs_backward_op(
     g_logp: Tensor | None,
     g_entropy: Tensor | None,
@@ -93,7 +95,7 @@ logprobs_op.register_autograd(
 
 
 # -- fused losses -------------------------------------------------------------------------------------------------
-@torch.library.custom_op("align_kernels::loss", mutates_args=())
+@torch.library.custom_op("align_kernels::loss", mutates_args=(), tags=_TAGS)
 def loss_op(
     hidden: Tensor,
     weight: Tensor,

@@ -162,11 +162,12 @@ class Grads:
 
 
 def _narrowed(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """`sums` in a dtype that may be half as wide, then in its own memory: no second one, no fresh pages.
+    """`sums` in a dtype that may be half as wide, on a CPU then in its own memory: no second one, no fresh pages. On a
+    GPU the gradient would keep twice its bytes alive until the optimiser's step.
 
     Blocks double: the elements i .. 2i lie in bytes 4i .. 8i and go to 2i .. 4i, whose own were moved before.
     """
-    if sums.dtype.itemsize != 2 * dtype.itemsize or sums.numel() == 0:
+    if sums.device.type != "cpu" or sums.dtype.itemsize != 2 * dtype.itemsize or sums.numel() == 0:
         return sums.to(dtype)
     flat = sums.view(-1)
     out, end = flat.view(dtype)[: len(flat)], min(len(flat), 4096)

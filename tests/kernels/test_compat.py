@@ -569,3 +569,26 @@ def test_verl_vocabulary_parallel(tmp_path: Path):
     grads = torch.autograd.grad((g * logps).sum() + (h * entropy).sum(), (x["hidden"], x["weight"]))
     for rank, shard in enumerate(grads[1].split(71)):
         same(f"rank {rank}", tuple(torch.load(tmp_path / f"{rank}.pt")), (logps, entropy, grads[0], shard))
+
+
+@pytest.mark.parametrize("shift", [False, True, 0, 1, 2, 7, 8])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cce_shifts_by_any_number(shift: int, reduction: str):
+    """Position i predicts target i + shift, as the peer's later releases read whole numbers."""
+    rng = torch.Generator().manual_seed(0)
+    e, c = torch.randn(2, 8, 16, generator=rng), torch.randn(50, 16, generator=rng)
+    targets = torch.randint(0, 50, (2, 8), generator=rng)
+    logits = (e.double() @ c.double().T)[:, : 8 - shift]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets[:, int(shift) :], reduction="none")
+    got = compat.cce.linear_cross_entropy(e, c, targets, shift=shift, reduction=reduction)
+    expected = expected if reduction == "none" else expected.mean().nan_to_num(0.0)
+    torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cce_shifts_no_further_than_the_positions():
+    e, c, targets = torch.zeros(2, 8, 4), torch.zeros(5, 4), torch.zeros(2, 8, dtype=torch.int64)
+    for shift in (-1, 9):
+        with pytest.raises(ValueError, match=rf"shift must lie in \[0, 8\], the positions of targets, got {shift}"):
+            compat.cce.linear_cross_entropy(e, c, targets, shift=shift)
+    with pytest.raises(TypeError, match=r"shift must be True or False or a whole number, got 1\.5"):
+        compat.cce.linear_cross_entropy(e, c, targets, shift=1.5)  # type: ignore[arg-type]

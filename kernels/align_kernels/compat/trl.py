@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align_kernels.api import linear_logprobs
+from align_kernels.arguments import public
 from align_kernels.from_logits import logprobs_from_logits
 
 OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -18,6 +19,7 @@ class ChunkedLogProbFunction:
     """`trl.kernels.ChunkedLogProbFunction`: an `apply`, as on an autograd Function."""
 
     @staticmethod
+    @public()
     def apply(
         hidden: Tensor,
         weight: Tensor,
@@ -64,6 +66,7 @@ class ChunkedLogProbFunction:
         return out.logp, entropy, log_sum_sq_probs, mean_logits, is_top1
 
 
+@public()
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -86,6 +89,7 @@ def selective_log_softmax(
     return logps if row_mask is None else logps.masked_fill(row_mask == 0, 0.0)
 
 
+@public()
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """`trl.trainer.utils.entropy_from_logits`: entropy in nats of logits [..., V], float32 at least, [...].
 

@@ -6,8 +6,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_kernels.api import linear_logprobs
+from align_kernels.arguments import public
 
 
+@public()
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

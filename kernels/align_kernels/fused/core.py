@@ -13,6 +13,7 @@ from torch import Tensor
 
 from align_kernels import functions, ops
 from align_kernels.api import needs_of, read_head
+from align_kernels.arguments import public
 from align_kernels.dtensor import local
 from align_kernels.eager import logprobs_eager
 from align_kernels.losses.gate import ProbGate
@@ -20,6 +21,7 @@ from align_kernels.losses.registry import LOSSES, Unit
 from align_kernels.units import LossCall
 
 Items = float | Tensor | None
+of_head = public(read_head, also={"prob_gate": ProbGate | float | None})  # a fused loss and its `**head`
 
 
 class LossOutput(NamedTuple):

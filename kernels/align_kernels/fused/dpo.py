@@ -18,6 +18,7 @@ from align_kernels.fused.core import (
     check_smoothing,
     check_unread,
     kept,
+    of_head,
     pair_output,
     run_loss,
     share,
@@ -26,6 +27,7 @@ from align_kernels.losses.divergences import F_DIVERGENCES
 from align_kernels.losses.dpo import BATCH_TYPES, DIVERGENCE_TYPES, LOSS_TYPES, READERS
 
 
+@of_head
 def dpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -61,7 +63,8 @@ def dpo_loss(
         average: whether "ipo" scores a completion by its mean over tokens. Default True.
         f_divergence_type: "reverse_kl" (default), "forward_kl", "js_divergence", "alpha_divergence", for the loss types
             that read the difference of two scores alone.
-        f_alpha_divergence_coef: alpha of "alpha_divergence". Default 0.5.
+        f_alpha_divergence_coef: of "alpha_divergence", as TRL's 1 - alpha of arXiv:2309.16240: 0 is "forward_kl",
+            towards 1 it becomes "reverse_kl". Default 0.5.
         ld_alpha: LD-DPO's weight of the tokens beyond the pair's shorter completion, in [0, 1]. Default None: 1.0.
         use_weighting: WPO's weight of each pair by the policy's own probabilities. Default False; not with aot.
         discopop_tau: temperature of "discopop", > 0. Default 0.05.

@@ -12,6 +12,7 @@ from align_kernels.fused.core import (
     check_shape,
     check_unread,
     kept,
+    of_head,
     run_loss,
     share,
 )
@@ -26,6 +27,7 @@ BY_SEQUENCE = ("vespo", "gmpo")  # terms of a whole sequence
 CLIPPED = {name for name, kind in LOSS_TYPES.items() if kind.term == "clip"}
 
 
+@of_head
 def grpo_loss(
     hidden: Tensor,
     weight: Tensor,

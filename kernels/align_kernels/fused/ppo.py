@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align_kernels.fused.core import Items, LossOutput, check_positive, check_shape, kept, run_loss
+from align_kernels.arguments import check_float, public
+from align_kernels.fused.core import Items, LossOutput, check_positive, check_shape, kept, of_head, run_loss
 from align_kernels.losses.ppo import clipped_value
 
 
+@of_head
 def ppo_clip_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -52,6 +54,7 @@ def ppo_clip_loss(
     return LossOutput(out.loss, out.metrics, out.logps)
 
 
+@public()
 def value_loss(
     values: Tensor,
     old_values: Tensor,
@@ -62,6 +65,8 @@ def value_loss(
     num_items: Items = None,
 ) -> LossOutput:
     """The clipped loss of a value head: the sum over tokens of max((v - R)^2, (clip(v, v_old +- c) - R)^2) / 2.
+
+    The clip is that of OpenAI Baselines' ppo2, and of TRL; the paper of PPO (arXiv:1707.06347) has none.
 
     Args:
         values: [...] of the value head, differentiable. old_values: [...] as they were when the tokens were sampled.
@@ -76,6 +81,7 @@ def value_loss(
         ValueError: cliprange_value not above 0, shapes that do not fit.
     """
     check_positive(cliprange_value=cliprange_value)
+    check_float("values", values)
     for name, x in (("old_values", old_values), ("returns", returns), ("mask", mask)):
         check_shape(name, x, values.shape)
     keep = mask.bool()
@@ -87,6 +93,7 @@ def value_loss(
     return LossOutput(loss, {"val/clipfrac_avg": clipped.sum() / tokens}, values.detach())
 
 
+@of_head
 def reinforce_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, advantages: Tensor, *, num_items: Items = None, **head
 ) -> LossOutput:
@@ -110,6 +117,7 @@ def reinforce_loss(
     return LossOutput(out.loss, out.metrics, out.logps)
 
 
+@of_head
 def rloo_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -15,6 +15,7 @@ from align_kernels.fused.core import (
     check_smoothing,
     check_unread,
     kept,
+    of_head,
     pair_output,
     run_loss,
     share,
@@ -22,6 +23,7 @@ from align_kernels.fused.core import (
 from align_kernels.losses.cpo import CPO_LOSSES, SMOOTHED
 
 
+@of_head
 def cpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -71,6 +73,7 @@ def cpo_loss(
     return with_nll("cpo", hyper, hidden, weight, targets, {}, cpo_alpha, num_items, num_tokens, head)
 
 
+@of_head
 def simpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -96,6 +99,7 @@ def simpo_loss(
     )  # fmt: skip
 
 
+@of_head
 def orpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -141,6 +145,7 @@ def orpo_loss(
     )  # fmt: skip
 
 
+@of_head
 def slic_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from align_kernels.arguments import check_float, public
 from align_kernels.fused.core import Items, LossOutput, check_shape
 from align_kernels.losses.reward import reward
 
 
+@public()
 def reward_loss(
     chosen: Tensor,
     rejected: Tensor,
@@ -33,6 +35,7 @@ def reward_loss(
     Raises:
         ValueError: center_coef below 0, shapes that do not fit.
     """
+    check_float("chosen", chosen)
     if chosen.dim() != 1:
         raise ValueError(f"chosen must be [P], one score per pair, got shape {tuple(chosen.shape)}")
     check_shape("rejected", rejected, chosen.shape)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align_kernels.fused.core import Items, LossOutput, check_one_of, run_loss
+from align_kernels.fused.core import Items, LossOutput, check_one_of, of_head, run_loss
 from align_kernels.losses.sft import LOSS_TYPES
 
 
+@of_head
 def sft_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, loss_type: str = "nll", num_items: Items = None, **head
 ) -> LossOutput:

@@ -13,12 +13,14 @@ from align_kernels.fused.core import (
     check_positive,
     check_shape,
     class_metrics,
+    of_head,
     run_loss,
 )
 from align_kernels.losses.kto import LOSS_TYPES
 from align_kernels.schedules import float_dtype
 
 
+@of_head
 def kto_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -68,6 +70,7 @@ def kto_loss(
     return marked_output(out, ref_logps, desirable, beta, {"kl": kl.mean()})
 
 
+@of_head
 def bco_loss(
     hidden: Tensor,
     weight: Tensor,

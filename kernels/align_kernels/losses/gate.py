@@ -47,4 +47,6 @@ class ProbGate(NamedTuple):
 
     def __call__(self, logps: Tensor) -> Tensor:
         """The same log-probs, whose gradient is multiplied by `weight(logps)`."""
+        if not isinstance(logps, Tensor):
+            raise TypeError(f"ProbGate: logps must be a tensor, got a {type(logps).__name__}")
         return logps.detach() + self.weight(logps) * (logps - logps.detach())

@@ -54,6 +54,6 @@ def ppo_clip(
 
 
 def clipped_value(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:
-    """max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2 of each token."""
+    """max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2) / 2 of each token, as OpenAI Baselines' ppo2 has it."""
     clipped = torch.clamp(values, old_values - cliprange_value, old_values + cliprange_value)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

@@ -41,10 +41,24 @@ class Loss(NamedTuple):
 
 
 def loss(per: Unit, *, unit: Unit | None = None, **traits) -> Callable:
-    """Register a pure function as the loss of its name."""
+    """Register a pure function as the loss of its name.
+
+    Raises:
+        ValueError: a name that another function has; the same one again, as a reloaded module brings it, is taken.
+    """
 
     def register(fn: Callable) -> Callable:
+        taken = LOSSES.get(fn.__name__)
+        if taken is not None and _place(taken.fn) != _place(fn):
+            raise ValueError(
+                f"the loss name {fn.__name__!r} is taken by {'.'.join(_place(taken.fn))}: give {'.'.join(_place(fn))} "
+                "another name"
+            )
         LOSSES[fn.__name__] = Loss(fn.__name__, fn, per, unit or per, **traits)
         return fn
 
     return register
+
+
+def _place(fn: Callable) -> tuple[str, str]:
+    return fn.__module__, fn.__qualname__

@@ -1,7 +1,7 @@
 """The primitives in CUDA (`align_kernels._cuda`), for float32, bfloat16 and float16 logits on an NVIDIA GPU.
 
 Same signatures and state as `torch_ops`; arithmetic is float32 within a row, the state is float64, and results repeat
-bit for bit: no atomics. `losses` fuses the coefficients of some losses into the row pass.
+bit for bit on one stream: no atomics. `losses` fuses the coefficients of some losses into the row pass.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from align_kernels.arguments import public
 from align_kernels.compat.liger.common import reference_logps, refuse
 from align_kernels.fused import check_shape, grpo_loss
 from align_kernels.losses.grpo import LOSS_TYPES
@@ -35,6 +36,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         sapo_*, vespo_*: hyper-parameters of these two losses.
     """
 
+    @public()
     def __init__(
         self,
         beta: float = 0.04,
@@ -81,6 +83,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             "max_completion_length": max_completion_length,
         }
 
+    @public()
     def forward(
         self,
         _input: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from align_kernels.arguments import public
 from align_kernels.compat.liger.common import reference_logps, refuse
 from align_kernels.fused.core import check_positive, check_shape, run_loss
 from align_kernels.fused.dpo import check_options
@@ -81,6 +82,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         discopop_tau: temperature of "discopop", > 0. Default 0.05; raises beside another loss type.
     """
 
+    @public()
     def __init__(
         self,
         ignore_index: int = -100,
@@ -108,6 +110,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         self.options = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
         self.options |= {"discopop_tau": discopop_tau, "average": average_log_prob}
 
+    @public()
     def forward(
         self,
         lin_weight: Tensor,
@@ -155,6 +158,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         desirable_weight, undesirable_weight: of the two classes. Default 1.0.
     """
 
+    @public()
     def __init__(
         self,
         ignore_index: int = -100,
@@ -175,6 +179,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
+    @public()
     def forward(
         self,
         _input: Tensor,
