@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,6 +136,23 @@ def hooked_head(causal: Any, fn: HeadFunction) -> Iterator[list[Tensor]]:
         yield results
 
 
+FOR_LOGITS = {  # arguments of a model that are of no use where a function stands in for its LM head
+    "labels": "the model would score them on logits that are not made; give them to the function, shifted by one",
+    "shift_labels": "the model would score them on logits that are not made; give them to the function",
+    "logits_to_keep": "positions would be missing that the function's targets have; mark those as ignored (-100)",
+    "num_logits_to_keep": "positions would be missing that the function's targets have; mark those as ignored (-100)",
+}
+
+
+def _check_call(given: dict[str, Any]) -> None:
+    for name, why in FOR_LOGITS.items():
+        value = given.get(name)
+        if value is not None and not (isinstance(value, int) and value == 0):
+            raise BadInput(f"{name} was given to a model under fused_head: {why}")
+    if given.get("return_dict") is False:
+        raise BadInput("return_dict=False was given to a model under fused_head: what the function gives is in .logits")
+
+
 @contextlib.contextmanager
 def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
     """For the calls of `model` inside the block, `fn(hidden, head)` stands in for the LM head and all that follows it.
@@ -144,16 +162,24 @@ def fused_head(model: nn.Module, fn: HeadFunction) -> Iterator[None]:
         fn: gets hidden [B, T, D] and `head`, the keywords weight, bias, logit_scale, softcap, lora of linear_logprobs;
             whatever tensor it returns is the model's `.logits`.
     Raises:
-        BadInput: a head that is not exactly what linear_logprobs computes (see `head_weights`, `logit_transform`).
+        BadInput: a head that is not exactly what linear_logprobs computes (see `head_weights`, `logit_transform`); a
+            call with an argument that asks for logits: labels, logits_to_keep, return_dict=False.
     """
     causal = causal_model(model)
     call = causal.forward
     with hooked_head(causal, fn) as results:
+        names = list(inspect.signature(call).parameters)
 
-        @functools.wraps(call)
+        @functools.wraps(call, updated=())
         def forward(*args: Any, **kwargs: Any) -> Any:
+            _check_call(dict(zip(names, args)) | kwargs)
             results.clear()
             out = call(*args, **kwargs)
+            name = type(causal).__name__
+            if isinstance(out, tuple):
+                raise BadInput(f"{name} gives a tuple without .logits: set return_dict in its config to True")
+            if len(results) != 1:
+                raise BadInput(f"{name} called its LM head {len(results)} times in one forward, not once")
             (out.logits,) = results
             return out
 

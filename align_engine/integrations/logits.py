@@ -70,14 +70,26 @@ def _unknown(node: ast.AST) -> Step:
     return Step(f"`{ast.unparse(node).splitlines()[0]}` is not understood")
 
 
+def innermost(forward: Any) -> Any:
+    """The function below wrappers that say what they wrap, and below what `fuse` put in its place."""
+    while True:
+        forward = inspect.unwrap(forward)
+        function = getattr(forward, "__func__", forward)
+        forward = getattr(function, "replaced", None)
+        if forward is None:
+            return function
+
+
 @functools.cache
-def _source(forward: Any) -> ast.FunctionDef | None:
-    file = inspect.getsourcefile(forward)
-    if file is None or not Path(file).is_file():
+def _source(function: Any) -> ast.FunctionDef | None:
+    """None for what is no `def` in a file: a lambda, a partial, an object."""
+    if not inspect.isfunction(function) or not Path(inspect.getsourcefile(function) or "").is_file():
         return None
-    function = ast.parse(textwrap.dedent(inspect.getsource(forward))).body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function
+    try:
+        (found, *_) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, SyntaxError):
+        return None
+    return found if isinstance(found, ast.FunctionDef) else None
 
 
 class Reader:
@@ -93,8 +105,7 @@ class Reader:
         name = f"{type(self.parent).__name__}.forward"
         if isinstance(self.parent, nn.Sequential) and self.child == str(len(self.parent) - 1):
             return []
-        forward = inspect.unwrap(self.parent.forward)
-        function = _source(getattr(forward, "__func__", forward))
+        function = _source(innermost(self.parent.forward))
         if function is None:
             return [Step(f"the source of {name} is not at hand")]
         self.walk(function.body)

@@ -10,7 +10,6 @@ from hidden states: 6NVD FLOPs of the head on the labelled positions alone, 4NVD
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -19,7 +18,12 @@ from transformers import Trainer
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model, fused_head, head_module, head_weights, logit_transform
+from align_engine.integrations.logits import innermost
 from align_kernels import sft_loss
+
+
+def _labelled(inputs: dict[str, Any]) -> bool:
+    return inputs.get("labels") is not None or inputs.get("shift_labels") is not None
 
 
 class FusedLossMixin:
@@ -46,10 +50,9 @@ class FusedLossMixin:
             if present:
                 raise BadInput(f"FusedTrainer: {what}")
         causal = causal_model(trainer.model)
-        code = inspect.unwrap(causal.forward).__code__
-        if "loss_function" not in code.co_names or causal.loss_type != "ForCausalLM":
-            raise BadInput(f"{type(causal).__name__} has a loss of its own, not transformers' ForCausalLMLoss")
         logit_transform(causal)
+        if "loss_function" not in innermost(causal.forward).__code__.co_names or causal.loss_type != "ForCausalLM":
+            raise BadInput(f"{type(causal).__name__} has a loss of its own, not transformers' ForCausalLMLoss")
         head = head_module(causal)
         training = head.training
         head_weights(head.train())  # as it will be: dropout counts
@@ -64,8 +67,8 @@ class FusedLossMixin:
     ) -> Any:
         """The loss []; with `return_outputs` also the model's outputs, logits included."""
         trainer: Any = self
-        if return_outputs:
-            return super().compute_loss(model, inputs, True, num_items_in_batch)  # pyright: ignore
+        if return_outputs or not _labelled(inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # pyright: ignore
         targets = inputs.get("shift_labels")
         if targets is None:
             targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
@@ -76,7 +79,9 @@ class FusedLossMixin:
 
         with fused_head(model, fn):
             out: Any = model(**inputs)
-        loss = out.logits
+        items = (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        # a mean over no targets: transformers gives NaN, and no gradient
+        loss = out.logits + torch.where(torch.as_tensor(items, device=out.logits.device) == 0, torch.nan, 0.0)
         if getattr(out, "aux_loss", None) is not None:  # experts out of balance
             loss = loss + causal_model(model).router_aux_loss_coef * out.aux_loss
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -88,7 +93,7 @@ class FusedLossMixin:
     ) -> tuple[Tensor | None, Any, Any]:
         """As `Trainer`'s; without logits where only the loss is asked for."""
         trainer: Any = self
-        if not prediction_loss_only:
+        if not prediction_loss_only or not _labelled(inputs):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # pyright: ignore
         inputs = trainer._prepare_inputs(inputs)
         items = trainer._get_num_items_in_batch([inputs], trainer.args.device)

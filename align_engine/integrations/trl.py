@@ -25,15 +25,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import sys
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from align_engine.errors import BadInput
+from align_engine.integrations import hook
 from align_engine.integrations.hook import head_module, head_weights, hooked_head
 from align_engine.integrations.logits import read_logits
 from align_kernels import linear_logprobs, logprobs_from_logits
@@ -57,13 +60,12 @@ def fuse(trainer: Any = None) -> Any:
     Args:
         trainer: one that is built and not yet trained: its model and reference change, and it is returned. Default
             None: every trainer that is built from here on changes, until the `with` block ends or `close()` is called
-            on what is returned; without either, for good. A RewardTrainer has no LM head: it may be built meanwhile and
-            stays as it is.
+            on what is returned; without either, for good. A RewardTrainer has no LM head and stays as it is, in both.
 
     Raises:
         BadInput: a TRL release that this was not tested with; a trainer that does not take its log-probs through
-            `add_fused_lm_head`, given (a RewardTrainer too) or built inside the block; a head that cannot be taken
-            exactly (see `add_fused_lm_head`). All before training.
+            `add_fused_lm_head`, given or built inside the block; a head that cannot be taken exactly (see
+            `add_fused_lm_head`). All before training.
     """
     import trl
 
@@ -129,9 +131,11 @@ class _NoRefusal(metaclass=_Never):
     """Stands for peft's BaseTunerLayer where a trainer refuses an adapter on the LM head: `head_weights` judges it."""
 
 
-def _one(trainer: Trainer) -> Trainer:
+def _one(trainer: Any) -> Any:
     from accelerate.utils import extract_model_from_parallel
 
+    if _named(type(trainer), {"RewardTrainer"}):
+        return trainer
     why = _why_not(type(trainer))
     if why:
         raise BadInput(why)
@@ -140,9 +144,10 @@ def _one(trainer: Trainer) -> Trainer:
     for model in models:
         model = extract_model_from_parallel(model)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if getattr(model.forward, "fused", False):
+        layers = list(_layers(model.forward))
+        if any(isinstance(layer, FusedForward) for layer in layers):
             continue
-        settings = _settings(model)
+        settings = next(filter(None, map(_settings, layers)), None)
         if settings is None:
             raise BadInput(
                 f"{type(trainer).__name__} did not put TRL's add_fused_lm_head on its {type(model).__name__}"
@@ -151,33 +156,55 @@ def _one(trainer: Trainer) -> Trainer:
     for model, settings in found:
         check_head(model, settings["cast_lm_head_to_fp32"])
     for model, settings in found:
+        mixed = vars(model).pop("_original_forward", None)
+        if mixed is not None:  # the trainer has been prepared: accelerate's wrapper goes around ours
+            model.forward = mixed
         add_fused_lm_head(model, **settings)
+        if mixed is not None:
+            _autocast(model, trainer.accelerator)
     return trainer
 
 
-def _settings(model: Any) -> dict[str, Any] | None:
-    """What TRL's hook on this model was made with; None where there is none."""
-    forward = model.forward
+def _layers(forward: Any) -> Iterator[Any]:
+    """The functions of a forward, from the outermost to that of the class."""
     while forward is not None:
-        code = getattr(forward, "__code__", None)
-        if code is not None and "cast_lm_head_to_fp32" in code.co_freevars:
-            cells = dict(zip(code.co_freevars, forward.__closure__))
-            return {name: cells[name].cell_contents for name in ("temperature", "cast_lm_head_to_fp32", "outputs")}
-        forward = getattr(forward, "__wrapped__", None)
-    return None
+        function = getattr(forward, "__func__", forward)
+        yield function
+        forward = getattr(function, "__wrapped__", None) or getattr(function, "replaced", None)
+
+
+def _settings(function: Any) -> dict[str, Any] | None:
+    """What TRL's hook was made with; None for any other function."""
+    code = getattr(function, "__code__", None)
+    if code is None or "cast_lm_head_to_fp32" not in code.co_freevars:
+        return None
+    cells = dict(zip(code.co_freevars, function.__closure__))
+    return {name: cells[name].cell_contents for name in ("temperature", "cast_lm_head_to_fp32", "outputs")}
+
+
+def _autocast(model: Any, accelerator: Any) -> None:
+    """Mixed precision around the model's forward, as `Accelerator.prepare_model` puts it there."""
+    from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager
+
+    model._original_forward = model.forward
+    context: Any = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+    model.forward = types.MethodType(convert_outputs_to_fp32(context(model.forward.__func__)), model)
 
 
 def check_head(model: Any, cast_lm_head_to_fp32: bool) -> str:
     """How the log-probs of this bare causal LM are made: "hook", or "logits" with a warning.
 
     Raises:
-        BadInput: it has no LM head that can be taken, naming what is in the way.
+        BadInput: it has no LM head that can be taken, or a forward of its own that cannot be called as that of its
+            class, naming what is in the way.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    read = read_logits(model)
+    read, own = read_logits(model), _beneath(model)
     if read.path == "none":
         raise BadInput(f"{read.why}: it gives no log-probs of one next token")
+    if own is not None:
+        _check_own(model, own)
     if read.path == "logits":
         warnings.warn(f"{read.why}: its log-probs are made from whole logits, as large as ever", stacklevel=3)
         return read.path
@@ -187,7 +214,21 @@ def check_head(model: Any, cast_lm_head_to_fp32: bool) -> str:
     training = head.training
     head_weights(head.train())  # as it will be: dropout counts
     head.train(training)
+    if own is not None:  # a wrapper may change more than the source below it shows
+        hook.check_head(model)
     return read.path
+
+
+def _check_own(model: Any, own: Any) -> None:
+    """Refuse a forward that others put on the instance and that cannot be called as the class's own is."""
+    try:
+        inspect.signature(own).bind(input_ids=None, attention_mask=None, use_cache=False)
+    except TypeError as error:
+        name = getattr(own, "__qualname__", None) or type(own).__name__
+        raise BadInput(
+            f"{type(model).__name__}.forward was replaced by {name}, which cannot be called with input_ids, "
+            f"attention_mask and use_cache ({error}): give it **kwargs, or put it there after training"
+        ) from error
 
 
 def add_fused_lm_head(
@@ -204,35 +245,91 @@ def add_fused_lm_head(
     Raises:
         BadInput: see `check_head`.
     """
-    from trl.trainer.utils import FusedCausalLMOutput
-
     del outputs
     path = check_head(model, cast_lm_head_to_fp32)
-    call = model.forward
+    model.forward = Bound(FusedForward(type(model), _beneath(model), path, temperature, cast_lm_head_to_fp32), model)
 
-    def score(head: dict[str, Any], hidden: Tensor, targets: Tensor) -> LogProbs:
-        if not cast_lm_head_to_fp32:
-            return linear_logprobs(hidden, targets=targets, temperature=temperature, **head)
+
+def _beneath(model: Any) -> Any:
+    """What stands in place of the class's forward below TRL's hook or ours, None where nothing does."""
+    forward: Any = vars(model).get("forward")
+    while forward is not None:
+        function = getattr(forward, "__func__", forward)
+        if isinstance(function, FusedForward):
+            forward = function.own
+        elif _settings(function):
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__))
+            forward = cells["original_forward"].cell_contents
+        else:
+            break
+    is_method = getattr(forward, "__self__", None) is model
+    return None if is_method and getattr(forward, "__func__", None) is type(model).forward else forward
+
+
+class Bound:
+    """A method whose function is an object: unlike a closure, and unlike `types.MethodType`, it is copied and pickled
+    with its model, and bound to the copy."""
+
+    def __init__(self, function: FusedForward, model: Any) -> None:
+        self.__func__, self.__self__ = function, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # `generate` reads it
+        signature = self.__func__.__signature__
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class FusedForward:
+    """The forward of a model that gives log-probs where it is asked for them."""
+
+    def __init__(self, kind: type, own: Any, path: str, temperature: float, cast_lm_head_to_fp32: bool) -> None:
+        self.kind, self.path = kind, path
+        self.own = own  # a forward of the instance that others put there
+        self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
+
+    @property
+    def replaced(self) -> Any:
+        return self.kind.forward if self.own is None else self.own
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.replaced)
+        if self.own is None:
+            return signature
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return signature.replace(parameters=[this, *signature.parameters.values()])
+
+    def plain(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.kind.forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
+
+    def score(self, head: dict[str, Any], hidden: Tensor, targets: Tensor) -> LogProbs:
+        options: dict[str, Any] = dict(targets=targets, temperature=self.temperature, **head)
+        if not self.cast_lm_head_to_fp32:
+            return linear_logprobs(hidden, **options)
         with torch.autocast(hidden.device.type, enabled=False):
-            return linear_logprobs(hidden.float(), targets=targets, temperature=temperature, **head)
+            return linear_logprobs(hidden.float(), **options)
 
-    def run(targets: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, LogProbs]:
-        if path == "logits":
-            out = call(*args, **kwargs)
-            return out, logprobs_from_logits(out.logits, targets, temperature=temperature)
+    def run(self, model: Any, targets: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, LogProbs]:
+        if self.path == "logits":
+            out = self.plain(model, *args, **kwargs)
+            return out, logprobs_from_logits(out.logits, targets, temperature=self.temperature)
         found: list[LogProbs] = []
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
-            found.append(score(head, hidden, targets.to(hidden.device)))
+            found.append(self.score(head, hidden, targets.to(hidden.device)))
             return found[0].logp
 
         with hooked_head(model, fn) as results:
-            out = call(*args, **kwargs)
+            out = self.plain(model, *args, **kwargs)
         (logp,), (fields,) = results, found
         return out, fields._replace(logp=logp)
 
-    @functools.wraps(call)  # `generate` reads the signature
-    def forward(
+    def __call__(
+        self,
+        model: Any,
         *args: Any,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
@@ -240,14 +337,17 @@ def add_fused_lm_head(
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
+        from trl.trainer.utils import FusedCausalLMOutput
+
         if not fused_lm_head:
             given = dict(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
-            return call(*args, **{name: x for name, x in given.items() if x is not None}, **kwargs)
+            return self.plain(model, *args, **{name: x for name, x in given.items() if x is not None}, **kwargs)
         targets, length = shift_labels, None
         if targets is None:
-            assert labels is not None
+            if labels is None:
+                raise BadInput("fused_lm_head=True scores labels: pass labels, or shift_labels")
             targets, length = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), -1
-        out, fields = run(targets, *args, **kwargs | {"use_cache": False})
+        out, fields = self.run(model, targets, *args, **kwargs | {"use_cache": False})
         logp, entropy, _, log_sum_sq_probs, mean_logits, is_top1 = (x[:, :length] for x in fields)
         mask = targets.to(logp.device)[:, :length] != -100
         loss = -logp.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
@@ -264,6 +364,3 @@ def add_fused_lm_head(
             label_mask=mask,
             aux_loss=aux_loss,
         )
-
-    forward.__dict__["fused"] = True
-    model.forward = forward

@@ -22,7 +22,14 @@ def test_the_table_is_true():
 
 @pytest.mark.filterwarnings("ignore")
 def test_ordered_embeddings_take_the_second_path():
-    for config, kind in architectures.classes():
-        if architectures.MADE.get(kind.__name__) is architectures.drafting:
-            settings = dict(use_ordered_embeddings=True, num_centroids=9, centroid_intermediate_top_k=3)
-            assert read_logits(kind(architectures.drafting(config, kind.__name__, **settings))).path == "logits"
+    drafting = [
+        (config, kind)
+        for config, kind in architectures.classes()
+        if architectures.MADE.get(kind.__name__) is architectures.drafting
+    ]
+    settings = dict(use_ordered_embeddings=True, num_centroids=9, centroid_intermediate_top_k=3)
+    paths = {
+        kind.__name__: read_logits(kind(architectures.drafting(config, kind.__name__, **settings))).path
+        for config, kind in drafting
+    }
+    assert len(paths) == 2 and set(paths.values()) == {"logits"}

@@ -96,6 +96,67 @@ def test_adapter_off_is_the_base_model():
     assert (expected - oracle(model, ids, targets)).abs().max() > 0.1
 
 
+def scored(model, ids, targets):
+    with hook.fused_head(model, lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp):
+        return model(input_ids=ids, use_cache=False).logits.double()
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(use_rslora=True), dict(lora_alpha=32), dict(alpha_pattern={"lm_head": 5})], ids=str
+)
+def test_the_adapters_scaling_is_pefts(settings):
+    """Of rank-stabilised LoRA too, alpha / sqrt(r)."""
+    model, (ids, targets) = make("llama", ["q_proj", "lm_head"], **settings), inputs()
+    found, plain = oracle(model, ids, targets), oracle(make("llama", ["q_proj", "lm_head"]), ids, targets)
+    torch.testing.assert_close(scored(model, ids, targets), found, atol=2e-5, rtol=2e-5)
+    assert (found - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("merged", [["default"], None], ids=["merged", "merged and taken out again"])
+def test_a_merged_adapter_counts_once(merged):
+    model, (ids, targets) = make("llama", ["q_proj", "lm_head"]), inputs()
+    before = oracle(model, ids, targets)
+    model.merge_adapter()
+    if merged is None:
+        model.unmerge_adapter()
+    torch.testing.assert_close(scored(model, ids, targets), oracle(model, ids, targets), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(scored(model, ids, targets), before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_head_is_off_with_its_adapter():
+    """Under disable_adapter() the head is that of before, not the one trained in its place."""
+    model, (ids, targets) = make("llama", ["q_proj"], modules_to_save=["lm_head"]), inputs()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    on = oracle(model, ids, targets)
+    with model.disable_adapter():
+        off = oracle(model, ids, targets)
+        torch.testing.assert_close(scored(model, ids, targets), off, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(scored(model, ids, targets), on, atol=2e-5, rtol=2e-5)
+    assert (on - off).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(labels=inputs()[0]), r"^labels was given .* give them to the function, shifted by one"),
+        (dict(shift_labels=inputs()[0]), "^shift_labels was given"),
+        (dict(logits_to_keep=3), r"^logits_to_keep was given .* mark those as ignored \(-100\)"),
+        (dict(logits_to_keep=torch.arange(3)), "^logits_to_keep was given"),
+        (dict(num_logits_to_keep=3), "^num_logits_to_keep was given"),
+        (dict(return_dict=False), "^return_dict=False was given"),
+    ],
+    ids=str,
+)
+def test_arguments_that_ask_for_logits_are_refused(given, message):
+    model, (ids, targets) = make("llama"), inputs()
+    fn = lambda hidden, head: linear_logprobs(hidden, targets=targets, **head).logp  # noqa: E731
+    with hook.fused_head(model, fn), pytest.raises(BadInput, match=message):
+        model(input_ids=ids, **given)
+    with hook.fused_head(model, fn):  # what changes nothing is taken
+        assert model(input_ids=ids, labels=None, logits_to_keep=0, return_dict=True).logits.shape == targets.shape
+
+
 def test_modules_to_save_on_the_head():
     model = make("llama", ["q_proj"], modules_to_save=["lm_head"])
     with torch.no_grad():

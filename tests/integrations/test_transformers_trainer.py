@@ -100,6 +100,27 @@ def test_evaluation(trl_model, tmp_path):
     assert found[0][2] < found[1][2]
 
 
+@pytest.mark.parametrize("masked", [[0, 1], [0, 1, 2, 3]], ids=["a batch", "all"])
+def test_batches_without_targets(masked, trl_model, tmp_path):
+    """NaN where transformers gives NaN, and never a loss of 0 in the mean; training and without labels as well."""
+    data = [{**row, "labels": torch.full((10,), -100)} if i in masked else row for i, row in enumerate(rows(4))]
+    bare = [{"input_ids": row["input_ids"]} for row in data]
+    found = []
+    for kind in (FusedTrainer, Trainer):
+        settings = dict(max_steps=2, gradient_accumulation_steps=1, per_device_eval_batch_size=2)
+        settings |= dict(prediction_loss_only=True, logging_nan_inf_filter=False)
+        trainer = build(kind, llama(trl_model), tmp_path, **settings)
+        trainer.train_dataset = data
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        evaluated = [trainer.evaluate(part)["eval_loss"] for part in (data, data[:2], rows(4))]
+        predicted = trainer.predict(bare)
+        assert predicted.predictions is None and "test_loss" not in predicted.metrics
+        found.append(losses + evaluated + [float(p.sum()) for p in trainer.model.parameters()])
+    assert found[0] == pytest.approx(found[1], abs=1e-4, rel=1e-4, nan_ok=True)
+    assert found[0][3] != found[0][3]
+
+
 def test_refusals(trl_model, tmp_path):
     for settings, message in (
         (dict(label_smoothing_factor=0.1), r"label_smoothing_factor = 0\.1 takes logits"),

@@ -203,8 +203,6 @@ def test_other_releases(version, monkeypatch):
 
 
 def test_refusals(trl_model, tmp_path):
-    with pytest.raises(BadInput, match="RewardTrainer does not take its log-probs through TRL's add_fused_lm_head"):
-        fuse(build("reward", trl_model, tmp_path))
     gkd = type("GKDTrainer", (trl.SFTTrainer,), {})
     with pytest.raises(BadInput, match="GKDTrainer takes its loss from whole logits"):
         fuse(build("sft", trl_model, tmp_path, trainer=gkd))
@@ -227,6 +225,12 @@ def test_refusals(trl_model, tmp_path):
     adapted = peft.get_peft_model(LlamaForCausalLM.from_pretrained(trl_model), lora("lm_head")).get_base_model()
     with pytest.raises(BadInput, match="TRL's cast drops the adapter"):
         ours.add_fused_lm_head(adapted, cast_lm_head_to_fp32=True)
+
+
+def test_a_reward_trainer_stays_as_it_is(trl_model, tmp_path):
+    trainer = build("reward", trl_model, tmp_path)
+    forward = trainer.model.forward
+    assert fuse(trainer) is trainer and trainer.model.forward == forward
 
 
 def test_fused_once(trl_model, tmp_path):
