@@ -178,15 +178,19 @@ def runner(case: Case, tau: float, impl: str, late: bool = False, workspace: int
 
 
 # -- the columns --------------------------------------------------------------------------------------------------
+COMPACTED = {("heavy", 2**-4), ("heavy", 2**-8), ("heavy", 2**-12), ("mixed", 2**-4), ("mixed", 2**-8)}
+
+
 @pytest.mark.parametrize("entropy", [False, True], ids=["mass", "entropy too"])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tau", [2**-4, 2**-8, 2**-12])
 def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
+    """Of every block: what it leaves out. Peaked rows have blocks, flat ones run dense."""
     case = make(shape, bias=True, temperature="rows", softcap=40.0)
     run = runner(case, tau, impl)
     p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
-    targets, seen = case.targets[case.mask], []
+    targets, seen, blocks = case.targets[case.mask], [], 0
     for chunk in run.chunks(0, len(run.kept)):
         assert len(chunk.targets) == len(p)
         store = run.store(len(p))
@@ -196,6 +200,7 @@ def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
                 seen.append(block)
                 continue
             seen.append(block.rows)
+            blocks += 1
             dropped = torch.ones(V, dtype=torch.bool)
             dropped[block.columns] = False
             q = p[block.rows]
@@ -206,6 +211,7 @@ def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
                 height = -(q * q.log()).sum(1, keepdim=True)
                 assert (q * (q.log() + height).abs())[:, dropped].sum(1).max() <= tau * 1.001
     assert torch.equal(torch.cat(seen).sort().values, torch.arange(len(p)))
+    assert blocks == 0 if shape == "flat" else blocks > 0 or (shape, tau) not in COMPACTED
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -217,7 +223,9 @@ def test_eps_is_the_largest_that_serves(impl: str):
     store = run.store(len(chunk.targets))
     state = run.forward(chunk, store)
     p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
-    for block in compaction.cut(run, chunk, state, store, torch.arange(len(p)), entropy=False):
+    blocks = list(compaction.cut(run, chunk, state, store, torch.arange(len(p)), entropy=False))
+    levels = []
+    for block in blocks:
         assert not isinstance(block, Tensor)
         q = p[block.rows]
         peak = q.amax(0)
@@ -225,7 +233,9 @@ def test_eps_is_the_largest_that_serves(impl: str):
         eps = peak[block.columns].min()
         level = 2.0 ** math.ceil(math.log2(TAU / eps))
         fewer = peak < TAU / level * 2
+        levels.append(level)
         assert level < 2 or q[:, fewer].sum(1).max() > TAU * 0.999
+    assert len(blocks) > 1 and max(levels) >= 2, "no block shows it"
 
 
 @pytest.mark.parametrize(
@@ -501,6 +511,13 @@ options = dict(drop_mass=tau, workspace=workspace, tp_group=dist.group.WORLD)
 out = linear_logprobs(hidden, weight, targets, **options)
 late = torch.autograd.grad((out.logp * g).sum() + (out.entropy * h).sum(), [hidden, weight])
 fused = torch.autograd.grad(sft_loss(hidden, weight, targets, **options).loss, [hidden, weight])
+# a block whose softmax spreads over more columns than it may keep: every rank must give it up at the same depth
+compaction.FLAT = 1e9
+x, w = torch.zeros_like(hidden), torch.full((edges[-1], hidden.shape[1]), -20.0)
+x[:, 0], w[7:1207, 0] = 1.0, 0.0
+mine, places = w[edges[rank] : edges[rank + 1]].clone().requires_grad_(), torch.full_like(targets, 10)
+spread = torch.autograd.grad(linear_logprobs(x, mine, places, **options).logp.sum(), mine)
+torch.save(spread, f"{folder}/spread{rank}.pt")
 torch.save([late, fused], f"{folder}/{rank}.pt")
 """
 
@@ -516,6 +533,13 @@ def test_vocabulary_parallel(tmp_path, edges: tuple[int, ...], workspace: int):
     torch.save([hidden, w, case.targets, g, h, edges], tmp_path / "inputs.pt")
     run_ranks(world, RANK_CODE, tmp_path, TAU, workspace)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+
+    p = torch.full((V,), math.exp(-20.0), dtype=torch.float64)
+    p[7:1207] = 1.0
+    p /= p.sum()
+    p[10] -= 1.0
+    found = torch.cat([torch.load(tmp_path / f"spread{rank}.pt")[0] for rank in range(world)])
+    torch.testing.assert_close(found[:, 0].double(), -N * p, atol=1e-6, rtol=1e-5)
 
     options = dict(drop_mass=TAU, workspace=ROOM)
     one = gradients(case, g, h, **options), {}

@@ -122,16 +122,17 @@ def test_grpo(name: str, hyper: dict, level: str, loss_type: str, way: dict):
     verify(case, grpo(case, loss_type=loss_type, level=level, **hyper), way)
 
 
+CUT = ("cpu, small chunks", "cpu, small chunks and workspace", "torch, tiny workspace")
+
+
+@pytest.mark.parametrize("way", [WAYS[name] for name in CUT], ids=CUT, indirect=True)
 def test_chunks_cut_between_pairs(way: dict):
     """The small chunks of the ways above do cut the batch, and a pair too long for the workspace is made again."""
-    if way["impl"] == "eager":
-        return
     case = BATCHES["pairs of very different length"]()
     leaves = case.leaves()
     plan = explain(leaves["hidden"], leaves["weight"], case.targets, loss="dpo", **way)
-    if planner.PROFILES["cpu"].max_rows < 1024:
-        assert plan.chunk_rows < 43 < plan.rows
-        assert plan.schedule == ("recompute" if way["workspace"] else "one pass")
+    assert plan.chunk_rows < 43 < plan.rows
+    assert plan.schedule == ("recompute" if way["workspace"] else "one pass")
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, -2.5])

@@ -116,7 +116,11 @@ def test_nan_and_infinity_come_through():
 def test_nothing_to_do():
     out = torch.empty(0, 4)
     cpu.product(out, torch.empty(0, 3), torch.empty(3, 4), False)
-    cpu.product(torch.empty(4, 0), torch.empty(4, 3), torch.empty(3, 0), True)
+    assert out.shape == (0, 4)
+    beyond = torch.arange(24.0).view(4, 6)  # a product of no columns writes none, of those beside it neither
+    cpu.product(beyond[:, 3:3], torch.ones(4, 3), torch.ones(3, 0), True)
+    cpu.product(beyond[2:2], torch.ones(0, 3), torch.ones(3, 6), False)
+    assert torch.equal(beyond, torch.arange(24.0).view(4, 6))
 
 
 @pytest.mark.parametrize(

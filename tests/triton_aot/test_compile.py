@@ -54,7 +54,9 @@ def test_an_argument_of_one_is_a_constant_to_the_compiler(n: int, V: int, offset
 
 
 def test_the_committed_table():
-    """docs/gpu_registers.md says what the compiler says; `make gpu-registers` writes it anew."""
-    committed = TABLE.read_text()
-    if f"Triton {triton.__version__}," in committed:
-        assert committed == table(made)
+    """docs/gpu_registers.md says what the compiler says, of the release that it names; `make gpu-registers` writes it
+    anew. Another release has other registers, but not another table."""
+    committed, found = TABLE.read_text(), table(made)
+    plain = lambda text: re.sub(r"[\d.,]+", "0", text)  # noqa: E731
+    assert plain(committed) == plain(found)
+    assert f"Triton {triton.__version__}," not in committed or committed == found
