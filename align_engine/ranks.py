@@ -124,31 +124,29 @@ class Watch:
             self._leave(code, sentence)
 
     def _leave(self, code: int, sentence: str | None) -> None:
-        speaks = False
-        try:
-            if self.lost or self.unheard > self.limit:
-                speaks = bool(sentence) and self._is_first()
-            else:
-                speaks = bool(sentence) and self.store.add("spoken", 1) == 1
-                self.store.add("failed", code if speaks else 0)
+        with contextlib.suppress(RuntimeError):  # the store may go at any time
+            reached, speaks = not self.lost and self.unheard <= self.limit, bool(sentence)
+            if speaks:
+                speaks = self.store.add("spoken", 1) == 1 if reached else self._is_first()
+            if speaks:
+                print(f"align: error: {sentence}", file=sys.stderr, flush=True)
+                if reached:
+                    self.store.add("failed", code)
+                    self._wait(10)  # a launcher ends all that are left when one has ended
+            if reached:
                 self.store.set(f"left/{self.rank}", "left")
-        except RuntimeError:
-            self.lost = True
-        if speaks:
-            print(f"align: error: {sentence}", file=sys.stderr, flush=True)
-        if speaks or self.rank == self.host:  # the store, or a launcher that ends all when one has ended
-            self._wait(10 if code else self.limit)
+            if self.rank == self.host:  # the store ends with this process
+                self._wait(10 if code else self.limit)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
     def _wait(self, rounds: int) -> None:
         """Until the other ranks have left, but no longer than so many rounds."""
-        with contextlib.suppress(RuntimeError):
-            while not self.lost and rounds and any(peer.alive for peer in self.peers):
-                time.sleep(self.interval)
-                self._look()
-                rounds -= 1
+        while rounds and any(peer.alive for peer in self.peers):
+            time.sleep(self.interval)
+            self._look()
+            rounds -= 1
 
     def _is_first(self) -> bool:
         """Whether this is the lowest of the ranks that may speak where the store is gone."""

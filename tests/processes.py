@@ -72,7 +72,8 @@ def leave() -> None:
 
 class Ranks:
     """One interpreter that has imported everything; each run of the command is two forks of it, so that ranks that
-    fail, die or freeze cost no import. Nothing tells accelerate to take the CPU."""
+    fail, die or freeze cost no import. Nothing tells accelerate to take the CPU. torch reads how much its C++ code logs
+    when it is imported; `align` sets that before."""
 
     CODE = """
 import datasets, json, os, peft, sys, transformers.trainer_callback
@@ -93,8 +94,9 @@ for line in sys.stdin:
 
     def __init__(self) -> None:
         paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
+        environment = os.environ | {"PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self.process = subprocess.Popen([sys.executable, "-c", self.CODE], text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths})  # fmt: skip
+                                        stdout=subprocess.PIPE, env=environment)  # fmt: skip
 
     def run(self, folder: Path, *arguments: Any, **environment: str) -> tuple[list[int], str, str]:
         """(exit codes of the two ranks, what both printed, what both complained); they write in a folder."""
