@@ -31,7 +31,7 @@ SPLITS = {  # words in the names of files and folders, as `datasets` has them
     "test": ("test", "testing", "eval", "evaluation"),
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def load_rows(path: str | Path, split: str | None = None) -> datasets.Dataset:

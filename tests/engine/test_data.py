@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from align_engine.data.batches import collate_pairs, collate_prompts, collate_sft, epoch_order, split_order
 from align_engine.data.sources import load_rows
-from align_engine.data.tokenize import check_vocab, describe, prepare
+from align_engine.data.tokenize import check_vocab, describe, prepare, processes
 from align_engine.errors import BadInput
 
 TEMPLATE = (
@@ -458,3 +459,118 @@ def test_several_processes_give_the_same_rows() -> None:
     rows = datasets.Dataset.from_list(ROWS)
     one, two = (prepare(rows, byte_tokenizer(), "sft", num_proc=n) for n in (None, 2))
     assert one[0].to_list() == two[0].to_list() and one[1] == two[1]
+
+
+# --- where a prompt ends -------------------------------------------------------------------------------------------
+
+
+FLAG = "\U0001f1e9\U0001f1ea"  # of two signs
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("F: Sag es. A: schön", "F: Sag es. A: schon", "F: Sag es. A:"),
+        ("В: Скажи. О: хорошо", "В: Скажи. О: холодно", "В: Скажи. О:"),
+        ("प्र: कहो. उ: अच्छा", "प्र: कहो. उ: अच्छी", "प्र: कहो. उ:"),  # one word but for its vowel sign
+        ("ถาม: ทำไม ตอบ: เพราะว่า", "ถาม: ทำไม ตอบ: เพราะนี้", "ถาม: ทำไม ตอบ:"),
+        ("写诗：春眠不觉晓", "写诗：春眠不觉迟", "写诗："),
+        ("Q: e. A: cafe\u0301", "Q: e. A: cafe\u0300", "Q: e. A:"),
+        ("Q: who?\U0001f469\u200d\U0001f680", "Q: who?\U0001f469\u200d\U0001f52c", "Q: who?"),  # one sign of three
+        ("Q: ok?\U0001f44d\U0001f3fb", "Q: ok?\U0001f44d\U0001f3ff", "Q: ok?"),  # hues of one thumb
+        ("\U0001f1e9\U0001f1ea\U0001f1eb\U0001f1f7", "\U0001f1e9\U0001f1ea\U0001f1ec\U0001f1e7", FLAG),
+        ("a\r\nb", "a\rb", "a"),
+        ("Q: say. A: don't", "Q: say. A: don", "Q: say. A:"),
+        ("Q: 1+1 A: 12.5", "Q: 1+1 A: 12.7", "Q: 1+1 A:"),
+        ("help me", "helpful you", None),
+        ("x<|end|>", "x<|end_of_it|>", "x"),
+    ],
+)  # fmt: skip
+def test_an_implicit_prompt_ends_between_words_and_signs_of_any_script(
+    chosen: str, rejected: str, prompt: str | None
+) -> None:
+    tokenizer, row = byte_tokenizer(), {"chosen": chosen, "rejected": rejected}
+    if prompt is None:
+        with pytest.raises(BadInput, match="share no beginning"):
+            prepared([row], "preference", tokenizer)
+        return
+    _, (out,), _ = prepared([row], "preference", tokenizer)
+    assert tokenizer.decode(out["prompt_ids"]) == prompt
+    assert tokenizer.decode(out["prompt_ids"] + out["chosen_ids"]) == chosen.removesuffix("<|end|>") + "<|end|>"
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("said", ["<tool_call>f", "<thing>", "three"])
+def test_a_generation_prompt_that_answers_do_not_repeat_is_cut_between_tokens(special: bool, said: str) -> None:
+    tokenizer = byte_tokenizer(merges=("t h", "th i", "o o"))
+    if special:
+        tokenizer.add_tokens(["<think>", "<tool_call>"], special_tokens=True)
+    tokenizer.chat_template = TEMPLATE.replace("<|a|>{% endif %}", "<|a|><think>{% endif %}")
+    _, (row,), report = prepared([{"prompt": [user("x")], "completion": [answer(said)]}], "sft", tokenizer)
+    assert tokens(tokenizer, row["prompt_ids"]) == "<|u|>|x|<|end|>|<|a|>"
+    assert row["prompt_ids"] + row["completion_ids"] == tokenizer(f"<|u|>x<|end|><|a|>{said}<|end|>")["input_ids"]
+    assert sum(report["changed"].values()) == 1
+
+
+# --- numbers and ids beside the texts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [2, -1, 0.5, "yes", "true", "0", [1]])
+def test_marks_that_are_not_true_or_false_are_refused_with_row_and_value(mark: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "x", "label": label} for label in (True, False, mark)]
+    with pytest.raises(BadInput, match=rf"'label' is {re.escape(repr(mark))}, expected true or false.* \(row 2,"):
+        prepare(load_rows(write_jsonl(tmp_path / "rows.jsonl", rows)), byte_tokenizer(), "unpaired")
+    dataset, report = prepare(load_rows(tmp_path / "rows.jsonl"), byte_tokenizer(), "unpaired", bad_rows="drop")
+    assert dataset[:]["label"] == [True, False] and list(report["dropped"].values()) == [[2]]
+
+
+def test_marks_of_one_and_nought_are_true_and_false() -> None:
+    rows = [{"prompt": "p", "completion": "x", "label": label} for label in (1, 0)]
+    _, out, _ = prepared(rows, "unpaired")
+    assert [row["label"] for row in out] == [True, False]
+
+
+def test_marks_given_to_preference_training_look_like_marks() -> None:
+    with pytest.raises(BadInput, match="look like unpaired data, as align kto learns from"):
+        prepared([{"prompt": "p", "completion": "x", "label": True}], "preference")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ({"completion_ids": [3, -1]}, "'completion_ids' holds -1, which is no token id"),
+        ({"completion_ids": [2**31]}, "'completion_ids' holds 2147483648"),
+        ({"completion_ids": []}, "'completion_ids' is empty"),
+        ({"completion_ids": [1.5]}, r"'completion_ids' is \[1.5\], expected a list of token ids"),
+        ({"completion_ids": "3 4"}, "'completion_ids' is '3 4', expected"),
+        ({"completion_ids": None}, "'completion_ids' is None, expected"),
+        ({"prompt_ids": [True]}, r"'prompt_ids' is \[True\], expected"),
+    ],
+)
+def test_ready_ids_that_are_none_are_refused(ids: dict[str, Any], message: str) -> None:
+    row = {"prompt_ids": [5], "completion_ids": [6, 7]} | ids
+    with pytest.raises(BadInput, match=rf"{message}.* \(row 0,"):
+        prepared([row], "sft")
+    with pytest.raises(BadInput, match="'prompt' is empty"):
+        prepared([{"prompt_ids": []}], "prompt")
+
+
+def test_the_prompts_limit_holds_where_the_whole_would_fit() -> None:
+    tokenizer, (row,), _ = prepared([{"prompt": "mnop", "completion": "x"}], "sft", max_length=9, max_prompt_length=2)
+    assert tokens(tokenizer, row["prompt_ids"] + row["completion_ids"]) == "o|p|x|<|end|>"
+
+
+def test_many_rows_are_shared_out_among_the_cores(monkeypatch: Any) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    asked = [(19_999, None), (20_000, None), (1_000_000, None), (1_000_000, 1), (10, 3)]
+    assert [processes(*one) for one in asked] == [None, 2, 8, None, 3]
+
+
+def test_rows_that_are_dropped_leave_the_others_their_own_columns() -> None:
+    rows = [{"prompt": None, "wanted": "a"}, {"prompt": "p", "wanted": "b"}, {"prompt": "", "wanted": "c"},
+            {"prompt": "q", "wanted": "d"}]  # fmt: skip
+    tokenizer, out, _ = prepared(rows, "prompt", bad_rows="drop")
+    assert [(tokens(tokenizer, row["prompt_ids"]), rows[row["index"]]["wanted"]) for row in out] == [
+        ("p", "b"),
+        ("q", "d"),
+    ]
