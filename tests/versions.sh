@@ -14,14 +14,15 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENVS=${VENVS:-build/versions}
-TOOLS=(pytest pytest-benchmark pytest-xdist psutil setuptools pybind11)
+TOOLS=(pytest pytest-xdist setuptools pybind11)
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 packages() {  # of a set, as pip takes them
   "$PYTHON" - "$1" <<'PYTHON'
 import re, sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-needed = project["dependencies"] + project["optional-dependencies"]["triton"]
+extras = project["optional-dependencies"]
+needed = project["dependencies"] + extras["peers"] + extras["bench"] + extras["triton"]
 known = {re.match(r"[\w-]+", entry)[0]: entry for entry in needed}
 if sys.argv[1] == "floor":  # those without a lowest version come as the others ask for
     lowest = lambda found: f"=={found[1] if '.' in found[1] else found[1] + '.0'}.*"
@@ -62,6 +63,7 @@ for set in "$@"; do
   check compile "${run[@]}" tests/kernels/test_citizen.py -k compile
   check flops "${run[@]}" tests/kernels/test_flops.py
   check quick "${run[@]}" tests -m quick
+  check interpreter env TRITON_INTERPRET=1 "${run[@]}" tests/triton_interp -m quick
   check survey survey
 done
 printf '%s\n' "${report[@]}"

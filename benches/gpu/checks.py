@@ -20,6 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("test_logprobs", "test_losses", "test_from_logits", "test_fuzz")
 TESTS = [f"tests/kernels/{name}.py" for name in FILES] + ["tests/gpu/test_real_size.py"]
 DRY_TESTS = ["tests/kernels/test_fuzz.py", "tests/gpu/test_real_size.py::test_the_same_bits_twice"]
+FLAGS = [
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "--noconftest",
+]  # theirs import the engine, which a GPU's machine may not carry
 WORKERS = 6
 CALLS = 400  # of the fuzz
 MEASURES = {
@@ -72,7 +78,7 @@ def start_tests(lab: Lab, impl: str, log: Path, seed: int) -> subprocess.Popen:
     env = dict(ALIGN_TEST_IMPL=impl, ALIGN_TEST_SEED=str(seed), ALIGN_TEST_POISON="1", OMP_NUM_THREADS="1")
     env |= dict(ALIGN_TEST_DEVICE="cpu:0" if lab.dry else "cuda", CUBLAS_WORKSPACE_CONFIG=":4096:8")
     env |= dict(ALIGN_TEST_CALLS="12" if lab.dry else str(CALLS), TRITON_INTERPRET="0")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(DRY_TESTS if lab.dry else TESTS)]
+    command = [sys.executable, "-m", "pytest", *FLAGS, *(DRY_TESTS if lab.dry else TESTS)]
     command += [
         "-W",
         "ignore:.*does not have a deterministic implementation",

@@ -112,7 +112,7 @@ def step(method: Method, b: Batch, mode: str) -> Tensor:
         if method.tokens is None:
             raise ValueError("it gives no loss per token")
         out = method.tokens(b)
-        out.backward(b.g)
+        out.backward(b.g.to(out.dtype))
     elif mode == "forward":
         run = method.tokens or method.mean
         assert run is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from typing import Any
 
 import torch
@@ -97,7 +98,10 @@ def calls(lab: Lab) -> None:
             del true, twin
             lab.free()
     for warmer in warmers:
-        warmer.wait()
+        try:
+            warmer.wait(max(lab.until - time.monotonic() - 10, 1))
+        except subprocess.TimeoutExpired:
+            warmer.kill()
 
 
 def warm(i: int) -> subprocess.Popen:

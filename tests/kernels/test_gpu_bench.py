@@ -120,6 +120,20 @@ def test_what_hangs_is_ended_and_the_budget_kept(survey, tmp_path: Path):
     assert said(rows, "never")[0][2].startswith("left out")
 
 
+def test_the_tests_for_a_gpu_need_torch_alone(survey):
+    checks = importlib.import_module("checks")
+    absent = (
+        "align_engine datasets httpx2 tenacity tyro omegaconf trl liger_kernel cut_cross_entropy transformers".split()
+    )
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent})); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    call = [sys.executable, "-c", program, *checks.FLAGS, "--collect-only", *checks.TESTS]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert all(name in done.stdout for name in checks.TESTS)
+
+
 def test_what_ncu_says_is_read(survey):
     checks = importlib.import_module("checks")
     text = (
