@@ -197,13 +197,19 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def vocabulary(model: Any) -> int:
+    """Rows of the model's input embeddings, under whatever adapter lies on them."""
+    parts = causal_model(model).get_input_embeddings().modules()
+    return next(part.num_embeddings for part in parts if isinstance(part, nn.Embedding))
+
+
 def check_pad(model: Any, tokenizer: Any) -> None:
     """Refuse a pad token without a row in the model's embeddings.
 
     Raises:
         BadInput: naming the token, its id and the size of the embeddings.
     """
-    held, pad = causal_model(model).get_input_embeddings().num_embeddings, tokenizer.pad_token_id
+    held, pad = vocabulary(model), tokenizer.pad_token_id
     if pad >= held:
         raise BadInput(
             f"the pad token {tokenizer.pad_token!r} has the id {pad}, and the model has embeddings of {held} tokens: "

@@ -72,6 +72,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
         return
     model, how = engine.model, contextlib.nullcontext
     if kind == "adapter-off":
+        check_bias(inner, kind)
         how = inner.disable_adapter
     elif kind == "adapter-copy" or (kind == "ema" and peft):
         how = partial(adapter, inner, COPY)
@@ -129,9 +130,17 @@ def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any]
     return logps if per_token else sequence_logprobs(logps, batch.targets)
 
 
+def check_bias(model: Any, kind: str) -> None:
+    """Refuse adapters that train biases of the base model: these are neither turned off with them nor kept twice."""
+    if (bias := getattr(model.active_peft_config, "bias", "none")) != "none":
+        raise BadInput(f"reference = {kind!r}: the adapters train biases of the base model too (bias = {bias!r}): take "
+                       "--reference precomputed, or frozen")  # fmt: skip
+
+
 def copy_adapter(model: Any) -> None:
     """Give a peft model a second, frozen adapter named `COPY` with the weights of its active one."""
     active = model.active_adapter
+    check_bias(model, "adapter-copy")
     model.add_adapter(COPY, model.peft_config[active])
     with torch.no_grad():
         for copy, own in pairs_of_adapters(model, active):

@@ -88,7 +88,7 @@ def fit(
     model = load_policy(recipe, algorithm, tokenizer)
     policy.check_pad(model, tokenizer)
     for part in filter(None, (source, evaluation)):
-        check_vocab(part.rows, hook.causal_model(model).get_input_embeddings().num_embeddings)
+        check_vocab(part.rows, policy.vocabulary(model))
         policy.check_positions(model, longest_row(part, recipe))
     if not algorithm.scalar:
         hook.check_head(model)

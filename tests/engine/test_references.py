@@ -1,16 +1,20 @@
 """Each kind of reference gives the log-probs of the model that it stands for."""
 
+import contextlib
+import shutil
+
 import peft
 import pytest
 import tiny
 import torch
 from runs import cut_off
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import metrics, policy
 from align_engine import recipe as recipes
 from align_engine import reference as references
+from align_engine.data.batches import collate_sft
 from align_engine.errors import BadInput
 from align_engine.run import train
 
@@ -127,3 +131,100 @@ def test_what_does_not_fit_together_is_said(model, pairs, tmp_path, monkeypatch)
     with pytest.raises(BadInput, match="load_in_4bit = True: bitsandbytes is not installed"):
         train("dpo", tiny.dpo(model, pairs, tmp_path / "run", use_peft=True, load_in_4bit=True))
     assert not (tmp_path / "run").exists()
+
+
+def adapted(model, **options):
+    """A model with an adapter that is not 0, in evaluation."""
+    config = peft.LoraConfig(**dict(r=4, lora_alpha=8, task_type="CAUSAL_LM", init_lora_weights=False) | options)
+    made = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return made.eval()
+
+
+def rows_of_targets():
+    ids = torch.arange(3, 23).view(2, 10)
+    return collate_sft([{"index": i, "prompt_ids": row[:4], "completion_ids": row[4:]} for i, row in
+                        enumerate(ids.tolist())], 1)  # fmt: skip
+
+
+def by_the_logits(made, batch):
+    """Log-probs of the targets from the model's own logits: the oracle, which knows nothing of heads and adapters."""
+    with torch.no_grad():
+        logits = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
+    kept = batch.targets != -100
+    return logits.log_softmax(-1).gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0].where(kept, 0.0)
+
+
+@pytest.fixture(scope="session")
+def untied(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("untied"), tie_word_embeddings=False)
+
+
+HEADS = [
+    dict(target_modules=["lm_head", "q_proj"]),
+    dict(target_modules=["lm_head", "q_proj"], use_rslora=True),
+    dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    dict(target_modules=["q_proj", "embed_tokens"]),
+]
+
+
+@pytest.mark.parametrize("options", HEADS)
+@pytest.mark.parametrize("state", ["on", "off", "merged"])
+def test_log_probs_of_every_adapter_on_the_head_are_those_of_the_models_logits(options, state, untied):
+    made, batch = adapted(untied, **options), rows_of_targets()
+    on = by_the_logits(made, batch)
+    if state == "merged":
+        made.merge_adapter()
+    how = made.disable_adapter() if state == "off" else contextlib.nullcontext()
+    with how:
+        want = by_the_logits(made, batch)
+        (got,) = references.token_logps(made, batch, {})
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(want, on, atol=1e-4) == (state != "off"), "the adapter says something"
+    if state == "off":
+        torch.testing.assert_close(want, by_the_logits(AutoModelForCausalLM.from_pretrained(untied), batch))
+
+
+@pytest.mark.parametrize("options", [*HEADS[2:], dict(target_modules=["q_proj"], trainable_token_indices=[1, 5])])
+def test_a_saved_adapter_of_any_kind_is_its_own_reference_at_first(options, untied, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(untied, start, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    adapted(untied, **options).save_pretrained(start, save_embedding_layers=False)
+    ((first,),) = runs("dpo", start, tmp_path, ("auto",), use_peft=True, max_steps=1, eval_dataset_name=None)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adapter-copy", "adapter-off"])
+def test_adapters_with_biases_of_the_base_model_need_another_reference(kind, tmp_path):
+    model, start = tiny.write_model(tmp_path / "biased", attention_bias=True), tmp_path / "start"
+    shutil.copytree(model, start, ignore=shutil.ignore_patterns("model.safetensors", "config.json"))
+    adapted(model, target_modules=["q_proj"], bias="all").save_pretrained(start)
+    with pytest.raises(BadInput, match=rf"reference = '{kind}': the adapters train biases.*bias = 'all'"):
+        runs("dpo", start, tmp_path, (kind,), use_peft=True, max_steps=1)
+
+
+def test_a_precomputed_reference_goes_with_its_row_where_others_are_dropped(model, other_model, tmp_path):
+    """Rows 0 and 3 of the file cannot be used: what is kept are rows 1, 2, 4 ..., and each has its own log-prob."""
+    good = tiny.preference_rows(6)
+    bad = {"prompt": "w1", "chosen": "w2", "rejected": "w2"}
+    found = {}
+    for name, rows in (("clean", good), ("mixed", [bad, *good[:2], bad, *good[2:]])):
+        path = tiny.write_rows(tmp_path / f"{name}.jsonl", rows)
+        recipe = tiny.dpo(model, path, tmp_path / name, reference="precomputed", bad_rows="drop", max_steps=1,
+                          per_device_train_batch_size=6, ref_model_name_or_path=str(other_model))  # fmt: skip
+        folder = train("dpo", recipe)
+        found[name] = load_file(folder.path / "reference-train.safetensors")["logps"], numbers(folder)[0]
+    assert found["clean"][0].equal(found["mixed"][0])
+    assert found["mixed"][1] == pytest.approx(found["clean"][1], abs=1e-6)
+    chosen = collate_sft([{"index": 0, **two} for two in tokens(model, good)], 1)
+    want = by_the_logits(AutoModelForCausalLM.from_pretrained(other_model), chosen).sum(1)
+    torch.testing.assert_close(found["mixed"][0][:, 0].double(), want, atol=1e-4, rtol=1e-5)
+
+
+def tokens(model, rows):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [{"prompt_ids": tokenizer(row["prompt"])["input_ids"],
+             "completion_ids": [*tokenizer(row["chosen"])["input_ids"], 1]} for row in rows]  # fmt: skip
