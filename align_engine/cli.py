@@ -27,7 +27,7 @@ USAGE = """usage: align COMMAND [--flags]
 align COMMAND --help lists the flags of a command. A recipe is a YAML file of the same names, which flags override:
   align dpo --recipe recipes/demo-dpo.yaml --learning_rate 1e-5
 --debug shows the traceback of an error, --version the version. Exit codes: 0 done, 1 the run failed, 2 bad input.
-Several processes: torchrun --nproc_per_node 2 -m align_engine COMMAND ... (or accelerate launch), on GPUs or a CPU."""
+Several processes, on GPUs or a CPU: torchrun --nproc_per_node 2 -m align_engine COMMAND ..."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

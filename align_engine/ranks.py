@@ -3,11 +3,12 @@
     torchrun --nproc_per_node 2 -m align_engine sft ...
     accelerate launch --num_processes 2 -m align_engine sft ...
 
-start a run on two GPUs, or on two processes of a CPU where there is no GPU. A rank that fails ends the others with its
-exit code, and one sentence is printed. A rank that is killed or frozen ends the others too: each shows every second, in
-the store of torch's launcher, that it lives. A thread does so, so that long work (a rollout, an evaluation, tokenising)
-is life as well. Who shows nothing for ALIGN_RANKS_TIMEOUT seconds (default 40) is taken for frozen; a process that has
-ended on the same machine is found at once. Frozen ones of the same machine are killed: they cannot end themselves.
+start a run on two GPUs; torchrun also on two processes of a CPU where there is no GPU (there accelerate's own launcher
+starts one process). A rank that fails ends the others with its exit code, and one sentence is printed. A rank that is
+killed or frozen ends the others too: each shows every second, in the store of torch's launcher, that it lives. A thread
+does so, so that long work (a rollout, an evaluation, tokenising) is life as well. Who shows nothing for
+ALIGN_RANKS_TIMEOUT seconds (default 40) is taken for frozen; a process that has ended on the same machine is found at
+once. Frozen ones of the same machine are killed: they cannot end themselves.
 """
 
 from __future__ import annotations
