@@ -1,22 +1,30 @@
 """Direct RL, GRPO and PPO end to end on a tiny model."""
 
 import json
+import shutil
 
 import pytest
 import tiny
+import torch
 from runs import same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 from align_engine import experience, metrics
+from align_engine.checkpoint import RunFolder
 from align_engine.errors import BadInput
-from align_engine.iterate import iterate
+from align_engine.iterate import iterate, kept
 from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
+from align_engine.rollout import Completion
 from align_engine.run import train
 from align_engine.watch import warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
+
+
+HOW = ("use_peft", "lora_target_modules", "bf16", "value_model_name_or_path", "gradient_accumulation_steps")
+PLAIN = {}  # the first step of each method with its defaults, by the settings of HOW
 
 
 @pytest.fixture
@@ -100,7 +108,8 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
-def test_every_option_trains(name, settings, model, prompts, tmp_path):
+def test_every_option_trains(name, settings, model, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("align_engine.report.write_report", lambda *_: None)
     if settings.get("value_model_name_or_path") == "MODEL":
         scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         scored.save_pretrained(tmp_path / "scored")
@@ -108,6 +117,13 @@ def test_every_option_trains(name, settings, model, prompts, tmp_path):
     folder = train(name, tiny.online(KINDS[name], model, prompts, tmp_path / "run", max_steps=3, **settings))
     records = metrics.read(folder.metrics)
     assert len(records) == 3 and all(record["grad_norm"] > 0 for record in records)
+    how = {key: value for key, value in settings.items() if key in HOW}
+    key = (name, *how)
+    if key not in PLAIN:
+        without = train(name, tiny.online(KINDS[name], model, prompts, tmp_path / "without", max_steps=1, **how))
+        PLAIN[key] = metrics.read(without.metrics)[0]
+    got, plain = ([record[part] for part in ("loss", "grad_norm")] for record in (records[0], PLAIN[key]))
+    assert got != pytest.approx(plain, rel=1e-6), "the options must change what the first step learns"
     assert not any("value_head" in key for path in folder.final.glob("*.safetensors") for key in load_file(path))
 
 
@@ -140,8 +156,9 @@ def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, promp
         samples = [json.loads(line) for line in (here / "samples.jsonl").read_text().splitlines()]
         assert len(samples) == 12 * 4 and any(row["score"] is None for row in samples)
         for pair in map(json.loads, (here / "pairs.jsonl").read_text().splitlines()):
-            scores = [row["score"] for row in samples if row["completion"] in (pair["chosen"], pair["rejected"])]
-            assert pair["chosen_score"] > pair["rejected_score"] and pair["chosen_score"] in scores
+            prompt = " ".join(tiny.WORDS[i - 2] for i in pair["prompt_ids"])
+            scores = {row["completion"]: row["score"] for row in samples if row["prompt"] == prompt}
+            assert pair["chosen_score"] == scores[pair["chosen"]] > scores[pair["rejected"]] == pair["rejected_score"]
         held = json.loads((here / "train" / "run.json").read_text())["identity"]
         assert (held["beta"], held["loss_type"], held["grad_clamp"]) == (0.3, "ipo", 0.5)
         assert held["ref_model_name_or_path"] == (str(model) if (reference, number) == ("initial", 2) else None)
@@ -149,6 +166,60 @@ def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, promp
     assert [record["step"] for record in records] == [1, 2]
     assert records[1]["reward"] > records[0]["reward"]
     assert same_bits(folder.path / "round-2" / "train" / "final", folder.final)
+
+
+def judged_by_length(prompts, completions, **_):
+    return [float(len(text.split())) for text in completions]
+
+
+def test_iterate_pairs_the_best_with_the_worst_of_other_prompts_each_round(model, prompts, tmp_path, monkeypatch):
+    """Against plain loops over samples.jsonl: four completions of each of four prompts, three rounds over twelve."""
+    monkeypatch.setattr(tiny, "judged_by_length", judged_by_length, raising=False)
+    monkeypatch.setattr("align_engine.iterate.train", keeps_the_model(model))
+    settings = dict(rounds=3, prompts_per_round=4, reward_funcs=["tiny:judged_by_length"], max_completion_length=12)
+    folder, asked = iterate(iterate_recipe(model, prompts, tmp_path / "run", **settings)), []
+    for number in (1, 2, 3):
+        here = folder.path / f"round-{number}"
+        samples = [json.loads(line) for line in (here / "samples.jsonl").read_text().splitlines()]
+        pairs = [json.loads(line) for line in (here / "pairs.jsonl").read_text().splitlines()]
+        groups, want = [samples[i : i + 4] for i in range(0, 16, 4)], []
+        assert all(len({row["prompt"] for row in group}) == 1 for group in groups)
+        assert all(row["score"] == len(row["completion"].split()) for row in samples)
+        for group in groups:
+            scores = [row["score"] for row in group]
+            if max(scores) > min(scores):
+                best, worst = group[scores.index(max(scores))], group[scores.index(min(scores))]
+                want.append((best["completion"], max(scores), worst["completion"], min(scores)))
+        got = [(row["chosen"], row["chosen_score"], row["rejected"], row["rejected_score"]) for row in pairs]
+        assert got == want and want
+        asked += [group[0]["prompt"] for group in groups]
+    rows = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
+    assert sorted(asked) == sorted(rows), "three rounds of four ask each of the twelve once"
+
+
+def keeps_the_model(model):
+    def train(method, recipe):
+        shutil.copytree(model, f"{recipe.output.output_dir}/final")
+
+    return train
+
+
+def test_answers_kept_for_other_prompts_are_not_used_again(tmp_path):
+    """A batch under the same seed whose prompts have changed is sampled again; one with the same prompts is not."""
+    asked = []
+
+    def sampler(rows, seed):
+        asked.append(rows)
+        return [Completion([row[0] + 1], torch.zeros(1), True) for row in rows]
+
+    folder = RunFolder(tmp_path / "run", {})
+    folder.begin({}, overwrite=False, writes=True)
+    sample = kept(sampler, folder, "round-1/answers")
+    assert [one.ids for one in sample([[5], [6]], 3)] == [one.ids for one in sample([[5], [6]], 3)] == [[6], [7]]
+    assert asked == [[[5], [6]]]
+    assert [one.ids for one in sample([[5], [9]], 3)] == [[6], [10]]
+    assert [one.ids for one in sample([[5], [9]], 4)] == [[6], [10]]
+    assert asked == [[[5], [6]], [[5], [9]], [[5], [9]]]
 
 
 def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Completions: token for token what was sampled, by generate or by a server; and what scores them."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,14 +23,16 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    StopStringCriteria,
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from align_engine import metrics, rewards
+from align_engine import experience, metrics, rewards
+from align_engine.cli import main
 from align_engine.demo.make import make_model, make_tokenizer
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import DirectRecipe, GrpoRecipe, RolloutSection
-from align_engine.rollout import sample_all, transformers_sampler
+from align_engine.rollout import Watch, sample_all, transformers_sampler
 from align_engine.run import train
 from align_engine.server import kind_of_server, server_sampler
 
@@ -86,6 +89,37 @@ def test_stop_strings_end_at_the_token_that_completes_them(loaded):
         assert one.ended == last and (last or len(one.ids) == 40)
     with pytest.raises(BadInput, match="stop_strings"):
         transformers_sampler(*loaded, settings)
+
+
+def test_a_stop_string_that_the_prompt_begins_does_not_end_the_completion():
+    """Prompt "xa", stop "ab": a first token "b" completes it only together with the prompt's last letter."""
+    tokenizer = make_tokenizer(["some words"] * 3, vocab_size=270)
+    x, a, b = (tokenizer(letter)["input_ids"][-1] for letter in "xab")
+    watch = Watch(2, torch.tensor([tokenizer.eos_token_id]), StopStringCriteria(tokenizer, ["ab"]), 1.0)
+    logits = torch.zeros(3, len(tokenizer))
+    steps = [[[x, a, b], [x, a, a], [x, a, x]], [[x, a, b, a], [x, a, a, b], [x, a, x, a]]]
+    done = []
+    for ids in steps:
+        watch.before(None, logits)
+        done.append(watch(torch.tensor(ids), None).tolist())
+    assert done == [[False, False, False], [False, True, False]]
+
+
+def test_completions_masked_as_cut_off_are_not_trained_on(model, prompts, tmp_path, monkeypatch):
+    seen, ended, plain = [], {}, experience.Rollouts.batch
+
+    def batch(self, rows):
+        seen.append(plain(self, rows))
+        for i in rows:
+            ended[i] = EOS in self.experience[i]["completion_ids"]
+        return seen[-1]
+
+    monkeypatch.setattr(experience.Rollouts, "batch", batch)
+    recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", max_steps=1, mask_truncated_completions=True,
+                         max_completion_length=30, per_device_train_batch_size=24)  # fmt: skip
+    train("grpo", recipe)
+    learnt = {int(i): bool((row != -100).any()) for one in seen for i, row in zip(one.index, one.targets)}
+    assert learnt == ended and set(ended.values()) == {True, False}
 
 
 def test_sampling_is_a_function_of_weights_prompts_and_seed(loaded):
@@ -244,10 +278,10 @@ class Server(ThreadingHTTPServer):
     """Answers as vLLM does, from the tiny model; scores are word counts. Every third request fails first, and each
     address that it describes itself at."""
 
-    def __init__(self, model, tokenizer, token_ids=True):
+    def __init__(self, model, tokenizer, token_ids=True, refusal=503):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lock, self.token_ids, self.now, self.most = threading.Lock(), token_ids, 0, 0
-        self.gets, self.posts, self.failed = [], [], set()
+        self.gets, self.posts, self.failed, self.refusal, self.keys = [], [], set(), refusal, set()
         self.model, self.tokenizer, self.url = model, tokenizer, f"http://127.0.0.1:{self.server_port}"
 
 
@@ -266,12 +300,14 @@ class Handler(BaseHTTPRequestHandler):
         body = json.dumps(content).encode()
         self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(OSError):  # a client that has heard enough
+            self.end_headers()
+            self.wfile.write(body)
 
     def do_POST(self):
         here, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with here.lock:
+            here.keys.add(self.headers.get("Authorization"))
             here.posts.append((self.path, body))
             here.now += 1
             here.most = max(here.most, here.now)
@@ -279,14 +315,14 @@ class Handler(BaseHTTPRequestHandler):
             fails = len(here.posts) % 3 == 0 and key not in here.failed
             here.failed |= {key} if fails else set()
         time.sleep(0.005)
-        code, content = (503, {"error": "busy"}) if fails else self.answer(body)
+        code, content = (here.refusal, {"error": "busy"}) if fails else self.answer(body)
         with here.lock:  # before the reply: after it the client may ask again
             here.now -= 1
         self.reply(code, content)
 
     def answer(self, body):
-        here = self.server
-        if self.path == "/v1/completions":
+        here, path = self.server, self.path.partition("?")[0]
+        if path == "/v1/completions":
             assert isinstance(body["prompt"], list if here.token_ids else str)
             prompt = body["prompt"] if here.token_ids else here.tokenizer(body["prompt"])["input_ids"]
             settings = RolloutSection(max_completion_length=body["max_tokens"])
@@ -297,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
             if here.token_ids:
                 choice |= {"token_ids": one.ids, "logprobs": {"token_logprobs": one.logps.tolist()}}
             return 200, {"choices": [choice]}
-        if self.path == "/score":
+        if path == "/score":
             return 200, {"scores": [len(text.split()) or None for text in body["completions"]]}
         return (200 if self.path in ("/collective_rpc", "/reset_prefix_cache") else 404), {}
 
@@ -338,6 +374,125 @@ def test_a_server_samples(token_ids, serve, loaded):
             torch.testing.assert_close(one.logps.double(), want.detach(), atol=1e-4, rtol=1e-4)
         else:
             assert one.logps.isnan().all() and len(one.logps) == len(one.ids)
+
+
+@pytest.mark.parametrize("code", [408, 409, 425, 429, 500, 502, 503, 504])
+def test_what_a_server_refuses_for_the_moment_is_asked_again(code, serve, loaded):
+    server = serve(refusal=code)
+    settings = RolloutSection(max_completion_length=2, server_base_url=server.url, server_concurrency=1)
+    assert len(server_sampler(loaded[1], settings, "policy", "vllm")([[2, 3]] * 4, 4)) == 4
+    assert len(server.failed) == 1 and len(server.posts) == 5, "the third request, once more"
+
+
+@pytest.mark.parametrize("code", [400, 401, 404, 422])
+def test_what_a_server_refuses_for_good_is_asked_once(code, serve, loaded):
+    server = serve(refusal=code)
+    settings = RolloutSection(max_completion_length=2, server_base_url=server.url, server_concurrency=1)
+    with pytest.raises(RunFailed, match=f"^{server.url}/v1/completions: {code} .*busy"):
+        server_sampler(loaded[1], settings, "policy", "vllm")([[2, 3]] * 4, 4)
+    assert len(server.posts) == 3
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_a_server_is_sent_the_sampling_that_the_recipe_asks_for(kind, serve, loaded):
+    server, (_, tokenizer) = serve(token_ids=kind == "vllm"), loaded
+    settings = RolloutSection(max_completion_length=3, server_base_url=server.url, stop_strings=["w3", "w4 w5"],
+                              temperature=0.7, top_p=0.9, top_k=5)  # fmt: skip
+    found = server_sampler(tokenizer, settings, "policy", kind)([[2, 3]], 4)
+    (_, sent), own = server.posts[0], {"do_sample": True, "top_k": 5, "repetition_penalty": 1.0}
+    assert (sent["stop"], sent["temperature"], sent["top_p"]) == (["w3", "w4 w5"], 0.7, 0.9)
+    if kind == "vllm":
+        assert (sent["top_k"], sent["include_stop_str_in_output"], sent["logprobs"]) == (5, True, 0)
+    else:
+        assert json.loads(sent["generation_config"]) == own
+    assert found[0].logps.isnan().all(), "log-probs of the tokens that a server kept are not the policy's"
+
+
+def test_truncated_sampling_cannot_be_corrected_for(serve, model, prompts, tmp_path):
+    server = serve()
+    for settings in (dict(top_p=0.9), dict(top_k=20)):
+        recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", server_base_url=server.url,
+                             vllm_importance_sampling_correction=True, **settings)  # fmt: skip
+        with pytest.raises(BadInput, match=r"correction = True with top_p = .* top_k to 0, or the correction to false"):
+            train("grpo", recipe)
+    assert not server.posts and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (dict(token_ids=[5, 64]), r"gave the token id 64, outside the policy's vocabulary of 64"),
+        (dict(token_ids=[-1, 5]), r"gave the token id -1, outside"),
+        (dict(token_ids=[5, 5.0]), r"gave the token id 5\.0, outside"),
+        (dict(token_ids=[5, True]), r"gave the token id True, outside"),
+        (dict(token_ids="56"), r"gave '56' as token ids"),
+        (dict(token_ids=[5]), r"gave \[5\] as token ids and \[-1\.0, -2\.0\]"),
+        (dict(logprobs={"token_logprobs": [-1.0, None]}), "gave the log-prob None"),
+        (dict(logprobs={"token_logprobs": [-1.0, 0.5]}), r"gave the log-prob 0\.5"),
+        (dict(logprobs={"token_logprobs": [-1.0, float("-inf")]}), "gave the log-prob -inf"),
+        (dict(logprobs=None), "not an OpenAI completion"),
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_no_completion_of_the_policy_is_named(choice, said, serve, loaded, monkeypatch):
+    whole = {"token_ids": [5, 6], "logprobs": {"token_logprobs": [-1.0, -2.0]}, "finish_reason": "stop"}
+    monkeypatch.setattr(Handler, "answer", lambda self, body: (200, {"choices": [whole | choice]}))
+    server = serve()
+    settings = RolloutSection(max_completion_length=4, server_base_url=server.url)
+    with pytest.raises(RunFailed, match=f"^{server.url}/v1/completions .*{said}"):
+        server_sampler(loaded[1], settings, "policy", "vllm", vocab_size=64)([[2, 3]], 0)
+
+
+def test_a_server_that_hangs_fails_in_bounded_time(serve, loaded, monkeypatch):
+    done = threading.Event()
+    monkeypatch.setattr(Handler, "answer", lambda self, body: (done.wait(20), (200, {}))[1])
+    monkeypatch.setattr("align_engine.server.PATIENCE", 0.3)
+    server = serve()
+    with pytest.raises(RunFailed, match=r"completions: no answer within 0\.3 seconds"):
+        server_sampler(loaded[1], RolloutSection(server_base_url=server.url), "policy", "vllm")([[2, 3]], 0)
+    done.set()
+
+
+def test_the_key_of_a_server_is_used_and_stands_nowhere(serve, model, prompts, tmp_path, capsys, monkeypatch):
+    server = serve()
+    url = server.url.replace("http://", "http://me:hunter2@") + "?api_key=sesame"
+    flags = dict(model_name_or_path=model, dataset_name=prompts, output_dir=tmp_path / "run", max_steps=1,
+                 reward_funcs="tiny:word_reward", server_base_url=url, max_completion_length=4, num_generations=4,
+                 per_device_train_batch_size=4)  # fmt: skip
+    command = ["grpo", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
+    assert main(command) == 0
+    assert main(command) == 0, "the same command finds the same run"
+    said = capsys.readouterr()
+    assert "nothing to do" in said.out and server.keys == {"Basic bWU6aHVudGVyMg=="}
+    assert {path for path, _ in server.posts} == {"/v1/completions?api_key=sesame"}
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    for secret in ("hunter2", "sesame"):
+        assert secret not in said.out + said.err and not any(secret.encode() in text for text in written)
+    again = ["grpo", "--recipe", str(tmp_path / "run" / "recipe.yaml"), "--output_dir", str(tmp_path / "other")]
+    assert main(again) == 2
+    assert "its password or key is not kept in files" in capsys.readouterr().err
+    monkeypatch.setenv("ALIGN_SERVER_API_KEY", "token")
+    settings = RolloutSection(max_completion_length=2, server_base_url=server.url)
+    server_sampler(AutoTokenizer.from_pretrained(model), settings, "policy", kind_of_server(server.url))([[2]], 0)
+    assert "Bearer token" in server.keys
+
+
+def test_what_a_server_says_does_not_act_on_the_terminal(serve, model, prompts, tmp_path, capsys, monkeypatch):
+    def reply(self, code, content):
+        body = json.dumps(content).encode() if code == 200 else b"\x1b[2J\xe2\x80\xaebusy"
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(body)))
+        with contextlib.suppress(OSError):
+            self.end_headers()
+            self.wfile.write(body)
+
+    monkeypatch.setattr(Handler, "reply", reply)
+    server = serve(refusal=400)
+    flags = dict(model_name_or_path=model, dataset_name=prompts, output_dir=tmp_path / "run", max_steps=1,
+                 reward_funcs="tiny:word_reward", server_base_url=server.url, max_completion_length=4)  # fmt: skip
+    assert main(["grpo", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]) == 1
+    said = capsys.readouterr().err
+    assert f"{server.url}/v1/completions: 400 \\x1b[2J\\u202ebusy" in said and "\x1b[2J" not in said
 
 
 def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_path, capsys):
