@@ -7,25 +7,25 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils import flop_counter
 
 from align_kernels import gemm, ops, schedules
 from align_kernels.head import Head, Settings
 from align_kernels.losses import registry
 
 
-def test_products_of_two_dtypes_are_counted(monkeypatch: pytest.MonkeyPatch):
-    """On a GPU 16-bit matrices are multiplied into float32; meta tensors take the same operators."""
-    monkeypatch.setattr(gemm, "widens", lambda device: True)
+@pytest.mark.parametrize("name", ["mm", "addmm"])
+def test_products_of_two_dtypes_are_counted(name: str):
+    """On a GPU 16-bit matrices are multiplied into float32: the formulas get what FlopCounterMode hands them there."""
     a, b = (torch.zeros(*shape, dtype=torch.bfloat16, device="meta") for shape in ((7, 5), (5, 3)))
     acc = torch.zeros(7, 3, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        gemm.product(acc, a, b, add=False)
-    assert counter.get_total_flops() == 2 * 7 * 5 * 3
-    with FlopCounterMode(display=False) as counter:
-        gemm.product(acc, a, b, add=True)
-    assert counter.get_total_flops() == 2 * 7 * 5 * 3
-    with FlopCounterMode(display=False) as counter:  # as before where one dtype is there
+    formula = flop_counter.flop_registry[getattr(torch.ops.aten, name)]
+    given = (acc, a, b) if name == "addmm" else (a, b)
+    assert formula(*given, torch.float32, out=acc, out_val=acc) == 2 * 7 * 5 * 3
+
+
+def test_products_of_one_dtype_are_counted_as_ever():
+    with flop_counter.FlopCounterMode(display=False) as counter:
         torch.addmm(torch.zeros(3), torch.zeros(7, 5), torch.zeros(5, 3))
         torch.nn.functional.linear(torch.zeros(2, 7, 5), torch.zeros(3, 5), torch.zeros(3))
     assert counter.get_total_flops() == 2 * 7 * 5 * 3 * 3
