@@ -29,6 +29,7 @@ if sys.argv[1] == "floor":  # those without a lowest version come as the others 
     known = {name: re.sub(r">=([\d.]+).*", lowest, entry) for name, entry in known.items()}
 if sys.argv[1] == "gpu":
     known |= dict(torch="torch==2.11.*", triton="triton==3.6.*", transformers="transformers==5.17.*")
+if sys.argv[1] != "newest":
     known["numpy"] = "numpy<2.4"  # Triton 3.6's interpreter takes no newer one
 print(*known.values(), sep="\n")
 PYTHON
