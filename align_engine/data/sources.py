@@ -91,10 +91,11 @@ def cache_errors(path: str | Path) -> Iterator[None]:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that led to it."""
-    found: BaseException | None = error
-    while found is not None:
+    """An error, and those that led to it, which may lead back to it."""
+    found, seen = error, set[int]()
+    while found is not None and id(found) not in seen:
         yield found
+        seen.add(id(found))
         found = found.__cause__ or found.__context__
 
 
