@@ -168,8 +168,13 @@ class RunFolder:
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             raise BadInput(f"output_dir = {str(self.path)!r} cannot be written to: {reason}") from error
+        began = (self.path / RECORD).exists()
         try:
             yield
+        except BadInput:
+            if not began and self.record()["files"].keys() <= {"recipe.yaml"}:
+                self.delete()  # refused before anything was computed
+            raise
         finally:
             if not (self.path / RECORD).exists():  # refused before it began: leave things as they were
                 (self.path / LOCK).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from align_engine import recipe as recipes
 from align_engine import stops
-from align_engine.errors import AlignError, BadInput, RunFailed, printable
+from align_engine.errors import AlignError, BadInput, RunFailed, printable, shortened
 from align_engine.fields import NO, NOTHING, YES
 from align_engine.recipe import RECIPES, Recipe
 from align_engine.secrets import masked
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if watch:
         watch.end(code, sentence, certain)
     if sentence:
-        print(f"align: error: {printable(sentence)}", file=sys.stderr)
+        print(f"align: error: {printable(shortened(sentence))}", file=sys.stderr)
     return code
 
 

@@ -21,6 +21,14 @@ class RunFailed(AlignError, RuntimeError):
     """A run that began and cannot go on; its last checkpoint is whole."""
 
 
+LONGEST = 2000  # characters of a message
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle where it is very long: messages quote values, and a value may be a whole file."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 + 5 :]}"
+
+
 def printable(text: str) -> str:
     """`text` for a terminal: control characters and others that would not be seen, but for line ends and tabs, as
     Python escapes them. Texts of servers and rows are quoted in messages, and must not act on the terminal."""

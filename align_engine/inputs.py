@@ -25,8 +25,23 @@ def local_inputs(recipe: Recipe) -> list[tuple[str, Path]]:
     named += [
         (name, spec.partition(".py:")[0] + ".py" * (".py:" in spec)) for name in CODE for spec in values.get(name) or ()
     ]
-    found = [(name, Path(value).expanduser()) for name, value in named if value]
+    found = [(name, located(name, value)) for name, value in named if value and "://" not in value]
     return [(name, path) for name, path in found if path.exists()]
+
+
+def located(field: str, value: str) -> Path:
+    """The path that a field of the recipe names, there or not.
+
+    Raises:
+        BadInput: the system cannot look there: too long a name, links in a circle, an unknown ~user, a closed folder.
+    """
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+        path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{field} = {value!r}: {getattr(error, 'strerror', None) or error}") from error
+    return path
 
 
 def check_outputs(recipe: Recipe) -> None:
@@ -36,7 +51,7 @@ def check_outputs(recipe: Recipe) -> None:
         BadInput: naming both.
     """
     values = flat(recipe)
-    outputs = [(name, Path(values[name]).expanduser()) for name in OUTPUTS if values.get(name)]
+    outputs = [(name, located(name, values[name])) for name in OUTPUTS if values.get(name)]
     for name, output in outputs:
         for field, path in local_inputs(recipe):
             input_is = f"{field} = {str(path)!r}"

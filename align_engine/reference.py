@@ -60,8 +60,15 @@ def of(recipe: Recipe) -> tuple[str, str]:
     return "precomputed", "one pass before the first step instead of a second model in memory"
 
 
-def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int, folder: RunFolder) -> None:
-    """Give batches their `ref_logps`, in the way the recipe names, for a run of so many steps."""
+def attach(engine: Engine) -> nn.Module | None:
+    """Give batches their `ref_logps`, in the way the recipe names.
+
+    Returns:
+        the model that `precompute_all` is to ask once the run's folder is there, prepared by accelerate; None for every
+        other kind of reference.
+    Raises:
+        BadInput: the reference cannot be loaded.
+    """
     recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
     own, peft, inner = values["ref_model_name_or_path"], recipe.model.use_peft, accelerator.unwrap_model(engine.model)
     per_token, options = engine.algorithm.credit is not None, engine.head_options
@@ -69,7 +76,7 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
     accelerator.print(f"reference {kind}: {why}")
     if kind == "none":
         engine.reference = lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device)
-        return
+        return None
     model, how = engine.model, contextlib.nullcontext
     if kind == "adapter-off":
         check_bias(inner, kind)
@@ -91,15 +98,22 @@ def attach(engine: Engine, source: Source, evaluation: Source | None, steps: int
         alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
         engine.kept["reference"] = nn.ParameterList([reference for reference, _ in pairs])
         engine.after_step = partial(follow, pairs, alpha, every)
-    if kind != "precomputed":
+    if kind == "precomputed":
+        return model
 
-        def live(batch: Batch) -> Tensor:
-            with how():
-                return reference_logps(model, batch, options, per_token)
+    def live(batch: Batch) -> Tensor:
+        with how():
+            return reference_logps(model, batch, options, per_token)
 
-        engine.reference = live
-        return
-    training = model.training
+    engine.reference = live
+    return None
+
+
+def precompute_all(
+    engine: Engine, model: nn.Module, source: Source, evaluation: Source | None, steps: int, folder: RunFolder
+) -> None:
+    """Add the reference's columns to the rows that a run of so many steps sees, and to those of its evaluation."""
+    accelerator, training = engine.accelerator, model.training
     model.eval()
     for name, part in (("train", source), ("eval", evaluation)):
         if part is not None:

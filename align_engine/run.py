@@ -98,9 +98,10 @@ def fit(
     set_seed((recipe.train.seed + accelerator.process_index) % 2**32)
     engine = Engine(model, algorithm, recipe, steps, accelerator)
     engine.check_noise()
+    asked_before = references.attach(engine) if algorithm.refers(recipe) else None
     begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
-    if algorithm.refers(recipe):
-        references.attach(engine, source, evaluation, steps, folder)
+    if asked_before is not None:
+        references.precompute_all(engine, asked_before, source, evaluation, steps, folder)
     for part in (source, evaluation):
         if isinstance(part, Rollouts):
             part.start(engine, learns=part is source)

@@ -127,7 +127,7 @@ def some_tensors(rng: random.Random, path: Path) -> str:
         "without values": lambda: tensors.update({name: torch.zeros(0)}),
         "in float16": lambda: tensors.update({key: value.half() for key, value in tensors.items()}),
         "in int64": lambda: tensors.update({name: tensors[name].long()}),
-        "nan": lambda: tensors.update({name: torch.full_like(tensors[name], math.nan)}),
+        "nan": lambda: tensors.update({name: torch.full(tensors[name].shape, math.nan)}),
         "all gone": lambda: tensors.clear(),
     }
     how = rng.choice(list(ways))

@@ -107,7 +107,7 @@ def attempt(case: Case, bench: Bench, place: Path) -> Result:
     return Result(code, message, faults, seconds, trace)
 
 
-class Hangs(BaseException):
+class DoesNotEnd(BaseException):
     """A case that does not end."""
 
 
@@ -116,7 +116,7 @@ def surroundings(place: Path) -> Iterator[None]:
     """The folder that a command works in, its home, nothing to read and an end to its time; as before afterwards."""
 
     def hang(*_: Any) -> None:
-        raise Hangs(f"no end after {LIMIT} seconds")
+        raise DoesNotEnd
 
     home, stdin, path, handler = os.environ.get("HOME", ""), sys.stdin, sys.path[:], signal.signal(signal.SIGALRM, hang)
     signal.alarm(LIMIT)
@@ -133,8 +133,10 @@ def surroundings(place: Path) -> Iterator[None]:
 
 def judged(code: int | None, message: str, trace: str) -> list[str]:
     """What is wrong with an exit code and with what stands on the error stream."""
+    if DoesNotEnd.__name__ in trace + message:
+        return ["no end"]
     if trace or "Traceback" in message:
-        return ["no end" if "Hangs: " in trace else "traceback"]
+        return ["traceback"]
     if code not in (0, 1, 2):
         return [f"exit code {code}"]
     if code == 0:
