@@ -13,6 +13,7 @@ LOOPS = f"{ENGINE}test_training.py {ENGINE}test_loops.py {ENGINE}test_resume.py"
 SERVER = f"{ENGINE}test_rewards.py {ENGINE}test_rollout.py"
 REFERENCE = f"{ENGINE}test_models.py {ENGINE}test_references.py"
 LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
+METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 LOGPROBS = f"{KERNELS}test_logprobs.py {KERNELS}test_losses.py {KERNELS}test_compaction.py"
 
 # Those of an audit that the tests of 2026-11-28 did not see. Two of the 29 were not described; the last two stand for
@@ -67,10 +68,12 @@ OLD = (
            "position = {int(index): row for row, index in enumerate(source.rows[\"index\"])}",
            "position = {i: min(i, len(source) - 1) for i in range(10**4)}", REFERENCE),
     Mutant("logits/* weighed by units", f"{E}algorithms.py", 'name.startswith("logits/")', "False",
-           f"{ENGINE}test_models.py {ENGINE}test_training.py"),
-    Mutant("mean_token_accuracy weighed by units", f"{E}algorithms.py",
-           'if algorithm.credit or name in ("entropy", "mean_token_accuracy"):',
-           'if algorithm.credit or name in ("entropy",):', f"{ENGINE}test_models.py {ENGINE}test_training.py"),
+           METRICS),
+    Mutant("mean_token_accuracy not weighed by tokens", f"{E}algorithms.py",
+           'if algorithm.credit or name in ("entropy", "mean_token_accuracy"):\n        return batch.num_tokens',
+           "if algorithm.credit:\n        return batch.num_tokens\n"
+           '    if name in ("entropy", "mean_token_accuracy"):\n        return 1',
+           METRICS),
     Mutant("429 not retried", f"{E}server.py", "PASSING = (408, 409, 425, 429,", "PASSING = (408, 409, 425,", SERVER),
     Mutant("the stop string left out of the request", f"{E}server.py",
            'shared |= {"stop": stops} if stops else {}', "pass", SERVER),
