@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from align_engine import recipe as recipes
@@ -53,13 +54,18 @@ class Callbacks:
         Raises:
             RunFailed: a callback raises anything (SystemExit too): with its name, and file and line.
         """
+        from transformers import TrainerControl
+
         step = self.engine.progress.step
         self.state.global_step, self.state.epoch = step, step / self.steps_per_epoch
         more = copy.deepcopy(more)
         for callback in self.callbacks:
             with foreign(f"callback {type(callback).__name__}.{event}", RunFailed):
                 wish = getattr(callback, event)(self.args, self.state, self.control, **self.things, **more)
-            self.control = self.control if wish is None else wish
+            if not isinstance(wish, (TrainerControl, NoneType)):
+                gave = f"callback {type(callback).__name__}.{event} gave {wish!r:.100}"
+                raise RunFailed(f"{gave}: it must give `control`, or nothing")
+            self.control = wish or self.control
         self._keep()
 
     def _keep(self) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from align_engine.errors import BadInput, RunFailed
+from align_engine.json_text import loads
 from align_engine.metrics import line
 
 RECORD, LOCK, SIDE = "run.json", ".align.lock", ".align-tmp"
@@ -62,7 +63,7 @@ class RunFolder:
         if not path.exists():
             return {"finished": False, "identity": {}, "files": {}}
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = loads(path.read_text(encoding="utf-8"))
             if not isinstance(held["files"], dict) or not isinstance(held["identity"], dict):
                 raise ValueError
             return {"finished": bool(held["finished"]), "identity": held["identity"], "files": held["files"]}
@@ -381,7 +382,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, text in enumerate(lines, 1):
         try:
-            row = json.loads(text)
+            row = loads(text)
             row["step"] + 0
         except (ValueError, KeyError, TypeError, IndexError) as error:
             if number == len(lines):  # without a line's end: a crash has cut it, or nothing follows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 
@@ -25,7 +26,9 @@ LONGEST = 2000  # characters of a message
 
 
 def shortened(text: str) -> str:
-    """`text` without its middle where it is very long: messages quote values, and a value may be a whole file."""
+    """`text` without the places of objects in memory, and without its middle where it is very long: messages quote
+    values, and a value may be a whole file."""
+    text = re.sub(r" at 0x[0-9a-f]{6,}", "", text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 + 5 :]}"
 
 

@@ -182,6 +182,8 @@ def _number(value: Any) -> float | None:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str | os.PathLike) and isinstance(text := os.fspath(value), str) and "\0" not in text:
-        return text
-    raise ValueError("is not text")
+    if not isinstance(value, str | os.PathLike) or not isinstance(text := os.fspath(value), str) or "\0" in text:
+        raise ValueError("is not text")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("is not UTF-8; a file or folder of such a name must be renamed")
+    return text

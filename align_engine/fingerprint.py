@@ -8,11 +8,11 @@ tensor is one of the blocks: a change of one small tensor between large ones is 
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import BinaryIO
 
 from align_engine.errors import BadInput
+from align_engine.json_text import loads
 
 WHOLE = 2**23  # bytes of the largest file that is hashed whole
 STRIDE, BLOCK = 2**22, 2**12  # bytes between the blocks of larger ones, and of each block
@@ -57,7 +57,7 @@ def of_model(path: str | Path) -> str:
         for file in files:
             digest.update(f"{file.name} {of_file(file)}\n".encode())
         if (adapter := folder / "adapter_config.json").exists():
-            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
             digest.update(of_model(base).encode() if base else b"")
     except (OSError, ValueError) as error:
         raise (
@@ -70,7 +70,7 @@ def _tensors(file: BinaryIO) -> list[int]:
     """Where the tensors of a safetensors file begin, in bytes; nowhere in a file that is none."""
     length = int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(file.read(min(length, 100_000_000)))  # the format's own limit
+        header = loads(file.read(min(length, 100_000_000)))  # the format's own limit
         return [8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []

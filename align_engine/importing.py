@@ -19,6 +19,7 @@ from typing import Any
 from align_engine.errors import AlignError, BadInput
 from align_engine.fingerprint import of_file
 
+MISSING = object()
 OURS = str(Path(__file__).parent) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
@@ -36,10 +37,11 @@ def load_object(spec: str, field: str) -> Any:
     path = source_file(spec, field)
     with foreign(f"{field}: cannot import {spec!r}", BadInput):
         loaded = _run_file(path) if path is not None and place.endswith(".py") else importlib.import_module(place)
-    if not hasattr(loaded, name):
+        found = getattr(loaded, name, MISSING)
+    if found is MISSING:
         where = f"{place} ({path})" if path is not None and not place.endswith(".py") else place
         raise BadInput(f"{field}: {where} has no {name!r}{_known(path)}")
-    return getattr(loaded, name)
+    return found
 
 
 def source_file(spec: str, field: str) -> Path | None:

@@ -25,7 +25,8 @@ from transformers.trainer_utils import align_special_tokens
 
 from align_engine import inputs, policy, stops
 from align_engine import recipe as recipes
-from align_engine.algorithms import ALGORITHMS
+from align_engine.algorithms import ALGORITHMS, check_loss
+from align_engine.callbacks import from_recipe
 from align_engine.checkpoint import RunFolder
 from align_engine.credit import best_versus_worst
 from align_engine.errors import BadInput, RunFailed
@@ -33,7 +34,7 @@ from align_engine.experience import Prompts
 from align_engine.metrics import read
 from align_engine.recipe import IterateRecipe, ModelSection, Recipe
 from align_engine.rollout import Completion, Sampler
-from align_engine.run import begin, finish, load_prepared, make_accelerator, open_folder, train
+from align_engine.run import begin, check_choices, finish, load_prepared, make_accelerator, open_folder, train
 from align_engine.server import reload_weights
 
 if TYPE_CHECKING:
@@ -54,7 +55,10 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     recipe = recipes.check(recipe)
     inputs.check_outputs(recipe)
     accelerator = make_accelerator(recipe)
-    recipes.check(round_recipe(recipe, "model", Path("round-1"), 1))
+    first = recipes.check(round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1))
+    check_choices(first, accelerator.device)
+    check_loss(ALGORITHMS[recipe.iteration.method], first)
+    from_recipe(first)
     with open_folder("iterate", recipe, accelerator) as (folder, finished):
         if not finished:
             all_rounds(recipe, accelerator, folder)
@@ -66,6 +70,10 @@ def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolde
     options, data, section = recipe.iteration, recipe.data, recipe.model
     tokenizer = policy.load_tokenizer(section.model_name_or_path, trust_remote_code=section.trust_remote_code)
     rows = load_prepared(data.dataset_name, data.dataset_train_split, "prompt", recipe, tokenizer, accelerator)
+    if data.eval_dataset_name:  # of every round's training: refused now rather than after hours of sampling
+        load_prepared(data.eval_dataset_name, data.dataset_test_split, "preference", recipe, tokenizer, accelerator)
+    elif data.dataset_test_split:
+        raise BadInput(f"dataset_test_split = {data.dataset_test_split!r} needs eval_dataset_name, of preference data")
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"
@@ -177,13 +185,22 @@ def kept(sampler: Sampler, folder: RunFolder, name: str) -> Sampler:
 
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         path = folder.path / name / f"{seed}.jsonl"
-        if not path.exists() or [row["prompt_ids"] for row in read(path)] != prompts:
+        if not holds(path, prompts):
             said = zip(prompts, sampler(prompts, seed))
             rows = [{"prompt_ids": prompt, "ids": one.ids, "ended": one.ended} for prompt, one in said]
             folder.write_rows(f"{name}/{seed}.jsonl", rows)
         return [Completion(row["ids"], torch.full((len(row["ids"]),), math.nan), row["ended"]) for row in read(path)]
 
     return sample
+
+
+def holds(path: Path, prompts: Sequence[list[int]]) -> bool:
+    """Whether a file holds answers to these prompts; a damaged one does not."""
+    try:
+        rows = read(path) if path.exists() else []
+        return [row["prompt_ids"] for row in rows if {*row} >= {"ids", "ended"}] == list(prompts)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def merge(

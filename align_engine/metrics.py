@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from align_engine.errors import RunFailed
+from align_engine.json_text import loads
 
 
 class Sums:
@@ -151,5 +152,5 @@ def _finite(value: Any) -> Any:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a file of JSON lines. Raises ValueError for one that is damaged."""
+    return [loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from align_engine.errors import BadInput
+from align_engine.json_text import loads
 
 HUB_SECONDS = 10.0  # to wait for the hub to say whether it has a model
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*.json", "added_tokens.json",
@@ -95,8 +95,8 @@ def check_files(folder: Path) -> None:
 def read_settings(file: Path) -> dict[str, Any]:
     """The JSON object in a file; raises BadInput where there is none."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise _damaged(file, f"not JSON: {_first_line(error)}") from error
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror}") from error

@@ -39,6 +39,7 @@ def load_tokenizer(path: str, distinct_pad: bool = False, trust_remote_code: boo
         check_files(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("a", padding=False)  # settings that only its use reads
     except Exception as error:
         raise BadInput(f"no tokenizer can be loaded from {path!r}: {_reason(error)}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:

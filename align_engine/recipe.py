@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import os
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import field
@@ -34,6 +35,8 @@ from align_engine.fields import (
 from align_engine.secrets import masked
 
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
+PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
+         "eval_dataset_name", "reward_funcs", "callbacks", "output_dir", "server_weights"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc")  # fmt: skip
 
@@ -680,11 +683,16 @@ def check(recipe: R) -> R:
     """Refuse values that no run can use, all of them in one message.
 
     Returns:
-        the recipe with every value as its field's type has it.
+        the recipe with every value as its field's type has it, and a home in place of each `~`.
     Raises:
         BadInput: naming each value and what it must be.
     """
     recipe = typed(recipe, {}, "recipe")
+    for section in vars(recipe).values():
+        for name in PATHS & vars(section).keys():
+            if value := getattr(section, name):
+                home = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
+                setattr(section, name, home)
     values = flat(recipe)
     broken = [f"{name} = {values[name]!r} is required" for name in REQUIRED if not values.get(name, True)]
     for name, (_, taken) in fields(type(recipe)).items():

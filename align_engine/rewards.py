@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +35,7 @@ from align_engine.data.encoder import Encoder
 from align_engine.data.formats import BadRow, is_conversational
 from align_engine.errors import BadInput, RunFailed
 from align_engine.importing import foreign, load_object
+from align_engine.json_text import loads
 from align_engine.policy import load_tokenizer
 from align_engine.recipe import ModelSection, RolloutSection
 from align_engine.secrets import check_address, masked
@@ -342,7 +342,7 @@ def _marks(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
         except ValueError as error:  # of the encoding, too
             raise BadInput(f"{path} line {number} is not JSON: {error}; mend it, or delete the file") from error
         if not isinstance(row, dict) or "completion" not in row:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from align_engine.checkpoint import SIDE, remove, settle
 from align_engine.errors import BadInput, RunFailed
+from align_engine.json_text import loads
 
 LIST = "align-files.json"
 
@@ -42,7 +43,7 @@ class ServerWeights:
         record = self.path / LIST
         if record.exists():
             try:
-                own = {LIST, *json.loads(record.read_text(encoding="utf-8"))}
+                own = {LIST, *loads(record.read_text(encoding="utf-8"))}
             except (OSError, ValueError, TypeError):
                 return [record]
             return [path for path in entries if path.name not in own or path.is_dir()]

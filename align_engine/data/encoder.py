@@ -28,7 +28,7 @@ class Encoder:
         self.known: dict[str, list[int]] = {}  # ids of texts that are about to be asked for
         self.bos = first if first == [tokenizer.bos_token_id] else []  # what it puts before every text: [] or [bos id]
         # whether it puts a space before every text (SentencePiece's dummy prefix)
-        self.adds_space = tokenizer.convert_ids_to_tokens(self.ids("a"))[0].startswith("▁")
+        self.adds_space = "".join(tokenizer.convert_ids_to_tokens(self.ids("a"))).startswith("▁")
         self.unit = units(token for token in tokenizer.get_added_vocab() if token.strip())
 
     def ids(self, text: str) -> list[int]:

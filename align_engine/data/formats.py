@@ -17,13 +17,13 @@ A message is a dict with `role` and `content`. Columns that are not named here a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import regex
 
 from align_engine.errors import BadInput
+from align_engine.json_text import loads
 
 Kind = Literal["sft", "preference", "unpaired", "prompt"]
 Messages = list[dict[str, Any]]
@@ -108,9 +108,9 @@ def template_arguments(row: dict[str, Any]) -> dict[str, Any]:
     tools = row.get("tools")
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise BadRow(f"'tools' is not JSON ({error.msg})") from error
+            tools = loads(tools)
+        except ValueError as error:
+            raise BadRow(f"'tools' is not JSON ({getattr(error, 'msg', error)})") from error
     extra = row.get("chat_template_kwargs") or {}
     if not isinstance(extra, dict):
         raise BadRow(f"'chat_template_kwargs' is of type {type(extra).__name__}, expected an object")

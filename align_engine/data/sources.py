@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from datasets.packaged_modules.json.json import Json
 from align_engine.data.builder import Files, JsonLines, Parquet
 from align_engine.data.exact import undecoded
 from align_engine.errors import BadInput
+from align_engine.json_text import loads
 
 READERS: dict[str, type[Files]] = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet}
 TYPES = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
@@ -207,7 +207,7 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise BadInput(f"'{file}' is missing: the folder is not what `save_to_disk` wrote")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = loads(file.read_text(encoding="utf-8"))
         assert isinstance(found, dict)
         return found
     except (ValueError, AssertionError) as error:

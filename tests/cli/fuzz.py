@@ -139,7 +139,7 @@ def judged(code: int | None, message: str, trace: str) -> list[str]:
         return ["traceback"]
     if code not in (0, 1, 2):
         return [f"exit code {code}"]
-    if code == 0:
+    if code == 0 or (code == 2 and message.startswith("usage: align")):
         return []
     sentence = message.rpartition("align: error: ")[2].strip()
     return [

@@ -1,0 +1,137 @@
+"""Refusals come before anything is written, and leave everything as it was."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+from cases import command
+
+from align_engine.cli import main
+from align_engine.errors import LONGEST, shortened
+
+
+def flags(model, rows, out, **more):
+    given = dict(model_name_or_path=model, dataset_name=rows, output_dir=out, max_steps=1, gradient_checkpointing=False)
+    return given | more
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run a command that is refused: what it complains."""
+
+    def run(method, given):
+        assert main(command(method, given)) == 2
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(4))
+
+
+@pytest.fixture
+def scorers(tmp_path):
+    (tmp_path / "scorers.py").write_text(
+        "def score(completion_ids, **more):\n    return [sum(i) for i in completion_ids]\n"
+    )
+    return {"reward_funcs": [f"{tmp_path / 'scorers.py'}:score"], "max_completion_length": 3, "num_generations": 2}
+
+
+def test_a_reference_that_cannot_be_loaded_leaves_no_folder_and_deletes_no_run(refused, model, pairs, tmp_path):
+    small = tiny.write_model(tmp_path / "small", intermediate_size=40)
+    (small / "config.json").write_text((model / "config.json").read_text())
+    given = flags(model, pairs, tmp_path / "run")
+    assert "small" in refused("dpo", given | {"ref_model_name_or_path": small})
+    assert not (tmp_path / "run").exists()
+    assert main(command("dpo", given)) == 0
+    before = contents(tmp_path / "run")
+    refused("dpo", given | {"ref_model_name_or_path": small, "overwrite": True})
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay"),
+        ({"eval_dataset_name": "prompts.jsonl"}, "preference data needs"),
+        ({"dataset_test_split": "test"}, "needs eval_dataset_name"),
+        ({"callbacks": ["json:loads"]}, "no transformers.TrainerCallback"),
+        ({"method_settings": ["loss_type=sigmoyd"]}, "sigmoyd"),
+        ({"attn_implementation": "nothing"}, "nothing"),
+    ],
+)
+def test_what_the_rounds_of_iterate_cannot_use_is_refused_before_the_first(
+    more, wanted, refused, model, prompts, scorers, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert wanted in refused("iterate", flags(model, prompts, tmp_path / "run", rounds=1, **scorers) | more)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tilde_is_the_home_folder_of_every_path(model, completions, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(model)
+    assert main(command("sft", flags("~/model", f"~/{completions.name}", "~/run"))) == 0
+    assert (tmp_path / "run" / "final").is_dir() and not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("field", ["model_name_or_path", "dataset_name", "output_dir"])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ("x" * 300, "File name too long"),
+        ("loop", "Symlink loop"),
+        ("~nobody-of-that-name/x", "home directory"),
+        (os.fsdecode(b"a\xff"), "is not UTF-8"),
+    ],
+)
+def test_paths_where_the_system_cannot_look_are_named(field, value, why, refused, model, pairs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    complaint = refused("dpo", flags(model, pairs, tmp_path / "run") | {field: value})
+    assert field in complaint and why in complaint
+
+
+def test_a_callback_that_gives_something_else_than_the_control_is_named(capsys, model, completions, tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from transformers import TrainerCallback\n"
+        "class Mine(TrainerCallback):\n    def on_step_end(self, args, state, control, **more):\n        return 5\n"
+    )
+    given = flags(model, completions, tmp_path / "run", callbacks=[f"{tmp_path / 'c.py'}:Mine"])
+    assert main(command("sft", given)) == 1
+    assert "callback Mine.on_step_end gave 5: it must give `control`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["run.json", "metrics.jsonl"])
+def test_files_of_a_run_that_are_nested_too_deep_are_named(file, refused, model, completions, tmp_path):
+    given = flags(model, completions, tmp_path / "run", lr_scheduler_type="constant")
+    assert main(command("sft", given)) == 0
+    path = tmp_path / "run" / file
+    path.write_bytes(b"[" * 5000 + b"\n" + path.read_bytes())
+    assert str(path) in refused("sft", given | {"max_steps": 2})
+
+
+def test_a_damaged_file_of_answers_is_sampled_again(tmp_path):
+    from align_engine.iterate import holds
+
+    path = tmp_path / "1.jsonl"
+    assert not holds(path, [[1]])
+    path.write_text('{"prompt_ids": [1], "ids": [2], "ended": true}\n')
+    assert holds(path, [[1]]) and not holds(path, [[2]])
+    for damage in ('{"prompt_ids": [1], "ids"', "[" * 5000, "5", '{"prompt_ids": [1]}', "\x00"):
+        path.write_text(damage)
+        assert not holds(path, [[1]]), damage
+
+
+def test_a_long_message_keeps_its_beginning_and_its_end():
+    assert shortened("x is <list_iterator object at 0x7f0000781870>") == "x is <list_iterator object>"
+    text = shortened("begin" + "x" * 10**6 + "end")
+    assert len(text) == LONGEST and text.startswith("begin") and text.endswith("end") and " ... " in text
