@@ -11,7 +11,6 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ from align_engine.errors import AlignError, BadInput
 from align_engine.fingerprint import of_file
 
 MISSING = object()
+UNREADABLE = (OSError, SyntaxError, ValueError, RecursionError, MemoryError)  # of a source file; the last, of its depth
 OURS = str(Path(__file__).parent) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
@@ -93,7 +93,7 @@ def _sources(path: Path) -> list[Path]:
         if path in found:
             continue
         found.append(path)
-        with contextlib.suppress(OSError, SyntaxError, ValueError):  # told where it is imported
+        with contextlib.suppress(*UNREADABLE):  # told where it is imported
             for node in ast.walk(ast.parse(path.read_bytes())):
                 names = [one.name for one in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
                 if isinstance(node, ast.ImportFrom):
@@ -134,25 +134,41 @@ def _known(path: Path | None) -> str:
     """The functions and classes of a source file, for a message."""
     try:
         body = ast.parse(path.read_bytes()).body if path is not None else []
-    except (OSError, SyntaxError, ValueError):
+    except UNREADABLE:
         return ""
     names = [node.name for node in body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
     names = [name for name in names if not name.startswith("_")]
     return f"; it has {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else ""
 
 
-@contextlib.contextmanager
-def foreign(what: str, kind: type[AlignError]) -> Iterator[None]:
+class foreign:
     """Around code that is not ours: whatever it raises, SystemExit too, becomes an error of ours that names it, file
-    and line. Errors that are ours already pass, and so does Ctrl-C."""
+    and line. Errors that are ours already pass, and so does Ctrl-C.
+
+    Args:
+        what: the code, as the message begins.
+        kind: of the error.
+    """
+
+    def __init__(self, what: str, kind: type[AlignError]) -> None:
+        self.what, self.kind = what, kind
+
+    def __enter__(self) -> None:
+        """Not a generator of contextlib's: that would let StopIteration through."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, (AlignError, KeyboardInterrupt)):
+            return
+        raise self.kind(f"{self.what}{_place(error)}: {type(error).__name__}: {_text(error)}") from error
+
+
+def _text(error: BaseException) -> str:
+    """The first line of what an error says."""
     try:
-        yield
-    except (AlignError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
         text = error.msg if isinstance(error, SyntaxError) else str(error)
-        text = (text.strip() or "no message").splitlines()[0]
-        raise kind(f"{what}{_place(error)}: {type(error).__name__}: {text}") from error
+    except Exception:  # of the error's own __str__
+        text = ""
+    return (text.strip() or "no message").splitlines()[0]
 
 
 def _place(error: BaseException) -> str:

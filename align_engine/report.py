@@ -162,6 +162,7 @@ def write_report(folder: RunFolder, algorithm: str, recipe: recipes.Recipe) -> N
         for name, figure in figures.items():
             (path / f"{name}.png").write_bytes(figure.png)
     training = [record for record in records if "loss" in record or "reward" in record]
+    training = training or [{"step": 0}]  # a callback may stop a run before its first step
     first, last = training[0], training[-1]
     names = [name for name in last if name not in ("step", "epoch")]
     numbers = [(name, *(_finite(record.get(name, "")) for record in (first, last))) for name in names]

@@ -183,6 +183,7 @@ SCORER_BODIES = [  # what a reward function does
     "import sys; sys.exit(0)", "import sys; sys.exit('bye')", "raise SystemExit", "raise KeyboardInterrupt",
     "return score(prompts, completions, completion_ids)", "raise MemoryError",
     "raise OSError(28, 'No space left on device')", "raise GeneratorExit",
+    "class E(Exception):\n        def __str__(self):\n            return 5\n    raise E", "raise StopAsyncIteration",
     "raise UnicodeDecodeError('utf-8', b'x', 0, 1, 'no')", "completions.clear(); return []",
     "prompts[0] = None; columns.clear(); return [1.0] * len(completions)",
     "import os; os.chdir('/'); return [float(len(c)) for c in completions]", "import nowhere", "return nobody",
@@ -191,7 +192,7 @@ SCORER_BODIES = [  # what a reward function does
 ]  # fmt: skip
 
 SCORER_FILES = [  # files of a reward function `score`
-    "def score(:\n", "\x00", "def score():\n    return [1.0]\n",
+    "def score(:\n", "x = " + "(" * DEEP + ")" * DEEP, "score = [" * DEEP, "\x00", "def score():\n    return [1.0]\n",
     "def score(prompts):\n    return [1.0] * len(prompts)\n", "def score(a, b, c, d, e):\n    return []\n",
     "def score(prompts, completions, completion_ids, nobody, **more):\n    return []\n", "score = 5\n",
     "score = None\n", "class score:\n    pass\n", "def other():\n    pass\n", "", "raise ValueError('no')\n",

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from align_engine.cli import main
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import load_object
+from align_engine.importing import foreign, load_object
 from align_engine.run import train
 
 
@@ -142,6 +142,20 @@ class Spoils(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **_):
         logs.clear()
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize("error", [StopIteration(), StopAsyncIteration(), GeneratorExit(), SystemExit(0), Mute()])
+def test_no_error_of_foreign_code_gets_through(error):
+    with (
+        pytest.raises(RunFailed, match=f"a reward.*{type(error).__name__}: (no message|0)"),
+        foreign("a reward", RunFailed),
+    ):
+        raise error
 
 
 def test_what_a_callback_raises_is_a_failure_with_its_name(model, completions, tmp_path):
