@@ -69,7 +69,8 @@ def child(tests: str, tree: Path, out: Path) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     first = First()
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests.split()], plugins=[first])
+    quiet = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of plugins that the imports have loaded
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *quiet, *tests.split()], plugins=[first])
     out.write_text(json.dumps({"code": int(code), "first": first.failed}))
     os._exit(0)
 
@@ -111,7 +112,7 @@ def main() -> None:
         shutil.copyfile(ROOT / mutant.file, tree / mutant.file)
         free.append(tree)
         found = json.loads(out.read_text()) if out.exists() else {"code": -1, "first": "the process died"}
-        seen = found["code"] == 1 or (found["code"] == 2 and found["first"]) or found["code"] == -1
+        seen = found["code"] in (1, 2) and found["first"]
         unseen += [] if seen else [mutant.name]
         verdict = "seen  " if seen else "UNSEEN"
         print(f"{verdict} {mutant.name}  ({time.monotonic() - began:.0f} s) {found['first']}", flush=True)
