@@ -43,8 +43,21 @@ class Encoder:
             text if row.rendered or row.prompt is None else lead + text for row in rows for text in row.completions
         }
         asked = list(texts)
+        self.known = dict(zip(asked, self._many(asked))) if asked else {}
+
+    def _many(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text. Where transformers adds nothing to its tokenizer in Rust, that alone is asked: it takes
+        half the time without the places of the tokens in the text, which nobody reads."""
+        from transformers import PreTrainedTokenizerFast
+
+        if getattr(type(self.tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus:
+            self.tokenizer(
+                ""
+            )  # transformers sets what the last call for other things has changed in it: padding, truncation
+            found = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [one.ids for one in found]
         how = {"add_special_tokens": False, "verbose": False, "return_attention_mask": False}
-        self.known = dict(zip(asked, self.tokenizer(asked, **how)["input_ids"])) if asked else {}
+        return self.tokenizer(texts, **how)["input_ids"]
 
     def start(self, text: str) -> list[int]:
         """Ids of a text that begins a sequence: exactly one BOS, if the tokenizer uses one."""

@@ -574,3 +574,16 @@ def test_rows_that_are_dropped_leave_the_others_their_own_columns() -> None:
         ("p", "b"),
         ("q", "d"),
     ]
+
+
+def test_many_texts_are_tokenised_as_each_alone(model):
+    from align_engine.data.encoder import Encoder, Written
+    from align_engine.policy import load_tokenizer
+
+    tokenizer = load_tokenizer(str(model))
+    texts = ["w1 w2", "w3", "", "w4 w5 w6 w7", "<eos> w8", "nothing known"]
+    want = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts}
+    encoder = Encoder(tokenizer)
+    tokenizer(texts, padding=True, truncation=True, max_length=2)
+    encoder.foresee(Written(text, [], False, []) for text in texts)
+    assert encoder.known == want
