@@ -14,7 +14,7 @@ SERVER = f"{ENGINE}test_rewards.py {ENGINE}test_rollout.py"
 REFERENCE = f"{ENGINE}test_models.py {ENGINE}test_references.py"
 LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
-LOGPROBS = f"{KERNELS}test_logprobs.py {KERNELS}test_losses.py {KERNELS}test_compaction.py"
+LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
 
 # Those of an audit that the tests of 2026-11-28 did not see. Two of the 29 were not described; the last two stand for
 # them.
