@@ -50,7 +50,7 @@ def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
     found = [record for record in metrics.read(with_it.metrics) if "eval_reward" in record]
     assert [record["step"] for record in found] == [10, 20]
     assert 0 <= found[0]["eval_reward"] < found[1]["eval_reward"]
-    settings["eval_dataset_name"] = None
+    settings["eval_dataset_name"] = settings["eval_steps"] = None
     without = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "without", **settings))
     assert same_bits(with_it.final, without.final), "evaluation must not touch training"
 
