@@ -214,6 +214,8 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
         seeds: The whole demo runs once per seed; several give mean and spread.
         workers: Stages trained at a time, each on one thread (1: in this process, with its progress on the screen).
     """
+    if workers < 1 or not seeds:
+        raise BadInput(f"workers = {workers} and seeds = {seeds}: give at least one of each")
     quiet_libraries()
     from align_engine.demo.run import run
 

@@ -29,6 +29,7 @@ from align_engine.algorithms import ALGORITHMS, check_loss
 from align_engine.callbacks import from_recipe
 from align_engine.checkpoint import RunFolder
 from align_engine.credit import best_versus_worst
+from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
 from align_engine.experience import Prompts
 from align_engine.metrics import read
@@ -74,6 +75,7 @@ def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolde
         load_prepared(data.eval_dataset_name, data.dataset_test_split, "preference", recipe, tokenizer, accelerator)
     elif data.dataset_test_split:
         raise BadInput(f"dataset_test_split = {data.dataset_test_split!r} needs eval_dataset_name, of preference data")
+    check_vocab(rows[0], policy.vocab_size(section.model_name_or_path))
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"

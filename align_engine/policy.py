@@ -144,10 +144,19 @@ def _reason(error: Exception) -> str:
 
 
 def vocab_size(path: str) -> int:
-    """Rows of the embeddings of a model in a folder or of a hub name, without loading it."""
+    """Rows of the embeddings of a model in a folder or of a hub name, without loading it.
+
+    Raises:
+        BadInput: its configuration cannot be read.
+    """
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(adapter_base(path) or path).get_text_config().vocab_size
+    try:
+        return int(AutoConfig.from_pretrained(adapter_base(path) or path).get_text_config().vocab_size)
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"cannot load the model {path!r}: {_reason(error)}") from error
 
 
 def _quantised(section: ModelSection) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,7 @@ def fit(
     for part in filter(None, (source, evaluation)):
         check_vocab(part.rows, policy.vocabulary(model))
         policy.check_positions(model, longest_row(part, recipe))
+    check_others(recipe, tokenizer, filter(None, (source, evaluation)))
     if not algorithm.scalar:
         hook.check_head(model)
     check_room(folder, model, recipe)
@@ -195,6 +196,18 @@ def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerato
         folder.mark(finished=True)
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
+
+
+def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> None:
+    """Refuse a reference, or a model that the critic starts from, which lacks tokens that it will be shown."""
+    parts = list(parts)
+    for field in ("ref_model_name_or_path", "value_model_name_or_path"):
+        if path := recipes.flat(recipe).get(field):
+            held, said = policy.vocab_size(path), f"{field} = {path!r}"
+            for part in parts:
+                check_vocab(part.rows, held, said)
+            if isinstance(recipe, OnlineRecipe) and held < len(tokenizer):  # completions may hold any of them
+                raise BadInput(f"{said} has {held} tokens, fewer than the policy's tokenizer ({len(tokenizer)})")
 
 
 def check_choices(recipe: Recipe, device: torch.device) -> None:

@@ -55,6 +55,7 @@ class Bench:
         self.path, self.runs = path, dict[str, Path]()
         self.model = tiny.write_model(path / "model")
         (self.model / "chat_template.jinja").write_text(TEMPLATE)
+        self.small = tiny.write_model(path / "small", vocab=40)  # fewer tokens than its tokenizer has
         self.scorer, self.adapter = path / "scorer", path / "adapter"
         self._derive()
 
@@ -379,10 +380,10 @@ def models(rng: random.Random, bench: Bench, place: Path) -> Case:
     names = sorted(one.name for one in folder.iterdir() if one.name != "README.md")
     name = "chat_template.jinja" if role == "talking policy" and rng.random() < 0.5 else rng.choice(names)
     path, known = folder / name, broken.IN_JSON.get(name)
-    if rng.random() < 0.03:
+    if rng.random() < 0.06:
         shutil.rmtree(folder)
-        folder.mkdir()
-        what = "an empty folder"
+        what = rng.choice(["an empty folder", "fewer tokens", "fewer tokens"])
+        folder.mkdir() if what == "an empty folder" else linked(bench.small, folder)
     elif name == "chat_template.jinja" and rng.random() < 0.8:
         replace(path, text := rng.choice(broken.TEMPLATES))
         what = f"template {text[:40]!r}"

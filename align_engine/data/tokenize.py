@@ -105,8 +105,8 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"changed {count}: {note}" for note, count in report["changed"].items())])
 
 
-def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
-    """Raise BadInput, naming the id and the row, where a token id does not fit a model with `vocab_size` tokens."""
+def check_vocab(dataset: datasets.Dataset, vocab_size: int, model: str = "the model") -> None:
+    """Raise BadInput, naming the id and the row, where a token id does not fit a `model` with `vocab_size` tokens."""
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
     table: Any
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
@@ -116,7 +116,7 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int) -> None:
                 row = next(i for i, ids in enumerate(table[name].to_pylist()) if largest in ids)
                 what = f"token id {largest} in '{name}' of row {table['index'][row]}"
                 why = "the tokenizer belongs to another model, or the embeddings were not resized"
-                raise BadInput(f"{what} is outside the model's vocabulary of {vocab_size}: {why}")
+                raise BadInput(f"{what} is outside {model}'s vocabulary of {vocab_size}: {why}")
 
 
 class Work(NamedTuple):

@@ -56,6 +56,20 @@ def test_a_reference_that_cannot_be_loaded_leaves_no_folder_and_deletes_no_run(r
     assert contents(tmp_path / "run") == before
 
 
+def test_models_that_lack_tokens_are_refused(refused, model, pairs, prompts, scorers, tmp_path):
+    small = tiny.write_model(tmp_path / "small", vocab=40)
+    given = flags(model, pairs, tmp_path / "run", ref_model_name_or_path=small)
+    for method in ("dpo", "kto"):
+        assert f"outside ref_model_name_or_path = '{small}''s vocabulary of 40" in refused(method, given)
+    assert "vocabulary of 40" in refused("grpo", flags(model, prompts, tmp_path / "run", **scorers) | {
+        "ref_model_name_or_path": small, "beta": 0.1})  # fmt: skip
+    few = tiny.write_rows(tmp_path / "few.jsonl", [{"prompt": "w1"}, {"prompt": "w2"}])
+    online = flags(model, few, tmp_path / "run", ref_model_name_or_path=small, **scorers)
+    assert "has 40 tokens, fewer than the policy's tokenizer (62)" in refused("direct", online)
+    assert "vocabulary of 40" in refused("iterate", flags(small, prompts, tmp_path / "run", **scorers))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "wanted"),
     [
@@ -129,6 +143,13 @@ def test_a_damaged_file_of_answers_is_sampled_again(tmp_path):
     for damage in ('{"prompt_ids": [1], "ids"', "[" * 5000, "5", '{"prompt_ids": [1]}', "\x00"):
         path.write_text(damage)
         assert not holds(path, [[1]]), damage
+
+
+@pytest.mark.parametrize("arguments", [["--workers", "0"], ["--seeds"], ["--seeds", "x"], ["--nonsense"]])
+def test_the_demo_refuses_what_it_cannot_run(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *arguments]) == 2
+    assert "Traceback" not in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_long_message_keeps_its_beginning_and_its_end():
