@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from importlib import metadata
@@ -192,6 +193,7 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
     datasets.disable_progress_bars()
 
 

@@ -187,10 +187,15 @@ def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM"
         target_modules=section.lora_target_modules or "all-linear",
         task_type=task_type,
     )
+    asked = f"lora_target_modules = {section.lora_target_modules}"
     try:
-        return get_peft_model(model, config)
+        adapted: Any = get_peft_model(model, config)
     except ValueError as error:
-        raise BadInput(f"lora_target_modules = {section.lora_target_modules}: {_reason(error)}") from error
+        raise BadInput(f"{asked}: {_reason(error)}") from error
+    reached = [f".{name}" for name in adapted.base_model.targeted_module_names]
+    if lost := [one for one in section.lora_target_modules or () if not any(r.endswith(f".{one}") for r in reached)]:
+        raise BadInput(f"{asked}: {type(causal_model(adapted)).__name__} has no module {lost[0]!r}")
+    return adapted
 
 
 def checkpoint_activations(model: Any) -> None:

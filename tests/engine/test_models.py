@@ -494,3 +494,10 @@ def test_the_room_that_is_needed_is_said_in_units_of_its_size(model, completions
 
 def test_nothing_of_a_plain_recipe_trusts_code():
     assert SftRecipe().model.trust_remote_code is False
+
+
+def test_a_module_for_adapters_that_is_not_there_is_refused(model, completions, tmp_path):
+    recipe = tiny.sft(model, completions, tmp_path / "run", use_peft=True, lora_target_modules=["q_proj", "nobody"])
+    with pytest.raises(BadInput, match=r"lora_target_modules = .*: LlamaForCausalLM has no module 'nobody'"):
+        train("sft", recipe)
+    assert not (tmp_path / "run").exists()
