@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation, which needs a process of its own: tests/kernels/test_triton.py starts it."""
+"""Ahead-of-time compilation, which needs a process of its own: tests/kernels/test_triton_compiled.py starts it."""
 
 import os
 
