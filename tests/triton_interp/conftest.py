@@ -1,4 +1,4 @@
-"""Tests in Triton's interpreter, which needs a process of its own: tests/kernels/test_triton_interpreted.py starts it."""
+"""Tests in Triton's interpreter: tests/kernels/test_triton_interpreted.py starts the process of its own."""
 
 import os
 
