@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from align_engine.errors import BadInput, RunFailed
+from align_engine.fingerprint import of_file
 from align_engine.json_text import loads
 from align_engine.metrics import line
 
@@ -47,26 +49,31 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
-        self.path, self.identity = Path(path), identity
+        # other people's code may change the current folder while the run goes on
+        self.path, self.identity = Path(path).absolute(), identity
         self.metrics, self.final = self.path / "metrics.jsonl", self.path / "final"
 
     # what the folder holds
 
     def record(self) -> dict[str, Any]:
-        """What run.json says: "finished", "identity", and "files": a dict from path to the size as
-        it was written (of a run inside this one, whose name ends in "/", 0).
+        """What run.json says: "finished", "identity", "files": a dict from path to the size as it was written (of a run
+        inside this one, whose name ends in "/", 0), and "folders": a dict from a folder to a hash of what was written.
 
         Raises:
             BadInput: it is damaged, or no record of a run.
         """
         path = self.path / RECORD
         if not path.exists():
-            return {"finished": False, "identity": {}, "files": {}}
+            return {"finished": False, "identity": {}, "files": {}, "folders": {}}
         try:
             held = loads(path.read_text(encoding="utf-8"))
-            if not isinstance(held["files"], dict) or not isinstance(held["identity"], dict):
+            folders = held.get("folders", {})
+            if not all(isinstance(one, dict) for one in (held["files"], held["identity"], folders)):
                 raise ValueError
-            return {"finished": bool(held["finished"]), "identity": held["identity"], "files": held["files"]}
+            if any(name.startswith("/") or ".." in Path(name).parts for name in held["files"]):
+                raise ValueError  # what is on the list may be deleted: it lies inside
+            finished = bool(held["finished"])
+            return {"finished": finished, "identity": held["identity"], "files": held["files"], "folders": folders}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(
                 f"{path} is not a record of a run that this version can read, so the run cannot go on there; give "
@@ -83,7 +90,8 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise BadInput(f"output_dir = {str(self.path)!r} is a file; give a folder")
         try:
-            names = sorted({entry.name for entry in self.path.iterdir()} - {LOCK}) if self.path.exists() else []
+            entries = self.path.iterdir() if self.path.exists() else ()
+            names = sorted({entry.name for entry in entries if not _prepared(entry)} - {LOCK})
         except OSError as error:
             raise BadInput(f"output_dir = {str(self.path)!r} cannot be read: {error.strerror}") from error
         if not names:
@@ -130,6 +138,9 @@ class RunFolder:
         own = {self.path / name for name in files}
         found = [path for part in nested for path in RunFolder(part, {})._strays()]
         for top in sorted({name.partition("/")[0] for name in files if "/" in name}):
+            if self._replaced(top):
+                found.append(self.path / top)
+                continue
             for path in _files(self.path / top):
                 if path not in own and not path.name.endswith(SIDE) and not any(one in path.parents for one in nested):
                     found.append(path)
@@ -208,7 +219,7 @@ class RunFolder:
 
     def mark(self, finished: bool) -> None:
         """Say of the run what it is, and whether it has finished."""
-        self._save({"finished": finished, "identity": self.identity, "files": self.record()["files"]})
+        self._save(self.record() | {"finished": finished, "identity": self.identity})
 
     def _save(self, record: dict[str, Any]) -> None:
         side = self.side(RECORD)
@@ -294,7 +305,14 @@ class RunFolder:
         """Files at a place of ours that are not on the list."""
         listed = {self.path / path for path in self.record()["files"]}
         place = self.path / name
+        if self._replaced(name):
+            return [place]
         return [path for path in (_files(place) if place.is_dir() else [place]) if path.exists() and path not in listed]
+
+    def _replaced(self, name: str) -> bool:
+        """Whether a folder's name is a link, and leads to something else than what this run has written."""
+        place, written = self.path / name, self.record()["folders"].get(name)
+        return place.is_symlink() and place.is_dir() and any(_files(place)) and _hash(place) != written
 
     def _check_place(self, name: str, kind: type[Exception]) -> None:
         if foreign := self._foreign(name):
@@ -314,7 +332,8 @@ class RunFolder:
             side.parent.mkdir(parents=True, exist_ok=True)
             yield side
             inside = {f"{name}/{path.relative_to(side)}": path.stat().st_size for path in _files(side)}
-            self._list(inside if side.is_dir() else {name: side.stat().st_size}, instead_of=name)
+            files, folder = (inside, _hash(side)) if side.is_dir() else ({name: side.stat().st_size}, None)
+            self._list(files, instead_of=name, folder=folder)
             settle(side, self._target(name))
         except Exception as error:
             if refusal(error) is None:
@@ -323,21 +342,26 @@ class RunFolder:
                 remove(side)
             raise self._failure(self.path / name, error) from error
 
-    def _list(self, files: dict[str, int], instead_of: str | None = None) -> None:
-        """Put files on the list, in place of those under a name. The record of a run that has not begun is not kept."""
+    def _list(self, files: dict[str, int], instead_of: str | None = None, folder: str | None = None) -> None:
+        """Put files on the list, in place of those under a name, and the hash of the folder that they are, if they are
+        one. The record of a run that has not begun is not kept."""
         if not (self.path / RECORD).exists():
             return
         record = self.record()
         gone = f"{instead_of}/"
         record["files"] = {name: size for name, size in record["files"].items() if not name.startswith(gone)} | files
+        if instead_of is not None:
+            record["folders"] = {name: one for name, one in record["folders"].items() if name != instead_of}
+            record["folders"] |= {instead_of: folder} if folder else {}
         self._save(record)
 
     def discard(self, name: str) -> None:
         """Delete a file or folder of ours."""
         path, side = self.path / name, self.side(name)
         if path.exists() and not self._foreign(name):
-            os.replace(path, side)
+            os.replace(self._target(name), side)
             remove(side)
+            path.unlink(missing_ok=True)  # a link
             self._list({}, instead_of=name)
 
     def _failure(self, target: Path, error: Exception) -> RunFailed:
@@ -424,6 +448,17 @@ def settle(side: Path, target: Path) -> None:
 
 def _files(place: Path) -> list[Path]:
     return sorted(path for path in place.rglob("*") if path.is_file() or path.is_symlink())
+
+
+def _prepared(entry: Path) -> bool:
+    """Whether an entry is `final` as a link to a place where nothing lies yet: where somebody wants the model to be."""
+    return entry.name == "final" and entry.is_symlink() and not entry.is_file() and not _files(entry)
+
+
+def _hash(folder: Path) -> str:
+    """Of the names and contents of a folder's files."""
+    lines = [f"{path.relative_to(folder)} {of_file(path)}\n" for path in _files(folder) if path.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:

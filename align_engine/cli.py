@@ -136,9 +136,8 @@ def explain(name: str, recipe: Recipe, others: Sequence[str]) -> None:
     import tyro
 
     for section in vars(recipe).values():
-        for field in recipes.REQUIRED:
-            if getattr(section, field, None) == "":
-                setattr(section, field, tyro.MISSING)
+        for field, value in vars(section).items():  # they are printed as defaults
+            setattr(section, field, tyro.MISSING if field in recipes.REQUIRED and value == "" else masked(value))
     said = f"{type(recipe).__doc__}\n\n--recipe FILE: a YAML file of the names below; flags override it."
     flat = (tyro.conf.OmitArgPrefixes,)
     tyro.cli(type(recipe), args=["--help"], prog=f"align {name}", description=said, default=recipe, config=flat)

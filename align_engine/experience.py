@@ -87,12 +87,19 @@ class Prompts:
             self.accelerator.print(f"completions come from {masked(url)}, which shows itself as {self.kind}")
             if flat(self.recipe).get("vllm_importance_sampling_correction"):
                 check_correction(self.settings, self.kind)
-            self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, vocab_size(name))
+            size = vocab_size(name, self.recipe.model.trust_remote_code)
+            self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, size)
         self.server_weights: ServerWeights | None = None
         if self.settings.server_weights:
             self.server_weights = ServerWeights(self.settings.server_weights, self.recipe.model.model_name_or_path)
             self.server_weights.check()
-        self.scorers = scoring.load_rewards(self.settings.reward_funcs, self.accelerator.device)
+        if "prompt" not in self.columns.column_names:  # rows of ids: scorers read their text
+            texts, ids = [""] * len(self.columns), self.rows["prompt_ids"]
+            for index, text in zip(self.rows["index"], self.tokenizer.batch_decode(ids[:], skip_special_tokens=True)):
+                texts[index] = text
+            self.columns = self.columns.add_column("prompt", texts)
+        trusted = self.recipe.model.trust_remote_code
+        self.scorers = scoring.load_rewards(self.settings.reward_funcs, self.accelerator.device, trusted)
         for scorer in self.scorers:
             if scorer.check is not None:
                 asked: Any = self.columns.select(self.rows["index"][:]).select_columns("prompt").iter(1000)

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from align_engine.errors import BadInput
 from align_engine.json_text import loads
+from align_engine.modelfiles import adapter_base
 
 WHOLE = 2**23  # bytes of the largest file that is hashed whole
 STRIDE, BLOCK = 2**22, 2**12  # bytes between the blocks of larger ones, and of each block
@@ -50,19 +51,18 @@ def of_model(path: str | Path) -> str:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return _commit(str(path))[:16]
-    files = [file for file in sorted(folder.iterdir()) if file.suffix in PARTS and file.is_file()]
+        commit, base = _commit(str(path)), adapter_base(str(path))
+        return hashlib.sha256(f"{commit}{of_model(base)}".encode()).hexdigest()[:16] if base else commit[:16]
+    inside = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = [file for file in sorted(inside) if file.suffix in PARTS and file.is_file()]
     digest = hashlib.sha256()
     try:
         for file in files:
             digest.update(f"{file.name} {of_file(file)}\n".encode())
-        if (adapter := folder / "adapter_config.json").exists():
-            base = loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-            digest.update(of_model(base).encode() if base else b"")
-    except (OSError, ValueError) as error:
-        raise (
-            error if isinstance(error, BadInput) else BadInput(f"cannot read the model in {folder}: {error}")
-        ) from error
+    except OSError as error:
+        raise BadInput(f"cannot read the model in {folder}: {error}") from error
+    if (base := adapter_base(str(folder))) is not None:
+        digest.update(of_model(base).encode())
     return digest.hexdigest()[:16]
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from align_engine.errors import AlignError, BadInput
 from align_engine.fingerprint import of_file
 
@@ -86,7 +88,7 @@ def fingerprint(spec: str, field: str) -> str:
 
 
 def _sources(path: Path) -> list[Path]:
-    """A source file, and the modules beside it that it imports, and so on."""
+    """A source file, and the modules outside libraries that it imports, and so on."""
     found, waiting = [], [path]
     while waiting:
         path = waiting.pop()
@@ -96,13 +98,24 @@ def _sources(path: Path) -> list[Path]:
         with contextlib.suppress(*UNREADABLE):  # told where it is imported
             for node in ast.walk(ast.parse(path.read_bytes())):
                 names = [one.name for one in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+                level = node.level if isinstance(node, ast.ImportFrom) else 0
                 if isinstance(node, ast.ImportFrom):
                     names = [node.module] if node.module else names  # `from . import name`
                 for name in names:
-                    module = path.parent / name.partition(".")[0]
-                    beside = [module.with_suffix(".py"), *module.glob("**/*.py")]
-                    waiting += [one for one in beside if one.is_file()]
+                    waiting += _files_of(name.partition(".")[0], path.parents[max(level, 1) - 1], level == 0)
     return sorted(found)
+
+
+def _files_of(name: str, folder: Path, anywhere: bool) -> list[Path]:
+    """Files of the module or package `name` in a folder, or wherever else Python finds it that is no library."""
+    places = [folder / name]
+    with contextlib.suppress(ImportError, ValueError):
+        spec = importlib.util.find_spec(name) if anywhere else None
+        if spec is not None and spec.has_location and spec.origin and not spec.origin.startswith((OURS, *LIBRARIES)):
+            origin = Path(spec.origin)
+            places.append(origin.parent if origin.stem == "__init__" else origin.with_suffix(""))
+    files = [file for place in places for file in (place.with_suffix(".py"), *place.glob("**/*.py"))]
+    return [file for file in files if file.is_file()]
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -143,7 +156,8 @@ def _known(path: Path | None) -> str:
 
 class foreign:
     """Around code that is not ours: whatever it raises, SystemExit too, becomes an error of ours that names it, file
-    and line. Errors that are ours already pass, and so does Ctrl-C.
+    and line. Errors that are ours already pass, and so does Ctrl-C. Gradients that it turns off are on
+    again afterwards.
 
     Args:
         what: the code, as the message begins.
@@ -155,8 +169,10 @@ class foreign:
 
     def __enter__(self) -> None:
         """Not a generator of contextlib's: that would let StopIteration through."""
+        self.gradients = torch.is_grad_enabled()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        torch.set_grad_enabled(self.gradients)
         if error is None or isinstance(error, (AlignError, KeyboardInterrupt)):
             return
         raise self.kind(f"{self.what}{_place(error)}: {type(error).__name__}: {_text(error)}") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_engine import fingerprint
+from align_engine.checkpoint import RECORD
 from align_engine.errors import BadInput
+from align_engine.modelfiles import adapter_base, cached_file
 from align_engine.recipe import flat
 
 if TYPE_CHECKING:
@@ -19,13 +22,18 @@ OUTPUTS = ("output_dir", "server_weights")
 
 
 def local_inputs(recipe: Recipe) -> list[tuple[str, Path]]:
-    """(field, path) of each file and folder of this machine that the recipe reads."""
+    """(field, path) of each file and folder of this machine that the recipe reads: base models of adapters, and what
+    the hub's cache holds of a name, are among them."""
+    from align_engine.rewards import is_model
+
     values = flat(recipe)
-    named = [(name, values.get(name)) for name in MODELS + DATA]
-    named += [
-        (name, spec.partition(".py:")[0] + ".py" * (".py:" in spec)) for name in CODE for spec in values.get(name) or ()
-    ]
-    found = [(name, located(name, value)) for name, value in named if value and "://" not in value]
+    models = [(name, values[name]) for name in MODELS if values.get(name)]
+    models += [("reward_funcs", spec) for spec in values.get("reward_funcs") or () if is_model(spec)]
+    named = [(name, str(place)) for name, model in models for place in _places(model)]
+    named += [(name, values[name]) for name in DATA if values.get(name)]
+    files = [(name, spec.partition(".py:")) for name in CODE for spec in values.get(name) or ()]
+    named += [(name, f"{place}.py") for name, (place, colon, _) in files if colon]
+    found = [(name, located(name, value)) for name, value in named if "://" not in value]
     return [(name, path) for name, path in found if path.exists()]
 
 
@@ -44,6 +52,21 @@ def located(field: str, value: str) -> Path:
     return path
 
 
+def _places(model: str) -> list[Path]:
+    """Where a model lies, here or in the hub's cache, and the models that its adapters lie on."""
+    found: list[Path] = []
+    while (path := Path(model)) not in found:
+        found.append(path)
+        try:
+            here = path.is_dir() or None
+            cached = here or cached_file(model, "config.json") or cached_file(model, "adapter_config.json")
+            found += [cached.parent] if isinstance(cached, Path) else []
+            model = adapter_base(model) or model
+        except (OSError, BadInput):  # is told where the model is loaded
+            break
+    return found
+
+
 def check_outputs(recipe: Recipe) -> None:
     """Refuse a folder to write to that is, or holds, something that the run reads; changes nothing.
 
@@ -52,20 +75,31 @@ def check_outputs(recipe: Recipe) -> None:
     """
     values = flat(recipe)
     outputs = [(name, located(name, values[name])) for name in OUTPUTS if values.get(name)]
+    inputs = [(field, path, _reached(path)) for field, path in local_inputs(recipe)] if outputs else []
     for name, output in outputs:
-        for field, path in local_inputs(recipe):
+        # only in a run of ours are links followed; anything else is refused, or replaced as a whole
+        written = _reached(output) if (output / RECORD).exists() else [output.resolve()]
+        for field, path, read in inputs:
             input_is = f"{field} = {str(path)!r}"
-            if _holds(output, path):
+            if any(_holds(one, other) for one in written for other in read):
                 raise BadInput(f"{name} = {str(output)!r} is or holds {input_is}: write to another folder")
-            if field in DATA and path.is_dir() and _holds(path, output):
+            if field in DATA and path.is_dir() and any(_holds(path.resolve(), one) for one in written):
                 raise BadInput(f"{name} = {str(output)!r} lies inside the data, {input_is}: write to another folder")
         for other, place in outputs:
-            if name != other and _holds(output, place):
+            if name != other and any(_holds(one, place.resolve()) for one in written):
                 raise BadInput(f"{name} = {str(output)!r} is or holds {other} = {str(place)!r}: give two folders apart")
 
 
+def _reached(path: Path) -> list[Path]:
+    """Where a file or folder lies, and what the links in it lead to."""
+    found = [path.resolve()]
+    for folder, folders, files in os.walk(path):
+        inside = [Path(folder, name) for name in (*folders, *files)]
+        found += [one.resolve() for one in inside if one.is_symlink()]
+    return found
+
+
 def _holds(folder: Path, path: Path) -> bool:
-    folder, path = folder.resolve(), path.resolve()
     return folder == path or folder in path.parents
 
 

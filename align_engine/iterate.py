@@ -60,6 +60,7 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     check_choices(first, accelerator.device)
     check_loss(ALGORITHMS[recipe.iteration.method], first)
     from_recipe(first)
+    recipes.check(round_recipe(recipe, "model", Path("round-2"), 2))  # has another reference
     with open_folder("iterate", recipe, accelerator) as (folder, finished):
         if not finished:
             all_rounds(recipe, accelerator, folder)
@@ -112,6 +113,9 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
     if unset := [setting for setting in options.method_settings if "=" not in setting]:
         raise BadInput(f"method_settings: {unset[0]!r} is not of the form name=value")
     changes["loss"] = dict(setting.split("=", 1) for setting in options.method_settings)
+    if "ref_model_name_or_path" in changes["loss"]:
+        way = "it is `--reference initial` or `previous` that says what the rounds are compared with"
+        raise BadInput(f"method_settings: ref_model_name_or_path is set by each round: {way}")
     changes["model"]["model_name_or_path"] = model
     changes["data"] |= {"dataset_name": str(here / "pairs.jsonl"), "dataset_train_split": "train"}
     changes["output"] |= {"output_dir": str(here / "train"), "overwrite": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -109,19 +110,48 @@ def _damaged(file: Path, why: str) -> BadInput:
     return BadInput(f"{file} is damaged ({why}): copy, download or save the model again")
 
 
-def adapter_base(path: str) -> str | None:
-    """The base model that a folder of saved adapters names, or None for a folder or hub name of a whole model.
+def cached_file(name: str, file: str) -> Path | None:
+    """A file of a hub name in the local cache, if it is there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
+    try:
+        found = try_to_load_from_cache(name, file)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model that saved adapters name, or None for a whole model.
+
+    Args:
+        path: a folder, or a hub name, which is looked up in the local cache and on the hub.
     Raises:
         BadInput: an adapter_config.json that is damaged or names no base model.
     """
     file = Path(path) / "adapter_config.json"
+    if not file.parent.exists():
+        file = cached_file(path, file.name) or _fetched(path, file.name) or file
     if not file.exists():
         return None
     base = read_settings(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise _damaged(file, "it names no base_model_name_or_path")
     return base
+
+
+@functools.cache
+def _fetched(name: str, file: str) -> Path | None:
+    """A small file of a hub name that the cache does not hold; None where the hub has none, or does not answer."""
+    from huggingface_hub import hf_hub_download, is_offline_mode
+
+    if is_offline_mode() or cached_file(name, "config.json"):  # a whole model
+        return None
+    try:
+        return Path(hf_hub_download(name, file, etag_timeout=HUB_SECONDS))
+    except Exception:  # no such name, no such file, no network: told where the model is loaded
+        return None
 
 
 def check_report(path: str, model: Any, report: dict[str, Any], fresh_head: bool = False) -> set[str]:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
 
 
-def load_tokenizer(path: str, distinct_pad: bool = False, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    path: str, distinct_pad: bool = False, trust_remote_code: bool = False, field: str = "model_name_or_path"
+) -> Any:
     """The tokenizer saved beside a model.
 
     Args:
@@ -29,12 +31,13 @@ def load_tokenizer(path: str, distinct_pad: bool = False, trust_remote_code: boo
             with a score head needs, for transformers' own forward finds its last token by the pad id. Default False:
             pad falls back to EOS, as attention is by masks only.
         trust_remote_code: run code that lies beside the tokenizer. Default False: refuse it.
+        field: of the recipe, that names the path.
     Raises:
         BadInput: none there that transformers can load; one without pad and EOS tokens.
     """
     from transformers import AutoTokenizer
 
-    check_path(path)
+    check_path(path, field)
     if Path(path).is_dir():
         check_files(Path(path))
     try:
@@ -71,11 +74,24 @@ def load_model(path: str, section: ModelSection, kind: Any = None, fresh_head: b
     model, fresh = _load(path, section, kind, fresh_head, options)
     if fresh:
         PartialState().print(f"{path}: its weights hold no {listed(fresh)}; a fresh head is made")
+    check_numbers(path, model)
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             # else an evaluation repacks bitsandbytes' weights for a product that has no gradients, and so they stay
             vars(module)["support_avx512bf16_for_cpu"] = False
     return model
+
+
+@torch.no_grad()
+def check_numbers(path: str, model: nn.Module) -> None:
+    """Refuse weights that are infinite or not a number, naming tensors."""
+    held = [
+        (name, weight) for name, weight in model.named_parameters() if weight.is_floating_point() and weight.numel()
+    ]
+    held = [(name, weight) for name, weight in held if not weight.is_meta and weight.dtype.itemsize > 1]
+    broken = [name for name, weight in held if not all(map(torch.isfinite, weight.aminmax()))]
+    if broken:
+        raise BadInput(f"the weights of {path!r} are infinite or not a number in {listed(broken)}")
 
 
 def _load(
@@ -143,16 +159,17 @@ def _reason(error: Exception) -> str:
     return f"{' '.join(text.partition(chr(10) * 2)[0].split()):.300}" or type(error).__name__
 
 
-def vocab_size(path: str) -> int:
+def vocab_size(path: str, trust_remote_code: bool = False) -> int:
     """Rows of the embeddings of a model in a folder or of a hub name, without loading it.
 
     Raises:
-        BadInput: its configuration cannot be read.
+        BadInput: its configuration cannot be read, or needs code of its own, which is not trusted.
     """
     from transformers import AutoConfig
 
     try:
-        return int(AutoConfig.from_pretrained(adapter_base(path) or path).get_text_config().vocab_size)
+        config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
     except BadInput:
         raise
     except Exception as error:
@@ -176,14 +193,22 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": PartialState().device}}
 
 
-def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM") -> nn.Module:
-    """The model with fresh LoRA adapters, the rest frozen; with task_type "SEQ_CLS" its score head trains too."""
+def add_adapters(
+    model: Any, section: ModelSection, task_type: str = "CAUSAL_LM", dropout: float | None = None
+) -> nn.Module:
+    """The model with fresh LoRA adapters, the rest frozen; with task_type "SEQ_CLS" its score head trains too.
+
+    Args:
+        dropout: inside the adapters. Default None: the section's lora_dropout.
+    Raises:
+        BadInput: peft cannot put adapters on these modules, or not with dropout (as on experts).
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=section.lora_r,
         lora_alpha=section.lora_alpha,
-        lora_dropout=section.lora_dropout,
+        lora_dropout=section.lora_dropout if dropout is None else dropout,
         target_modules=section.lora_target_modules or "all-linear",
         task_type=task_type,
     )
@@ -191,6 +216,8 @@ def add_adapters(model: Any, section: ModelSection, task_type: str = "CAUSAL_LM"
     try:
         adapted: Any = get_peft_model(model, config)
     except ValueError as error:
+        if "lora_dropout" in str(error):
+            raise BadInput(f"lora_dropout = {config.lora_dropout}: {_reason(error)} Set lora_dropout to 0") from error
         raise BadInput(f"{asked}: {_reason(error)}") from error
     reached = [f".{name}" for name in adapted.base_model.targeted_module_names]
     if lost := [one for one in section.lora_target_modules or () if not any(r.endswith(f".{one}") for r in reached)]:

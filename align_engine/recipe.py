@@ -34,6 +34,7 @@ from align_engine.fields import (
 )
 from align_engine.secrets import masked
 
+Rate = Annotated[float, Range("(0, 1e30]")]  # what AdamW makes of it fits into float32
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "callbacks", "output_dir", "server_weights"}  # fmt: skip
@@ -363,14 +364,14 @@ class PpoLoss(Section):
     """Weight of an entropy bonus."""
     value_model_name_or_path: str | None = None
     """Model that the critic starts from, e.g. the reward model (None: a linear head on the policy's hidden states)."""
-    value_learning_rate: Positive = 1e-5
+    value_learning_rate: Rate = 1e-5
     """Highest learning rate of the critic, on the policy's schedule: it starts from less than the policy does."""
 
 
 class TrainSection(Section):
     """Training."""
 
-    learning_rate: Positive = 2e-5
+    learning_rate: Rate = 2e-5
     """Highest learning rate of AdamW."""
     per_device_train_batch_size: Count = 8
     """Rows (pairs, for dpo) in one forward pass on one device."""
@@ -745,6 +746,9 @@ def _reference_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "reference", "needs --use_peft: there are no adapters"
     if path and kind in ("none", "ema", "adapter-off", "adapter-copy"):
         yield "ref_model_name_or_path", f"is another reference than reference = {kind!r}: leave one of them out"
+    weight = "kl_coef" if "kl_coef" in values else "beta"
+    if path and values.get(weight) == 0:
+        yield "ref_model_name_or_path", f"is not read where {weight} = 0: leave it out, or raise {weight}"
 
 
 def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

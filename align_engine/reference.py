@@ -90,6 +90,7 @@ def attach(engine: Engine) -> nn.Module | None:
         else:
             model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
         hook.check_head(model.eval())
+        hook.check_causal(model)
     if kind == "ema":
         whole = list(zip(model.parameters(), engine.model.parameters()))
         pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole

@@ -12,11 +12,12 @@ answers {"scores": [...]}. The environment variable ALIGN_SCORER_API_KEY, where 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -36,7 +37,7 @@ from align_engine.data.formats import BadRow, is_conversational
 from align_engine.errors import BadInput, RunFailed
 from align_engine.importing import foreign, load_object
 from align_engine.json_text import loads
-from align_engine.policy import load_tokenizer
+from align_engine.policy import check_positions, load_tokenizer, vocabulary
 from align_engine.recipe import ModelSection, RolloutSection
 from align_engine.secrets import check_address, masked
 from align_engine.server import post_all
@@ -79,7 +80,7 @@ def part(answers: dict[str, list[Any]], start: int, end: int) -> dict[str, list[
     return {name: values[start:end] for name, values in answers.items()}
 
 
-def load_rewards(specs: Sequence[str], device: torch.device) -> list[Reward]:
+def load_rewards(specs: Sequence[str], device: torch.device, trust_remote_code: bool = False) -> list[Reward]:
     """The scorers of the recipe's `reward_funcs`, each under a name of its own: its last part (of the path, the module
     or the address), with as many of those before it as tell it from the others."""
     paths = [_parts(spec) for spec in specs]
@@ -90,17 +91,18 @@ def load_rewards(specs: Sequence[str], device: torch.device) -> list[Reward]:
     found = []
     for i, spec in enumerate(specs):
         size = next((size for size in range(1, len(paths[i])) if not shared(i, size)), len(paths[i]))
-        found.append(load_reward(spec, device)._replace(name="/".join(paths[i][-size:])))
+        found.append(load_reward(spec, device, trust_remote_code)._replace(name="/".join(paths[i][-size:])))
     return found
 
 
-def load_reward(spec: str, device: torch.device) -> Reward:
+def load_reward(spec: str, device: torch.device, trust_remote_code: bool = False) -> Reward:
     """The scorer that one of the recipe's `reward_funcs` stands for.
 
     Args:
         spec: "package.module:function", "path/to/file.py:function", the folder or hub name of a reward model,
             "http://..." of a scorer, or "human".
         device: of reward models.
+        trust_remote_code: run code that lies beside them. Default False: refuse it.
     Raises:
         BadInput: nothing of that name.
     """
@@ -110,7 +112,7 @@ def load_reward(spec: str, device: torch.device) -> Reward:
     if spec.startswith(ADDRESSES):
         return Reward(name, partial(_ask, spec))
     if not is_function(spec):
-        return reward_model(spec, device)
+        return reward_model(spec, device, trust_remote_code=trust_remote_code)
     function = load_object(spec, "reward_funcs")
     if not callable(function):
         raise BadInput(f"reward_funcs: {spec!r} is not a function")
@@ -142,6 +144,21 @@ def fingerprint(spec: str) -> str:
     if not is_function(spec):
         return fingerprints.of_model(spec)
     return importing.fingerprint(spec, "reward_funcs")
+
+
+def is_model(spec: str) -> bool:
+    """Whether a scorer is named as the folder or hub name of a reward model."""
+    return spec != HUMAN and not spec.startswith(ADDRESSES) and not is_function(spec)
+
+
+@contextlib.contextmanager
+def no_model(path: str) -> Iterator[None]:
+    """Around the loading of a reward model: a BadInput says what scorers are called, too."""
+    try:
+        yield
+    except BadInput as error:
+        functions = "a function is named module:function or file.py:function"
+        raise BadInput(f"reward_funcs: {path!r} is no reward model ({functions}): {error}") from error
 
 
 def is_function(spec: str) -> bool:
@@ -263,27 +280,29 @@ async def _ask(url: str, completion_ids: list[list[int]], **columns: list[Any]) 
     return found
 
 
-def reward_model(path: str, device: torch.device, batch_size: int = 32) -> Reward:
+def reward_model(path: str, device: torch.device, batch_size: int = 32, trust_remote_code: bool = False) -> Reward:
     """An AutoModelForSequenceClassification with one label, which scores in the tokenisation that it was trained on.
 
     Args:
         path: its folder or hub name, with its tokenizer.
         device: where it runs.
         batch_size: completions of one forward pass.
+        trust_remote_code: run code that lies beside it. Default False: refuse it.
     Raises:
         BadInput: there is no such model. By the scorer's `check`: its chat template, or the lack of one, refuses
             prompts.
     """
-    try:
-        tokenizer = load_tokenizer(path, distinct_pad=True)
-        loaded: Any = heads.load_scalar_model(path, ModelSection(dtype="auto"), tokenizer.pad_token_id)
-    except BadInput as error:
-        functions = "a function is named module:function or file.py:function"
-        raise BadInput(f"reward_funcs: {path!r} is no reward model ({functions}): {error}") from error
+    with no_model(path):
+        tokenizer = load_tokenizer(path, True, trust_remote_code, "reward_funcs")
+        section = ModelSection(dtype="auto", trust_remote_code=trust_remote_code)
+        loaded: Any = heads.load_scalar_model(path, section, tokenizer.pad_token_id)
     model, encoder = loaded.to(device).eval().requires_grad_(False), Encoder(tokenizer)
+    held = vocabulary(model)
 
     def encoded(prompt: Any, completion: Any) -> dict[str, Any]:
         prompt_ids, (ids,), _notes = encoder.split(prompt, [completion], {"tools": None})
+        if (largest := max(*prompt_ids, *ids)) >= held:
+            raise BadInput(f"its tokenizer gives the id {largest}, and its embeddings hold {held} tokens")
         return {"prompt_ids": prompt_ids, "completion_ids": ids}
 
     def check(prompts: Iterable[Any]) -> None:
@@ -304,6 +323,8 @@ def reward_model(path: str, device: torch.device, batch_size: int = 32) -> Rewar
         rows, found = [encoded(*pair) | {"index": i} for i, pair in enumerate(zip(prompts, completions))], []
         for start in range(0, len(rows), batch_size):
             batch = collate_sft(rows[start : start + batch_size], tokenizer.pad_token_id).to(device)
+            with no_model(path):
+                check_positions(model, batch.input_ids.shape[1])
             found += heads.scores(model, batch.input_ids, batch.attention_mask).tolist()
         if any(map(math.isnan, found)):
             raise RunFailed(f"the reward model {path!r} gives NaN: its weights, or its dtype, are broken")

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from transformers.trainer_utils import align_special_tokens
 
-from align_engine import heads, inputs, policy, ranks, stops
+from align_engine import heads, inputs, policy, ranks, rewards, stops
 from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
@@ -93,6 +93,7 @@ def fit(
     check_others(recipe, tokenizer, filter(None, (source, evaluation)))
     if not algorithm.scalar:
         hook.check_head(model)
+        hook.check_causal(model)
     check_room(folder, model, recipe)
     facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
     check_extent(folder, recipe, steps)
@@ -203,7 +204,7 @@ def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> Non
     parts = list(parts)
     for field in ("ref_model_name_or_path", "value_model_name_or_path"):
         if path := recipes.flat(recipe).get(field):
-            held, said = policy.vocab_size(path), f"{field} = {path!r}"
+            held, said = policy.vocab_size(path, recipe.model.trust_remote_code), f"{field} = {path!r}"
             for part in parts:
                 check_vocab(part.rows, held, said)
             if isinstance(recipe, OnlineRecipe) and held < len(tokenizer):  # completions may hold any of them
@@ -217,6 +218,9 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     for field in ("model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path"):
         if path := recipes.flat(recipe).get(field):
             policy.check_path(path, field)
+    for spec in filter(rewards.is_model, recipes.flat(recipe).get("reward_funcs") or ()):
+        with rewards.no_model(spec):
+            policy.check_path(spec, "reward_funcs")
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     try:
         if recipe.kernels.impl != "eager":
@@ -365,7 +369,8 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
         raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
     model = heads.load_scalar_model(path, section, pad, True) if algorithm.scalar else policy.load_model(path, section)
     if section.use_peft and policy.adapter_base(path) is None:
-        model = policy.add_adapters(model, section, "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM")
+        task = "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM"
+        model = policy.add_adapters(model, section, task, section.lora_dropout if algorithm.dropout else 0.0)
     if section.use_peft and algorithm.refers(recipe) and references.of(recipe)[0] in ("adapter-copy", "ema"):
         references.copy_adapter(model)
     if isinstance(recipe, PpoRecipe):

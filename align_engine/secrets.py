@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from align_engine.errors import BadInput
 
 MASK = "***"
-ADDRESS = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)(\S+)")
+ADDRESS = re.compile(r"([A-Za-z][\w+.-]{0,30}://)(\S+)")
 # what stands before the @ of the host: up to the last @ in front of the path, or, where a password holds / ? or #
 # unquoted (what should be a port is no number then), up to the last @ of all
 USER = re.compile(r"^(?:[^/?#]*@|[^/?#@:\[]*:(?!\d*(?:[/?#]|$)).*@)")
@@ -63,7 +63,8 @@ def check_address(address: str, field: str, variable: str) -> None:
     except ValueError:  # brackets that do not close, a port that is no number
         whole = False
     if not whole:
-        raise BadInput(f"{field} = {masked(address)!r} is not of the form http://host:port (special characters of a "
+        shown = masked(address) if "://" in address else masked(f"http://{address}").removeprefix("http://")
+        raise BadInput(f"{field} = {shown!r} is not of the form http://host:port (special characters of a "
                        "password are percent-encoded)")  # fmt: skip
 
 

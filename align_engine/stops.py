@@ -64,7 +64,10 @@ def graceful(say: Callable[[str], None]) -> Iterator[None]:
                 leave(number)
             return
         WISH.asked, since = True, time.monotonic()
-        say(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; once more ends it at once")
+        with contextlib.suppress(RuntimeError):  # the signal has come in the middle of another line
+            say(
+                f"{signal.Signals(number).name}: stopping after this step, with a checkpoint; once more ends it at once"
+            )
         if processes == 1:  # the system's own handler also works while a long operation runs
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_DFL)

@@ -6,6 +6,7 @@ a chain of URLs into a name with `::`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,13 @@ class Files(datasets.ArrowBasedBuilder):
         return datasets.DatasetInfo()
 
     def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        found = dl_manager.download_and_extract(self.config.data_files)
+        named: Any = (
+            self.config.data_files
+        )  # local ones as they are: a download would read variables into a `$` of a name
+        found = {
+            name: [file if os.path.isfile(file) else dl_manager.download_and_extract(file) for file in files]
+            for name, files in named.items()
+        }
         self.info.features = self.features([file for files in found.values() for file in files])
         return [datasets.SplitGenerator(name=name, gen_kwargs={"files": files}) for name, files in found.items()]
 

@@ -125,7 +125,7 @@ def _files(path: str | Path, local: Path) -> DataFilesDict:
             raise BadInput(f"'{path}': unknown file type '{local.suffix}', expected {TYPES}{packed}")
         return _stamped({"train": [local]})
     hidden = re.compile(r"(^|/)[._]")
-    found = [file for file in sorted(local.rglob("*")) if file.is_file() and file.suffix.lower() in READERS]
+    found = [file for file in sorted(_walk(local, set())) if file.is_file() and file.suffix.lower() in READERS]
     found = [
         file for file in found if file.name not in NO_DATA and not hidden.search(file.relative_to(local).as_posix())
     ]
@@ -139,6 +139,14 @@ def _files(path: str | Path, local: Path) -> DataFilesDict:
         splits.setdefault(_split(file.relative_to(local)) or "", []).append(file)
     unnamed = splits.pop("", [])
     return _stamped(splits or {"train": unnamed})
+
+
+def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    """What lies in a folder, behind links too; each folder once."""
+    if folder.resolve() not in seen:
+        seen.add(folder.resolve())
+        for entry in folder.iterdir():
+            yield from _walk(entry, seen) if entry.is_dir() else [entry]
 
 
 def _split(file: Path) -> str | None:

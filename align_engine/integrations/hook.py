@@ -208,3 +208,29 @@ def check_head(model: nn.Module) -> None:
         raise BadInput(
             f"{type(causal).__name__} changes its logits in a way that the fused loss does not know ({read})"
         )
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module) -> None:
+    """Prove on a few tokens that what the model says of a token does not depend on those behind it: encoders of
+    transformers (BERT and its like) load as causal language models too, and see the answer that they are asked for.
+
+    Raises:
+        BadInput: naming the model.
+    """
+    causal, training = causal_model(model), model.training
+    weight = head_weights(head_module(causal))["weight"]
+    ids = torch.arange(16, device=weight.device).view(2, 8) % len(weight)
+    ids[1, :4] = ids[0, :4]  # the same beginning
+    seen: list[Tensor] = []
+    with head_forward(head_module(causal), lambda hidden: seen.append(hidden) or hidden @ weight.to(hidden.dtype).T):
+        model.eval()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        model.train(training)
+    one, other = seen[0][:, :4].double()
+    rounding = 1e-4 if seen[0].dtype in (torch.float32, torch.float64) else 3e-2
+    if float((one - other).norm()) > rounding * float(one.norm()):
+        raise BadInput(
+            f"{type(causal).__name__} sees the tokens that it is asked for: it is no causal language model (of an "
+            "encoder that can be one, is_decoder must be true in its config.json)"
+        )

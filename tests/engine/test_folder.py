@@ -383,3 +383,68 @@ def test_the_record_holds_what_the_folder_holds(stopped):
     files = json.loads((stopped / "run" / RECORD).read_text())["files"]
     there = {name for name in contents(stopped / "run") if name not in (RECORD, ".align.lock")}
     assert set(files) == there
+
+
+def test_links_lead_to_inputs_too(begun, model, completions, tmp_path):
+    place = tmp_path / "disk" / "model"
+    place.parent.mkdir()
+    (begun.path / "final").symlink_to(place)
+    write(begun, "final", model="weights")
+    shutil.copytree(model, place, dirs_exist_ok=True)
+    with pytest.raises(BadInput, match=r"output_dir = .* is or holds model_name_or_path"):
+        inputs.check_outputs(tiny.sft(place, completions, begun.path, overwrite=True))
+    (tmp_path / "linked").mkdir()
+    write(begun, "checkpoint-000001", config="{}")
+    (tmp_path / "linked" / "config.json").symlink_to(begun.path / "checkpoint-000001" / "config")
+    with pytest.raises(BadInput, match=r"output_dir = .* is or holds model_name_or_path"):
+        inputs.check_outputs(tiny.sft(tmp_path / "linked", completions, begun.path, overwrite=True))
+
+
+def test_the_base_of_adapters_is_an_input(begun, model, completions, tmp_path):
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(begun.path / "final")}))
+    shutil.copytree(model, begun.path / "final")
+    with pytest.raises(BadInput, match=r"output_dir = .* is or holds model_name_or_path"):
+        inputs.check_outputs(tiny.sft(adapters, completions, begun.path, overwrite=True))
+
+
+def test_a_link_that_leads_to_something_else_now_is_not_followed(begun, tmp_path):
+    write(begun, "final", model="ours")
+    shutil.move(begun.path / "final", tmp_path / "moved")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model").write_text("mine")
+    (begun.path / "final").symlink_to(tmp_path / "mine")
+    with pytest.raises(BadInput, match="final, which this run did not write"):
+        begun.finished(overwrite=True)
+    with pytest.raises(RunFailed, match="final is not this run's"):
+        write(begun, "final", model="new")
+    assert (tmp_path / "mine" / "model").read_text() == "mine"
+    (begun.path / "final").unlink()
+    (begun.path / "final").symlink_to(tmp_path / "moved")
+    write(begun, "final", model="new")
+    assert (tmp_path / "moved" / "model").read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["final/../../mine", "../mine", "{}/mine"])
+def test_a_list_that_names_what_lies_outside_is_no_list(name, begun, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    write(begun, "final", model="ours")
+    record = json.loads((begun.path / RECORD).read_text())
+    record["files"][name.format(tmp_path)] = 4
+    (begun.path / RECORD).write_text(json.dumps(record))
+    with pytest.raises(BadInput, match="not a record of a run"):
+        begun.finished(overwrite=True)
+    with pytest.raises(BadInput, match="not a record of a run"):
+        begun.delete()
+    assert (tmp_path / "mine").exists()
+
+
+def test_the_folder_stays_where_it_is_when_the_current_one_changes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder("run", {})
+    folder.begin({}, overwrite=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write(folder, "final", model="weights")
+    assert (tmp_path / "run" / "final" / "model").exists() and not list((tmp_path / "elsewhere").iterdir())

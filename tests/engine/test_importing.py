@@ -8,6 +8,7 @@ import pytest
 import tiny
 from transformers import TrainerCallback
 
+from align_engine import importing
 from align_engine.cli import main
 from align_engine.errors import BadInput, RunFailed
 from align_engine.importing import foreign, load_object
@@ -171,3 +172,17 @@ def test_a_callback_that_empties_its_numbers_takes_none_from_the_run(model, comp
     settings = dict(max_steps=2, eval_steps=1, eval_dataset_name=str(completions), load_best_model_at_end=True)
     folder = train("sft", tiny.sft(model, completions, tmp_path / "run", **settings), [Spoils()])
     assert folder.metrics.read_text().count("eval_loss") == 2
+
+
+def test_what_a_package_imports_from_itself_is_part_of_a_scorer(project, monkeypatch):
+    monkeypatch.syspath_prepend(str(project))
+    (project / "mypack" / "deep").mkdir(parents=True)
+    files = {"score": "from mypack.far import a\nfrom .near import b\ndef f(**_): return [a + b]\n", "__init__": "",
+             "far": "a = 1\n", "near": "b = 1\n"}  # fmt: skip
+    for name, text in files.items():
+        (project / "mypack" / f"{name}.py").write_text(text)
+    seen = {importing.fingerprint("mypack.score:f", "reward_funcs")}
+    for name in ("far", "near"):
+        (project / "mypack" / f"{name}.py").write_text("a = b = 2\n")
+        seen.add(importing.fingerprint("mypack.score:f", "reward_funcs"))
+    assert len(seen) == 3

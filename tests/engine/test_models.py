@@ -501,3 +501,21 @@ def test_a_module_for_adapters_that_is_not_there_is_refused(model, completions, 
     with pytest.raises(BadInput, match=r"lora_target_modules = .*: LlamaForCausalLM has no module 'nobody'"):
         train("sft", recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_no_policy(pairs, tmp_path):
+    folder = tiny.write_model(tmp_path / "bert")
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.BertConfig(vocab_size=policy.vocab_size(str(folder)), **sizes)
+    transformers.BertForMaskedLM(config).save_pretrained(folder)
+    with pytest.raises(BadInput, match="BertLMHeadModel sees the tokens that it is asked for"):
+        train("dpo", tiny.dpo(folder, pairs, tmp_path / "run"))
+
+
+def test_weights_that_are_no_numbers_are_refused_where_they_are_frozen_too(tmp_path):
+    folder = tiny.write_model(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.get_output_embeddings().weight.data[3, 1] = float("nan")
+    loaded.save_pretrained(folder)
+    with pytest.raises(BadInput, match=r"infinite or not a number in .*weight"):
+        policy.load_model(str(folder), ModelSection())

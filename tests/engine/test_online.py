@@ -8,7 +8,7 @@ import tiny
 import torch
 from runs import same_bits
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align_engine import experience, metrics
 from align_engine.checkpoint import RunFolder
@@ -17,6 +17,7 @@ from align_engine.iterate import iterate, kept
 from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
 from align_engine.rollout import Completion
 from align_engine.run import train
+from align_engine.stops import Stopped
 from align_engine.watch import warnings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
@@ -79,7 +80,7 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
 
     monkeypatch.setattr(tiny, "word_reward", stops_at_the_second)
     recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "cut", **settings)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         train("grpo", recipe)
     cut = train("grpo", recipe)
     assert scored[2] == scored[1] != scored[0]
@@ -129,7 +130,7 @@ def test_every_option_trains(name, settings, model, prompts, tmp_path, monkeypat
 def test_what_cannot_be_is_refused(model, prompts, tmp_path):
     for settings, message in (
         ({"reward_funcs": []}, "reward_funcs = .* is required"),
-        ({"reward_funcs": ["tiny:nothing"]}, "tiny has no 'nothing'"),
+        ({"reward_funcs": ["tiny:nothing"]}, "has no 'nothing'"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights"),
         ({"num_generations": 3}, "num_generations = 3 does not divide the 8 completions"),
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps = 2"),
@@ -238,7 +239,7 @@ def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, 
 
     monkeypatch.setattr(experience, "transformers_sampler", stops_at_the_fourth)
     recipe = iterate_recipe(model, prompts, tmp_path / "cut", rounds=1)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         iterate(recipe)
     cut = iterate(recipe)
     assert len(set(asked)) == 12 * 4 // 6 == len(asked) - 1, "batches of six; the fourth is asked for again"
@@ -265,3 +266,20 @@ def test_warnings_of_online_training():
         "sampling/sampling_logp_difference/mean",
     ]  # fmt: skip
     assert "95% of the tokens are clipped" in warnings({}, [], ill)[3]
+
+
+@pytest.mark.parametrize("kind", [GrpoRecipe, IterateRecipe], ids=["grpo", "iterate"])
+def test_scorers_read_the_text_of_prompts_that_are_ids(kind, model, tmp_path, monkeypatch):
+    seen = []
+
+    def looks(prompts, completions, **_):
+        seen.extend(prompts)
+        return [float(i) for i in range(len(completions))]
+
+    monkeypatch.setattr(tiny, "looks", looks, raising=False)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = tiny.prompt_rows(1)[0]["prompt"]
+    rows = tiny.write_rows(tmp_path / "ids.jsonl", [{"prompt_ids": tokenizer(text)["input_ids"]}] * 2)
+    recipe = tiny.online(kind, model, rows, tmp_path / "run", reward_funcs=["tiny:looks"])
+    iterate(recipe) if kind is IterateRecipe else train("grpo", recipe)
+    assert set(seen) == {text}

@@ -132,3 +132,15 @@ def test_the_recipes_of_the_repository_are_whole(path):
     """A recipe's name ends in its algorithm's."""
     made = recipes.load(kind := RECIPES[path.stem.rpartition("-")[2]], path)
     assert recipes.check(made) == made != kind()
+
+
+@pytest.mark.parametrize("kind, weight", [(recipes.GrpoRecipe, "beta"), (recipes.PpoRecipe, "kl_coef")])
+def test_a_reference_that_nobody_reads_is_refused(kind, weight):
+    changes = {"loss": {weight: 0.0}, "kl": {"ref_model_name_or_path": "another"}}
+    with pytest.raises(BadInput, match=f"ref_model_name_or_path = 'another' is not read where {weight} = 0"):
+        recipes.check(recipes.typed(kind(), changes, "here"))
+
+
+def test_a_learning_rate_beyond_float32_is_refused():
+    with pytest.raises(BadInput, match=r"learning_rate = 1e\+39 must lie in \(0, 1e30\]"):
+        recipes.check(recipes.typed(recipes.SftRecipe(), {"train": {"learning_rate": "1e39"}}, "here"))

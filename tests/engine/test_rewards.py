@@ -268,7 +268,7 @@ def test_ctrl_c_passes():
 
 # -- names ----------------------------------------------------------------------------------------------------------
 def test_scorers_of_one_name_are_told_apart(monkeypatch, tmp_path):
-    monkeypatch.setattr(rewards, "reward_model", lambda path, device: Reward("", spoils))
+    monkeypatch.setattr(rewards, "reward_model", lambda path, device, **_: Reward("", spoils))
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("def f(**_): pass\ndef g(**_): pass\n")
 
@@ -474,3 +474,12 @@ def test_what_is_no_address_is_refused_without_its_secret(address):
 def test_an_address_from_a_saved_recipe_lacks_its_key(scorer):
     with pytest.raises(BadInput, match=r"its password or key is not kept .* variable ALIGN_SCORER_API_KEY$"):
         load_reward("http://***@host/score?key=***", CPU)
+
+
+def test_a_function_that_turns_gradients_off_does_so_for_itself():
+    def off(completions, **_):
+        torch.set_grad_enabled(False)
+        return [0.0 for _ in completions]
+
+    rewards.score([Reward("off", off)], answers())
+    assert torch.is_grad_enabled()

@@ -257,3 +257,19 @@ def test_scorers_get_media_undecoded(model: Path, tmp_path: Path, capsys: Any) -
                "--no-gradient_checkpointing"]  # fmt: skip
     assert main([str(part) for part in command]) == 0
     assert "reward functions get extra undecoded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["$HOME.jsonl", "${SHELL}.jsonl"])
+def test_variables_in_a_files_name_are_letters(name, tmp_path):
+    (tmp_path / name).write_text(json.dumps({"text": "a"}) + "\n")
+    assert load_rows(tmp_path / name)["text"] == ["a"]
+
+
+def test_links_in_a_folder_of_data_are_followed_once(tmp_path):
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "elsewhere" / "a.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    (tmp_path / "data" / "b.jsonl").write_text(json.dumps({"text": "b"}) + "\n")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
+    assert sorted(load_rows(tmp_path / "data")["text"]) == ["a", "b"]
