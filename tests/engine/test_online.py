@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused(model, prompts, tmp_path):
         ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "multiple of gradient_accumulation_steps = 2"),
         ({"loss_type": "grpo", "entropy_coef": 0.1}, "entropy_coef = 0.1 needs a loss_type that counts tokens"),
         ({"server_weights": "somewhere"}, "server_weights = 'somewhere' needs server_base_url"),
-        ({"loss_type": "sigmoid"}, "loss_type: Invalid value 'sigmoid', expected one of .'dapo'"),
+        ({"loss_type": "sigmoid"}, "loss_type = 'sigmoid' is none of dapo"),
     ):
         with pytest.raises(BadInput, match=message):
             train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings))
