@@ -178,8 +178,8 @@ NEW = (
            "prompt = (kept + prompt[len(prompt) - room + len(kept) :])[:room]", "prompt = prompt[:room]",
            f"{ENGINE}test_data.py"),
     # folder
-    Mutant("links hide an input", f"{E}inputs.py", "folder, path = folder.resolve(), path.resolve()",
-           "folder, path = folder.absolute(), path.absolute()", FOLDER),
+    Mutant("links hide an input", f"{E}inputs.py", "    found = [path.resolve()]\n",
+           "    found = [path.absolute()]\n", FOLDER),
     Mutant("checkpoints in the order of their names", f"{E}checkpoint.py",
            "return [found[step] for step in sorted(found)",
            "return [found[step] for step in sorted(found, key=str)", FOLDER),
