@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-
-
-BEFORE, AFTER = "import pictures\npictures.leave_out()\n", "\nimport processes\nprocesses.leave()"
+AROUND = "import pictures, processes\npictures.leave_out()\nexec({code!r})\nprocesses.leave()"
 
 
 def free_port() -> int:
@@ -39,7 +37,7 @@ def run_ranks(world: int, code: str, *arguments: Any, **environment: str) -> Non
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", BEFORE + code + AFTER, *map(str, arguments)],
+            [sys.executable, "-c", AROUND.format(code=code), *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": paths} | rank | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
