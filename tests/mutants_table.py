@@ -7,7 +7,7 @@ from mutants import Mutant
 E, K = "align_engine/", "kernels/align_kernels/"
 ENGINE, CLI, KERNELS, DROP = "tests/engine/", "tests/cli/", "tests/kernels/", "tests/integrations/"
 CREDIT = f"{ENGINE}test_credit.py {ENGINE}test_online.py"
-ONLINE = f"{ENGINE}test_online.py {ENGINE}test_rewards.py {ENGINE}test_rollout.py"
+ONLINE = f"{ENGINE}test_rewards.py {ENGINE}test_rollout.py {ENGINE}test_online.py"
 FOLDER = f"{ENGINE}test_folder.py {ENGINE}test_resume.py"
 LOOPS = f"{ENGINE}test_training.py {ENGINE}test_loops.py {ENGINE}test_resume.py"
 SERVER = f"{ENGINE}test_rewards.py {ENGINE}test_rollout.py"
@@ -60,10 +60,10 @@ OLD = (
            "worst = first + grouped.nan_to_num(-torch.inf).argsort(1)[:, -2]", f"{CREDIT} {ENGINE}test_rollout.py"),
     Mutant("stale answers used again", f"{E}iterate.py",
            'return [row["prompt_ids"] for row in rows if {*row} >= {"ids", "ended"}] == list(prompts)',
-           "return bool(rows)", f"{ONLINE} {ENGINE}test_source.py"),
+           "return bool(rows)", f"{ENGINE}test_source.py {ONLINE}"),
     Mutant("the same prompts every round", f"{E}iterate.py",
            "asked = prompts.asked(number - 1, count)", "asked = prompts.asked(0, count)",
-           f"{ONLINE} {ENGINE}test_source.py"),
+           f"{ENGINE}test_source.py {ONLINE}"),
     Mutant("a precomputed reference by the file's row", f"{E}reference.py",
            "position = {int(index): row for row, index in enumerate(source.rows[\"index\"])}",
            "position = {i: min(i, len(source) - 1) for i in range(10**4)}", REFERENCE),
