@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pictures
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(config, items):
     here = {place(item.path) for item in items}
     if config.getoption("markexpr") == "quick" and (gone := {pair for pair in asked - met if pair[0] in here}):
         raise pytest.UsageError(f"quick.py names tests that are not there: {sorted(gone)}")
+
+
+@pytest.fixture(autouse=True)
+def modules_are_found_where_they_were():
+    """Reward files put their folders on the path; the next test has others of the same names."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
 
 
 @pytest.fixture(scope="session")
