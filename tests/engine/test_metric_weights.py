@@ -37,8 +37,13 @@ def first_record(name, model, rows, out, **settings):
 
 def test_accuracy_and_loss_of_sft_are_means_over_tokens(model, tmp_path):
     rows = [{"prompt": "w1 w2", "completion": "w3"}, {"prompt": "w5", "completion": "w6 w7 w8 w9 w10 w11 w12"}]
+    tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    likeliest = policy(input_ids=torch.tensor([tokenizer("w1 w2")["input_ids"]])).logits[0, -1].argmax()
+    rows[0]["completion"] = tokenizer.decode(likeliest)
     record = first_record("sft", model, rows, tmp_path / "run")
     parts = seen(model, encoded(model, rows, "completion"))
+    shares = [(logits.argmax(-1) == targets).double().mean().item() for logits, targets in parts]
+    assert abs(shares[0] - shares[1]) > 0.2, "else every weight gives the same mean"
     logits, targets = (torch.cat(part) for part in zip(*parts))
     assert record["mean_token_accuracy"] == pytest.approx(
         (logits.argmax(-1) == targets).double().mean().item(), abs=1e-6
