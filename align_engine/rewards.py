@@ -163,7 +163,7 @@ def no_model(path: str) -> Iterator[None]:
 
 def is_function(spec: str) -> bool:
     """Whether a scorer is named as module:name or file.py:name, and not as the folder or hub name of a model."""
-    return not Path(spec).is_dir() and (":" in spec or spec.endswith(".py"))
+    return not os.path.isdir(spec) and (":" in spec or spec.endswith(".py"))  # False for names that are too long
 
 
 def score(rewards: Sequence[Reward], answers: dict[str, list[Any]]) -> Tensor:

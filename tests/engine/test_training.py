@@ -230,3 +230,9 @@ def test_tampered_reference_is_noticed(model, pairs, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"finished": False}))
     with pytest.raises(BadInput, match="does not hold this model's log-probs"):
         train("dpo", tiny.dpo(model, pairs, tmp_path / "run", max_steps=2, save_steps=1))
+
+
+def test_a_part_of_a_step_of_warm_up_is_a_step(model, completions, tmp_path):
+    """A quarter of six steps is two: as transformers rounds."""
+    recipe = tiny.sft(model, completions, tmp_path / "run", max_steps=6, warmup_ratio=0.25, learning_rate=1e-3)
+    assert numbers(train("sft", recipe), "learning_rate")[:3] == pytest.approx([0.0, 5e-4, 1e-3])
