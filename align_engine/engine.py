@@ -252,8 +252,9 @@ class Engine:
             # accelerate goes on without these where they cannot be read, and they are pickles
             (path / f"random_states_{rank}.pkl").unlink()
             statefile.write(path / f"random-{rank}", statefile.random_states())
+            state = {name: one.state_dict() for name, one in self.kept.items()}  # on all ranks: shards are put together
             if accelerator.is_main_process:
-                statefile.write(path / "state", {name: one.state_dict() for name, one in self.kept.items()})
+                statefile.write(path / "state", state)
             accelerator.wait_for_everyone()
         accelerator.wait_for_everyone()
 

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from align_engine import policy
 from align_engine import recipe as recipes
@@ -97,7 +97,7 @@ def attach(engine: Engine) -> nn.Module | None:
         if any(isinstance(reference, DTensor) for reference, _ in pairs):
             raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
         alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
-        engine.kept["reference"] = nn.ParameterList([reference for reference, _ in pairs])
+        engine.kept["reference"] = Followers([reference for reference, _ in pairs])
         engine.after_step = partial(follow, pairs, alpha, every)
     if kind == "precomputed":
         return model
@@ -192,6 +192,26 @@ def offload(model: Any, device: torch.device) -> nn.Module:
     cpu_offload(model.base_model, device, offload_buffers=True)
     assert not head.weight.is_meta
     return model
+
+
+class Followers:
+    """Tensors of a reference that follows the model, as checkpoints hold them: whole, where FSDP2 has cut them."""
+
+    def __init__(self, tensors: list[Any]) -> None:
+        self.tensors = tensors
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every rank must call it."""
+        return {str(i): unsharded(tensor.detach()) for i, tensor in enumerate(self.tensors)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Every rank must call it."""
+        for i, tensor in enumerate(self.tensors):
+            value = state[str(i)].to(tensor.device)
+            if isinstance(tensor, DTensor):
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            tensor.copy_(value)
 
 
 @torch.no_grad()
