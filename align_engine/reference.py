@@ -94,8 +94,9 @@ def attach(engine: Engine) -> nn.Module | None:
     if kind == "ema":
         whole = list(zip(model.parameters(), engine.model.parameters()))
         pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole
-        if any(isinstance(reference, DTensor) for reference, _ in pairs):
-            raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
+        if any(isinstance(tensor, DTensor) for pair in pairs for tensor in pair):
+            what, instead = ("adapters", "adapter-copy") if peft else ("a model", "frozen")
+            raise BadInput(f"reference = 'ema' does not follow {what} that FSDP2 has cut: take '{instead}', or DDP")
         alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
         engine.kept["reference"] = Followers([reference for reference, _ in pairs])
         engine.after_step = partial(follow, pairs, alpha, every)
