@@ -75,12 +75,12 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def classes() -> Iterator[tuple[type[PretrainedConfig], type[PreTrainedModel]]]:
-    """(configuration, model) of each class, once."""
+    """(configuration, model) of each class that transformers itself brings, once; code beside a checkpoint adds others."""
     seen = set()
     for config in MODEL_FOR_CAUSAL_LM_MAPPING.keys():
         models = MODEL_FOR_CAUSAL_LM_MAPPING[config]
         for model in models if isinstance(models, list | tuple) else [models]:
-            if model not in seen:
+            if model not in seen and model.__module__.startswith("transformers."):
                 seen.add(model)
                 yield model.config_class or config, model
 
