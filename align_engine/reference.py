@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from align_engine import policy
 from align_engine import recipe as recipes
@@ -92,13 +92,15 @@ def attach(engine: Engine) -> nn.Module | None:
         hook.check_head(model.eval())
         hook.check_causal(model)
     if kind == "ema":
-        whole = list(zip(model.parameters(), engine.model.parameters()))
-        pairs = pairs_of_adapters(inner, inner.active_adapter) if peft else whole
-        if any(isinstance(tensor, DTensor) for pair in pairs for tensor in pair):
-            what, instead = ("adapters", "adapter-copy") if peft else ("a model", "frozen")
-            raise BadInput(f"reference = 'ema' does not follow {what} that FSDP2 has cut: take '{instead}', or DDP")
+        if peft and accelerator.is_fsdp2:
+            raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
+
+        def pairs() -> list[tuple[Tensor, Tensor]]:  # asked anew each time: FSDP2 puts others in place around a forward
+            own = engine.model.parameters()
+            return pairs_of_adapters(inner, inner.active_adapter) if peft else list(zip(model.parameters(), own))
+
         alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
-        engine.kept["reference"] = Followers([reference for reference, _ in pairs])
+        engine.kept["reference"] = nn.ParameterList([reference for reference, _ in pairs()])
         engine.after_step = partial(follow, pairs, alpha, every)
     if kind == "precomputed":
         return model
@@ -195,36 +197,16 @@ def offload(model: Any, device: torch.device) -> nn.Module:
     return model
 
 
-class Followers:
-    """Tensors of a reference that follows the model, as checkpoints hold them: whole, where FSDP2 has cut them."""
-
-    def __init__(self, tensors: list[Any]) -> None:
-        self.tensors = tensors
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Every rank must call it."""
-        return {str(i): unsharded(tensor.detach()) for i, tensor in enumerate(self.tensors)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Every rank must call it."""
-        for i, tensor in enumerate(self.tensors):
-            value = state[str(i)].to(tensor.device)
-            if isinstance(tensor, DTensor):
-                value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
-            tensor.copy_(value)
-
-
 @torch.no_grad()
-def follow(pairs: list[tuple[Tensor, Tensor]], alpha: float, every: int, step: int) -> None:
+def follow(pairs: Callable[[], list[tuple[Tensor, Tensor]]], alpha: float, every: int, step: int) -> None:
     """After each `every` steps of the optimiser, move a reference towards the policy.
 
     Args:
-        pairs: (reference, policy) of each tensor that is trained.
+        pairs: gives (reference, policy) of each tensor that is trained.
         alpha: share of the policy in the new reference.
     """
     if step % every == 0:
-        for reference, own in pairs:
+        for reference, own in pairs():
             reference.lerp_(unsharded(own).to(reference.dtype), alpha)
 
 

@@ -58,7 +58,7 @@ def refused(name, *arguments):
         raise AssertionError("an adapter in pieces, followed")
 
 """
-RUNS = {"dpo": {}}
+RUNS = {"dpo": {}, "dpo-ema": {"reference": "ema", "ref_model_sync_steps": 2}}
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_ema_follows_and_resumes(lora, model, pairs, tmp_path):
 def test_a_follower_moves_by_alpha():
     reference, own = torch.zeros(3), torch.ones(3)
     for step in range(1, 5):
-        references.follow([(reference, own)], 0.25, 2, step)
+        references.follow(lambda: [(reference, own)], 0.25, 2, step)
     assert torch.allclose(reference, torch.full((3,), 0.4375))
 
 
