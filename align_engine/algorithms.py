@@ -66,13 +66,6 @@ def _dpo(hidden: Tensor, *, loss_type: str, **more: Any) -> LossOutput:
     return dpo_loss(hidden, loss_type=loss_type.split(","), **more)
 
 
-def _kto(hidden: Tensor, **more: Any) -> LossOutput:
-    out = kto_loss(hidden, **more)
-    # a margin between classes is one of means over the whole window, see Sums.means
-    dropped = ("rewards/margins", "count/chosen", "count/rejected")
-    return out._replace(metrics={name: value for name, value in out.metrics.items() if name not in dropped})
-
-
 def _rm(scores: Tensor, head: dict[str, Any], batch: Batch, recipe: RmRecipe, num_items: float) -> LossOutput:
     chosen, rejected = scores.chunk(2)
     center = recipe.loss.center_rewards_coefficient
@@ -115,7 +108,7 @@ ROWS = (
     Algorithm("simpo", *PAIRS, _fused(simpo_loss)),
     Algorithm("orpo",  *PAIRS, _fused(orpo_loss),                      _count_chosen),
     Algorithm("cpo",   *PAIRS, _fused(cpo_loss),                       _count_chosen),
-    Algorithm("kto",   *MARKS, _fused(_kto, "ref_logps", "desirable"), reference_point, reference=True),
+    Algorithm("kto",   *MARKS, _fused(kto_loss, "ref_logps", "desirable"), reference_point, reference=True),
     # from rollouts
     Algorithm("direct", "prompt", collate_rollouts, _sequences, online.direct, credit=online.direct_credit, kl="beta",
               present_policy=True),
@@ -124,22 +117,6 @@ ROWS = (
     Algorithm("ppo", "prompt", collate_rollouts, _tokens, online.ppo, credit=online.ppo_credit, kl="kl_coef"),
 )  # fmt: skip
 ALGORITHMS = {row.name: row for row in ROWS}
-
-
-def metric_weight(algorithm: Algorithm, name: str, batch: Batch, units: int) -> int:
-    """What a metric of a batch is a mean over: tokens, those of a class or half, rows of a class, or units."""
-    if algorithm.credit and algorithm.count is _sequences and name.startswith("clip_ratio/"):
-        return units
-    if algorithm.credit or name in ("entropy", "mean_token_accuracy"):
-        return batch.num_tokens
-    if name == "nll_loss":
-        return _chosen(batch)
-    word, of_tokens = name.rpartition("/")[2], name.startswith("logits/")
-    if word not in ("chosen", "rejected") or (batch.desirable is None and not of_tokens):
-        return units
-    rows = torch.arange(len(batch.targets)) < len(batch.targets) // 2 if batch.desirable is None else batch.desirable
-    rows = rows if word == "chosen" else ~rows
-    return int((batch.targets[rows] != IGNORE).sum() if of_tokens else rows.sum())
 
 
 def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:

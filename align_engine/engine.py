@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from align_engine import heads, noise, statefile, stops
-from align_engine.algorithms import Algorithm, gradient_limits, metric_weight
+from align_engine.algorithms import Algorithm, gradient_limits
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput, RunFailed
 from align_engine.integrations.hook import causal_model, fused_head
-from align_engine.metrics import Sums
+from align_engine.metrics import Sums, with_means
 from align_engine.recipe import OnlineRecipe, PpoRecipe, Recipe
 from align_engine.source import Micro, Source
+from align_kernels import LossOutput
 
 
 class Progress:
@@ -81,36 +82,36 @@ class Engine:
         self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model
         self._sums = Sums()
 
-    def forward(self, batch: Batch, num_items: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, num_items: float) -> LossOutput:
         """One forward pass with the fused loss, or with the loss of the scores where the model has a score head. A
         mixture of experts adds its load-balancing loss, weighed by the batch's share of the units.
 
         Returns:
-            (loss, metrics): the sum over the batch's units over `num_items`, and the metrics of the loss.
+            what the algorithm's loss returns: the sum over the batch's units over `num_items`, metrics and counts.
         """
         if self.reference is not None:
             batch.ref_logps = self.reference(batch)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.algorithm.scalar:
-            out = self.algorithm.loss(heads.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
-            return out.loss, out.metrics
-        metrics: dict[str, Tensor] = {}
+            return self.algorithm.loss(heads.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
+        out: Any = None
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
+            nonlocal out
             more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
             head |= self.head_options | gradient_limits(self.recipe)
             out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
-            metrics.update(out.metrics)
             return out.loss
 
         if self.aux_coef:
             inputs["output_router_logits"] = True
         with fused_head(self.model, fn):
-            out = self.model(**inputs, use_cache=False)
+            whole = self.model(**inputs, use_cache=False)
         if not self.aux_coef:
-            return out.logits, metrics
-        share = self.algorithm.count(batch, self.recipe) / num_items
-        return out.logits + self.aux_coef * share * out.aux_loss, metrics | {"aux_loss": out.aux_loss.detach()}
+            return out._replace(loss=whole.logits)
+        units = self.algorithm.count(batch, self.recipe)
+        loss = whole.logits + self.aux_coef * (units / num_items) * whole.aux_loss
+        return with_means(out._replace(loss=loss), {"aux_loss": whole.aux_loss.detach()}, units)
 
     def check_noise(self) -> None:
         """Refuse a model whose training mode is not its evaluation mode, where the algorithm promises no dropout.
@@ -167,13 +168,13 @@ class Engine:
         """A micro-batch's share of its window's loss, times the number of ranks; it and the metrics go to `sums`."""
         batch, real = micro
         share = units / self.accelerator.num_processes
-        loss, metrics = self.forward(batch.to(self.accelerator.device), share)
+        out = self.forward(batch.to(self.accelerator.device), share)
         count = self.algorithm.count(batch, self.recipe) * real  # on the CPU: no wait for the device
-        sums.add("loss", loss * share / max(count, 1), count)
-        for name, value in metrics.items():
-            sums.add(name, value, metric_weight(self.algorithm, name, batch, count) * real)
+        sums.add("loss", out.loss * share / max(count, 1), count)
+        for name, over in out.counts.items():
+            sums.add(name, out.metrics[name], over if real else 0)
         sums.add("num_tokens", float(batch.attention_mask.sum()), real)
-        return loss
+        return out.loss
 
     def step(self) -> Sums:
         """Clip, check and take the optimiser step.

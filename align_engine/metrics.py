@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from align_engine.errors import RunFailed
 from align_engine.json_text import loads
+
+if TYPE_CHECKING:
+    from align_kernels import LossOutput
 
 
 class Sums:
@@ -25,11 +28,13 @@ class Sums:
     def __init__(self, totals: dict[str, tuple[float, float]] | None = None) -> None:
         self.totals: dict[str, Any] = dict(totals or {})  # name -> (sum, count)
 
-    def add(self, name: str, value: Tensor | float, weight: float) -> None:
-        """Add a mean `value` over `weight` units. Weight 0 adds nothing, whatever the value."""
+    def add(self, name: str, value: Tensor | float, weight: Tensor | float) -> None:
+        """Add a mean `value` over `weight` units. Weight 0 adds nothing, whatever the value. Waits for no device."""
         total, count = self.totals.get(name, (0.0, 0.0))
-        if weight:
-            value = value.detach().double() if isinstance(value, Tensor) else value
+        value = value.detach().double() if isinstance(value, Tensor) else value
+        if isinstance(weight, Tensor):
+            total = total + (value * weight).where(weight > 0, 0.0)
+        elif weight:
             total = total + value * weight
         self.totals[name] = (total, count + weight)
 
@@ -54,6 +59,11 @@ class Sums:
         if "rewards/chosen" in found and "rewards/rejected" in found:
             found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
         return found
+
+
+def with_means(out: LossOutput, means: dict[str, Tensor], count: Tensor | int) -> LossOutput:
+    """What a loss returned, with further metrics: means over `count` tokens, sequences or pairs."""
+    return out._replace(metrics=out.metrics | means, counts=out.counts | dict.fromkeys(means, count))
 
 
 def peak_memory_mib(device: torch.device) -> float:

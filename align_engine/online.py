@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from align_engine import credit, heads
 from align_engine.data.batches import IGNORE, Batch
+from align_engine.metrics import with_means
 from align_kernels import LossOutput, grpo_loss, ppo_clip_loss, rloo_loss, value_loss
 from align_kernels.losses.grpo import LOSS_TYPES
 from align_kernels.losses.kl import KL_ESTIMATORS
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 Given = tuple[dict[str, Tensor], dict[str, Any]]  # (columns of the rollout [R, T], metrics)
 
 
-def mismatch(batch: Batch, logps: Tensor | None) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from ours of the same weights (`logps`, unless the batch has them from
-    before the rollout's first step): the mean of |difference| over tokens."""
+def with_mismatch(out: LossOutput, batch: Batch, logps: Tensor | None) -> LossOutput:
+    """The output with how far the sampler's log-probs are from ours of the same weights (`logps`, unless the batch has
+    them from before the rollout's first step): the mean of |difference| over the tokens that have both."""
     ours = logps if batch.old_logps is None else batch.old_logps
     if ours is None or batch.sampling_logps is None:
-        return {}
+        return out
     known = (batch.targets != IGNORE) & ~batch.sampling_logps.isnan()
     difference = (ours.detach() - batch.sampling_logps).where(known, 0.0).abs().sum() / known.sum().clamp(min=1)
-    return {"sampling/sampling_logp_difference/mean": difference}
+    return with_means(out, {"sampling/sampling_logp_difference/mean": difference}, known.sum())
 
 
 def given(fused: Callable[..., LossOutput], batch: Batch, recipe: Any, num_items: float) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def direct(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRec
     first = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
     one = {"advantages": batch.advantages.gather(1, first)[:, 0]}
     out = rloo_loss(hidden, **given(rloo_loss, batch, recipe, num_items) | one, **head)
-    return out._replace(metrics=out.metrics | mismatch(batch, batch.old_logps))
+    return with_mismatch(out, batch, batch.old_logps)
 
 
 def direct_credit(found: Experience, recipe: DirectRecipe, state: dict[str, Any]) -> Given:
@@ -74,7 +75,7 @@ def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe,
         "loss_type": "dapo" if options.loss_type == "bnpo" else options.loss_type,
     }
     out = grpo_loss(hidden, **given(grpo_loss, batch, recipe, num_items) | more, **head)
-    return out._replace(metrics=out.metrics | mismatch(batch, out.logps))
+    return with_mismatch(out, batch, out.logps)
 
 
 def grpo_credit(found: Experience, recipe: GrpoRecipe, state: dict[str, Any]) -> Given:
@@ -119,14 +120,15 @@ def ppo(
 ) -> LossOutput:
     """The clipped surrogate, and vf_coef times the clipped value loss."""
     assert batch.values is not None and batch.returns is not None
-    tokens, mask = max(batch.num_tokens, 1), batch.targets != IGNORE
+    tokens, mask = batch.num_tokens, batch.targets != IGNORE
     policy = ppo_clip_loss(hidden, **given(ppo_clip_loss, batch, recipe, num_items), **head)
     clip = recipe.loss.cliprange_value
     value = value_loss(values, batch.values, batch.returns, mask, cliprange_value=clip, num_items=num_items)
-    metrics = policy.metrics | value.metrics | mismatch(batch, policy.logps)
-    metrics["loss/policy_avg"] = policy.loss.detach() * num_items / tokens
-    metrics["loss/value_avg"] = value.loss.detach() * num_items / tokens
-    return policy._replace(loss=policy.loss + recipe.loss.vf_coef * value.loss, metrics=metrics)
+    parts = {"loss/policy_avg": policy.loss, "loss/value_avg": value.loss}
+    means = {name: loss.detach() * num_items / max(tokens, 1) for name, loss in parts.items()}
+    out = policy._replace(metrics=policy.metrics | value.metrics, counts=policy.counts | value.counts)
+    out = with_mismatch(with_means(out, means, tokens), batch, policy.logps)
+    return out._replace(loss=policy.loss + recipe.loss.vf_coef * value.loss)
 
 
 def ppo_credit(found: Experience, recipe: PpoRecipe, state: dict[str, Any]) -> Given:

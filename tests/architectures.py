@@ -75,7 +75,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def classes() -> Iterator[tuple[type[PretrainedConfig], type[PreTrainedModel]]]:
-    """(configuration, model) of each class that transformers brings, once; checkpoints with code of their own add others."""
+    """(configuration, model) of each class that transformers brings, once; checkpoints with own code add others."""
     seen = set()
     for config in MODEL_FOR_CAUSAL_LM_MAPPING.keys():
         models = MODEL_FOR_CAUSAL_LM_MAPPING[config]

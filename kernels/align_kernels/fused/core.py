@@ -21,25 +21,30 @@ from align_kernels.losses.registry import LOSSES, Unit
 from align_kernels.units import LossCall
 
 Items = float | Tensor | None
+Count = Tensor | int  # tokens, sequences or pairs
+Measured = dict[str, tuple[Tensor, Count]]  # name -> (mean, what it is a mean over)
 of_head = public(read_head, also={"prob_gate": ProbGate | float | None})  # a fused loss and its `**head`
 
 
 class LossOutput(NamedTuple):
-    """A fused loss: the scalar, TRL's metrics (means over the call), and log-probs.
+    """A fused loss: the scalar, TRL's metrics (means over the call), log-probs, and what each metric is a mean over.
 
-    `logps` [B, T] per token for token losses, [B] per sequence for the others; it carries no gradient.
+    `logps` [B, T] per token for token losses, [B] per sequence for the others; it carries no gradient. `counts` holds
+    the tokens, sequences or pairs of each metric, so that means of several calls are sum(mean * count) / sum(count);
+    a metric without one (a difference of means, a number of rows) is not a mean.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     logps: Tensor
+    counts: dict[str, Tensor | int]
 
 
 class Fused(NamedTuple):
     """A fused loss before its public face: everything per token, ignored positions 0."""
 
     loss: Tensor  # []
-    metrics: dict[str, Tensor]  # of the loss, entropy, mean_token_accuracy
+    measured: Measured  # of the loss, entropy, mean_token_accuracy
     logps: Tensor  # [...]
     mean_logit: Tensor  # [...]
     mask: Tensor  # [...] bool
@@ -68,11 +73,9 @@ def run_loss(
         raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
     h, settings = read_head(hidden, weight, targets, **head)
     mask = targets != settings.ignore_index
-    tokens = mask.sum().clamp(min=1)
-    if spec.per == "token":
-        counted = tokens
-    else:
-        counted = torch.tensor(max(len(targets) // (2 if spec.per == "pair" else 1), 1), device=hidden.device)
+    tokens = mask.sum()
+    count = tokens if spec.per == "token" else len(targets) // (2 if spec.per == "pair" else 1)
+    counted = torch.as_tensor(count, device=hidden.device).clamp(min=1)
     items = torch.as_tensor(counted if num_items is None else num_items, device=hidden.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
     text = LossCall(spec, hyper, gate, tuple(given)).encode()
@@ -83,10 +86,16 @@ def run_loss(
     else:
         fields = ops.loss(h, shaped, sides, items, text, settings, needs_of(h))
     loss, sums, logp, entropy, mean_logit, correct = fields
-    metrics = dict(zip(spec.metrics, sums / counted))
-    metrics["entropy"] = entropy.sum() / tokens
-    metrics["mean_token_accuracy"] = correct.sum() / tokens
-    return Fused(loss, metrics, logp.reshape(targets.shape), mean_logit.reshape(targets.shape), mask)
+    measured: Measured = {name: (mean, count) for name, mean in zip(spec.metrics, sums / counted)}
+    for name, x in (("entropy", entropy), ("mean_token_accuracy", correct)):
+        measured[name] = x.sum() / tokens.clamp(min=1), tokens
+    return Fused(loss, measured, logp.reshape(targets.shape), mean_logit.reshape(targets.shape), mask)
+
+
+def output(loss: Tensor, measured: Measured, logps: Tensor, **others: Tensor) -> LossOutput:
+    """What a fused loss returns; `others` are metrics that are no means."""
+    means = {name: mean for name, (mean, _) in measured.items()}
+    return LossOutput(loss, means | others, logps, {name: count for name, (_, count) in measured.items()})
 
 
 def read_gate(gate: ProbGate | float | None) -> ProbGate | None:
@@ -107,20 +116,21 @@ def share(num_items: Items, units: int, counted: Tensor | int, num_counted: Item
     return items.double() / of.double().clamp(min=1)
 
 
-def class_metrics(out: Fused, chosen: Tensor) -> dict[str, Tensor]:
+def class_metrics(out: Fused, chosen: Tensor) -> Measured:
     """logps and logits of the chosen [B] sequences and of the others: means over sequences, and over tokens."""
-    metrics = {}
+    measured: Measured = {}
     for word, rows in (("chosen", chosen), ("rejected", ~chosen)):
         inside = rows[:, None] & out.mask
-        metrics[f"logps/{word}"] = out.logps.where(inside, 0.0).sum() / rows.sum().clamp(min=1)
-        metrics[f"logits/{word}"] = out.mean_logit.where(inside, 0.0).sum() / inside.sum().clamp(min=1)
-    return metrics
+        sequences, tokens = rows.sum(), inside.sum()
+        measured[f"logps/{word}"] = out.logps.where(inside, 0.0).sum() / sequences.clamp(min=1), sequences
+        measured[f"logits/{word}"] = out.mean_logit.where(inside, 0.0).sum() / tokens.clamp(min=1), tokens
+    return measured
 
 
-def pair_output(out: Fused) -> LossOutput:
+def pair_output(out: Fused, **more: tuple[Tensor, Count]) -> LossOutput:
     """What a loss of pairs returns."""
     chosen = torch.arange(len(out.mask), device=out.mask.device) < len(out.mask) // 2
-    return LossOutput(out.loss, out.metrics | class_metrics(out, chosen), out.logps.sum(-1))
+    return output(out.loss, out.measured | class_metrics(out, chosen) | more, out.logps.sum(-1))
 
 
 # -- checks -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from align_kernels.fused.core import (
     check_unread,
     kept,
     of_head,
+    output,
     run_loss,
     share,
 )
@@ -176,7 +177,7 @@ def grpo_loss(
     out = run_loss("grpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit)
     unmeasured = {name for other in TERMS.values() for name in other.metrics} - set(TERMS[term].metrics)
     unmeasured |= set() if beta else {"kl"}
-    return LossOutput(out.loss, {k: v for k, v in out.metrics.items() if k not in unmeasured}, out.logps)
+    return output(out.loss, {k: v for k, v in out.measured.items() if k not in unmeasured}, out.logps)
 
 
 def check_combination(

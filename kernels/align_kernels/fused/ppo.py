@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from align_kernels.arguments import check_float, public
-from align_kernels.fused.core import Items, LossOutput, check_positive, check_shape, kept, of_head, run_loss
+from align_kernels.fused.core import Items, LossOutput, check_positive, check_shape, kept, of_head, output, run_loss
 from align_kernels.losses.ppo import clipped_value
 
 
@@ -51,7 +51,7 @@ def ppo_clip_loss(
     side = {"old_logps": old_logps, "advantages": advantages}
     hyper = {"cliprange": cliprange, "entropy_coef": entropy_coef, "dual_clip": dual_clip}
     out = run_loss("ppo_clip", hyper, hidden, weight, targets, side, num_items, head)
-    return LossOutput(out.loss, out.metrics, out.logps)
+    return output(out.loss, out.measured, out.logps)
 
 
 @public()
@@ -86,11 +86,11 @@ def value_loss(
         check_shape(name, x, values.shape)
     keep = mask.bool()
     v, old, target = (x.where(keep, 0.0) for x in (values, old_values.detach(), returns.detach()))
-    tokens = keep.sum().clamp(min=1)
+    tokens = keep.sum()
     value = clipped_value(v, old, target, cliprange_value)
-    loss = value.sum() / (tokens if num_items is None else num_items)
+    loss = value.sum() / (tokens.clamp(min=1) if num_items is None else num_items)
     clipped = value.detach() > 0.5 * (v.detach() - target) ** 2
-    return LossOutput(loss, {"val/clipfrac_avg": clipped.sum() / tokens}, values.detach())
+    return output(loss, {"val/clipfrac_avg": (clipped.sum() / tokens.clamp(min=1), tokens)}, values.detach())
 
 
 @of_head
@@ -114,7 +114,7 @@ def reinforce_loss(
     """
     side: dict[str, Tensor | None] = {"advantages": per_token("advantages", advantages, targets)}
     out = run_loss("reinforce", {}, hidden, weight, targets, side, num_items, head)
-    return LossOutput(out.loss, out.metrics, out.logps)
+    return output(out.loss, out.measured, out.logps)
 
 
 @of_head
@@ -157,7 +157,7 @@ def rloo_loss(
     hyper = {"epsilon": epsilon, "epsilon_high": high}
     side = {"advantages": advantages, "old_logps": old_logps}
     out = run_loss("rloo", hyper, hidden, weight, targets, side, num_items, head)
-    return LossOutput(out.loss, out.metrics, out.logps.sum(-1))
+    return output(out.loss, out.measured, out.logps.sum(-1))
 
 
 def check_epsilon(epsilon: float, epsilon_high: float | None) -> float:

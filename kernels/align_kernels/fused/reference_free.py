@@ -201,5 +201,4 @@ def with_nll(
     nll = -out.logps[:pairs].sum() / tokens.clamp(min=1)
     if completion is not None:
         out = out._replace(logps=out.logps.where(completion, 0.0), mask=completion)
-    made = pair_output(out)
-    return made._replace(metrics=made.metrics | {"nll_loss": nll})
+    return pair_output(out, nll_loss=(nll, tokens))

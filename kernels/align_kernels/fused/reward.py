@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align_kernels.arguments import check_float, public
-from align_kernels.fused.core import Items, LossOutput, check_shape
+from align_kernels.fused.core import Items, LossOutput, check_shape, output
 from align_kernels.losses.reward import reward
 
 
@@ -51,4 +51,4 @@ def reward_loss(
     measured = {"rewards/chosen": w, "rewards/rejected": l, "margin": w - l, "accuracy": (w > l).to(w.dtype)}
     metrics = {name: x.sum() / pairs for name, x in measured.items()}
     metrics["mean_reward"] = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
-    return LossOutput(loss, metrics, F.logsigmoid(w - l))
+    return output(loss, {name: (mean, len(chosen)) for name, mean in metrics.items()}, F.logsigmoid(w - l))

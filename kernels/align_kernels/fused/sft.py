@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align_kernels.fused.core import Items, LossOutput, check_one_of, of_head, run_loss
+from align_kernels.fused.core import Items, LossOutput, check_one_of, of_head, output, run_loss
 from align_kernels.losses.sft import LOSS_TYPES
 
 
@@ -28,4 +28,4 @@ def sft_loss(
     """
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     out = run_loss("sft", {"loss_type": loss_type}, hidden, weight, targets, {}, num_items, head)
-    return LossOutput(out.loss, out.metrics, out.logps)
+    return output(out.loss, out.measured, out.logps)

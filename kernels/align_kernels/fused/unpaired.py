@@ -14,6 +14,7 @@ from align_kernels.fused.core import (
     check_shape,
     class_metrics,
     of_head,
+    output,
     run_loss,
 )
 from align_kernels.losses.kto import LOSS_TYPES
@@ -67,7 +68,7 @@ def kto_loss(
     side = {"ref_logps": ref_logps, "desirable": desirable, "kl": kl.expand(rows)}
     hyper = {"beta": beta, "desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     out = run_loss("kto", hyper, hidden, weight, targets, side, num_items, head)
-    return marked_output(out, ref_logps, desirable, beta, {"kl": kl.mean()})
+    return marked_output(out, ref_logps, desirable, beta, kl=kl.mean())
 
 
 @of_head
@@ -108,7 +109,7 @@ def bco_loss(
         check_shape("weights", weights, targets.shape[:1])
     side = {"ref_logps": ref_logps, "desirable": desirable, "delta": delta, "weights": weights}
     out = run_loss("bco", {"beta": beta}, hidden, weight, targets, side, num_items, head)
-    return marked_output(out, ref_logps, desirable, beta, {"delta": delta})
+    return marked_output(out, ref_logps, desirable, beta, delta=delta)
 
 
 def check_marks(beta: float, targets: Tensor, ref_logps: Tensor, desirable: Tensor) -> None:
@@ -119,14 +120,13 @@ def check_marks(beta: float, targets: Tensor, ref_logps: Tensor, desirable: Tens
     check_shape("desirable", desirable, targets.shape[:1])
 
 
-def marked_output(
-    out: Fused, ref_logps: Tensor, desirable: Tensor, beta: float, measured: dict[str, Tensor]
-) -> LossOutput:
-    logps = out.logps.sum(-1)
-    metrics = out.metrics | class_metrics(out, desirable) | measured
+def marked_output(out: Fused, ref_logps: Tensor, desirable: Tensor, beta: float, **more: Tensor) -> LossOutput:
+    logps, others = out.logps.sum(-1), {}
+    measured = out.measured | class_metrics(out, desirable)
+    measured |= {name: (x, len(desirable)) for name, x in more.items()}
     rewards = beta * (logps - ref_logps.detach())
     for word, inside in (("chosen", desirable), ("rejected", ~desirable)):
-        metrics[f"count/{word}"] = inside.sum()
-        metrics[f"rewards/{word}"] = rewards.where(inside, 0.0).sum() / inside.sum().clamp(min=1)
-    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    return LossOutput(out.loss, metrics, logps)
+        others[f"count/{word}"] = count = inside.sum()
+        measured[f"rewards/{word}"] = rewards.where(inside, 0.0).sum() / count.clamp(min=1), count
+    others["rewards/margins"] = measured["rewards/chosen"][0] - measured["rewards/rejected"][0]
+    return output(out.loss, measured, logps, **others)
