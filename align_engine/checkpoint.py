@@ -27,14 +27,18 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align_engine.errors import BadInput, RunFailed
 from align_engine.fingerprint import of_file
 from align_engine.json_text import loads
 from align_engine.metrics import line
 
-RECORD, LOCK, SIDE = "run.json", ".align.lock", ".align-tmp"
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+RECORD, SIDE = "run.json", ".align-tmp"
+LOCK, LIST_LOCK = ".align.lock", ".align-list.lock"  # of the folder, for a run; of the record, for a change by one rank
 EXTENT = ("max_steps", "num_train_epochs", "steps")  # how long a run goes on: a later call may say more
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 MARKS = "marks"  # filled in by people
@@ -91,7 +95,7 @@ class RunFolder:
             raise BadInput(f"output_dir = {str(self.path)!r} is a file; give a folder")
         try:
             entries = self.path.iterdir() if self.path.exists() else ()
-            names = sorted({entry.name for entry in entries if not _prepared(entry)} - {LOCK})
+            names = sorted({entry.name for entry in entries if not _prepared(entry)} - {LOCK, LIST_LOCK})
         except OSError as error:
             raise BadInput(f"output_dir = {str(self.path)!r} cannot be read: {error.strerror}") from error
         if not names:
@@ -190,6 +194,7 @@ class RunFolder:
         finally:
             if not (self.path / RECORD).exists():  # refused before it began: leave things as they were
                 (self.path / LOCK).unlink(missing_ok=True)
+                (self.path / LIST_LOCK).unlink(missing_ok=True)
                 if new:
                     with contextlib.suppress(OSError):
                         self.path.rmdir()
@@ -219,7 +224,14 @@ class RunFolder:
 
     def mark(self, finished: bool) -> None:
         """Say of the run what it is, and whether it has finished."""
-        self._save(self.record() | {"finished": finished, "identity": self.identity})
+        with self._changing():
+            self._save(self.record() | {"finished": finished, "identity": self.identity})
+
+    def _changing(self) -> BaseFileLock:
+        """Inside the block no other rank of the run changes the record."""
+        from filelock import FileLock
+
+        return FileLock(self.path / LIST_LOCK)
 
     def _save(self, record: dict[str, Any]) -> None:
         side = self.side(RECORD)
@@ -242,10 +254,12 @@ class RunFolder:
         folders |= {self.path / name for name in files if name.endswith("/")}
         for folder in sorted(folders, key=lambda one: len(one.parts), reverse=True):
             if self.path in folder.parents and folder.is_dir() and not folder.is_symlink():
-                (folder / LOCK).unlink(missing_ok=True)
+                for lock in (LOCK, LIST_LOCK):
+                    (folder / lock).unlink(missing_ok=True)
                 with contextlib.suppress(OSError):
                     folder.rmdir()
         (self.path / RECORD).unlink(missing_ok=True)
+        (self.path / LIST_LOCK).unlink(missing_ok=True)
 
     def adopt(self, name: str) -> RunFolder:
         """A run of its own inside this one, which goes with it."""
@@ -347,13 +361,16 @@ class RunFolder:
         one. The record of a run that has not begun is not kept."""
         if not (self.path / RECORD).exists():
             return
-        record = self.record()
-        gone = f"{instead_of}/"
-        record["files"] = {name: size for name, size in record["files"].items() if not name.startswith(gone)} | files
-        if instead_of is not None:
-            record["folders"] = {name: one for name, one in record["folders"].items() if name != instead_of}
-            record["folders"] |= {instead_of: folder} if folder else {}
-        self._save(record)
+        with self._changing():
+            record = self.record()
+            gone = f"{instead_of}/"
+            record["files"] = {
+                name: size for name, size in record["files"].items() if not name.startswith(gone)
+            } | files
+            if instead_of is not None:
+                record["folders"] = {name: one for name, one in record["folders"].items() if name != instead_of}
+                record["folders"] |= {instead_of: folder} if folder else {}
+            self._save(record)
 
     def discard(self, name: str) -> None:
         """Delete a file or folder of ours."""

@@ -1,5 +1,6 @@
 """What a run may write over and delete: its own files, and nothing else."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import tiny
 from runs import cut_off, same_bits
 
 from align_engine import inputs, metrics
-from align_engine.checkpoint import RECORD, RunFolder
+from align_engine.checkpoint import LIST_LOCK, LOCK, RECORD, RunFolder
 from align_engine.errors import BadInput, RunFailed
 from align_engine.iterate import iterate
 from align_engine.recipe import GrpoRecipe, IterateRecipe
@@ -69,7 +70,7 @@ def test_overwriting_deletes_what_is_on_the_list_and_nothing_else(begun):
     again = RunFolder(begun.path, {"seed": 2})
     assert not again.finished(overwrite=True)
     again.begin({}, overwrite=True)
-    assert {name: data for name, data in contents(begun.path).items() if name != RECORD} == mine
+    assert {name: data for name, data in contents(begun.path).items() if name not in (RECORD, LIST_LOCK)} == mine
     assert not (begun.path / "round-1").exists() and not (begun.path / "final").exists()
 
 
@@ -381,7 +382,7 @@ def test_server_weights_replace_a_copy_of_the_model_or_what_they_wrote(model, tm
 
 def test_the_record_holds_what_the_folder_holds(stopped):
     files = json.loads((stopped / "run" / RECORD).read_text())["files"]
-    there = {name for name in contents(stopped / "run") if name not in (RECORD, ".align.lock")}
+    there = {name for name in contents(stopped / "run") if name not in (RECORD, LOCK, LIST_LOCK)}
     assert set(files) == there
 
 
@@ -448,3 +449,23 @@ def test_the_folder_stays_where_it_is_when_the_current_one_changes(tmp_path, mon
     monkeypatch.chdir(tmp_path / "elsewhere")
     write(folder, "final", model="weights")
     assert (tmp_path / "run" / "final" / "model").exists() and not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_ranks_that_write_at_one_time_are_all_on_the_list(begun):
+    """As ranks of `iterate` keep their answers; in forks, for threads would share a lock."""
+    children = []
+    for rank in range(3):
+        children.append(os.fork())
+        if not children[-1]:
+            code = 1
+            with contextlib.suppress(Exception):
+                for number in range(40):
+                    begun.write_rows(f"answers/{rank}-{number}.jsonl", [{"ids": [rank]}])
+                code = 0
+            os._exit(code)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert begun.record()["files"].keys() == {
+        f"answers/{rank}-{number}.jsonl" for rank in range(3) for number in range(40)
+    }
+    begun.discard("answers")
+    assert begun.record()["files"] == {} and not (begun.path / "answers").exists()

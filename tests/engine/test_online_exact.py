@@ -114,7 +114,7 @@ def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start,
     one = {name: run(name, model64, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}
     many = {name: run(name, model64, prompts, tmp_path / f"many-{name}", **split(1, 8, 16)) for name in names}
     output = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], output
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(text[-3000:] for text in output)
     for name in names:
         for other in (many[name].path, tmp_path / f"two-{name}"):
             part = "round-2/train" if name == "iterate" else "."
