@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from align_kernels import compaction, linear_logprobs, sft_loss
+from align_kernels import linear_logprobs, sft_loss
+from align_kernels.schedules import compaction
 
 N, D, V = 512, 896, 151936
 SIGNIFICANT, POPULAR = 24, V // 8
@@ -83,14 +84,14 @@ def test_compaction(benchmark, peaked, schedule, train):
 def test_break_even(benchmark, peaked, train, monkeypatch):
     """The speedup where every block keeps a given share of the columns, needed or not: 256 rows, one pass."""
 
-    def largest(run, chunk, state, store, rows, entropy):
-        n, peak = len(chunk.targets), run.empty(V, dtype=torch.float32)
-        for v0, v1 in run.tiles():
-            z = run.tile_of(store, n, v0, v1)
-            run.backend.peaks(z, state, chunk.targets, rows, out=peak[v0:v1], **run.common(chunk, v0, v1))
+    def largest(tiled, chunk, state, store, rows, entropy):
+        n, peak = len(chunk.targets), tiled.empty(V, dtype=torch.float32)
+        for v0, v1 in tiled.tiles():
+            z = store.tile(n, v0, v1)
+            tiled.backend.peaks(z, state, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
         peak[chunk.targets[rows]] = 0.0
         columns = peak.topk(int(share * V)).indices.sort().values
-        return compaction.Block(rows, columns, compaction._gather(run, store, n, rows, columns))
+        return compaction.Block(rows, columns, compaction._gather(tiled, store, n, rows, columns))
 
     monkeypatch.setattr(compaction, "_select", largest)
     half = [x[:256] if len(x) == N else x for x in peaked]

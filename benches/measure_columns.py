@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from align_kernels import compaction, linear_logprobs, sft_loss
+from align_kernels import linear_logprobs, sft_loss
 from align_kernels.api import needs_of, read_head
-from align_kernels.functions import keep_rows
+from align_kernels.backends.state import entropy as entropy_of
 from align_kernels.head import Head
-from align_kernels.schedules import Runner
+from align_kernels.losses import LOSSES
+from align_kernels.schedules import compaction
+from align_kernels.schedules.plan import start
+from align_kernels.units import LossCall, keep_rows
 
 VOCAB, LENGTH = 32000, 256
 ROWS = 4096
@@ -110,14 +113,14 @@ def shares(
     """Of each block, however many columns it takes: rows, mean entropy, share of columns, sum of exp(entropy) / V."""
     hidden = hidden.detach().requires_grad_()
     h, settings = read_head(hidden, weight, targets, drop_mass=tau)
-    run = Runner(h, settings, needs_of(h), keep_rows(targets, -100), late=False)
-    run.head = Head(*(None if x is None else x.detach() for x in h))
+    tiled = start(h, settings, needs_of(h), keep_rows(targets, -100), LossCall(LOSSES["sft"])).tiled
+    tiled.head = Head(*(None if x is None else x.detach() for x in h))
     found = []
-    for chunk in run.chunks(0, len(targets)):
-        store = run.store(len(chunk.targets))
-        state = run.forward(chunk, store)
-        height = state[:, 1].log() - state[:, 2] / state[:, 1]
-        for block in compaction.cut(run, chunk, state, store, torch.arange(len(state)), entropy=entropy):
+    for chunk in tiled.chunks(0, len(targets)):
+        store = tiled.store(len(chunk.targets))
+        state = tiled.softmax(chunk, store)
+        height = entropy_of(state)
+        for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(state)), entropy=entropy):
             dense = isinstance(block, Tensor)
             index = block if dense else block.rows
             share = 1.0 if dense else len(block.columns) / len(weight)

@@ -19,15 +19,15 @@ LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
 # Those of an audit that the tests of 2026-11-28 did not see. Two of the 29 were not described; the last two stand for
 # them.
 OLD = (
-    Mutant("1 - p by subtraction, frozen head", f"{K}exponentials.py",
-           "residual = -torch.expm1((state[:, 5] - state[:, 0]) - log_sum).to(dtype)",
-           "residual = (1.0 - torch.exp((state[:, 5] - state[:, 0]) - log_sum).to(dtype))", LOGPROBS),
+    Mutant("1 - p by subtraction, frozen head", f"{K}schedules/exponentials.py",
+           "residual = -torch.expm1((state[:, TARGET] - state[:, MAX]) - log_sum).to(dtype)",
+           "residual = (1.0 - torch.exp((state[:, TARGET] - state[:, MAX]) - log_sum).to(dtype))", LOGPROBS),
     Mutant("1 - p by subtraction, torch backend", f"{K}backends/torch_ops.py",
            "r[rows, columns] = -torch.expm1(state[rows, 5] - state[rows, 0] - log_sum[rows]).to(dtype)",
            "r[rows, columns] = 1.0 - torch.exp(state[rows, 5] - state[rows, 0] - log_sum[rows]).to(dtype)", LOGPROBS),
-    Mutant("compaction: each rank its own depth", f"{K}compaction.py",
-           "depth = int((_sum(sizes.clone(), run) <= MOST_COLUMNS * run.vocab).sum())",
-           "depth = int((sizes <= MOST_COLUMNS * run.vocab).sum())",
+    Mutant("compaction: each rank its own depth", f"{K}schedules/compaction.py",
+           "depth = int((_sum(sizes.clone(), tiled) <= MOST_COLUMNS * tiled.vocab).sum())",
+           "depth = int((sizes <= MOST_COLUMNS * tiled.vocab).sum())",
            f"{KERNELS}test_parallel.py {KERNELS}test_compaction.py"),
     Mutant("rsLoRA's scaling left out", f"{E}integrations/hook.py",
            "module.lora_B[name].weight, module.scaling[name])}",

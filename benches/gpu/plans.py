@@ -1,4 +1,4 @@
-"""What the planner chooses between, on the 7B head at 8192 rows: workspace, rows per chunk, dW's memory lent or not.
+"""What the planner chooses between, on the 7B head at 8192 rows: workspace, rows per chunk, logits in dW's memory.
 
 With a workspace that holds all logits a gradient that comes late finds them kept, else they are made again.
 """
@@ -13,23 +13,25 @@ from common import Lab
 from heads import make
 from methods import Batch
 
-from align_kernels import explain, linear_logprobs, planner, sft_loss
+from align_kernels import explain, linear_logprobs, sft_loss
+from align_kernels.schedules import aliasing
+from align_kernels.schedules.request import profiled
 
 GIB = 1 << 30
 MODES = ("frozen", "trained", "late")
 
 
 @contextmanager
-def planned(device: str, lends: bool = True, **fields: Any) -> Iterator[None]:
-    """Another profile of the device, and no memory lent."""
-    profile, lent = planner.PROFILES[device], planner.lent_columns
-    planner.PROFILES[device] = profile._replace(**fields)
-    if not lends:
-        planner.lent_columns = lambda *_: 0
+def planned(device: str, aliases: bool = True, **fields: Any) -> Iterator[None]:
+    """Another profile of the device, and no logits in memory of dW."""
+    columns = aliasing.aliased_columns
+    if not aliases:
+        aliasing.aliased_columns = lambda *_: 0
     try:
-        yield
+        with profiled(device, **fields):
+            yield
     finally:
-        planner.PROFILES[device], planner.lent_columns = profile, lent
+        aliasing.aliased_columns = columns
 
 
 def step(b: Batch, mode: str, workspace: int | None, impl: str) -> None:
@@ -61,5 +63,5 @@ def plans(lab: Lab) -> None:
             chunks = dict(max_rows=rows, trained_rows=rows, frozen_rows=rows, workspace=8 * unit)
             measure(f"{mode}, {rows} rows a chunk", profile=chunks)
         if mode == "trained":
-            measure(f"{mode}, not lent", profile=dict(lends=False))
+            measure(f"{mode}, not aliased", profile=dict(aliases=False))
         lab.free()

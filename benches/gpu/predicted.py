@@ -68,7 +68,7 @@ PREDICTED: dict[str, dict[str, float | tuple[float, float]]] = {
     },
     "planner": {
         "trained, 2 GiB": (45.7, 44.4),
-        "trained, not lent": 45,
+        "trained, not aliased": 45,
         "late, 2 GiB": (59, 57.5),
         "late, 8 GiB": 45,
     },

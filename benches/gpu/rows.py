@@ -16,7 +16,7 @@ from common import Lab
 from torch import Tensor
 
 from align_kernels.backends import cuda, torch_ops, triton
-from align_kernels.schedules import EMPTY_STATE
+from align_kernels.backends.state import empty
 
 Run = Callable[[], object]
 
@@ -31,7 +31,7 @@ class Tile:
         self.narrow = self.z.to(torch.bfloat16)
         self.out = torch.empty_like(self.narrow)
         self.targets = torch.randint(0, self.v, (n,), device=device)
-        self.state = torch.tensor(EMPTY_STATE, dtype=torch.float64, device=device).repeat(n, 1)
+        self.state = empty(n, device)
         self.g = torch.full((n,), 1 / n, device=device)
         self.common: dict[str, Any] = dict(offset=0, vocab=self.v, bias=None, scale=1.0, softcap=None, temperature=1.0)
         self.finished = self.state.clone()

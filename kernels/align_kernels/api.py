@@ -15,7 +15,7 @@ from align_kernels.arguments import check_float, public
 from align_kernels.dtensor import local, local_head
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, LogitGradClamp, Settings, Transform, flatten
-from align_kernels.schedules import Needs
+from align_kernels.schedules.tiles import Needs
 from align_kernels.sums import add_at
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align_kernels import functions
 from align_kernels.api import needs_of, read_head
 from align_kernels.arguments import public
 from align_kernels.losses.registry import LOSSES
-from align_kernels.planner import Plan
-from align_kernels.schedules import Runner
+from align_kernels.schedules.plan import start
+from align_kernels.schedules.request import Plan
 from align_kernels.units import LossCall, Units, keep_rows
 
 
@@ -33,9 +32,9 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
     """
     h, settings = read_head(hidden, weight, targets, **head)
     if loss is None:
-        return Runner(h, settings, needs_of(h), keep_rows(h.targets, settings.ignore_index), late=True).plan
+        return start(h, settings, needs_of(h), keep_rows(h.targets, settings.ignore_index)).tiled.plan
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     call = LossCall(LOSSES[loss])
     units = Units(call.loss.unit, targets if targets.dim() == 2 else h.targets, settings.ignore_index)
-    return functions.loss_runner(h, settings, needs_of(h), units, call).plan
+    return start(h, settings, needs_of(h), units.kept, call, (), units.largest).tiled.plan

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from align_kernels.api import LogProbs
 from align_kernels.arguments import check_float, public
+from align_kernels.autograd import first_order
+from align_kernels.backends import state as states
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.eager import logprobs_of
-from align_kernels.functions import first_order, read_state
 from align_kernels.head import LogitGradClamp, Settings, Transform, check_rows
-from align_kernels.planner import PROFILES
-from align_kernels.schedules import EMPTY_STATE, float_dtype
+from align_kernels.schedules.request import profile_of
+from align_kernels.sums import float_dtype
 
 
 def _tiles(logits: Tensor) -> Iterator[tuple[int, int]]:
     rows, vocab = logits.shape
-    profile = PROFILES.get(logits.device.type, PROFILES["cuda"])
-    columns = max(profile.tile_bytes // max(rows * logits.itemsize, 1), 1024)
+    columns = max(profile_of(logits.device.type).tile_bytes // max(rows * logits.itemsize, 1), 1024)
     for begin in range(0, vocab, columns):
         yield begin, min(begin + columns, vocab)
 
@@ -32,11 +32,11 @@ class FromLogits(torch.autograd.Function):
         backend = BACKENDS[pick(settings.impl, logits.device, logits.dtype)]
         mask = targets != settings.ignore_index
         labels = targets.masked_fill(~mask, 0)
-        state = torch.tensor(EMPTY_STATE, dtype=torch.float64, device=logits.device).repeat(len(labels), 1)
+        state = states.empty(len(labels), logits.device)
         ctx.call = dict(vocab=logits.shape[1], bias=None, scale=1.0, softcap=None, temperature=temperature)
         for begin, end in _tiles(logits):
             backend.forward(logits[:, begin:end], state, labels, offset=begin, **ctx.call)
-        *values, correct = read_state(state, labels, logits.shape[1])
+        *values, correct = states.read(state, labels, logits.shape[1])
         fields = [v.masked_fill(~mask, 0.0).to(float_dtype(logits)) for v in values] + [correct & mask]
         ctx.mark_non_differentiable(*fields[2:])
         ctx.save_for_backward(logits, labels, mask, state)

@@ -1,21 +1,50 @@
-"""The functions of `functions.py` as torch.library operators: opaque to torch.compile, known to fake tensors."""
+"""The functions of `autograd.py` as torch.library operators: opaque to torch.compile, known to fake tensors.
+
+Settings and losses reach an operator as text, since torch.library takes no objects.
+"""
 
 from __future__ import annotations
+
+from ast import literal_eval
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from align_kernels import functions
-from align_kernels.functions import decode_settings, encode_settings
+from align_kernels import autograd
+from align_kernels.autograd import Saved, needed
+from align_kernels.backends.state import COLUMNS
 from align_kernels.gemm import logits_dtype
-from align_kernels.head import Head, Settings
-from align_kernels.schedules import Needs, float_dtype
-from align_kernels.units import LossCall
+from align_kernels.head import Head, LogitGradClamp, Settings, Transform
+from align_kernels.schedules.tiles import Needs
+from align_kernels.sums import float_dtype
+from align_kernels.units import LossCall, loss_late
 
 # they read sizes and kept rows back from the device, which the capture of a CUDA graph forbids
 _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
 _EXCLUDED = torch._C._dispatch_tls_local_exclude_set()  # the dispatch keys that are off outside of any operator
+
+
+# -- settings as text ---------------------------------------------------------------------------------------------
+# repr and literal_eval rather than JSON: torch.compile traces repr of constants
+def encode_settings(settings: Settings, needs: Needs) -> str:
+    s, t = settings, settings.transform
+    return repr(
+        (
+            (t.logit_scale, t.softcap, t.temperature),
+            None if s.clamp is None else (float(s.clamp.limit), float(s.clamp.prob_above), s.clamp.units),
+            (s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group),
+            (needs.hidden, needs.weight, needs.bias, needs.lora_A, needs.lora_B),
+        )
+    )
+
+
+@lru_cache(maxsize=256)
+def decode_settings(text: str) -> tuple[Settings, Needs]:
+    transform, clamp, rest, needs = literal_eval(text)
+    clamp = None if clamp is None else LogitGradClamp(*clamp)
+    return Settings(Transform(*transform), clamp, *rest), Needs(*needs)
 
 
 # -- log-probs ----------------------------------------------------------------------------------------------------
@@ -30,23 +59,25 @@ def logprobs_op(
     lora_B: Tensor | None,
     settings: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return functions.logprobs_forward(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings)  # type: ignore
+    head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
+    fields, saved = autograd.logprobs_forward(head, *decode_settings(settings))
+    return (*fields, *saved)  # type: ignore[return-value]
 
 
 @logprobs_op.register_fake
 def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
-    kept = payload = layout = 0
+    kept = values = layout = 0
     if any(decode_settings(settings)[1]):
         context = torch.library.get_ctx()
-        kept, payload, layout = (context.new_dynamic_size() for _ in range(3))
+        kept, values, layout = (context.new_dynamic_size() for _ in range(3))
     head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
     fields = [hidden.new_empty(targets.shape, dtype=float_dtype(hidden)) for _ in range(5)]
     return (
         *fields,
         hidden.new_empty(targets.shape, dtype=torch.bool),
         hidden.new_empty(kept, dtype=torch.int64),
-        hidden.new_empty((kept, 8), dtype=torch.float64),
-        hidden.new_empty(payload, dtype=logits_dtype(head)),
+        hidden.new_empty((kept, COLUMNS), dtype=torch.float64),
+        hidden.new_empty(values, dtype=logits_dtype(head)),
         hidden.new_empty(layout, dtype=torch.int64),
     )
 
@@ -64,14 +95,12 @@ def logprobs_backward_op(
     lora_B: Tensor | None,
     kept: Tensor,
     state: Tensor,
-    payload: Tensor,
+    values: Tensor,
     layout: Tensor,
     settings: str,
 ) -> list[Tensor]:
-    return functions.logprobs_backward(
-        g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B,
-        kept, state, payload, layout, settings,
-    )  # fmt: skip
+    head, saved = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B), Saved(kept, state, values, layout)
+    return autograd.logprobs_backward(head, saved, g_logp, g_entropy, *decode_settings(settings))
 
 
 def _fake_grads(hidden, weight, bias, lora_A, lora_B, settings: str) -> list[Tensor]:
@@ -88,10 +117,12 @@ def _(g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lor
     return _fake_grads(hidden, weight, bias, lora_A, lora_B, rest[-1])
 
 
-logprobs_op.register_autograd(
-    lambda ctx, *grads: functions.late_backward(ctx, logprobs_backward_op, *grads),
-    setup_context=functions.Logprobs.setup_context,
-)
+def _logprobs_backward(ctx, g_logp, g_entropy, *_):
+    needs = decode_settings(*ctx.settings)[1]
+    return autograd.late_backward(ctx, logprobs_backward_op, needs, g_logp, g_entropy)
+
+
+logprobs_op.register_autograd(_logprobs_backward, setup_context=autograd.Logprobs.setup_context)
 
 
 # -- fused losses -------------------------------------------------------------------------------------------------
@@ -111,9 +142,9 @@ def loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # an operator runs below autograd; the loss's own small derivative needs autograd's dispatch keys back
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED), torch.no_grad():
-        *fields, grads = functions.loss_forward(
-            hidden, weight, targets, bias, temperature, lora_A, lora_B, side, num_items, loss, settings
-        )
+        head = Head(hidden, weight, targets.reshape(-1), bias, temperature, lora_A, lora_B)
+        call = LossCall.decode(loss)
+        fields, grads = autograd.loss_forward(head, targets, side, num_items, call, *decode_settings(settings))
     return (*fields, *grads)  # type: ignore[return-value]
 
 
@@ -136,7 +167,8 @@ def _loss_context(ctx, inputs, output):
 
 
 def _loss_backward(ctx, grad, *_):
-    scaled = [None if g is None else g * grad for g in functions.needed(ctx.saved_tensors, ctx.settings)]
+    needs = decode_settings(ctx.settings)[1]
+    scaled = [None if g is None else g * grad for g in needed(ctx.saved_tensors, needs)]
     dhidden, dweight, dbias, dA, dB = scaled
     return dhidden, dweight, None, dbias, None, dA, dB, [None] * ctx.sides, None, None, None
 
@@ -150,17 +182,24 @@ def _opaque(hidden: Tensor) -> bool:
 
 
 def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
-    run = logprobs_op if _opaque(head.hidden) else functions.Logprobs.apply
-    return run(*head, encode_settings(settings, needs))
+    if _opaque(head.hidden):
+        return logprobs_op(*head, encode_settings(settings, needs))
+    return autograd.Logprobs.apply(*head, settings, needs)
 
 
 def loss(
-    head: Head, targets: Tensor, side: list[Tensor], num_items: Tensor, text: str, settings: Settings, needs: Needs
+    head: Head,
+    targets: Tensor,  # [B, T] or [N], those of the head
+    side: list[Tensor],
+    num_items: Tensor,
+    call: LossCall,
+    settings: Settings,
+    needs: Needs,
 ) -> tuple[Tensor, ...]:
     # torch.func must see the gradient made in the backward
     if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
-        return functions.loss_late(logprobs(head, settings, needs), targets, side, num_items, text, settings)
-    tensors, encoded = head._replace(targets=targets), encode_settings(settings, needs)
+        return loss_late(logprobs(head, settings, needs), targets, side, num_items, call, settings.ignore_index)
     if _opaque(head.hidden):
-        return loss_op(*tensors, side, num_items, text, encoded)[:6]
-    return functions.FusedLoss.apply(*tensors, num_items, text, encoded, *side)
+        text, encoded = call.encode(), encode_settings(settings, needs)
+        return loss_op(*head._replace(targets=targets), side, num_items, text, encoded)[:6]
+    return autograd.FusedLoss.apply(*head, targets, num_items, call, settings, needs, *side)

@@ -1,8 +1,14 @@
-"""Sums by index whose bits do not depend on threads."""
+"""Sums: their dtype, and sums by index whose bits do not depend on threads."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def float_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x: float32, float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def add_at(out: Tensor, index: Tensor, x: Tensor) -> Tensor:

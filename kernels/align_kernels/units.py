@@ -1,15 +1,17 @@
-"""Where a batch may be cut, and the derivative of a loss with respect to the log-probs of a piece."""
+"""Where a batch may be cut, and the value and derivative of a loss with respect to the log-probs of a piece."""
 
 from __future__ import annotations
 
+import dataclasses
 from ast import literal_eval
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from align_kernels.backends.state import read
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import LOSSES, Level, Loss, Unit
 from align_kernels.sums import add_at
@@ -21,7 +23,7 @@ def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
 
 
 class LossCall(NamedTuple):
-    """A loss as it is called. Beside its tensors it travels as text, which torch.library and torch.compile take."""
+    """A loss as it is called. Beside its tensors it travels as text through torch.library, which takes no objects."""
 
     loss: Loss  # with the unit of this call
     hyper: Mapping[str, Any] = {}
@@ -37,11 +39,20 @@ class LossCall(NamedTuple):
     def sparse(self) -> bool:
         return self.loss.sparse or self.gate is not None
 
+    def plain(self) -> LossCall:
+        """With hyper-parameters that are words, flags, None and finite floats.
+
+        Raises:
+            ValueError: one that is not finite.
+        """
+        gate = None if self.gate is None else ProbGate(float(self.gate.p_hi), float(self.gate.power))
+        return self._replace(hyper={name: plain(name, value) for name, value in self.hyper.items()}, gate=gate)
+
     def encode(self) -> str:
+        """As text, of a call that is `plain`."""
         # repr and literal_eval rather than JSON: torch.compile traces repr of constants
         gate = None if self.gate is None else (self.gate.p_hi, str(self.gate.power))
-        hyper = {name: plain(name, value) for name, value in self.hyper.items()}
-        return repr((self.loss.name, self.loss.unit, hyper, gate, self.given))
+        return repr((self.loss.name, self.loss.unit, dict(self.hyper), gate, self.given))
 
     @staticmethod
     def decode(text: str) -> LossCall:
@@ -60,6 +71,9 @@ def plain(name: str, value: Any) -> Any:
     if not isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return value
+
+
+Span = tuple[int, int, int, int]  # of a group of units: first unit, end unit, first row, end row
 
 
 class Units:
@@ -95,7 +109,7 @@ class Units:
     def largest(self) -> int:
         return 1 if self.sizes is None else max(self.sizes, default=0)
 
-    def groups(self, capacity: int, most: int) -> Iterator[tuple[int, int, int, int]]:
+    def groups(self, capacity: int, most: int) -> Iterator[Span]:
         """(first unit, end unit, first row, end row): runs of whole units, or one unit. The first has at most `most`
         rows, the others `capacity`."""
         if self.sizes is None:
@@ -145,64 +159,88 @@ class Fields(NamedTuple):
         return Fields(logp.double(), entropy.double(), log_sum_sq_probs.double())
 
 
-def unit_values(
-    units: Units, call: LossCall, side: list[Tensor], span: tuple[int, int, int, int], fields: Fields
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The values of a group's loss and of its metrics, float64."""
-    loss, (u0, u1, r0, r1) = call.loss, span
-    logp = fields.logp if call.gate is None else call.gate(fields.logp)
-    entropy = fields.entropy if call.with_entropy else fields.entropy.detach()
-    found = {"logps": logp, "entropy": entropy, "log_sum_sq_probs": fields.log_sum_sq_probs.detach()}
-    ids, place = units.segments(u0, u1, r0, r1) if loss.unit != "token" else (None, None)
+class Coefficients(NamedTuple):
+    """The loss of a group of units and its derivative."""
 
-    def total(x: Tensor) -> Tensor:
-        assert ids is not None and place is not None
-        return add_at(x.new_zeros(len(ids)), place, x)
-
-    if place is not None:
-        if loss.per != "token":
-            found = {name: total(x) for name, x in found.items()}
-        found |= {"lengths": total(torch.ones_like(logp)), "sequence": place}
-
-    def pick(level: Level, value: Tensor) -> Tensor:
-        if level in ("token", "sum"):
-            value = value.reshape(-1)[units.kept[r0:r1]]
-        elif level == "sequence":
-            value = value[ids]
-        value = value.double() if value.is_floating_point() else value
-        return total(value * logp) if level == "sum" else value
-
-    kwargs = {name: found[name] for name in loss.needs if name in found}
-    kwargs |= {name: pick(loss.side[name], value) for name, value in zip(call.given, side)}
-    return loss.fn(found["logps"], **kwargs, **call.hyper)
+    value: Tensor  # ()
+    sums: Tensor  # (M,) of the loss's metrics
+    g: Tensor  # (n,) dL/dlogp
+    g_entropy: Tensor | None  # (n,) dL/dentropy
 
 
-def coefficients(
-    units: Units,
-    call: LossCall,
-    side: list[Tensor],
-    span: tuple[int, int, int, int],
-    fields: Fields,
-    scale: Tensor,
-    train: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """A group's loss, its metrics' sums [M], and g = dL/dlogp, dL/dentropy of its rows: the one derivative, on n floats
-    of float64."""
-    derive, bonus = train and len(fields.logp) > 0, call.with_entropy
-    with torch.set_grad_enabled(derive):
-        leaves = [fields.logp.detach().requires_grad_(derive), fields.entropy.detach().requires_grad_(derive and bonus)]
-        rows = fields._replace(logp=leaves[0], entropy=leaves[1])
-        values, metrics = unit_values(units, call, side, span, rows)
-        total = values.sum() * scale
-        wanted = leaves if bonus else leaves[:1]
-        if derive:
-            found = torch.autograd.grad(total, wanted, materialize_grads=True)
-        else:
-            found = [torch.zeros_like(x) for x in wanted]
-    return total.detach(), sum_metrics(call, metrics, total), found[0], found[1] if bonus else None
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of a call over its units: `scale` times the sum of its values."""
+
+    call: LossCall
+    units: Units
+    side: Sequence[Tensor]  # of call.given
+    scale: Tensor  # () float64
+    derive: bool  # whether anything needs a gradient
+
+    def values(self, span: Span, fields: Fields) -> tuple[Tensor, dict[str, Tensor]]:
+        """The values of a group's loss and of its metrics, float64."""
+        (u0, u1, r0, r1), call, units = span, self.call, self.units
+        loss = call.loss
+        logp = fields.logp if call.gate is None else call.gate(fields.logp)
+        entropy = fields.entropy if call.with_entropy else fields.entropy.detach()
+        found = {"logps": logp, "entropy": entropy, "log_sum_sq_probs": fields.log_sum_sq_probs.detach()}
+        ids, place = units.segments(u0, u1, r0, r1) if loss.unit != "token" else (None, None)
+
+        def total(x: Tensor) -> Tensor:
+            assert ids is not None and place is not None
+            return add_at(x.new_zeros(len(ids)), place, x)
+
+        if place is not None:
+            if loss.per != "token":
+                found = {name: total(x) for name, x in found.items()}
+            found |= {"lengths": total(torch.ones_like(logp)), "sequence": place}
+
+        def pick(level: Level, value: Tensor) -> Tensor:
+            if level in ("token", "sum"):
+                value = value.reshape(-1)[units.kept[r0:r1]]
+            elif level == "sequence":
+                value = value[ids]
+            value = value.double() if value.is_floating_point() else value
+            return total(value * logp) if level == "sum" else value
+
+        kwargs = {name: found[name] for name in loss.needs if name in found}
+        kwargs |= {name: pick(loss.side[name], value) for name, value in zip(call.given, self.side)}
+        return loss.fn(found["logps"], **kwargs, **call.hyper)
+
+    def sums(self, metrics: dict[str, Tensor], like: Tensor) -> Tensor:
+        """[M], in the order of the loss; 0 for what this call does not measure."""
+        names = self.call.loss.metrics
+        sums = [metrics[name].detach().sum() if name in metrics else like.new_zeros(()) for name in names]
+        return torch.stack(sums) if sums else like.detach().new_zeros(0)
+
+    def coefficients(self, span: Span, state: Tensor, targets: Tensor, vocab: int) -> Coefficients:
+        """Of a group from its rows' finished state [n, 8] and targets [n]: the one derivative, on n floats of
+        float64."""
+        fields = Fields.of(read(state, targets, vocab))
+        derive, bonus = self.derive and len(targets) > 0, self.call.with_entropy
+        with torch.set_grad_enabled(derive):
+            logp = fields.logp.detach().requires_grad_(derive)
+            entropy = fields.entropy.detach().requires_grad_(derive and bonus)
+            values, metrics = self.values(span, fields._replace(logp=logp, entropy=entropy))
+            total = values.sum() * self.scale
+            wanted = [logp, entropy] if bonus else [logp]
+            if derive:
+                found = torch.autograd.grad(total, wanted, materialize_grads=True)
+            else:
+                found = [torch.zeros_like(x) for x in wanted]
+        return Coefficients(total.detach(), self.sums(metrics, total), found[0], found[1] if bonus else None)
 
 
-def sum_metrics(call: LossCall, metrics: dict[str, Tensor], like: Tensor) -> Tensor:
-    """[M], in the order of the loss; 0 for what this call does not measure."""
-    sums = [metrics[name].detach().sum() if name in metrics else like.new_zeros(()) for name in call.loss.metrics]
-    return torch.stack(sums) if sums else like.detach().new_zeros(0)
+def loss_late(
+    fields: Sequence[Tensor], targets: Tensor, side: list[Tensor], num_items: Tensor, call: LossCall, ignore_index: int
+) -> tuple[Tensor, ...]:
+    """What `ops.loss` returns, from the fields of log-probs, by autograd."""
+    units = Units(call.loss.unit, targets, ignore_index)
+    logp, entropy, _, _, mean_logit, correct = fields[:6]
+    objective = Objective(call, units, side, 1.0 / num_items, derive=True)
+    rows = Fields.of(tuple(x[units.kept] for x in fields[:4]))
+    values, metrics = objective.values((0, units.count, 0, len(units.kept)), rows)
+    sums = objective.sums(metrics, values).to(logp.dtype)
+    total = (values.sum() / num_items).to(logp.dtype)
+    return total, sums, logp.detach(), entropy.detach(), mean_logit, correct

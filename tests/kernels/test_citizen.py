@@ -19,7 +19,6 @@ from align_kernels import (
     LogitGradClamp,
     ProbGate,
     dpo_loss,
-    functions,
     linear_logprobs,
     ops,
     ppo_clip_loss,
@@ -28,7 +27,7 @@ from align_kernels import (
 )
 from align_kernels.head import Settings, Transform
 from align_kernels.losses import registry
-from align_kernels.schedules import Needs
+from align_kernels.schedules.tiles import Needs
 from align_kernels.units import LossCall
 
 from .oracle import Case, judge, loss_truth, run, truth
@@ -179,7 +178,7 @@ NEEDS = {
 @pytest.mark.parametrize("name", NEEDS)
 def test_opcheck_logprobs(name: str, workspace: int | None):
     tensors, settings = op_inputs(NEEDS[name], workspace, every=name == "every")
-    torch.library.opcheck(ops.logprobs_op, (*tensors, functions.encode_settings(settings, NEEDS[name])))
+    torch.library.opcheck(ops.logprobs_op, (*tensors, ops.encode_settings(settings, NEEDS[name])))
 
 
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
@@ -197,7 +196,7 @@ def test_opcheck_loss(name: str, loss: str):
             dict(ref_logps=torch.zeros(4)),
         )
     text = LossCall(registry.LOSSES[loss], hyper, gate, tuple(side)).encode()
-    encoded = functions.encode_settings(settings, NEEDS[name])
+    encoded = ops.encode_settings(settings, NEEDS[name])
     torch.library.opcheck(ops.loss_op, (*tensors, list(side.values()), torch.tensor(3.0), text, encoded))
 
 

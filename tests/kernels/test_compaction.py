@@ -12,13 +12,17 @@ from processes import run_ranks
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from align_kernels import LogitGradClamp, compaction, explain, linear_logprobs, planner, sft_loss
+from align_kernels import LogitGradClamp, explain, linear_logprobs, sft_loss
 from align_kernels.api import needs_of, read_head
 from align_kernels.backends import cpu, torch_ops
 from align_kernels.head import Head
-from align_kernels.planner import MIB
-from align_kernels.schedules import Runner
-from align_kernels.units import keep_rows
+from align_kernels.losses import LOSSES
+from align_kernels.schedules import compaction
+from align_kernels.schedules import request as planning
+from align_kernels.schedules.plan import start
+from align_kernels.schedules.request import MIB
+from align_kernels.schedules.tiles import TiledHead
+from align_kernels.units import LossCall, keep_rows
 
 from .oracle import Case, objective, raw_logits, transform
 
@@ -93,7 +97,7 @@ OPTIONS: dict[str, dict] = {
 def small_blocks(monkeypatch):
     """Blocks, tiles and limits that fit the small sizes here."""
     monkeypatch.setattr(compaction, "BLOCK_ROWS", 32)
-    monkeypatch.setattr(planner, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(planning, "BLOCK_ROWS", 32)
     monkeypatch.setattr(compaction, "STEP", 50)
     monkeypatch.setattr(compaction, "FLAT", 0.1)
 
@@ -169,13 +173,14 @@ def check_bound(case: Case, g: Tensor, h: Tensor | None, tau: float, **options) 
     return got
 
 
-def runner(case: Case, tau: float, impl: str, late: bool = False, workspace: int = ROOM) -> Runner:
+def tiled_head(case: Case, tau: float, impl: str, late: bool = False, workspace: int = ROOM) -> TiledHead:
     leaves = case.leaves()
     head, settings = read_head(leaves["hidden"], leaves["weight"], case.targets, drop_mass=tau, impl=impl,
                                workspace=workspace, **case.keywords(leaves))  # fmt: skip
-    run = Runner(head, settings, needs_of(head), keep_rows(case.targets, -100), late=late)
-    run.head = Head(*(None if x is None else x.detach() for x in head))
-    return run
+    call = None if late else LossCall(LOSSES["sft"])
+    tiled = start(head, settings, needs_of(head), keep_rows(case.targets, -100), call).tiled
+    tiled.head = Head(*(None if x is None else x.detach() for x in head))
+    return tiled
 
 
 # -- the columns --------------------------------------------------------------------------------------------------
@@ -189,14 +194,14 @@ COMPACTED = {("heavy", 2**-4), ("heavy", 2**-8), ("heavy", 2**-12), ("mixed", 2*
 def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
     """Of every block: what it leaves out. Peaked rows have blocks, flat ones run dense."""
     case = make(shape, bias=True, temperature="rows", softcap=40.0)
-    run = runner(case, tau, impl)
+    tiled = tiled_head(case, tau, impl)
     p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
     targets, seen, blocks = case.targets[case.mask], [], 0
-    for chunk in run.chunks(0, len(run.kept)):
+    for chunk in tiled.chunks(0, len(tiled.kept)):
         assert len(chunk.targets) == len(p)
-        store = run.store(len(p))
-        state = run.forward(chunk, store)
-        for block in compaction.cut(run, chunk, state, store, torch.arange(len(p)), entropy=entropy):
+        store = tiled.store(len(p))
+        state = tiled.softmax(chunk, store)
+        for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), entropy=entropy):
             if isinstance(block, Tensor):
                 seen.append(block)
                 continue
@@ -219,12 +224,12 @@ def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
 def test_eps_is_the_largest_that_serves(impl: str):
     """With twice the eps, or its columns alone, some row would lose more than drop_mass."""
     case = make("spiked")
-    run = runner(case, TAU, impl)
-    (chunk,) = run.chunks(0, len(run.kept))
-    store = run.store(len(chunk.targets))
-    state = run.forward(chunk, store)
+    tiled = tiled_head(case, TAU, impl)
+    (chunk,) = tiled.chunks(0, len(tiled.kept))
+    store = tiled.store(len(chunk.targets))
+    state = tiled.softmax(chunk, store)
     p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
-    blocks = list(compaction.cut(run, chunk, state, store, torch.arange(len(p)), entropy=False))
+    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), entropy=False))
     levels = []
     for block in blocks:
         assert not isinstance(block, Tensor)
@@ -251,7 +256,7 @@ def test_peaks(impl: str, dtype: torch.dtype, options: dict):
         z.copy_(torch.randn(9, c, generator=rng()) * 4)
         bias, temperature = torch.randn(c, generator=rng()), torch.rand(9, generator=rng()) + 0.5
         common = dict(offset=0, vocab=c, bias=bias, scale=1.0, softcap=None, temperature=temperature) | options
-        targets, state = torch.zeros(9, dtype=torch.int64), runner(make("flat"), TAU, "torch").new_state(9)
+        targets, state = torch.zeros(9, dtype=torch.int64), tiled_head(make("flat"), TAU, "torch").new_state(9)
         torch_ops.forward(z.double(), state, targets, **common)
         l = common["scale"] * (z.double() + bias)
         l = l if common["softcap"] is None else 9.0 * torch.tanh(l / 9.0)
@@ -283,11 +288,11 @@ def test_peaks_refuses_rows(rows: list[int]):
 def test_who_is_compacted(shape: str, compacted: int):
     case = make(shape)
     case.targets[case.targets < 0] = 0
-    run = runner(case, TAU, "torch")
-    (chunk,) = run.chunks(0, N)
-    store = run.store(N)
-    state = run.forward(chunk, store)
-    blocks = list(compaction.cut(run, chunk, state, store, torch.arange(N), entropy=False))
+    tiled = tiled_head(case, TAU, "torch")
+    (chunk,) = tiled.chunks(0, N)
+    store = tiled.store(N)
+    state = tiled.softmax(chunk, store)
+    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), entropy=False))
     kept = sum(len(b.rows) for b in blocks if not isinstance(b, Tensor))
     assert kept >= compacted > 0 or kept == compacted == 0
 
@@ -377,8 +382,8 @@ def test_a_flat_softmax_costs_no_pass(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a flat block was looked at")
 
-    run = runner(make("flat"), TAU, "torch")
-    monkeypatch.setattr(run.backend, "peaks", never)
+    tiled = tiled_head(make("flat"), TAU, "torch")
+    monkeypatch.setattr(tiled.backend, "peaks", never)
     gradients(make("flat"), *coefficients(False), impl="torch", drop_mass=TAU)
 
 
@@ -389,7 +394,7 @@ def test_zero_is_the_exact_path(shape: str, impl: str, monkeypatch):
     assert not explain_of(case, 0.0, impl).compact
     before = gradients(case, *upstream, impl=impl)
     monkeypatch.setattr(compaction, "cut", None)
-    monkeypatch.setattr(compaction, "hold", None)
+    monkeypatch.setattr(compaction, "save", None)
     after = gradients(case, *upstream, impl=impl, drop_mass=0.0)
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -418,13 +423,13 @@ def test_flops(train: tuple[str, ...], fused: bool):
     """2NVD, and 2NVD for each gradient times the share of columns kept."""
     case = make("heavy", train=train)
     case.targets[case.targets == -100] = 0
-    run = runner(case, TAU, "auto")
+    tiled = tiled_head(case, TAU, "auto")
     leaves = case.leaves()
     args = leaves["hidden"], leaves["weight"], case.targets
-    (chunk,) = run.chunks(0, N)
-    store = run.store(N)
-    state = run.forward(chunk, store)
-    blocks = list(compaction.cut(run, chunk, state, store, torch.arange(N), entropy=not fused and len(train) > 1))
+    (chunk,) = tiled.chunks(0, N)
+    store = tiled.store(N)
+    state = tiled.softmax(chunk, store)
+    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), entropy=not fused and len(train) > 1))
     kept = sum(len(b.rows) * len(b.columns) for b in blocks)
     assert kept < 0.1 * N * V
     options = dict(drop_mass=TAU, workspace=ROOM)
@@ -436,30 +441,33 @@ def test_flops(train: tuple[str, ...], fused: bool):
 # -- what waits ---------------------------------------------------------------------------------------------------
 def test_what_waits_is_small():
     case = make("heavy")
-    run = runner(case, TAU, "cpu", late=True)
-    (chunk,) = run.chunks(0, len(run.kept))
-    store = run.store(len(run.kept))
-    held = compaction.hold(run, chunk, run.forward(chunk, store), store, [], alone=True)
-    values, layout = compaction.pack([held], store)
-    assert len(values) < 0.1 * len(store) and len(values) + len(layout) < 0.2 * len(store)
+    tiled = tiled_head(case, TAU, "cpu", late=True)
+    (chunk,) = tiled.chunks(0, len(tiled.kept))
+    store = tiled.store(len(tiled.kept))
+    saved = compaction.save(tiled, chunk, tiled.softmax(chunk, store), store, tiled.plan.saved // 4, alone=True)
+    values, layout = compaction.pack([saved], store.own)
+    whole = len(store.own)
+    assert len(values) < 0.1 * whole and len(values) + len(layout) < 0.2 * whole
     (again,) = compaction.unpack(values, layout, V)
-    assert again.logits is not None and not len(again.logits) and torch.equal(again.dense, held.dense)
-    for a, b in zip(again.blocks, held.blocks, strict=True):
+    assert again.logits is not None and not len(again.logits.own) and torch.equal(again.dense, saved.dense)
+    for a, b in zip(again.blocks, saved.blocks, strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.columns, b.columns) and torch.equal(a.z, b.z)
 
 
 def test_the_workspace_holds():
     case = make("mixed")
     rows = 120
-    run = runner(case, TAU, "cpu", late=True, workspace=rows * V * 4)
-    assert run.plan.schedule == "compaction" and run.plan.workspace <= rows * V * 4
-    waiting: list[compaction.Held] = []
-    for chunk in run.chunks(0, len(run.kept)):
-        store = run.store(len(chunk.targets))
-        waiting.append(compaction.hold(run, chunk, run.forward(chunk, store), store, waiting, alone=False))
-    assert len(waiting) > 1
-    values, _ = compaction.pack(waiting, store)
-    assert values.nbytes + store.nbytes <= rows * V * 4
+    tiled = tiled_head(case, TAU, "cpu", late=True, workspace=rows * V * 4)
+    assert tiled.plan.schedule == "compaction" and tiled.plan.workspace <= rows * V * 4
+    schedule = compaction.Compaction(tiled)
+    schedule.begin(len(tiled.kept))
+    sizes = []
+    for chunk in tiled.chunks(0, len(tiled.kept)):
+        schedule.save(schedule.forward(chunk)[1])
+        sizes.append(len(chunk.targets))
+    assert len(sizes) > 1
+    values, _ = schedule.packed()
+    assert values.nbytes + max(sizes) * V * 4 <= rows * V * 4
 
 
 def test_a_graph_serves_twice():
@@ -500,8 +508,9 @@ def test_refused_values():
 # -- vocabulary-parallel ------------------------------------------------------------------------------------------
 RANK_CODE = """
 import sys, torch, torch.distributed as dist
-from align_kernels import compaction, linear_logprobs, planner, sft_loss
-compaction.BLOCK_ROWS = planner.BLOCK_ROWS = 32
+from align_kernels import linear_logprobs, sft_loss
+from align_kernels.schedules import compaction, request
+compaction.BLOCK_ROWS = request.BLOCK_ROWS = 32
 compaction.FLAT = 0.1
 folder, tau, workspaces = sys.argv[1], float(sys.argv[2]), map(int, sys.argv[3:])
 dist.init_process_group("gloo")

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from align_kernels import LogitGradClamp, grpo_loss, planner
+from align_kernels import LogitGradClamp, grpo_loss
 from align_kernels.backends.cuda import losses
+from align_kernels.schedules.request import profiled
 
 from .oracle import Case, judge, run, truth
 from .test_losses import BATCHES, V, batch
@@ -61,14 +62,13 @@ def test_losses(loss: str, name: str, taken: Counter):
     assert set(taken) == ({kernel} if kernel else set())
 
 
-def test_small_chunks(taken: Counter, monkeypatch):
-    small = planner.PROFILES["cpu"]._replace(max_rows=16, min_rows=4, tile_bytes=16 * 64 * 4)
-    monkeypatch.setitem(planner.PROFILES, "cpu", small)
+def test_small_chunks(taken: Counter):
     case = BATCHES["pairs of very different length"]()
-    verify(case, grpo(case, beta=0.1), dict(impl="cuda"))
-    assert taken["token_loss"] == -(-int(case.mask.sum()) // 16)
-    verify(case, dpo(case), dict(impl="cuda"))
-    assert taken["unit_loss"] > 1
+    with profiled("cpu", max_rows=16, min_rows=4, tile_bytes=16 * 64 * 4):
+        verify(case, grpo(case, beta=0.1), dict(impl="cuda"))
+        assert taken["token_loss"] == -(-int(case.mask.sum()) // 16)
+        verify(case, dpo(case), dict(impl="cuda"))
+        assert taken["unit_loss"] > 1
 
 
 @pytest.mark.parametrize("options", [{}, dict(prob_gate=(0.9, 1.0)), dict(workspace=4096)], ids=str)

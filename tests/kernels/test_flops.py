@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from align_kernels import LogitGradClamp, dpo_loss, explain, linear_logprobs, planner, ppo_clip_loss, sft_loss
+from align_kernels import LogitGradClamp, dpo_loss, explain, linear_logprobs, ppo_clip_loss, sft_loss
+from align_kernels.schedules.request import profiled
 
 B, T, V, D = 6, 40, 300, 24
 TINY = 1 << 10
@@ -114,16 +115,12 @@ def test_table(schedule: str, name: str, train: tuple, options: dict, flops: int
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("train", [BOTH, HIDDEN])
 @pytest.mark.parametrize("name", [*FUSED, *LATE])
-def test_small_chunks_cost_the_same(name: str, train: tuple, impl: str, monkeypatch):
-    small = planner.PROFILES["cpu"]._replace(max_rows=17, min_rows=4, tile_bytes=17 * 64 * 4)
-    monkeypatch.setitem(planner.PROFILES, "cpu", small)
+def test_small_chunks_cost_the_same(name: str, train: tuple, impl: str):
     p = Problem(*train)
-    plan = explain(p.hidden, p.weight, p.targets, loss=name if name in FUSED else None, impl=impl)
-    assert (
-        count((FUSED | LATE)[name], p, dict(impl=impl))
-        == plan.gemm_flops
-        == (6 if train == BOTH else 4) * p.kept * V * D
-    )
+    with profiled("cpu", max_rows=17, min_rows=4, tile_bytes=17 * 64 * 4):
+        plan = explain(p.hidden, p.weight, p.targets, loss=name if name in FUSED else None, impl=impl)
+        counted = count((FUSED | LATE)[name], p, dict(impl=impl))
+    assert counted == plan.gemm_flops == (6 if train == BOTH else 4) * p.kept * V * D
 
 
 @pytest.mark.parametrize("train", [("bias",), ("hidden", "bias"), ("hidden", "weight", "bias")])

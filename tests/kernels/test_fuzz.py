@@ -14,7 +14,8 @@ import torch
 from devices import CALLS, PROFILE, SEED
 from torch import Tensor
 
-from align_kernels import LogitGradClamp, planner
+from align_kernels import LogitGradClamp
+from align_kernels.schedules.request import profiled
 
 from .oracle import LEAVES, Case, judge, near_ties, raw_logits, run, transform, truth
 from .twins import dpo, sft, verify
@@ -144,14 +145,14 @@ def carry_out(call: Call) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_random_calls(part: int, monkeypatch, capsys):
+def test_random_calls(part: int, capsys):
     worst: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    profile, failures = planner.PROFILES[PROFILE], []
+    failures = []
     for seed in range(SEED + part, SEED + CALLS, PARTS):
         call = draw(seed)
-        monkeypatch.setitem(planner.PROFILES, PROFILE, profile._replace(**call.profile))
         try:
-            ratios = carry_out(call)
+            with profiled(PROFILE, **call.profile):
+                ratios = carry_out(call)
         except Exception as error:
             failures.append(f"{type(error).__name__}: {error}\n    {call}")
             continue

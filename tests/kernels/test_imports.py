@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from graphlib import TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kernels" / "align_kernels"
@@ -140,25 +139,73 @@ def test_losses_import_torch_each_other_and_sums_alone():
 
 def test_backends_import_neither_each_other_nor_anything_above():
     own = ("align_kernels._C", "align_kernels._cuda", "align_kernels.backends.cuda", "align_kernels.backends.triton")
-    assert not offenders("backends", ("align_kernels",), own)
+    shared = ("align_kernels.backends.state",)
+    assert not offenders("backends", ("align_kernels",), (*own, *shared))
 
 
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        ("planner.py", "api fused functions ops schedules eager backends losses dispatch head"),
-        ("head.py", "api fused functions ops schedules eager backends losses dispatch planner"),
-        ("dispatch.py", "api fused functions ops schedules eager losses planner"),
-        ("eager.py", "api fused functions ops schedules backends losses planner dispatch"),
-        ("schedules.py", "api fused functions ops losses eager"),
-        ("functions.py", "api fused ops backends"),
-        ("ops.py", "api fused backends"),
-        ("api.py", "fused losses backends planner"),
-    ],
-)
-def test_imports_run_one_way(module: str, forbidden: str):
-    names = {f"align_kernels.{name}" for name in forbidden.split()} | {"align_kernels.compat"}
-    assert not {name for name in imports(PACKAGE / module) if any(name == n or name.startswith(n + ".") for n in names)}
+# the rooms from top to bottom; those of one line do not import each other
+ROOMS = """
+compat
+__init__
+explain fused from_logits
+api
+ops
+autograd
+schedules.plan
+schedules
+schedules.compaction schedules.device_losses schedules.exponentials
+schedules.dense
+schedules.base
+schedules.tiles
+schedules.aliasing schedules.sharded
+schedules.request
+units dispatch
+eager gemm
+head dtensor arguments
+backends losses
+sums
+"""
+
+
+def modules() -> dict[str, Path]:
+    """The files of the package by their names within it: `api`, `schedules`, `schedules.plan`."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        *folders, name = file.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(folders if name == "__init__" and folders else [*folders, name])] = file
+    return found
+
+
+def arrows() -> dict[str, set[str]]:
+    """What each module of the package imports of it."""
+    known = modules()
+
+    def module(name: str) -> str:
+        parts = name.split(".")[1:]
+        return next((n for k in range(len(parts), 0, -1) if (n := ".".join(parts[:k])) in known), "__init__")
+
+    own = {name: {x for x in imports(file) if x.split(".")[0] == "align_kernels"} for name, file in known.items()}
+    built = {"align_kernels._C", "align_kernels._cuda"}
+    return {name: {module(x) for x in found - built} - {name} for name, found in own.items()}
+
+
+def test_imports_run_one_way():
+    """Every module stands in a room, and imports from rooms below it or from its own folder alone."""
+    floors = {room: floor for floor, line in enumerate(ROOMS.split("\n")) for room in line.split()}
+    room = {
+        name: next(r for r in (name, name.rpartition(".")[0], name.split(".")[0]) if r in floors) for name in modules()
+    }
+    assert set(room.values()) == set(floors)
+    assert not [
+        f"{name} imports {other}"
+        for name, others in arrows().items()
+        for other in others
+        if room[other] != room[name] and floors[room[other]] <= floors[room[name]]
+    ]
+
+
+def test_no_import_runs_in_a_circle():
+    TopologicalSorter(arrows()).prepare()
 
 
 # -- the folder's name --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from accuracy import check
 from torch import Tensor
 
 import align_kernels as ak
-from align_kernels import planner, reward_loss, value_loss
+from align_kernels import reward_loss, value_loss
 from align_kernels.losses import LOSSES
+from align_kernels.schedules.request import profiled
 
 from .losses_table import MARKS, MASK, ROWS, TARGETS, TOKENS, B, Batch, T, normal, softmax, tensors
 
@@ -25,12 +27,11 @@ WAYS: dict[str, tuple[dict[str, Any], int | None]] = {  # head, rows per chunk
 
 
 @pytest.fixture(params=WAYS)
-def way(request, monkeypatch) -> dict[str, Any]:
+def way(request) -> Iterator[dict[str, Any]]:
     head, rows = WAYS[request.param]
-    if rows is not None:
-        small = planner.PROFILES["cpu"]._replace(max_rows=rows, min_rows=2, tile_bytes=rows * 16 * 4)
-        monkeypatch.setitem(planner.PROFILES, "cpu", small)
-    return head
+    small = {} if rows is None else dict(max_rows=rows, min_rows=2, tile_bytes=rows * 16 * 4)
+    with profiled("cpu", **small):
+        yield head
 
 
 def truth(formula, factor: float = 1.0) -> tuple[Tensor, list[Tensor], Batch]:

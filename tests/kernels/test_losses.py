@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from accuracy import check
 from devices import PROFILE
 from torch import Tensor
 
-from align_kernels import LogitGradClamp, dpo_loss, explain, linear_logprobs, planner, sequence_logprobs, sft_loss
+from align_kernels import LogitGradClamp, dpo_loss, explain, linear_logprobs, sequence_logprobs, sft_loss
+from align_kernels.schedules.request import profiled
 
 from .oracle import Case, loss_truth
 from .twins import dpo, grpo, kto, ppo, sft, verify
@@ -74,12 +75,11 @@ WAYS = {  # impl, workspace, rows per chunk
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS.keys())
-def way(request, monkeypatch) -> dict[str, Any]:
+def way(request) -> Iterator[dict[str, Any]]:
     impl, workspace, chunk = request.param
-    if chunk is not None:
-        small = planner.PROFILES[PROFILE]._replace(max_rows=chunk, min_rows=4, tile_bytes=chunk * 64 * 4)
-        monkeypatch.setitem(planner.PROFILES, PROFILE, small)
-    return dict(impl=impl, workspace=workspace)
+    small = {} if chunk is None else dict(max_rows=chunk, min_rows=4, tile_bytes=chunk * 64 * 4)
+    with profiled(PROFILE, **small):
+        yield dict(impl=impl, workspace=workspace)
 
 
 # -- tests --------------------------------------------------------------------------------------------------------

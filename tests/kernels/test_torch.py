@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from align_kernels import gemm, ops, schedules
+from align_kernels import gemm, ops
 from align_kernels.head import Head, Settings
 from align_kernels.losses import registry
+from align_kernels.schedules.tiles import narrowed
 
 
 @pytest.mark.parametrize("name", ["mm", "addmm"])
@@ -48,7 +49,7 @@ def test_no_default_is_an_object_that_a_compiler_cannot_make():
 def test_a_narrow_gradient_keeps_twice_its_memory_on_a_cpu_alone(device: str):
     """There it lies in the memory of its sum; elsewhere that would stay allocated until the optimiser's step."""
     sums = torch.zeros(64, 100, device=device)
-    grad = schedules._narrowed(sums, torch.bfloat16)
+    grad = narrowed(sums, torch.bfloat16)
     assert grad.dtype == torch.bfloat16 and grad.shape == sums.shape
     assert grad.untyped_storage().nbytes() == grad.nbytes * (2 if device == "cpu" else 1)
 

@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from align_kernels import backends_report, gemm, linear_logprobs
 from align_kernels.backends import triton
-from align_kernels.planner import plan
+from align_kernels.schedules.plan import plan
+from align_kernels.schedules.request import Request
 
 
 def test_a_cpu_is_refused_with_the_reason():
@@ -51,9 +52,10 @@ def test_float32_logits_of_16_bit_heads_on_a_gpu():
 @pytest.mark.parametrize("needs_head", [False, True])
 @pytest.mark.parametrize("rows", [100, 3000, 100_000])
 def test_a_gradient_beside_its_logits_fits_in_the_workspace(rows: int, needs_head: bool, late: bool):
-    made = plan(
+    asked = Request(
         rows=rows, vocab=151936, width=4096, itemsize=4, gradient_itemsize=2, device="cuda", backend="triton",
-        workspace=None, needs_input=True, needs_head=needs_head, needs_weight=needs_head, late=late,
+        needs_input=True, needs_head=needs_head, needs_weight=needs_head, late=late,
     )  # fmt: skip
+    made = plan(asked)
     assert made.workspace <= 2048 << 20
     assert made.tile_cols >= min(8192, made.vocab)

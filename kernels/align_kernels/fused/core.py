@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from align_kernels import functions, ops
+from align_kernels import ops
 from align_kernels.api import needs_of, read_head
 from align_kernels.arguments import public
 from align_kernels.dtensor import local
 from align_kernels.eager import logprobs_eager
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import LOSSES, Unit
-from align_kernels.units import LossCall
+from align_kernels.units import LossCall, loss_late
 
 Items = float | Tensor | None
 Count = Tensor | int  # tokens, sequences or pairs
@@ -78,13 +78,13 @@ def run_loss(
     counted = torch.as_tensor(count, device=hidden.device).clamp(min=1)
     items = torch.as_tensor(counted if num_items is None else num_items, device=hidden.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
-    text = LossCall(spec, hyper, gate, tuple(given)).encode()
+    call = LossCall(spec, hyper, gate, tuple(given)).plain()
     sides = list(given.values())
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
     if settings.impl == "eager":
-        fields = functions.loss_late(logprobs_eager(h, settings), shaped, sides, items, text, settings)
+        fields = loss_late(logprobs_eager(h, settings), shaped, sides, items, call, settings.ignore_index)
     else:
-        fields = ops.loss(h, shaped, sides, items, text, settings, needs_of(h))
+        fields = ops.loss(h, shaped, sides, items, call, settings, needs_of(h))
     loss, sums, logp, entropy, mean_logit, correct = fields
     measured: Measured = {name: (mean, count) for name, mean in zip(spec.metrics, sums / counted)}
     for name, x in (("entropy", entropy), ("mean_token_accuracy", correct)):

@@ -18,7 +18,7 @@ from align_kernels.fused.core import (
     run_loss,
 )
 from align_kernels.losses.kto import LOSS_TYPES
-from align_kernels.schedules import float_dtype
+from align_kernels.sums import float_dtype
 
 
 @of_head

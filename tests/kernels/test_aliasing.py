@@ -9,8 +9,11 @@ import pytest
 import torch
 from accuracy import check
 
-from align_kernels import dpo_loss, explain, planner
-from align_kernels.planner import MIB, lent_columns
+from align_kernels import dpo_loss, explain
+from align_kernels.schedules import aliasing
+from align_kernels.schedules import plan as planner
+from align_kernels.schedules.aliasing import aliased_columns
+from align_kernels.schedules.request import MIB, Plan, Request, profiled
 
 from .oracle import Case
 from .twins import dpo, sft, verify
@@ -37,47 +40,47 @@ def survives(rows: int, vocab: int, width: int, tile: int, columns: int) -> bool
 
 
 def test_no_logits_are_lost_and_few_are_outside(monkeypatch):
-    monkeypatch.setattr(planner, "STEP", 1)
+    monkeypatch.setattr(aliasing, "STEP", 1)
     pick = random.Random(0)
-    lent = 0
+    aliased = 0
     for _ in range(400):
         rows, vocab, width = pick.randint(1, 40), pick.randint(1, 60), pick.randint(1, 30)
         tile = pick.randint(1, max(vocab // 3, 1))
-        columns = lent_columns(rows, vocab, width, tile)
+        columns = aliased_columns(rows, vocab, width, tile)
         assert 0 <= columns <= vocab
         assert survives(rows, vocab, width, tile, columns), (rows, vocab, width, tile, columns)
         room = width * vocab // rows  # columns of logits as large as dW
         assert columns >= min(room, vocab) - tile * max(rows, width) // min(rows, width) - tile - 1
-        lent += columns > 0
-    assert lent > 200
+        aliased += columns > 0
+    assert aliased > 200
 
 
-def plan(rows: int, vocab: int, width: int, **options) -> planner.Plan:
-    names: dict = dict(itemsize=4, device="cpu", backend="cpu", workspace=None, late=False, lends=True, plain=True)
+def plan(rows: int, vocab: int, width: int, **options) -> Plan:
+    names: dict = dict(itemsize=4, device="cpu", backend="cpu", late=False, may_alias=True, plain=True)
     needs = dict(needs_input=True, needs_head=True, needs_weight=True)
-    return planner.plan(rows=rows, vocab=vocab, width=width, **(names | needs | options))
+    return planner.plan(Request(rows=rows, vocab=vocab, width=width, **(names | needs | options)))
 
 
 @pytest.mark.parametrize("workspace", [None, 24 * MIB])
 @pytest.mark.parametrize(("rows", "vocab", "width"), [(512, 151_936, 896), (256, 128_256, 2048), (3584, 152_064, 3584)])
 def test_as_many_rows_as_the_hidden_size_take_one_chunk(rows: int, vocab: int, width: int, workspace: int | None):
     made = plan(rows, vocab, width, workspace=workspace)
-    assert (made.schedule, made.lends, made.first_rows) == ("one pass", True, rows)
+    assert (made.schedule, made.aliased, made.first_rows) == ("one pass", True, rows)
     assert made.workspace <= 56 * MIB < rows * vocab * 4
     assert f"1 chunk(s) of {rows} rows in memory of dW" in str(made)
 
 
 def test_more_rows_take_two_chunks_and_the_memory_of_the_second():
     made = plan(2048, 49_152, 576)
-    assert made.lends and made.first_rows + made.chunk_rows >= 2048 and made.first_rows > 576 + made.chunk_rows // 2
+    assert made.aliased and made.first_rows + made.chunk_rows >= 2048 and made.first_rows > 576 + made.chunk_rows // 2
     assert made.workspace < 160 * MIB
 
 
 @pytest.mark.parametrize(
-    "options", [dict(lends=False), dict(needs_weight=False), dict(drop_mass=0.01), dict(late=True)], ids=str
+    "options", [dict(may_alias=False), dict(needs_weight=False), dict(drop_mass=0.01), dict(late=True)], ids=str
 )
-def test_nothing_is_lent_where_dw_is_not_to_be_written_tile_by_tile(options: dict):
-    assert not plan(512, 151_936, 896, **options).lends
+def test_nothing_is_aliased_where_dw_is_not_to_be_written_tile_by_tile(options: dict):
+    assert not plan(512, 151_936, 896, **options).aliased
 
 
 def case(lengths: list[int], *, bias: bool = False, dtype: torch.dtype = torch.float32, **options) -> Case:
@@ -106,18 +109,18 @@ CASES = {
 @pytest.mark.parametrize("impl", ["cpu", "torch"])
 @pytest.mark.parametrize("rows", [24, 40, 90], ids="room for {} rows".format)
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name: str, rows: int, impl: str, monkeypatch):
-    monkeypatch.setitem(planner.PROFILES, "cpu", planner.PROFILES["cpu"]._replace(min_rows=8))
+def test_values_and_gradients(name: str, rows: int, impl: str):
     made = CASES[name]()
     leaves = made.leaves()
     way = dict(impl=impl, workspace=rows * V * 4)
-    took = explain(leaves["hidden"], leaves["weight"], made.targets, loss="sft", **made.keywords(leaves), **way)
-    assert took.lends, took
-    verify(made, sft(made), way)
-    verify(made, dpo(made), way)
+    with profiled("cpu", min_rows=8):
+        took = explain(leaves["hidden"], leaves["weight"], made.targets, loss="sft", **made.keywords(leaves), **way)
+        assert took.aliased, took
+        verify(made, sft(made), way)
+        verify(made, dpo(made), way)
 
 
-def test_a_first_chunk_without_a_gradient_lends_again():
+def test_after_a_first_chunk_without_a_gradient_the_memory_is_aliased_again():
     """Pairs far on the right side of a hinge have none: their rows are dropped, and dW is still to be written."""
     made = case([6, 40, 38, 30, 6, 40, 38, 30])
     ref = torch.tensor([-9e3, 0, 0, 0, 9e3, 0, 0, 0])

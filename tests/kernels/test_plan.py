@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from align_kernels import LogitGradClamp, explain, planner
+from align_kernels import LogitGradClamp, explain
 from align_kernels.losses import LOSSES
-from align_kernels.planner import MIB, PROFILES, Plan
+from align_kernels.schedules import plan as planner
+from align_kernels.schedules.request import MIB, PROFILES, Plan, Request
 
 V, D = 32000, 64
 BOTH, HIDDEN, HEAD = (True, True), (True, False), (False, True)
@@ -19,7 +20,7 @@ def plan(rows: int = 500, needs: tuple[bool, bool] = BOTH, **options) -> Plan:
     needs_input, needs_head = needs
     names: dict = dict(vocab=V, width=D, itemsize=4, device="cpu", backend="cpu", workspace=None, late=False)
     names |= dict(needs_input=needs_input, needs_head=needs_head, needs_weight=needs_head)
-    return planner.plan(rows=rows, **(names | options))
+    return planner.plan(Request(rows=rows, **(names | options)))
 
 
 NEVER_FITS = dict(late=True, rows=100_000, workspace=160 * MIB)
@@ -104,7 +105,7 @@ def test_workspace_is_kept(device: str):
             scale_free=pick.random() < 0.8,
             plain=pick.random() < 0.5,
             sparse=pick.random() < 0.5,
-            lends=pick.random() < 0.5,
+            may_alias=pick.random() < 0.5,
             width=width,
             weight_itemsize=weight_itemsize,
             largest_unit=pick.choice([1, 50, 3000]),

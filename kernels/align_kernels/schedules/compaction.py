@@ -1,0 +1,392 @@
+"""Column compaction: the backward over the few columns that carry all but `drop_mass` of a peaked softmax.
+
+After a chunk's forward its raw logits and every row's exact log-sum and entropy are known. The rows, ordered by
+entropy, are cut into blocks; a block keeps the columns whose probability reaches eps in one of its rows, and those of
+its targets. eps is the largest of tau, tau / 2, tau / 4, ... (tau = drop_mass) with, for every row t,
+
+    delta_t = 1 - sum of kept p <= tau
+    and, where the entropy may need a gradient, sum of dropped p |log p + H| <= tau
+
+so that dX_t errs by at most (|g_t| delta_t + |g_entropy_t| tau) max|w|, times |logit_scale| / temperature. Kept are the
+raw logits, so that the backward is the backend's own on a narrower vocabulary: clamp, softcap, temperature and
+coefficients that arrive late are as exact as on whole rows. A block whose softmax is too flat runs dense.
+
+Letters: n rows of a chunk, m rows of a block, K columns kept, V columns on this rank, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from align_kernels.backends import state as states
+from align_kernels.backends.state import MAX, SUM, SUM_X
+from align_kernels.schedules.aliasing import Store
+from align_kernels.schedules.base import Schedule
+from align_kernels.schedules.dense import Frozen, OnePass, gradient
+from align_kernels.schedules.request import BLOCK_ROWS, MOST_COLUMNS, Plan, Request
+from align_kernels.schedules.tiles import Chunk, Piece, Rows, TiledHead
+
+FLAT = 0.01  # of the vocabulary: measured blocks whose exp(entropy) sum to more kept nearly every column (docs/LOG.md)
+PROBES = 8  # rows of a block that are tried first
+HALVINGS = 20  # of eps, before a block is given up
+STEP = 1024  # columns of one gather, GEMM and scatter on a CPU
+STEP_GPU = 8192  # a guess: launches cost more there; not yet measured
+ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
+
+
+class Block(NamedTuple):
+    """Some rows of a chunk and the columns that their backward takes."""
+
+    rows: Tensor  # (m,) int64
+    columns: Tensor  # (K,) int64, of this rank
+    z: Tensor  # (m, K) raw logits
+
+
+class Saved(NamedTuple):
+    """What is saved of a chunk until its coefficients arrive."""
+
+    blocks: list[Block]
+    dense: Tensor  # (m,) int64, ascending: rows that take every column
+    logits: Store | None  # raw logits of those rows; None: they are made again
+
+    @property
+    def size(self) -> int:
+        """Logits."""
+        return sum(block.z.numel() for block in self.blocks) + (0 if self.logits is None else self.logits.own.numel())
+
+
+# -- which columns ------------------------------------------------------------------------------------------------
+def cut(
+    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, *, entropy: bool
+) -> Iterator[Block | Tensor]:
+    """Some rows [m] of a chunk, whose raw logits lie in `store`, as blocks, or as rows alone where they run dense.
+
+    `entropy` bounds the error of the entropy's gradient as well.
+    """
+    if len(rows) == 0:
+        return
+    heights, order = states.entropy(state[rows]).sort()  # NaN comes last, and is never below anything
+    count = -(-len(rows) // BLOCK_ROWS)
+    support = torch.stack([h.exp().sum() for h in heights.tensor_split(count)])
+    for piece, size in zip(rows[order].tensor_split(count), support.tolist()):
+        block = _select(tiled, chunk, state, store, piece, entropy) if size < FLAT * tiled.vocab else None
+        yield piece if block is None else block
+
+
+def _select(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, entropy: bool) -> Block | None:
+    """The block of these rows, None where it would keep more than MOST_COLUMNS."""
+    n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
+    peak = tiled.empty(V, dtype=torch.float32)
+    for v0, v1 in tiled.tiles():
+        z = store.tile(n, v0, v1)
+        tiled.backend.peaks(z, state, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
+    target = chunk.targets[rows] - tiled.offset
+    peak[target[(target >= 0) & (target < V)]] = 0.0
+    # level 0 holds the peaks from tau on, level j those from tau / 2^j to tau / 2^(j - 1)
+    level = (math.log2(tau) - peak / math.log(2)).ceil_().clamp_(0, HALVINGS + 1).to(torch.int16)
+    sizes = torch.bincount(level, minlength=HALVINGS + 2)[:-1].cumsum(0)
+    depth = int((_sum(sizes.clone(), tiled) <= MOST_COLUMNS * tiled.vocab).sum())
+    columns = (level < depth).nonzero()[:, 0]
+    columns = columns[level[columns].sort(stable=True).indices]
+
+    ends = sizes[:depth].tolist()
+
+    def fold(rows: Tensor, begin: int, end: int, kept: Tensor) -> Tensor:
+        """Add columns begin .. end to the states of some rows; their raw logits."""
+        part = chunk.select(rows)
+        z = _gather(tiled, store, n, rows, columns[begin:end])
+        tiled.backend.forward(z, kept, torch.zeros_like(rows), **_common(tiled, part, columns, begin, end))
+        return z
+
+    # a few rows tell for less whether there is a chance, and from which eps on
+    begin, start = 0, len(ends)
+    few = rows[:: max(len(rows) // PROBES, 1)]
+    kept = tiled.new_state(len(few))
+    for j, end in enumerate(ends):
+        fold(few, begin, end, kept)
+        begin = end
+        if _suffices(tiled, state[few], kept, tau, tau / 2**j, entropy):
+            start = j
+            break
+    begin, kept, segments = 0, tiled.new_state(len(rows)), []
+    for j in range(start, len(ends)):
+        segments.append(fold(rows, begin, ends[j], kept))
+        begin = ends[j]
+        if _suffices(tiled, state[rows], kept, tau, tau / 2**j, entropy):
+            return Block(rows, columns[:begin].clone(), torch.cat(segments, 1))
+    return None
+
+
+def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: float, entropy: bool) -> bool:
+    """Whether the columns that were folded into `kept` [m, 8], all with peaks from eps on, are enough for every row."""
+    m, s, a = (kept[:, column] for column in (MAX, SUM, SUM_X))
+    log_p = torch.where(s > 0, m - whole[:, MAX] - whole[:, SUM].log(), -torch.inf)
+    share = log_p.exp()
+    minus = torch.where(s > 0, (a + s * log_p) * share, 0.0)
+    mass, minus_entropy = _sum(torch.stack((s * share, minus)), tiled)
+    delta = 1.0 - mass
+    fits = delta <= tau - ROUNDING
+    if entropy:
+        # every dropped p lies below eps: with eps <= exp(-H) all terms p (log p + H) have one sign
+        H = states.entropy(whole)
+        dropped = H + minus_entropy - H * delta
+        fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (math.log(eps) + H <= 0)
+    return bool(fits.all())
+
+
+def _sum(x: Tensor, tiled: TiledHead) -> Tensor:
+    """Over the ranks that share the vocabulary: they take one decision."""
+    if tiled.group is not None:
+        dist.all_reduce(x, group=tiled.group)
+    return x
+
+
+def _gather(tiled: TiledHead, store: Store, n: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Raw logits [m, K] from n rows that lie tile after tile."""
+    V, wide = tiled.head.weight.shape[0], tiled.plan.tile_cols
+    first = columns // wide * wide
+    width = (V - first).clamp_(max=wide)
+    return store.own.take(rows[:, None] * width + (first * (n - 1) + columns))
+
+
+def _common(tiled: TiledHead, part: Chunk, columns: Tensor, begin: int, end: int) -> dict:
+    """What the backend takes for columns begin .. end of a block: a vocabulary of K columns, and one for the rest."""
+    bias = None if tiled.bias is None else tiled.bias[columns[begin:end]]
+    return tiled.common(part, 0, 0) | dict(offset=begin, vocab=len(columns) + 1, bias=bias)
+
+
+# -- backward -----------------------------------------------------------------------------------------------------
+def compacted(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store) -> Tensor | None:
+    """`dense.gradient`, each block over its own columns: `tiled.grads`, and this rank's dX [m, D]."""
+    index = torch.arange(len(rows.g), device=rows.g.device) if live is None else live
+    blocks = cut(tiled, rows.chunk, rows.state, store, index, entropy=rows.g_entropy is not None)
+    dx, dense = _sparse(tiled, rows, blocks)
+    if len(dense) == len(index):
+        return gradient(tiled, rows, live, store, consume=True)
+    part = gradient(tiled, rows, dense, store, consume=True)
+    if dx is None or part is None:
+        return None
+    dx.index_copy_(0, dense, part)
+    return dx if live is None else dx[live]
+
+
+def from_saved(tiled: TiledHead, rows: Rows, saved: Saved) -> Tensor | None:
+    """The same from what `save` kept, for the rows that have a coefficient: this rank's dX [n, D]."""
+    active = rows.active()
+    dx, _ = _sparse(tiled, rows, _active_blocks(saved, active))
+    mask = active[saved.dense]
+    live = None if bool(mask.all()) else mask.nonzero()[:, 0]
+    part = gradient(tiled, rows.select(saved.dense), live, saved.logits, consume=False)
+    if dx is None or part is None:
+        return None
+    return dx.index_copy_(0, saved.dense if live is None else saved.dense[live], part)
+
+
+def _active_blocks(saved: Saved, active: Tensor) -> Iterator[Block]:
+    for block in saved.blocks:
+        mask = active[block.rows]
+        yield block if bool(mask.all()) else Block(block.rows[mask], block.columns, block.z[mask])
+
+
+def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block | Tensor]) -> tuple[Tensor | None, Tensor]:
+    """This rank's dX [n, D], zero but in compacted blocks, and the rows that are left, ascending."""
+    dx, dense = None, [rows.chunk.targets.new_empty(0)]
+    if tiled.needs.hidden:
+        dx = torch.zeros(
+            rows.chunk.x.shape, dtype=torch.promote_types(tiled.dtype, torch.float32), device=rows.g.device
+        )
+    for block in blocks:
+        if isinstance(block, Tensor):
+            dense.append(block)
+        elif len(block.rows):
+            tiled.grads.zero()
+            part = rows.select(block.rows)
+            targets = _places(part.chunk.targets - tiled.offset, block.columns, tiled.head.weight.shape[0])
+            part = part._replace(chunk=replace(part.chunk, targets=targets))
+            block_dx = tiled.products(part, _pieces(tiled, part.chunk, block))
+            if dx is not None and block_dx is not None:
+                dx.index_copy_(0, block.rows, block_dx)
+    return dx, torch.cat(dense).sort().values
+
+
+def _pieces(tiled: TiledHead, part: Chunk, block: Block) -> Iterator[Piece]:
+    K, m = len(block.columns), len(block.rows)
+    step = min(STEP if block.z.device.type == "cpu" else STEP_GPU, tiled.plan.tile_cols)
+    for begin in range(0, K, step):
+        end = min(begin + step, K)
+        z, columns = block.z[:, begin:end], block.columns[begin:end]
+        w = tiled.weight(columns) if tiled.needs.hidden else None
+        yield Piece(
+            z, tiled.scratch(m, end - begin, tiled.dtype), columns, w, _common(tiled, part, block.columns, begin, end)
+        )
+
+
+def _places(targets: Tensor, columns: Tensor, V: int) -> Tensor:
+    """Where each target [m] lies among `columns` [K]; K for one that another rank has."""
+    place = torch.full((V + 1,), len(columns), device=columns.device)
+    place[columns] = torch.arange(len(columns), device=columns.device)
+    return place[targets.where((targets >= 0) & (targets < V), V)]
+
+
+# -- between forward and backward ---------------------------------------------------------------------------------
+def save(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, room: int, *, alone: bool) -> Saved:
+    """What is saved of a chunk until its coefficients arrive, in `room` logits.
+
+    Where they are too few for its dense rows those are made again; a chunk that is `alone` stays whole.
+    """
+    n, V = len(chunk.targets), tiled.head.weight.shape[0]
+    every = torch.arange(n, device=state.device)
+    blocks, dense, used = [], [every[:0]], 0
+    for block in cut(tiled, chunk, state, store, every, entropy=True):
+        if isinstance(block, Tensor):
+            dense.append(block)
+        elif used + block.z.numel() > room:
+            dense.append(block.rows)
+        else:
+            blocks.append(block)
+            used += block.z.numel()
+    rows = torch.cat(dense).sort().values
+    fits = used + len(rows) * V <= room
+    if not fits and not alone:
+        return Saved(blocks, rows, None)
+    if not fits or len(rows) == n:
+        return Saved([], every, store)
+    logits = tiled.store(len(rows))
+    for v0, v1 in tiled.tiles():
+        torch.index_select(store.tile(n, v0, v1), 0, rows, out=logits.tile(len(rows), v0, v1))
+    return Saved(blocks, rows, logits)
+
+
+def pack(chunks: list[Saved], like: Tensor) -> tuple[Tensor, Tensor]:
+    """All of it in two tensors that autograd can save: logits [.] like `like`, and their layout, int64 [.]."""
+    values, layout = [], []
+    for blocks, dense, logits in chunks:
+        if logits is not None:
+            values.append(logits.own)
+        head = [len(dense), logits is not None, len(blocks)]
+        for block in blocks:
+            head += [len(block.rows), len(block.columns)]
+            values.append(block.z.reshape(-1))
+        numbers = dense.new_tensor([len(head), *head])
+        layout += [numbers, dense, *(x for block in blocks for x in (block.rows, block.columns))]
+    one = values[0] if len(values) == 1 else torch.cat(values) if values else like.new_empty(0)
+    return one, torch.cat(layout) if layout else like.new_empty(0, dtype=torch.int64)
+
+
+def unpack(values: Tensor, layout: Tensor, V: int) -> Iterator[Saved]:
+    """What `pack` was given, as views."""
+
+    def take(size: int) -> Tensor:
+        nonlocal values
+        taken, values = values[:size], values[size:]
+        return taken
+
+    while len(layout):
+        length = int(layout[0])
+        (count, has_logits, _), pairs = layout[1:4].tolist(), layout[4 : 1 + length].tolist()
+        sizes = [count, *pairs]
+        parts = layout[1 + length :].split([*sizes, len(layout) - 1 - length - sum(sizes)])
+        dense, layout = parts[0], parts[-1]
+        logits = Store(take(count * V)) if has_logits else None
+        index = list(zip(parts[1:-1:2], parts[2:-1:2]))
+        blocks = [Block(rows, columns, take(len(rows) * len(columns)).view(len(rows), -1)) for rows, columns in index]
+        yield Saved(blocks, dense, logits)
+
+
+# -- the schedules ------------------------------------------------------------------------------------------------
+class Compaction(Schedule):
+    """The columns that carry all but `drop_mass` are saved until g arrives."""
+
+    name = schedule = "compaction"
+    compact = True
+
+    @classmethod
+    def why_not(cls, request: Request) -> str | None:
+        r = request
+        if r.drop_mass == 0:
+            return "no column is dropped"
+        if not r.late and r.largest_unit <= r.room:
+            return "g is known while its logits are there"
+        if cls.chunk_rows(r) < min(r.rows, r.profile.min_rows // 2):
+            return "too few rows of logits fit in the workspace for the GEMMs"
+        return None
+
+    @staticmethod
+    def chunk_rows(request: Request) -> int:
+        """Half for the chunk in flight and half for the blocks that are saved, unless one chunk holds all rows."""
+        return request.rows if request.fits else min(request.room // 2, request.profile.max_rows)
+
+    @classmethod
+    def plan(cls, request: Request) -> Plan:
+        why = f"the columns that carry all but {request.drop_mass:.2g} of a row's probability wait for g"
+        return cls.sized(request, cls.chunk_rows(request), request.passes, why, saves=True)
+
+    def __init__(self, tiled: TiledHead) -> None:
+        super().__init__(tiled)
+        self.saved: list[Saved] = []
+
+    def begin(self, rows: int) -> None:
+        self.rows, self.room = rows, self.tiled.plan.saved // self.tiled.logits_dtype.itemsize
+
+    def forward(self, chunk: Chunk) -> tuple[Tensor, Saved]:
+        n = len(chunk.targets)
+        store = self.tiled.store(n)
+        state = self.tiled.softmax(chunk, store)
+        saved = save(self.tiled, chunk, state, store, self.room, alone=n == self.rows)
+        self.room -= saved.size
+        return state, saved
+
+    def backward(self, chunk: Chunk, state: Tensor, saved: Saved, g: Tensor, g_entropy: Tensor | None) -> Tensor | None:
+        return self.tiled.whole(from_saved(self.tiled, Rows(chunk, state, g, g_entropy), saved), None, len(g))
+
+    def save(self, saved: Saved) -> None:
+        self.saved.append(saved)
+
+    def packed(self) -> tuple[Tensor, Tensor]:
+        return pack(self.saved, super().packed()[0])
+
+    def unpacked(self, values: Tensor, layout: Tensor) -> Iterator[Saved]:
+        return unpack(values, layout, self.tiled.head.weight.shape[0])
+
+
+class CompactFrozen(Frozen):
+    """Frozen, over the columns that carry all but `drop_mass`."""
+
+    name = "compact frozen"
+    compact = True
+
+    @classmethod
+    def why_not(cls, request: Request) -> str | None:
+        return super().why_not(request) if request.drop_mass > 0 else "no column is dropped"
+
+    @classmethod
+    def scratch(cls, request: Request) -> int:
+        return Schedule.scratch(request)
+
+    def gradient(self, rows: Rows, live: Tensor | None, saved: Store | None) -> Tensor | None:
+        return super().gradient(rows, live, None) if saved is None else compacted(self.tiled, rows, live, saved)
+
+
+class CompactOnePass(OnePass):
+    """One pass, over the columns that carry all but `drop_mass`."""
+
+    name = "compact one pass"
+    compact = True
+
+    @classmethod
+    def why_not(cls, request: Request) -> str | None:
+        return super().why_not(request) if request.drop_mass > 0 else "no column is dropped"
+
+    @classmethod
+    def scratch(cls, request: Request) -> int:
+        return Schedule.scratch(request)
+
+    def gradient(self, rows: Rows, live: Tensor | None, saved: Store) -> Tensor | None:
+        return compacted(self.tiled, rows, live, saved)

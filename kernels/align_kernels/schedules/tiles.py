@@ -1,0 +1,404 @@
+"""The tiled head of one call: what every schedule is made of.
+
+Letters: n rows of a chunk, m of them, c columns of a tile, V vocabulary on this rank, D hidden size, R rank of a LoRA.
+Nothing here knows a loss or a schedule, and nothing here is differentiated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from align_kernels import gemm
+from align_kernels.backends import state as states
+from align_kernels.dispatch import BACKENDS, pick
+from align_kernels.gemm import gemm_dtype, logits_dtype
+from align_kernels.head import Head, Settings
+from align_kernels.schedules import sharded
+from align_kernels.schedules.aliasing import Store, aliased_columns
+from align_kernels.schedules.request import Plan
+from align_kernels.sums import add_at, float_dtype
+
+
+class Needs(NamedTuple):
+    """Which tensors of the head need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_A: bool
+    lora_B: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias or self.lora_A or self.lora_B
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """The rows that one GEMM sees."""
+
+    rows: Tensor | slice  # where they lie in the flat batch
+    targets: Tensor  # (n,)
+    temperature: Tensor | float
+    inputs: Callable[[], tuple[Tensor, Tensor | None]]  # makes x and xa: a gradient that is there already needs neither
+
+    @cached_property
+    def _inputs(self) -> tuple[Tensor, Tensor | None]:
+        return self.inputs()
+
+    @property
+    def x(self) -> Tensor:  # (n, D), in the dtype of the GEMMs
+        return self._inputs[0]
+
+    @property
+    def xa(self) -> Tensor | None:  # (n, R): scaling * x @ A.T
+        return self._inputs[1]
+
+    def select(self, index: Tensor) -> Chunk:
+        """The chunk of some of its rows. `rows` no longer apply: the caller scatters."""
+
+        def inputs() -> tuple[Tensor, Tensor | None]:
+            return self.x[index], None if self.xa is None else self.xa[index]
+
+        t = self.temperature
+        return Chunk(slice(0, 0), self.targets[index], t[index] if isinstance(t, Tensor) else t, inputs)
+
+
+class Rows(NamedTuple):
+    """Rows of a chunk and their coefficients."""
+
+    chunk: Chunk
+    state: Tensor  # (m, 8) finished
+    g: Tensor  # (m,) dL/dlogp
+    g_entropy: Tensor | None  # (m,) dL/dentropy
+
+    def select(self, index: Tensor) -> Rows:
+        h = self.g_entropy
+        return Rows(self.chunk.select(index), self.state[index], self.g[index], None if h is None else h[index])
+
+    def active(self) -> Tensor:
+        """Whether a row has a coefficient: bool (m,)."""
+        return self.g != 0 if self.g_entropy is None else (self.g != 0) | (self.g_entropy != 0)
+
+    def live(self) -> Tensor | None:
+        """Those that have, int64, ascending; None: all."""
+        active = self.active()
+        return None if bool(active.all()) else active.nonzero()[:, 0]
+
+
+class Piece(NamedTuple):
+    """A tile of raw logits on its way to its gradient."""
+
+    z: Tensor | None  # (m, c); None: `out` holds their gradient already
+    out: Tensor  # (m, c) for their gradient, may be z
+    columns: slice | Tensor  # (c,) of this rank
+    w: Tensor | None  # (c, D) their weight; None where hidden needs no gradient
+    common: dict  # what the backend takes beside
+
+
+class Grads:
+    """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to."""
+
+    def __init__(self, tiled: TiledHead) -> None:
+        def like(x: Tensor | None, needed: bool) -> Tensor | None:
+            if x is None or not needed:
+                return None
+            return tiled.empty(*x.shape, dtype=float_dtype(x))
+
+        head, needs = tiled.head, tiled.needs
+        self.head, self.group, self.product = head, tiled.group, tiled.product
+        self.weight = like(head.weight, needs.weight)
+        self.bias = like(head.bias, needs.bias)
+        self.lora_A = like(head.lora_A, needs.lora_A)
+        self.lora_B = like(head.lora_B, needs.lora_B)
+        self.started = False
+
+    def zero(self) -> None:
+        """Begin with zeros, for gradients that do not reach every column."""
+        if not self.started:
+            for grad in (self.weight, self.bias, self.lora_A, self.lora_B):
+                if grad is not None:
+                    grad.zero_()
+            self.started = True
+
+    def add(self, columns: slice | Tensor, dz: Tensor, x: Tensor, xa: Tensor | None) -> None:
+        """Add a tile of dL/dz [m, c], with its rows' x [m, D] and xa [m, R]."""
+        for grad, b in ((self.weight, x), (self.lora_B, xa)):
+            if grad is None or b is None:
+                continue
+            if isinstance(columns, slice):
+                self.product(grad[columns], dz.T, b, add=self.started)
+            else:
+                rows = grad[columns]  # no column comes twice: no sum in an order of its own, as index_add_ has on a GPU
+                self.product(rows, dz.T, b, add=True)
+                grad.index_copy_(0, columns, rows)
+        if self.bias is not None:
+            total = dz.sum(0, dtype=self.bias.dtype)
+            self.bias[columns] = self.bias[columns] + total if self.started else total
+
+    def add_rows(self, columns: Tensor, x: Tensor, xa: Tensor | None) -> None:
+        """Add one row x [m, D] and xa [m, R] at each of m columns, which may repeat."""
+        for grad, rows in ((self.weight, x), (self.lora_B, xa)):
+            if grad is not None and rows is not None:
+                add_at(grad, columns, rows.to(grad.dtype))
+
+    def add_lora_A(self, dxb: Tensor, x: Tensor) -> None:
+        """Add from dL/d(x @ lora_A.T) [m, R]."""
+        if self.lora_A is not None:
+            da = dxb.T @ x.to(dxb.dtype)
+            self.lora_A.copy_(self.lora_A + da if self.started else da)
+
+    def finish(self) -> list[Tensor | None]:
+        """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
+        self.zero()
+        if self.lora_A is not None and self.group is not None:  # the one that every rank has whole
+            dist.all_reduce(self.lora_A, group=self.group)
+        head, out = self.head, []
+        for grad, of in (
+            (self.weight, head.weight),
+            (self.bias, head.bias),
+            (self.lora_A, head.lora_A),
+            (self.lora_B, head.lora_B),
+        ):
+            out.append(None if grad is None or of is None else narrowed(grad, of.dtype))
+        return out
+
+
+def narrowed(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sums` in a dtype that may be half as wide, on a CPU then in its own memory: no second one, no fresh pages. On a
+    GPU the gradient would keep twice its bytes alive until the optimiser's step.
+
+    Blocks double: the elements i .. 2i lie in bytes 4i .. 8i and go to 2i .. 4i, whose own were moved before.
+    """
+    if sums.device.type != "cpu" or sums.dtype.itemsize != 2 * dtype.itemsize or sums.numel() == 0:
+        return sums.to(dtype)
+    flat = sums.view(-1)
+    out, end = flat.view(dtype)[: len(flat)], min(len(flat), 4096)
+    out[:end] = flat[:end].to(dtype)
+    while end < len(flat):
+        block = slice(end, 2 * end)
+        out[block].copy_(flat[block])
+        end *= 2
+    return out.view(sums.shape)
+
+
+class TiledHead:
+    """One call: the head's tensors, the plan and the backend, with the memory that its tiles share."""
+
+    def __init__(
+        self, head: Head, settings: Settings, needs: Needs, kept: Tensor, plan: Callable[[TiledHead], Plan]
+    ) -> None:
+        self.head, self.settings, self.needs = head, settings, needs
+        self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
+        # every position as it lies: rows are views, no copies (pairs are run pair by pair, in another order)
+        self.as_it_lies = len(kept) == len(head.targets) and bool((kept.diff() > 0).all())
+        self.dtype, self.logits_dtype = gemm_dtype(head), logits_dtype(head)
+        self.group = None if settings.tp_group is None else sharded.group_of(settings.tp_group)
+        self.offset, self.widest, self.vocab = sharded.shard(head.weight.shape[0], head.targets[kept], self.group)
+        self.backend_name = pick(settings.impl, head.weight.device, self.logits_dtype)
+        self.backend = BACKENDS[self.backend_name]
+        self.on_chip, self.tiles_because = _on_chip(self.backend, head, needs)
+        if self.on_chip:  # no CPU stands behind it whose GEMMs want wider inputs
+            self.dtype = head.weight.dtype
+        self.own_gemm = hasattr(self.backend, "has_product") and self.backend.has_product(
+            self.dtype, len(kept), self.widest, head.weight.shape[1]
+        )
+        self.product = partial(_product, self.backend if self.own_gemm else None)
+        self.casts_weight = head.weight.dtype != self.dtype and not (
+            self.own_gemm and self.backend.reads(head.weight.dtype)
+        )
+        self.plan = plan(self)
+        self.bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
+        self._scratch: dict[torch.dtype, Tensor] = {}
+        self._weight: Tensor | None = None
+
+    @cached_property
+    def grads(self) -> Grads:
+        """The sums of the head's gradients, made when the first is added."""
+        return Grads(self)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory that is about to be written whole."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.head.weight.device)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum in the making: float32, float64 for float64."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.zeros(shape, dtype=dtype, device=self.head.weight.device)
+
+    def new_state(self, n: int) -> Tensor:
+        return states.empty(n, self.head.weight.device)
+
+    def store(self, n: int) -> Store:
+        """Room for all logits of n rows, tile after tile."""
+        return Store(self.empty(n * self.head.weight.shape[0], dtype=self.logits_dtype))
+
+    def store_beside(self, sizes: Sequence[int]) -> Store:
+        """Room for all logits of any chunk, of `sizes` rows each, but those of the first that lie in dW's memory."""
+        p, V = self.plan, self.head.weight.shape[0]
+        needed = [n * V for n in sizes]
+        if p.aliased:
+            needed[0] -= sizes[0] * aliased_columns(sizes[0], V, p.width, p.tile_cols)
+        return Store(self.empty(max(needed), dtype=self.logits_dtype))
+
+    def alias(self, store: Store, n: int) -> Store:
+        """`store` for n rows, with the memory of dW while nothing stands there."""
+        if not self.plan.aliased or self.grads.weight is None or self.grads.started:
+            return store
+        V, D = self.grads.weight.shape
+        return Store(store.own, self.grads.weight.view(-1), aliased_columns(n, V, D, self.plan.tile_cols))
+
+    def scratch(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A tile [n, columns] whose memory the next one of this dtype takes."""
+        if dtype not in self._scratch:
+            self._scratch[dtype] = self.empty(self.plan.first_rows * self.plan.tile_cols, dtype=dtype)
+        return self._scratch[dtype][: n * columns].view(n, columns)
+
+    # -- chunks, tiles and their products --------------------------------------------------------------------------
+    def chunk(self, begin: int, end: int) -> Chunk:
+        """Rows begin .. end of the kept rows."""
+        head = self.head
+        index = slice(begin, end) if self.as_it_lies else self.kept[begin:end]
+
+        def inputs() -> tuple[Tensor, Tensor | None]:
+            x = head.hidden[index].to(self.dtype)
+            if head.lora_A is None:
+                return x, None
+            return x, x @ head.lora_A.to(self.dtype).T * self.settings.lora_scaling
+
+        t = head.temperature
+        temperature = self.settings.transform.temperature if t is None else t[index].contiguous()
+        return Chunk(index, head.targets[index].contiguous(), temperature, inputs)
+
+    def spans(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """The first row and the end of each of the fewest chunks, all of about one size, that hold begin .. end."""
+        count = -(-(end - begin) // self.plan.first_rows)
+        for i in range(count):
+            yield begin + (end - begin) * i // count, begin + (end - begin) * (i + 1) // count
+
+    def chunks(self, begin: int, end: int) -> Iterator[Chunk]:
+        return (self.chunk(*span) for span in self.spans(begin, end))
+
+    def tiles(self, store: Store | None = None) -> Iterator[tuple[int, int]]:
+        """Columns of each tile, none of which lies in two memories of `store`."""
+        begin = 0
+        for end in (0 if store is None else store.columns, self.head.weight.shape[0]):
+            for v in range(begin, end, self.plan.tile_cols):
+                yield v, min(v + self.plan.tile_cols, end)
+            begin = end
+
+    def weight(self, columns: slice | Tensor) -> Tensor:
+        """Rows of the weight, in a dtype that `product` takes."""
+        w = self.head.weight[columns]
+        if not self.casts_weight:
+            return w
+        if self._weight is None:
+            self._weight = self.empty(self.plan.tile_cols, w.shape[1])
+        return self._weight[: len(w)].copy_(w)
+
+    def logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
+        """Raw logits of the columns v0 .. v1, whose weight is w [c, D], in `out` [n, c]."""
+        self.product(out, chunk.x, w.T, add=False)
+        if chunk.xa is not None and self.head.lora_B is not None:
+            self.product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
+        return out
+
+    def common(self, chunk: Chunk, v0: int, v1: int) -> dict:
+        """What every primitive but `exponentials` takes; that one serves no softcap."""
+        return self.linear(chunk, v0, v1) | dict(softcap=self.settings.transform.softcap)
+
+    def linear(self, chunk: Chunk, v0: int, v1: int) -> dict:
+        """The head's transform without its softcap, and where the columns v0 .. v1 stand."""
+        return dict(
+            offset=self.offset + v0,
+            vocab=self.vocab,
+            bias=None if self.bias is None else self.bias[v0:v1],
+            scale=self.settings.transform.logit_scale,
+            temperature=chunk.temperature,
+        )
+
+    # -- to the softmax and back -----------------------------------------------------------------------------------
+    def softmax(self, chunk: Chunk, store: Store | None = None) -> Tensor:
+        """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
+        n = len(chunk.targets)
+        state = self.new_state(n)
+        for v0, v1 in self.tiles(store):
+            out = self.scratch(n, v1 - v0, self.logits_dtype) if store is None else store.tile(n, v0, v1)
+            z = self.logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
+            self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
+        return self.merged(state)
+
+    def merged(self, state: Tensor) -> Tensor:
+        """The state [n, 8] over all ranks that share the vocabulary."""
+        return state if self.group is None else sharded.merge(state, self.group)
+
+    def products(self, rows: Rows, pieces: Iterable[Piece]) -> Tensor | None:
+        """Turn raw logits into their gradient, tile by tile, and multiply: `grads`, and this rank's dX [m, D]."""
+        chunk, m, grads = rows.chunk, len(rows.g), self.grads
+        head, needs = self.head, self.needs
+        dx = self.zeros(m, head.weight.shape[1]) if needs.hidden else None
+        dxa = None
+        if chunk.xa is not None and (needs.hidden or needs.lora_A):
+            dxa = self.zeros(*chunk.xa.shape)
+        for z, dz, columns, w, common in pieces:
+            if z is not None:
+                self.backend.backward(
+                    z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz, **common
+                )
+            if dx is not None:
+                assert w is not None
+                self.product(dx, dz, w, add=True)
+            if dxa is not None and head.lora_B is not None:
+                self.product(dxa, dz, head.lora_B[columns].to(self.dtype), add=True)
+            grads.add(columns, dz, chunk.x, chunk.xa)
+        if dxa is not None and head.lora_A is not None:
+            dxa = dxa * self.settings.lora_scaling
+            if dx is not None:
+                dx += dxa @ head.lora_A.to(dx.dtype)
+            grads.add_lora_A(dxa, chunk.x)
+        grads.started |= m > 0
+        return dx
+
+    def whole(self, dx: Tensor | None, live: Tensor | None, n: int) -> Tensor | None:
+        """dX [n, D] over all ranks, from this rank's dX of the `live` rows [m] (None: all n)."""
+        if dx is None:
+            return None
+        if self.group is not None:
+            dist.all_reduce(dx, group=self.group)
+        if live is not None and len(dx) < n:
+            dx = torch.zeros(n, dx.shape[1], dtype=dx.dtype, device=dx.device).index_copy_(0, live, dx)
+        return dx
+
+    def scatter(self, dx: Tensor | None, chunk: Chunk, out: Tensor | None) -> None:
+        """Write the dX [n, D] of a chunk to where its rows lie in `out` [N, D]."""
+        if dx is None or out is None:
+            return
+        if isinstance(chunk.rows, slice):
+            out[chunk.rows] = dx.to(out.dtype)
+        else:
+            out.index_copy_(0, chunk.rows, dx.to(out.dtype))
+
+
+def _product(backend: ModuleType | None, acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """acc (+)= a @ b, by the backend where it says that it is faster."""
+    if backend is not None and backend.takes_product(acc, a, b):
+        backend.product(acc, a, b, add)
+    else:
+        gemm.product(acc, a, b, add)
+
+
+def _on_chip(backend: ModuleType, head: Head, needs: Needs) -> tuple[float, str]:
+    """Bytes of statistics per logit with which the backend makes log-probs and no logits, or 0 and why it does not."""
+    if any(needs) or not hasattr(backend, "forward_linear"):
+        return 0.0, ""
+    reason = "the head has a LoRA" if head.lora_A is not None else backend.why_not_linear(head.hidden, head.weight)
+    return (backend.STATISTICS, "") if reason is None else (0.0, reason)
