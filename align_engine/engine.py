@@ -16,15 +16,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from align_engine import heads, noise, statefile, stops
-from align_engine.algorithms import Algorithm, gradient_limits
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
+from align_engine.data.windows import Micro, Source
 from align_engine.errors import BadInput, RunFailed
 from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.metrics import Sums, with_means
-from align_engine.recipe import OnlineRecipe, PpoRecipe, Recipe
-from align_engine.source import Micro, Source
+from align_engine.recipe import LimitSection, Recipe, RolloutSection
+from align_engine.training.algorithm import Algorithm
 from align_kernels import LossOutput
+from align_kernels.head import LogitGradClamp
 
 
 class Progress:
@@ -65,8 +66,10 @@ class Engine:
         train, self.progress = recipe.train, Progress()
         self.algorithm, self.recipe, self.accelerator = algorithm, recipe, accelerator
         self.reference: Callable[[Batch], Tensor] | None = None  # fills ref_logps, where batches do not carry them
-        temperature = recipe.rollout.temperature if isinstance(recipe, OnlineRecipe) else 1.0
+        rollout = recipe.section(RolloutSection)
+        temperature = 1.0 if rollout is None else rollout.temperature
         self.head_options = {**vars(recipe.kernels), "temperature": temperature}  # keywords of linear_logprobs
+        self.limits = gradient_limits(recipe)  # further ones of a fused loss
         self.critic: Any = getattr(causal_model(model), "value_head", None)
         self.aux_coef = router_aux_loss_coef(causal_model(model), train.router_aux_loss_coef)
         # torch's own default on CUDA holds one more copy of all weights for a while
@@ -99,7 +102,7 @@ class Engine:
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
             nonlocal out
             more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
-            head |= self.head_options | gradient_limits(self.recipe)
+            head |= self.head_options | self.limits
             out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
             return out.loss
 
@@ -301,6 +304,14 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
 
+def gradient_limits(recipe: Recipe) -> dict[str, Any]:
+    """The section `limits`, where a recipe has it, as keywords of every fused loss."""
+    if (limits := recipe.section(LimitSection)) is None:
+        return {}
+    clamp = limits.grad_clamp
+    return {"prob_gate": limits.prob_gate, "grad_clamp": None if clamp is None else LogitGradClamp(clamp)}
+
+
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """The trained weights as AdamW takes them: matrices with weight decay, vectors without; those of a critic apart,
     with a learning rate of their own."""
@@ -309,7 +320,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = []
     for of_critic in (False, True):
-        lr = recipe.loss.value_learning_rate if of_critic and isinstance(recipe, PpoRecipe) else train.learning_rate
+        lr = critic.learning_rate if of_critic and critic is not None else train.learning_rate
         mine = [parameter for parameter in trained if (id(parameter) in apart) == of_critic]
         groups += [
             {"params": [p for p in mine if p.dim() >= 2], "weight_decay": train.weight_decay, "lr": lr},

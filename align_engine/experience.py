@@ -1,7 +1,7 @@
-"""Rollouts as a source of windows: sampled, scored and given their credit when a step needs new ones.
+"""Rollouts as a source of windows: sampled, scored and given their advantages when a step needs new ones.
 
 A rollout is P prompts with G completions each. All ranks hold all of it, in an order that does not depend on their
-number, so that credit needs no collective (groups are never split) and windows are cut as those of fixed rows are.
+number, so that advantages need no collective (groups are never split) and windows are cut as those of fixed rows are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow.compute
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -21,22 +22,25 @@ from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_order
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
+from align_engine.data.windows import Clock, Source, endless_order
 from align_engine.errors import BadInput, RunFailed
+from align_engine.models.logps import token_logps
 from align_engine.policy import vocab_size
-from align_engine.recipe import IterateRecipe, OnlineRecipe, flat
-from align_engine.reference import token_logps
+from align_engine.recipe import GrpoLoss, IterateRecipe, OnlineRecipe
 from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
+from align_engine.rollouts.advantages import Experience
 from align_engine.secrets import masked
 from align_engine.server import check_correction, kind_of_server, reload_weights, server_sampler
 from align_engine.server_weights import ServerWeights
-from align_engine.source import Source, endless_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
     from align_engine.engine import Engine
-    from align_engine.metrics import Clock
+
+
+pc: Any = pyarrow.compute
 
 
 class Judged(NamedTuple):
@@ -45,17 +49,6 @@ class Judged(NamedTuple):
     rewards: Tensor  # [R] float64, NaN where nobody could score
     answers: dict[str, list[Any]]  # what the scorers saw
     metrics: dict[str, float]
-
-
-class Experience(NamedTuple):
-    """What credit is computed from. R completions, groups of equal size side by side; T tokens of the longest."""
-
-    rewards: Tensor  # [R] float64, NaN where nobody could score
-    group_size: int
-    mask: Tensor  # [R, T] bool, from the left; False throughout where a completion is not to be learnt from
-    old_logps: Tensor | None = None  # [R, T] float32, as those below; None: the present policy's, and nobody asked
-    ref_logps: Tensor | None = None
-    values: Tensor | None = None
 
 
 @dataclass
@@ -85,7 +78,8 @@ class Prompts:
         if url := self.settings.server_base_url:
             self.kind, name = kind_of_server(url), self.recipe.model.model_name_or_path
             self.accelerator.print(f"completions come from {masked(url)}, which shows itself as {self.kind}")
-            if flat(self.recipe).get("vllm_importance_sampling_correction"):
+            loss = self.recipe.section(GrpoLoss)
+            if loss is not None and loss.vllm_importance_sampling_correction:
                 check_correction(self.settings, self.kind)
             size = vocab_size(name, self.recipe.model.trust_remote_code)
             self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, size)
@@ -140,16 +134,16 @@ class Prompts:
 class Rollouts(Source):
     """A source whose rows the policy writes, in answer to prompts."""
 
-    def __init__(self, prompts: Prompts) -> None:
-        self.prompts, self.settings, self.recipe = prompts, prompts.settings, prompts.recipe
-        train, values, accelerator = self.recipe.train, flat(self.recipe), prompts.accelerator
+    def __init__(self, prompts: Prompts, recipe: OnlineRecipe) -> None:
+        self.prompts, self.settings, self.recipe = prompts, prompts.settings, recipe
+        train, accelerator = recipe.train, prompts.accelerator
         accumulation, group_size = train.gradient_accumulation_steps, self.settings.num_generations
         super().__init__(
             prompts.rows, collate_rollouts, prompts.tokenizer.pad_token_id, train.per_device_train_batch_size,
             accumulation, accelerator.process_index, accelerator.num_processes, train.seed,
         )  # fmt: skip
         self.windows = (self.settings.steps_per_generation or accumulation) // accumulation
-        self.steps_per_rollout = self.windows * (values.get("num_iterations") or values["num_ppo_epochs"])
+        self.steps_per_rollout = self.windows * recipe.passes
         self.prompts_per_rollout, left = divmod(self.window_size * self.windows, group_size)
         if left:
             raise BadInput(
@@ -188,7 +182,7 @@ class Rollouts(Source):
             self.collect(number, clock)
 
     def collect(self, number: int, clock: Clock) -> None:
-        """Sample rollout `number` from the present policy, score it, and give its tokens their credit."""
+        """Sample rollout `number` from the present policy, score it, and give its tokens their advantages."""
         settings, engine, prompts = self.settings, self.engine, self.prompts
         asked = prompts.asked(number, self.prompts_per_rollout)
         with clock("generate"):
@@ -210,9 +204,9 @@ class Rollouts(Source):
         masked = torch.tensor([settings.mask_truncated_completions and not one.ended for one in completions])
         lengths = torch.tensor([len(one.ids) for one in completions])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]) & ~masked[:, None]
-        assert engine.algorithm.credit is not None, "the table says how rollouts get their credit"
+        assert engine.algorithm.advantages is not None, "the table says how rollouts get their advantages"
         found = Experience(judged.rewards, settings.num_generations, mask, **measured)
-        given, metrics = engine.algorithm.credit(found, self.recipe, self.state)
+        given, metrics = engine.algorithm.advantages(found, self.recipe, self.state)
         for i, row in enumerate(self.experience):
             tokens = {name: table[i, : lengths[i]].float().clone() for name, table in (measured | given).items()}
             row |= {**tokens, "masked": bool(masked[i])}
@@ -250,7 +244,12 @@ class Rollouts(Source):
             columns.setdefault(name, []).append(values)
         return {name: pad_sequence(parts, batch_first=True) for name, parts in columns.items()}
 
-    def evaluate(self) -> dict[str, float]:
+    def longest(self) -> int:
+        """Tokens of the longest prompt, and of the longest completion that may follow it."""
+        prompts, *_ = self.lengths()
+        return pc.max(prompts).as_py() + self.settings.max_completion_length
+
+    def evaluate(self, engine: Engine) -> dict[str, float]:
         """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time."""
         self.refresh_server()
         asked = list(range(len(self.rows)))
@@ -258,7 +257,7 @@ class Rollouts(Source):
         return {f"eval_{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollout, where steps on it are left, and the credit's state."""
+        """The rollout, where steps on it are left, and the state of the advantages."""
         left = self.engine.progress.step % self.steps_per_rollout
         number, experience = (self.number, self.experience) if left else (-1, [])
         return {"number": number, "experience": experience, "state": self.state}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align_engine import policy
+from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
 
@@ -77,3 +78,29 @@ def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select
 
     with hook.head_forward(module, forward):
         return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+class ValueHead(nn.Module):
+    """The critic: one number per position, from the policy's own hidden states or from a model of its own.
+
+    Args:
+        hidden_size: of the policy.
+        model: an AutoModelForSequenceClassification with one label, e.g. the reward model; None: a linear layer on the
+            policy's last hidden states, zero at first.
+        learning_rate: the highest of its own.
+    """
+
+    def __init__(self, hidden_size: int, model: nn.Module | None = None, *, learning_rate: float) -> None:
+        super().__init__()
+        self.model, self.learning_rate = model, learning_rate
+        if model is None:
+            self.score = nn.Linear(hidden_size, 1)
+            nn.init.zeros_(self.score.weight)
+            nn.init.zeros_(self.score.bias)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[B, T, D] -> [B, T] float32: what position i is worth before its target is chosen."""
+        if self.model is not None:
+            return values(self.model, batch.input_ids, batch.attention_mask)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.float()).squeeze(-1)

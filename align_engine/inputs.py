@@ -15,7 +15,6 @@ from align_engine.recipe import flat
 if TYPE_CHECKING:
     from align_engine.recipe import Recipe
 
-MODELS = ("model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path")
 DATA = ("dataset_name", "eval_dataset_name")
 CODE = ("reward_funcs", "callbacks")  # lists: `file.py:name`, folders of models, modules, addresses
 OUTPUTS = ("output_dir", "server_weights")
@@ -27,7 +26,7 @@ def local_inputs(recipe: Recipe) -> list[tuple[str, Path]]:
     from align_engine.rewards import is_model
 
     values = flat(recipe)
-    models = [(name, values[name]) for name in MODELS if values.get(name)]
+    models = list(recipe.models().items())
     models += [("reward_funcs", spec) for spec in values.get("reward_funcs") or () if is_model(spec)]
     named = [(name, str(place)) for name, model in models for place in _places(model)]
     named += [(name, values[name]) for name in DATA if values.get(name)]
@@ -108,9 +107,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
     from align_engine import importing, rewards
 
     values = flat(recipe)
-    found: dict[str, Any] = {
-        f"files of {name}": fingerprint.of_model(values[name]) for name in MODELS if values.get(name)
-    }
+    found: dict[str, Any] = {f"files of {name}": fingerprint.of_model(path) for name, path in recipe.models().items()}
     if specs := values.get("reward_funcs"):
         found["files of reward_funcs"] = [rewards.fingerprint(spec) for spec in specs]
     if names := values.get("callbacks"):

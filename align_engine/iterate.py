@@ -25,17 +25,26 @@ from transformers.trainer_utils import align_special_tokens
 
 from align_engine import inputs, policy, stops
 from align_engine import recipe as recipes
-from align_engine.algorithms import ALGORITHMS, check_loss
+from align_engine.algorithms import ALGORITHMS
 from align_engine.callbacks import from_recipe
 from align_engine.checkpoint import RunFolder
-from align_engine.credit import best_versus_worst
 from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
 from align_engine.experience import Prompts
 from align_engine.metrics import read
 from align_engine.recipe import IterateRecipe, ModelSection, Recipe
 from align_engine.rollout import Completion, Sampler
-from align_engine.run import begin, check_choices, finish, load_prepared, make_accelerator, open_folder, train
+from align_engine.rollouts.advantages import best_versus_worst
+from align_engine.run import (
+    begin,
+    check_choices,
+    check_loss,
+    finish,
+    load_prepared,
+    make_accelerator,
+    open_folder,
+    train,
+)
 from align_engine.server import reload_weights
 
 if TYPE_CHECKING:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from align_engine import stops
 from align_engine.callbacks import Callbacks
 from align_engine.checkpoint import RunFolder
+from align_engine.data.windows import Micro, Source
 from align_engine.engine import Engine
-from align_engine.experience import Rollouts
 from align_engine.metrics import Journal, Sums
-from align_engine.source import Micro, Source
 from align_engine.watch import Watch
 
 
@@ -87,10 +86,7 @@ class Training:
         found, best = {}, False
         if self.evaluation and due(options.eval.eval_steps, callbacks.control.should_evaluate):
             with self.journal.clock("eval"):
-                if isinstance(self.evaluation, Rollouts):
-                    found = self.evaluation.evaluate()
-                else:
-                    found = self.engine.evaluate(self.evaluation)
+                found = self.evaluation.evaluate(self.engine)
             best = callbacks.evaluated(found)
             said += self.watch.evaluation(found)
         if due(options.output.logging_steps, callbacks.control.should_log):

@@ -38,6 +38,7 @@ Rate = Annotated[float, Range("(0, 1e30]")]  # what AdamW makes of it fits into 
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "callbacks", "output_dir", "server_weights"}  # fmt: skip
+MODELS = ("model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path")
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc")  # fmt: skip
 
@@ -48,6 +49,9 @@ class Section:
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(cls)
+
+
+S = TypeVar("S", bound=Section)
 
 
 class ModelSection(Section):
@@ -102,7 +106,7 @@ class DataSection(Section):
 
 
 class ReferenceFields(Section):
-    """Of every loss that has a reference."""
+    """The model that a loss, or the KL term of a reward, is measured against."""
 
     reference: Literal["auto", "none", "frozen", "cpu-offload", "adapter-off", "adapter-copy", "precomputed", "ema"] = (
         "auto"
@@ -115,6 +119,11 @@ class ReferenceFields(Section):
     training goes on with saved adapters; else precomputed."""
     ref_model_name_or_path: str | None = None
     """Reference model (None: the model as it is before the first step)."""
+
+
+class LossReference(ReferenceFields):
+    """Of every loss of fixed rows that has a reference."""
+
     ref_model_mixup_alpha: Part = 0.6
     """ema: the reference becomes alpha x model + (1 - alpha) x reference, arXiv:2404.09656 ..."""
     ref_model_sync_steps: Count = 512
@@ -123,7 +132,7 @@ class ReferenceFields(Section):
     """Strength of the pull towards the reference: higher stays closer to it."""
 
 
-class DpoLoss(ReferenceFields):
+class DpoLoss(LossReference):
     """Loss."""
 
     loss_type: str = "sigmoid"
@@ -170,7 +179,7 @@ class OrpoLoss(Section):
     """Weight of the odds ratio beside the chosen answers' negative log-likelihood."""
 
 
-class KtoLoss(ReferenceFields):
+class KtoLoss(LossReference):
     """Loss."""
 
     loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
@@ -237,14 +246,12 @@ class RolloutSection(Section):
     each rollout."""
 
 
-class KlReference(Section):
+class KlReference(ReferenceFields):
     """Reference."""
 
     reference: Literal["auto", "frozen", "cpu-offload", "adapter-off", "adapter-copy"] = "auto"
     """Where the KL term's reference comes from. frozen: a second copy of the model. adapter-off: the model without its
     LoRA adapters. auto: adapter-off with LoRA, else frozen. None is loaded where the KL term's factor is 0."""
-    ref_model_name_or_path: str | None = None
-    """Reference model (None: the model as it is before the first step)."""
 
 
 class RoundsSection(Section):
@@ -466,6 +473,14 @@ class Recipe(Section):
     output: OutputSection = field(default_factory=OutputSection)
     kernels: KernelSection = field(default_factory=KernelSection)
 
+    def section(self, kind: type[S]) -> S | None:
+        """The section of a kind, where the recipe has one."""
+        return next((section for section in vars(self).values() if isinstance(section, kind)), None)
+
+    def models(self) -> dict[str, str]:
+        """Paths of the models that the recipe names, by field."""
+        return {name: path for name in MODELS if (path := flat(self).get(name))}
+
 
 class LanguageRecipe(Recipe):
     """What the methods share whose loss is one of token probabilities."""
@@ -527,15 +542,30 @@ class OnlineRecipe(GentleRecipe):
     rollout: RolloutSection = field(default_factory=RolloutSection)
     kl: KlReference = field(default_factory=KlReference)
 
+    @property
+    def passes(self) -> int:
+        """Times that each rollout is learnt from."""
+        raise NotImplementedError
 
-class DirectRecipe(OnlineRecipe):
+
+class ClippedRecipe(OnlineRecipe):
+    """What the methods share that clip the ratio to the policy which sampled."""
+
+    loss: ClippedRatio = field(default_factory=ClippedRatio)
+
+    @property
+    def passes(self) -> int:
+        return self.loss.num_iterations
+
+
+class DirectRecipe(ClippedRecipe):
     """Direct RL (REINFORCE, RLOO): raise the probability of completions by what people or programs say of them."""
 
     loss: DirectLoss = field(default_factory=DirectLoss)
     rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=2))
 
 
-class GrpoRecipe(OnlineRecipe):
+class GrpoRecipe(ClippedRecipe):
     """Group-relative policy optimisation: completions are judged against the others of their prompt."""
 
     loss: GrpoLoss = field(default_factory=GrpoLoss)
@@ -547,6 +577,10 @@ class PpoRecipe(OnlineRecipe):
     loss: PpoLoss = field(default_factory=PpoLoss)
     rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=1, temperature=0.7))
     train: TrainSection = field(default_factory=lambda: TrainSection(learning_rate=3e-6))
+
+    @property
+    def passes(self) -> int:
+        return self.loss.num_ppo_epochs
 
 
 class IterateRecipe(LanguageRecipe):
@@ -725,7 +759,7 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
     if values["load_in_4bit"] and values["load_in_8bit"]:
         yield "load_in_8bit", "does not go with load_in_4bit = True: choose one of them"
     yield from _reference_conflicts(values)
-    if isinstance(recipe, OnlineRecipe | IterateRecipe):
+    if recipe.section(RolloutSection) is not None:
         yield from _rollout_conflicts(values)
     if get("loss_type") in ("grpo", "dr_grpo", "luspo", "sapo", "gmpo") and get("entropy_coef"):
         yield "entropy_coef", f"needs a loss_type that counts tokens, and {get('loss_type')} does not"

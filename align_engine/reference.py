@@ -15,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,18 +27,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from align_engine import policy
-from align_engine import recipe as recipes
 from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
+from align_engine.data.windows import Source, rows_seen
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
-from align_engine.integrations.hook import fused_head
-from align_engine.source import Source, rows_seen
-from align_kernels import linear_logprobs, sequence_logprobs
+from align_engine.models.logps import reference_logps
+from align_engine.recipe import LossReference, Recipe, ReferenceFields, RolloutSection
 
 if TYPE_CHECKING:
     from align_engine.engine import Engine
-    from align_engine.recipe import Recipe
 
 SPOT_ROWS = 4
 SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
@@ -48,16 +47,29 @@ COLUMNS = ({"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logp
 
 def of(recipe: Recipe) -> tuple[str, str]:
     """The kind of reference of a recipe, and the sentence that says why: what `auto` takes."""
-    values, path = recipes.flat(recipe), recipe.model.model_name_or_path
-    if values["reference"] != "auto":
-        return values["reference"], "as the recipe says"
-    if recipe.model.use_peft and values["ref_model_name_or_path"] is None:
-        if policy.adapter_base(path) is not None:
+    section = fields_of(recipe)
+    if section.reference != "auto":
+        return section.reference, "as the recipe says"
+    if recipe.model.use_peft and section.ref_model_name_or_path is None:
+        if policy.adapter_base(recipe.model.model_name_or_path) is not None:
             return "adapter-copy", "the model with its adapters as they were saved is the reference"
         return "adapter-off", "the model without its adapters is the reference, at no memory"
-    if isinstance(recipe, recipes.OnlineRecipe):
+    if recipe.section(RolloutSection) is not None:
         return "frozen", "a second copy of the model, which the rollouts are measured under"
     return "precomputed", "one pass before the first step instead of a second model in memory"
+
+
+def fields_of(recipe: Recipe) -> ReferenceFields:
+    """The section that says what the reference is."""
+    section = recipe.section(ReferenceFields)
+    assert section is not None, "an algorithm that refers to a model has a recipe that says which"
+    return section
+
+
+def extend_model(model: Any, recipe: Recipe) -> None:
+    """Give a policy what its reference needs of it before there is an optimiser."""
+    if recipe.model.use_peft and of(recipe)[0] in ("adapter-copy", "ema"):
+        copy_adapter(model)
 
 
 def attach(engine: Engine) -> nn.Module | None:
@@ -69,48 +81,107 @@ def attach(engine: Engine) -> nn.Module | None:
     Raises:
         BadInput: the reference cannot be loaded.
     """
-    recipe, accelerator, values = engine.recipe, engine.accelerator, recipes.flat(engine.recipe)
-    own, peft, inner = values["ref_model_name_or_path"], recipe.model.use_peft, accelerator.unwrap_model(engine.model)
-    per_token, options = engine.algorithm.credit is not None, engine.head_options
-    kind, why = of(recipe)
-    accelerator.print(f"reference {kind}: {why}")
-    if kind == "none":
-        engine.reference = lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device)
-        return None
-    model, how = engine.model, contextlib.nullcontext
-    if kind == "adapter-off":
-        check_bias(inner, kind)
-        how = inner.disable_adapter
-    elif kind == "adapter-copy" or (kind == "ema" and peft):
-        how = partial(adapter, inner, COPY)
-    elif own or kind != "precomputed":
-        model: Any = policy.load_model(own or recipe.model.model_name_or_path, recipe.model).requires_grad_(False)
-        if kind == "cpu-offload":
-            model = offload(model, accelerator.device)
-        else:
-            model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
-        hook.check_head(model.eval())
-        hook.check_causal(model)
-    if kind == "ema":
-        if peft and accelerator.is_fsdp2:
-            raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
+    kind, why = of(engine.recipe)
+    engine.accelerator.print(f"reference {kind}: {why}")
+    made = KINDS[kind](engine)
+    engine.reference = made.live
+    if made.pairs is not None:
+        section = engine.recipe.section(LossReference)
+        assert section is not None, "rollouts have no reference that follows"
+        engine.kept["reference"] = nn.ParameterList([reference for reference, _ in made.pairs()])
+        alpha, every = section.ref_model_mixup_alpha, section.ref_model_sync_steps
+        engine.after_step = partial(follow, made.pairs, alpha, every)
+    return made.asked_before
 
-        def pairs() -> list[tuple[Tensor, Tensor]]:  # asked anew each time: FSDP2 puts others in place around a forward
-            own = engine.model.parameters()
-            return pairs_of_adapters(inner, inner.active_adapter) if peft else list(zip(model.parameters(), own))
 
-        alpha, every = values["ref_model_mixup_alpha"], values["ref_model_sync_steps"]
-        engine.kept["reference"] = nn.ParameterList([reference for reference, _ in pairs()])
-        engine.after_step = partial(follow, pairs, alpha, every)
-    if kind == "precomputed":
-        return model
+# -- kinds ----------------------------------------------------------------------------------------------------------
+Pairs = Callable[[], list[tuple[Tensor, Tensor]]]  # (reference, policy) of each tensor that follows. It is asked anew
+# each time: FSDP2 puts other tensors in place around a forward
+
+
+class Reference(NamedTuple):
+    """A reference that is there: asked for each batch, or for all rows before the first step."""
+
+    live: Callable[[Batch], Tensor] | None
+    asked_before: nn.Module | None = None
+    pairs: Pairs | None = None
+
+
+def uniform(engine: Engine) -> Reference:
+    return Reference(lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device))
+
+
+def frozen(engine: Engine) -> Reference:
+    return Reference(asking(engine, copy_of_model(engine)))
+
+
+def cpu_offload(engine: Engine) -> Reference:
+    return Reference(asking(engine, checked(offload(loaded(engine), engine.accelerator.device))))
+
+
+def adapter_off(engine: Engine) -> Reference:
+    inner: Any = engine.accelerator.unwrap_model(engine.model)
+    check_bias(inner, "adapter-off")
+    return Reference(asking(engine, engine.model, inner.disable_adapter))
+
+
+def adapter_copy(engine: Engine) -> Reference:
+    inner = engine.accelerator.unwrap_model(engine.model)
+    return Reference(asking(engine, engine.model, partial(adapter, inner, COPY)))
+
+
+def precomputed(engine: Engine) -> Reference:
+    own = fields_of(engine.recipe).ref_model_name_or_path
+    return Reference(None, copy_of_model(engine) if own else engine.model)
+
+
+def ema(engine: Engine) -> Reference:
+    if not engine.recipe.model.use_peft:
+        model = copy_of_model(engine)
+        return Reference(asking(engine, model), pairs=lambda: list(zip(model.parameters(), engine.model.parameters())))
+    if engine.accelerator.is_fsdp2:
+        raise BadInput("reference = 'ema' does not follow adapters that FSDP2 has cut: take 'adapter-copy', or DDP")
+    inner: Any = engine.accelerator.unwrap_model(engine.model)
+    return adapter_copy(engine)._replace(pairs=lambda: pairs_of_adapters(inner, inner.active_adapter))
+
+
+KINDS: dict[str, Callable[[Engine], Reference]] = {
+    "none": uniform, "frozen": frozen, "cpu-offload": cpu_offload, "adapter-off": adapter_off,
+    "adapter-copy": adapter_copy, "precomputed": precomputed, "ema": ema,
+}  # fmt: skip
+
+
+def asking(
+    engine: Engine, model: Any, inside: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+) -> Callable[[Batch], Tensor]:
+    """A function that asks a model, `inside` a context, for a batch's log-probs: of each token where the policy's
+    rollouts are measured, else summed."""
+    per_token = engine.algorithm.advantages is not None
 
     def live(batch: Batch) -> Tensor:
-        with how():
-            return reference_logps(model, batch, options, per_token)
+        with inside():
+            return reference_logps(model, batch, engine.head_options, per_token)
 
-    engine.reference = live
-    return None
+    return live
+
+
+def loaded(engine: Engine) -> Any:
+    """The model that the recipe names as the reference, else the policy as it is before the first step."""
+    path = fields_of(engine.recipe).ref_model_name_or_path or engine.recipe.model.model_name_or_path
+    return policy.load_model(path, engine.recipe.model).requires_grad_(False)
+
+
+def copy_of_model(engine: Engine) -> Any:
+    """The same, prepared by accelerate."""
+    model = engine.accelerator.prepare_model(loaded(engine), device_placement=True, evaluation_mode=True)
+    return checked(model)
+
+
+def checked(model: Any) -> Any:
+    """The model in evaluation mode, if the fused head fits it."""
+    hook.check_head(model.eval())
+    hook.check_causal(model)
+    return model
 
 
 def precompute_all(
@@ -125,27 +196,6 @@ def precompute_all(
             how_come = "read again" if precompute(engine, model, part, rows, name, folder) else "computed"
             accelerator.print(f"reference log-probs of {len(rows)} {name} rows {how_come}")
     model.train(training)
-
-
-@torch.no_grad()
-def token_logps(
-    model: nn.Module, batch: Batch, head_options: dict[str, Any], critic: Callable[..., Tensor] | None = None
-) -> Tensor:
-    """Log-probs of the targets under `model`, 0 where there is none, and what a critic says of each position:
-    [1, B, T] or [2, B, T] float32."""
-
-    def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
-        logps = linear_logprobs(hidden, targets=batch.targets, **head, **head_options).logp
-        return torch.stack([logps] if critic is None else [logps, critic(hidden, batch).to(logps.dtype)])
-
-    with fused_head(model, fn):
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
-
-
-def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any], per_token: bool = False) -> Tensor:
-    """Log-probs of the completions under `model`: summed, [B] float32, or `per_token` [B, T]."""
-    (logps,) = token_logps(model, batch, head_options)
-    return logps if per_token else sequence_logprobs(logps, batch.targets)
 
 
 def check_bias(model: Any, kind: str) -> None:

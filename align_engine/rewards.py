@@ -30,7 +30,6 @@ from torch import Tensor
 
 from align_engine import fingerprint as fingerprints
 from align_engine import heads, importing
-from align_engine.credit import nanstd
 from align_engine.data.batches import collate_sft
 from align_engine.data.encoder import Encoder
 from align_engine.data.formats import BadRow, is_conversational
@@ -39,6 +38,7 @@ from align_engine.importing import foreign, load_object
 from align_engine.json_text import loads
 from align_engine.policy import check_positions, load_tokenizer, vocabulary
 from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.rollouts.advantages import nanstd
 from align_engine.secrets import check_address, masked
 from align_engine.server import post_all
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import pyarrow.compute
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -20,25 +17,22 @@ from transformers.trainer_utils import align_special_tokens
 from align_engine import heads, inputs, policy, ranks, rewards, stops
 from align_engine import recipe as recipes
 from align_engine import reference as references
-from align_engine.algorithms import ALGORITHMS, Algorithm, check_loss
+from align_engine.algorithms import ALGORITHMS
 from align_engine.callbacks import Callbacks, from_recipe
 from align_engine.checkpoint import RunFolder
 from align_engine.data.exact import media_columns
 from align_engine.data.sources import cache_errors, load_rows
 from align_engine.data.tokenize import check_vocab, describe, prepare, processes
+from align_engine.data.windows import Source, total_steps
 from align_engine.engine import Engine
 from align_engine.errors import BadInput
 from align_engine.experience import Prompts, Rollouts
 from align_engine.integrations import hook
-from align_engine.kto import class_weights, with_strangers
 from align_engine.loops import Training, loop
 from align_engine.metrics import Journal
-from align_engine.online import ValueHead
-from align_engine.recipe import KtoRecipe, OnlineRecipe, PpoRecipe, Recipe
+from align_engine.recipe import OnlineRecipe, Recipe, RolloutSection
 from align_engine.secrets import masked
-from align_engine.source import Source, total_steps
-
-pc: Any = pyarrow.compute
+from align_engine.training.algorithm import Algorithm
 
 
 def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder:
@@ -78,9 +72,8 @@ def fit(
     if data.eval_dataset_name or data.dataset_test_split:
         where = data.eval_dataset_name or data.dataset_name
         evaluation = load_source(where, data.dataset_test_split, *shared, training=False)
-    if isinstance(recipe, KtoRecipe):
-        loss, said = class_weights(source.rows, recipe.loss)
-        recipe = dataclasses.replace(recipe, loss=loss)
+    recipe, said = algorithm.settle(source.rows, recipe)
+    if said:
         accelerator.print(said)
     steps = total_steps(source, recipe.train.num_train_epochs, recipe.train.max_steps)
 
@@ -89,7 +82,7 @@ def fit(
     policy.check_pad(model, tokenizer)
     for part in filter(None, (source, evaluation)):
         check_vocab(part.rows, policy.vocabulary(model))
-        policy.check_positions(model, longest_row(part, recipe))
+        policy.check_positions(model, part.longest())
     check_others(recipe, tokenizer, filter(None, (source, evaluation)))
     if not algorithm.scalar:
         hook.check_head(model)
@@ -105,7 +98,7 @@ def fit(
     if asked_before is not None:
         references.precompute_all(engine, asked_before, source, evaluation, steps, folder)
     for part in (source, evaluation):
-        if isinstance(part, Rollouts):
+        if part is not None:
             part.start(engine, learns=part is source)
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1], folder)
@@ -202,12 +195,12 @@ def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerato
 def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> None:
     """Refuse a reference, or a model that the critic starts from, which lacks tokens that it will be shown."""
     parts = list(parts)
-    for field in ("ref_model_name_or_path", "value_model_name_or_path"):
-        if path := recipes.flat(recipe).get(field):
+    for field, path in recipe.models().items():
+        if field != "model_name_or_path":
             held, said = policy.vocab_size(path, recipe.model.trust_remote_code), f"{field} = {path!r}"
             for part in parts:
                 check_vocab(part.rows, held, said)
-            if isinstance(recipe, OnlineRecipe) and held < len(tokenizer):  # completions may hold any of them
+            if recipe.section(RolloutSection) and held < len(tokenizer):  # completions may hold any of them
                 raise BadInput(f"{said} has {held} tokens, fewer than the policy's tokenizer ({len(tokenizer)})")
 
 
@@ -215,16 +208,35 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     """Refuse names that the kernels or transformers do not know, before anything is loaded."""
     from align_kernels.dispatch import pick
 
-    for field in ("model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path"):
-        if path := recipes.flat(recipe).get(field):
-            policy.check_path(path, field)
-    for spec in filter(rewards.is_model, recipes.flat(recipe).get("reward_funcs") or ()):
+    for field, path in recipe.models().items():
+        policy.check_path(path, field)
+    rollout = recipe.section(RolloutSection)
+    for spec in filter(rewards.is_model, rollout.reward_funcs if rollout else ()):
         with rewards.no_model(spec):
             policy.check_path(spec, "reward_funcs")
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     try:
         if recipe.kernels.impl != "eager":
             pick(recipe.kernels.impl, device, torch.float32)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:
+    """Refuse settings of the loss that do not fit together, by one call of it on two rows made up.
+
+    Raises:
+        BadInput: with what the loss says.
+    """
+    if algorithm.advantages or algorithm.scalar:
+        return
+    row = {"index": 0, "prompt_ids": [1], "completion_ids": [1], "kl_completion_ids": [2, 1], "label": True,
+           "chosen_ids": [1], "rejected_ids": [2, 1], "ref_chosen_logps": 0.0, "ref_rejected_logps": 0.0,
+           "ref_logps": 0.0}  # fmt: skip
+    batch = algorithm.collate([row, row], pad_id=0)
+    batch.shared = dict(algorithm.made_up)
+    try:
+        algorithm.loss(torch.zeros(*batch.targets.shape, 4), {"weight": torch.zeros(3, 4)}, batch, recipe, 2.0)
     except ValueError as error:
         raise BadInput(str(error)) from error
 
@@ -308,37 +320,14 @@ def load_source(
     """The rows of a file as the algorithm learns from them."""
     train, (rows, found) = recipe.train, load_prepared(where, split, algorithm.kind, recipe, tokenizer, accelerator)
     if isinstance(recipe, OnlineRecipe):
-        return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder))
-    if algorithm.kind == "unpaired":
-        with cache_errors(where):
-            rows = with_strangers(rows, train.seed, recipe.data.max_length)
-    if rank_margin := recipes.flat(recipe).get("rank_margin"):
-        rows = with_margins(rows, rank_margin)
+        return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder), recipe)
+    with cache_errors(where):
+        rows = algorithm.rows(rows, recipe)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
     if not training:
         sizes = (recipe.eval.per_device_eval_batch_size, 1)
     place = (accelerator.process_index, accelerator.num_processes)
     return Source(rows, algorithm.collate, tokenizer.pad_token_id, *sizes, *place, train.seed)
-
-
-def longest_row(source: Source, recipe: Recipe) -> int:
-    """Most tokens that a row can have: of those that are sampled, its prompt and max_completion_length."""
-    table: Any = source.rows.with_format("arrow")[:]
-    count = {name: pc.list_value_length(table[name]) for name in table.column_names if name.endswith("_ids")}
-    prompts = count.pop("prompt_ids")
-    if isinstance(recipe, OnlineRecipe):
-        return pc.max(prompts).as_py() + recipe.rollout.max_completion_length
-    return max(pc.max(pc.add(prompts, lengths)).as_py() for lengths in count.values())
-
-
-def with_margins(rows: Any, per_rank: float) -> Any:
-    """A column `margin` from the ranks of the two answers, rank 1 being the best."""
-    if missing := {"chosen_rank", "rejected_rank"} - set(rows.column_names):
-        raise BadInput(f"rank_margin = {per_rank}: the rows have no column {' and no '.join(sorted(missing))}")
-    ranks = np.asarray(rows["rejected_rank"][:]) - np.asarray(rows["chosen_rank"][:])
-    if "margin" in rows.column_names:
-        raise BadInput(f"rank_margin = {per_rank}, and the rows have a column `margin` too: leave one of them out")
-    return rows.add_column("margin", per_rank * ranks.astype(np.float64))
 
 
 def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
@@ -371,13 +360,9 @@ def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     if section.use_peft and policy.adapter_base(path) is None:
         task = "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM"
         model = policy.add_adapters(model, section, task, section.lora_dropout if algorithm.dropout else 0.0)
-    if section.use_peft and algorithm.refers(recipe) and references.of(recipe)[0] in ("adapter-copy", "ema"):
-        references.copy_adapter(model)
-    if isinstance(recipe, PpoRecipe):
-        own = recipe.loss.value_model_name_or_path
-        critic = heads.load_scalar_model(own, section, pad) if own else None
-        causal = hook.causal_model(model)
-        causal.value_head = ValueHead(causal.config.get_text_config().hidden_size, critic)
+    if algorithm.refers(recipe):
+        references.extend_model(model, recipe)
+    algorithm.extend_model(model, recipe, pad)
     if recipe.train.gradient_checkpointing:
         policy.checkpoint_activations(model)
     if not algorithm.dropout:

@@ -8,11 +8,11 @@ with the first epoch, after each later one, and with the first evaluation, after
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from align_engine import policy
 from align_engine.metrics import Sums
-from align_engine.recipe import Recipe, ReferenceFields
+from align_engine.recipe import LossReference, Recipe
 
 if TYPE_CHECKING:
     from align_engine.engine import Progress
@@ -81,8 +81,8 @@ def warnings(watched: dict[str, float], said: list[str], means: Mapping[str, flo
 
 def reference_beta(recipe: Recipe) -> float | None:
     """`beta` of a recipe whose reference of pairs or marks is the model as it is before the first step; else None."""
-    loss: Any = getattr(recipe, "loss", None)
-    if not isinstance(loss, ReferenceFields) or loss.reference == "none" or loss.ref_model_name_or_path is not None:
+    loss = recipe.section(LossReference)
+    if loss is None or loss.reference == "none" or loss.ref_model_name_or_path is not None:
         return None
     saved_adapters = policy.adapter_base(recipe.model.model_name_or_path) is not None
     return None if loss.reference == "adapter-off" and saved_adapters else loss.beta

@@ -29,7 +29,7 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     "engine/test_heads.py": ("test_scores_and_values_by_the_mask",),
     "engine/test_loops.py": ("test_a_callback_object_stops_the_run",),
     "engine/test_resume.py": ("test_resume_with_dropout_and_lora", "test_a_finished_run_is_not_run_again"),
-    "engine/test_credit.py": ALL,
+    "engine/test_advantages.py": ALL,
     "engine/test_rollout.py": ("test_log_probs_ends_and_cuts", "test_functions_are_weighted_and_unscorable_is_nan"),
     "engine/test_online.py": ("test_the_reward_rises",),
     # command line, packaging, drop-ins

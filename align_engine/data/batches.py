@@ -27,7 +27,7 @@ class Batch:
     targets: Tensor  # [B, T] int64, already shifted: position i predicts targets[i]; -100 outside the completion
     index: Tensor  # [R] int64, number of each row in its source (R = B, or P for pairs)
     ref_logps: Tensor | None = None  # [B] float32, summed log-probs of the reference, where the rows carry them
-    desirable: Tensor | None = None  # [B] bool, the marks of unpaired data
+    desirable: Tensor | None = None  # [B] bool, the labels of unpaired data
     other: Batch | None = None  # unpaired data: the same prompts, each before a completion that answers another prompt
     shared: dict[str, float] = field(default_factory=dict)  # numbers of the whole window, over all ranks
     margin: Tensor | None = None  # [P] float32, by how much the chosen answer is better, where the rows say
@@ -66,8 +66,8 @@ def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
     return batch
 
 
-def collate_marks(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
-    """R rows of prompt_ids, completion_ids, label, kl_completion_ids -> Batch with B = R, marks and `other`.
+def collate_labels(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
+    """R rows of prompt_ids, completion_ids, label, kl_completion_ids -> Batch with B = R, labels and `other`.
 
     Rows with `ref_logps` and `ref_KL_logps` (TRL's names) fill `ref_logps` [B] of the batch and of `other`.
     """

@@ -7,9 +7,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import experience, metrics
+from align_engine.data.windows import endless_order
 from align_engine.recipe import GrpoRecipe
 from align_engine.run import train
-from align_engine.source import endless_order
 
 STEPS, SEED, BATCH, GROUP = 20, 42, 8, 4
 NAMES = ("loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length",

@@ -1,4 +1,4 @@
-"""KTO: strangers, the reference point, the balance of classes, and the loss against a plain formula."""
+"""KTO: mismatched completions, the reference point, the balance of classes, and the loss against a plain formula."""
 
 import datasets
 import pytest
@@ -7,12 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine import metrics
+from align_engine.algorithms.kto import class_weights, with_mismatched
 from align_engine.data.batches import epoch_order
 from align_engine.data.sources import load_rows
 from align_engine.data.tokenize import prepare
 from align_engine.errors import BadInput
-from align_engine.kto import class_weights, with_strangers
-from align_engine.recipe import KtoLoss, KtoRecipe
+from align_engine.recipe import DataSection, KtoLoss, KtoRecipe, TrainSection
 from align_engine.run import train
 
 ROWS = dict(index=[0, 1, 2, 3, 4, 5], label=[True, False, True, False, True, False],
@@ -20,10 +20,14 @@ ROWS = dict(index=[0, 1, 2, 3, 4, 5], label=[True, False, True, False, True, Fal
             completion_ids=[[10, 1], [11, 1], [12, 1], [13, 1], [14, 1], [15, 16, 17, 1]])  # fmt: skip
 
 
-def test_a_stranger_answers_another_prompt():
+def recipe_of(seed, max_length):
+    return KtoRecipe(train=TrainSection(seed=seed), data=DataSection(max_length=max_length))
+
+
+def test_a_mismatched_completion_answers_another_prompt():
     rows = datasets.Dataset.from_dict(ROWS)
     for seed in range(20):
-        found = with_strangers(rows, seed, 99)
+        found = with_mismatched(rows, recipe_of(seed, 99))
         owner = {tuple(ids): prompt for ids, prompt in zip(ROWS["completion_ids"], ROWS["prompt_ids"])}
         for row in found:
             assert owner[tuple(row["kl_completion_ids"])] != row["prompt_ids"]
@@ -33,15 +37,15 @@ def test_a_stranger_answers_another_prompt():
                 assert found[here]["kl_completion_ids"] == ROWS["completion_ids"][before]
 
 
-def test_a_stranger_is_cut_to_fit_behind_the_prompt():
-    found = with_strangers(datasets.Dataset.from_dict(ROWS), 0, 3)
+def test_a_mismatched_completion_is_cut_to_fit_behind_the_prompt():
+    found = with_mismatched(datasets.Dataset.from_dict(ROWS), recipe_of(0, 3))
     assert all(len(row["prompt_ids"]) + len(row["kl_completion_ids"]) <= 3 for row in found)
     assert all(row["kl_completion_ids"] for row in found)
 
 
-def test_one_prompt_has_no_strangers():
+def test_one_prompt_has_no_mismatched_completions():
     with pytest.raises(BadInput, match="at least two prompts"):
-        with_strangers(datasets.Dataset.from_dict({**ROWS, "prompt_ids": [[1]] * 6}), 0, 9)
+        with_mismatched(datasets.Dataset.from_dict({**ROWS, "prompt_ids": [[1]] * 6}), recipe_of(0, 9))
 
 
 def test_pairs_are_taken_apart(model, pairs):
@@ -54,7 +58,7 @@ def test_pairs_are_taken_apart(model, pairs):
     assert report["changed"] == {"pairs, each split into a desirable and an undesirable row": 8}
 
 
-def test_a_mark_that_is_none_is_refused(model, tmp_path):
+def test_a_label_that_is_none_is_refused(model, tmp_path):
     rows = [row | {"label": None if i == 5 else row["label"]} for i, row in enumerate(tiny.mark_rows(8))]
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(BadInput, match=r"'label' is missing \(row 5"):
@@ -64,10 +68,11 @@ def test_a_mark_that_is_none_is_refused(model, tmp_path):
 @pytest.mark.parametrize(("good", "bad", "weights"), [(1, 4, (4.0, 1.0)), (8, 2, (1.0, 3.0)), (4, 4, (1.0, 1.0))])
 def test_balance_is_said_and_restored_on_request(good, bad, weights):
     rows = datasets.Dataset.from_dict({"label": [True] * good + [False] * bad})
-    loss, said = class_weights(rows, KtoLoss())
-    assert loss == KtoLoss() and f"{good} desirable and {bad} undesirable" in said
+    recipe, said = class_weights(rows, KtoRecipe())
+    assert recipe == KtoRecipe() and f"{good} desirable and {bad} undesirable" in said
     assert said.startswith("warning") == (good != bad)
-    loss, said = class_weights(rows, KtoLoss(balance_classes=True))
+    recipe, said = class_weights(rows, KtoRecipe(loss=KtoLoss(balance_classes=True)))
+    loss = recipe.loss
     assert (loss.desirable_weight, loss.undesirable_weight) == pytest.approx(weights)
     assert 1 <= round(loss.desirable_weight * good / (loss.undesirable_weight * bad), 9) <= 4 / 3 + 1e-9
     assert not said.startswith("warning") and (good == bad or "balanced with" in said)
@@ -90,7 +95,7 @@ def test_kto_loss_and_metrics_equal_the_formula(swapped, model, other_model, tmp
                     eval_dataset_name=str(data), per_device_eval_batch_size=3, learning_rate=1e-12)  # fmt: skip
     record, last = metrics.read(train("kto", tiny.offline("kto", model, data, tmp_path / "run", **settings)).metrics)
     kept, _ = prepare(load_rows(data), AutoTokenizer.from_pretrained(model), "unpaired")
-    rows = with_strangers(kept, 42, 1024)
+    rows = with_mismatched(kept, KtoRecipe())
     policy, reference = (AutoModelForCausalLM.from_pretrained(x, dtype=torch.float64) for x in (model, other_model))
     with torch.no_grad():
         ratio, strange = (

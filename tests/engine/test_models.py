@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -17,7 +18,8 @@ from align_engine import engine, heads, iterate, metrics, modelfiles, noise, pol
 from align_engine.algorithms import ALGORITHMS
 from align_engine.checkpoint import RunFolder
 from align_engine.errors import BadInput, RunFailed
-from align_engine.recipe import ModelSection, PpoLoss, PpoRecipe, RmRecipe, SftRecipe, TrainSection
+from align_engine.heads import ValueHead
+from align_engine.recipe import ModelSection, PpoLoss, PpoRecipe, RmRecipe, RolloutSection, SftRecipe, TrainSection
 from align_engine.rewards import load_reward
 from align_engine.run import train
 
@@ -456,21 +458,23 @@ def test_rows_longer_than_a_table_of_positions_are_refused(kind, more, most):
             policy.check_positions(made, most + 1)
 
 
-def test_the_longest_row_is_prompt_and_completion(model, pairs, tmp_path):
+def test_the_longest_row_is_prompt_and_completion():
     import datasets
 
-    from align_engine.source import Source
+    from align_engine.data.windows import Source
+    from align_engine.experience import Rollouts
 
     columns = {"prompt_ids": [[1] * 9, [1] * 2], "chosen_ids": [[1], [1] * 10], "rejected_ids": [[1] * 4, [1]]}
     source = Source(datasets.Dataset.from_dict(columns), dict, 0, 1)
-    assert run.longest_row(source, tiny.dpo(model, pairs, tmp_path)) == 13
-    assert run.longest_row(source, tiny.online(PpoRecipe, model, pairs, tmp_path)) == 9 + 6
+    assert source.longest() == 13
+    sampled = SimpleNamespace(lengths=source.lengths, settings=RolloutSection(max_completion_length=6))
+    assert Rollouts.longest(sampled) == 9 + 6
 
 
 def test_the_critic_has_its_own_learning_rate(model, tmp_path):
     recipe = PpoRecipe(train=TrainSection(learning_rate=3e-6, weight_decay=0.1), loss=PpoLoss(value_learning_rate=2e-4))
     made = AutoModelForCausalLM.from_pretrained(model)
-    made.value_head = run.ValueHead(32)
+    made.value_head = ValueHead(32, learning_rate=recipe.loss.value_learning_rate)
     apart = {id(parameter) for parameter in made.value_head.parameters()}
     seen = {}
     for group in engine.parameter_groups(made, recipe):

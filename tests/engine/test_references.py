@@ -16,6 +16,7 @@ from align_engine import recipe as recipes
 from align_engine import reference as references
 from align_engine.data.batches import collate_sft
 from align_engine.errors import BadInput
+from align_engine.models.logps import token_logps
 from align_engine.run import train
 
 pytestmark = [
@@ -181,7 +182,7 @@ def test_log_probs_of_every_adapter_on_the_head_are_those_of_the_models_logits(o
     how = made.disable_adapter() if state == "off" else contextlib.nullcontext()
     with how:
         want = by_the_logits(made, batch)
-        (got,) = references.token_logps(made, batch, {})
+        (got,) = token_logps(made, batch, {})
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-5)
     assert torch.allclose(want, on, atol=1e-4) == (state != "off"), "the adapter says something"
     if state == "off":

@@ -13,13 +13,13 @@ from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import collate_sft, epoch_order
 from align_engine.data.fingerprint import content_hash
 from align_engine.data.tokenize import prepare
+from align_engine.data.windows import Source, endless_order, rows_seen, total_steps
 from align_engine.experience import Prompts
 from align_engine.iterate import write_pairs
 from align_engine.metrics import Sums
 from align_engine.recipe import IterateRecipe
 from align_engine.rewards import Reward
 from align_engine.rollout import Completion
-from align_engine.source import Source, endless_order, rows_seen, total_steps
 
 
 def rows(count):
@@ -89,7 +89,7 @@ def test_sums_weigh_by_count_and_ignore_what_has_none():
 @pytest.mark.parametrize("count", [1, 7])
 def test_prompts_are_asked_in_the_order_of_numpys_permutations_each_made_once(count, monkeypatch):
     made, real = [], epoch_order
-    monkeypatch.setattr("align_engine.source.epoch_order", lambda *of: made.append(of) or real(*of))
+    monkeypatch.setattr("align_engine.data.windows.epoch_order", lambda *of: made.append(of) or real(*of))
     expected = [i for epoch in range(3) for i in np.random.default_rng([2**20 + 5, epoch]).permutation(count).tolist()]
     assert [endless_order(count, 2**20 + 5, place) for place in range(3 * count)] == expected
     assert made == [(count, 2**20 + 5, epoch) for epoch in range(3)]

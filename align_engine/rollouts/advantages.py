@@ -7,11 +7,23 @@ A reward of NaN means that nobody could score the completion: it takes no part i
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 STD_EPSILON = 1e-4  # as TRL and DeepSeekMath's code have it
+
+
+class Experience(NamedTuple):
+    """What advantages are computed from. R completions, groups of equal size side by side; T tokens of the longest."""
+
+    rewards: Tensor  # [R] float64, NaN where nobody could score
+    group_size: int
+    mask: Tensor  # [R, T] bool, from the left; False throughout where a completion is not to be learnt from
+    old_logps: Tensor | None = None  # [R, T] float32, as those below; None: the present policy's, and nobody asked
+    ref_logps: Tensor | None = None
+    values: Tensor | None = None
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:

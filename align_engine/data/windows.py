@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import pyarrow.compute
 
 from align_engine.data.batches import Batch, epoch_order, split_order
 from align_engine.data.fingerprint import content_hash
@@ -19,7 +21,8 @@ from align_engine.data.fingerprint import content_hash
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from align_engine.metrics import Clock
+pc: Any = pyarrow.compute
+Clock = Callable[[str], AbstractContextManager[None]]  # of a phase's seconds
 
 
 class Micro(NamedTuple):
@@ -79,6 +82,24 @@ class Source:
         """The rows of these numbers, collated."""
         columns = self.rows[rows]
         return self.collate([dict(zip(columns, values)) for values in zip(*columns.values())])
+
+    def start(self, engine: Any, learns: bool) -> None:
+        """Know the engine, and whether it learns from these rows or is evaluated on them. Fixed rows need neither."""
+
+    def evaluate(self, engine: Any) -> dict[str, float]:
+        """Loss and metrics of an engine over all rows, named with eval_ in front."""
+        return engine.evaluate(self)
+
+    def longest(self) -> int:
+        """Tokens of the longest row, prompt and completion together."""
+        prompts, *completions = self.lengths()
+        return max(pc.max(pc.add(prompts, lengths)).as_py() for lengths in completions)
+
+    def lengths(self) -> list[Any]:
+        """Tokens in each row's prompt, and in each of its completions."""
+        table: Any = self.rows.with_format("arrow")[:]
+        names = sorted((name for name in table.column_names if name.endswith("_ids")), key=lambda x: x != "prompt_ids")
+        return [pc.list_value_length(table[name]) for name in names]
 
     def fingerprint(self) -> str:
         """Hash of what is learnt from: the token ids of all rows, and the numbers that they carry."""

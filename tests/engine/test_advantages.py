@@ -7,10 +7,11 @@ import statistics
 import pytest
 import torch
 
-from align_engine import credit, online
+from align_engine.algorithms import grpo, ppo, rloo
 from align_engine.errors import BadInput
-from align_engine.experience import Experience
 from align_engine.recipe import DirectLoss, DirectRecipe, GrpoRecipe, PpoLoss, PpoRecipe, check
+from align_engine.rollouts import advantages as of_rewards
+from align_engine.rollouts.advantages import Experience
 
 NAN = math.nan
 
@@ -40,7 +41,7 @@ def test_leave_one_out(size, seed):
         for i, value in enumerate(group):
             others = scored(group[:i] + group[i + 1 :])
             want.append(0.0 if math.isnan(value) or not others else value - sum(others) / len(others))
-    got = credit.leave_one_out(torch.tensor(rewards, dtype=torch.float64), size)
+    got = of_rewards.leave_one_out(torch.tensor(rewards, dtype=torch.float64), size)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
 
 
@@ -54,13 +55,13 @@ def test_group_normalised(scale, size, seed):
         mean = statistics.mean(scored(group)) if scored(group) else NAN
         spread = {"group": std(scored(group)) + 1e-4, "batch": std(scored(rewards)) + 1e-4, "none": 1.0}[scale]
         want += [0.0 if math.isnan(value) else (value - mean) / spread for value in group]
-    got = credit.group_normalised(torch.tensor(rewards, dtype=torch.float64), size, scale)
+    got = of_rewards.group_normalised(torch.tensor(rewards, dtype=torch.float64), size, scale)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
 
 
 def test_an_unknown_scale_is_refused():
     with pytest.raises(ValueError, match="scale_rewards must be group, batch or none, got 'std'"):
-        credit.group_normalised(torch.zeros(2), 2, "std")
+        of_rewards.group_normalised(torch.zeros(2), 2, "std")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -69,17 +70,17 @@ def test_baselines_of_reinforce(seed):
     mean = statistics.mean(scored(rewards))
     tensor = torch.tensor(rewards, dtype=torch.float64)
     want = torch.tensor([0.0 if math.isnan(value) else value - mean for value in rewards], dtype=torch.float64)
-    torch.testing.assert_close(credit.BASELINES["batch_mean"](tensor, 2), want)
+    torch.testing.assert_close(of_rewards.BASELINES["batch_mean"](tensor, 2), want)
     plain = torch.tensor([0.0 if math.isnan(value) else value for value in rewards], dtype=torch.float64)
-    assert torch.equal(credit.BASELINES["none"](tensor, 2), plain)
+    assert torch.equal(of_rewards.BASELINES["none"](tensor, 2), plain)
 
 
-@pytest.mark.parametrize("name", list(credit.BASELINES))
+@pytest.mark.parametrize("name", list(of_rewards.BASELINES))
 def test_nothing_scored_means_no_advantage(name):
     nothing = torch.full((4,), NAN)
-    assert torch.equal(credit.BASELINES[name](nothing, 2), torch.zeros(4))
-    assert torch.equal(credit.group_normalised(nothing, 2), torch.zeros(4))
-    assert credit.best_versus_worst(nothing, 2) == []
+    assert torch.equal(of_rewards.BASELINES[name](nothing, 2), torch.zeros(4))
+    assert torch.equal(of_rewards.group_normalised(nothing, 2), torch.zeros(4))
+    assert of_rewards.best_versus_worst(nothing, 2) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -91,7 +92,7 @@ def test_best_versus_worst(seed):
         places = [i for i in range(start, start + size) if not math.isnan(rewards[i])]
         if places and max(rewards[i] for i in places) > min(rewards[i] for i in places):
             want.append((max(places, key=lambda i: rewards[i]), min(places, key=lambda i: rewards[i])))
-    assert credit.best_versus_worst(torch.tensor(rewards), size) == want
+    assert of_rewards.best_versus_worst(torch.tensor(rewards), size) == want
 
 
 def loop_gae(rewards, values, gamma, lam):
@@ -107,7 +108,7 @@ def test_gae_of_sequences_of_many_lengths(gamma, lam):
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     rewards = torch.randn(4, 5, dtype=torch.float64).where(mask, NAN)
     values = torch.randn(4, 5, dtype=torch.float64).where(mask, NAN)
-    advantages, returns = credit.gae(rewards, values, mask, gamma, lam)
+    advantages, returns = of_rewards.gae(rewards, values, mask, gamma, lam)
     for row, length in enumerate(lengths):
         r, v = rewards[row, :length].tolist(), values[row, :length].tolist()
         want = torch.tensor(loop_gae(r, v, gamma, lam), dtype=torch.float64)
@@ -119,7 +120,7 @@ def test_gae_of_sequences_of_many_lengths(gamma, lam):
 def test_the_score_stands_at_the_last_token():
     mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1]]).bool()
     kl = torch.tensor([[1.0, 2.0, 9.0], [9.0, 9.0, 9.0], [3.0, 4.0, 5.0]])
-    got = credit.token_rewards(torch.tensor([10.0, 20.0, 30.0]), kl, mask, 0.5)
+    got = of_rewards.token_rewards(torch.tensor([10.0, 20.0, 30.0]), kl, mask, 0.5)
     assert got.tolist() == [[-0.5, 9.0, 0.0], [0.0, 0.0, 0.0], [-1.5, -2.0, 27.5]]
 
 
@@ -130,10 +131,10 @@ def test_whiten(shift):
     kept = x[mask].tolist()
     mean, var = statistics.mean(kept), statistics.variance(kept)
     want = [(value - mean) / math.sqrt(var + 1e-8) + (0.0 if shift else mean) for value in kept]
-    got = credit.whiten(x, mask, shift)
+    got = of_rewards.whiten(x, mask, shift)
     torch.testing.assert_close(got[mask], torch.tensor(want, dtype=torch.float64))
     assert not got[~mask].any()
-    assert torch.equal(credit.whiten(x, torch.zeros_like(mask)), torch.zeros_like(x))
+    assert torch.equal(of_rewards.whiten(x, torch.zeros_like(mask)), torch.zeros_like(x))
 
 
 # -- the methods' own credit, with every number worked out by hand ---------------------------------------------------
@@ -148,7 +149,7 @@ def rollout(rewards, lengths, group_size, **tables):
     return Experience(torch.tensor(rewards, dtype=torch.float64), group_size, mask, **tables)
 
 
-def direct(**loss):
+def rloo_recipe(**loss):
     return DirectRecipe(loss=DirectLoss(**loss))
 
 
@@ -171,7 +172,7 @@ REF = [[-2.0, -2.0], [-1.0, -3.0, -2.0], [-3.5], [-1.0, -4.0]]
 )
 def test_direct_rl_takes_the_kl_of_each_completion_off_its_reward(loss, want):
     found = rollout([1.0, 3.0, NAN, 2.0], [2, 3, 1, 2], 2, old_logps=OLD, ref_logps=REF)
-    given, measured = online.direct_credit(found, direct(beta=0.5, **loss), {})
+    given, measured = rloo.advantages(found, rloo_recipe(beta=0.5, **loss), {})
     assert given["advantages"].shape == (4, 3)
     torch.testing.assert_close(given["advantages"][:, 0], torch.tensor(want, dtype=torch.float64))
     assert (given["advantages"] == given["advantages"][:, :1]).all(), "one for the whole completion"
@@ -179,19 +180,19 @@ def test_direct_rl_takes_the_kl_of_each_completion_off_its_reward(loss, want):
 
 
 def test_direct_rl_without_a_reference_takes_the_rewards_as_they_are():
-    given, measured = online.direct_credit(rollout([1.0, 4.0, 2.0, NAN], [1, 1, 1, 1], 2), direct(beta=0.5), {})
+    given, measured = rloo.advantages(rollout([1.0, 4.0, 2.0, NAN], [1, 1, 1, 1], 2), rloo_recipe(beta=0.5), {})
     assert given["advantages"][:, 0].tolist() == [-3.0, 3.0, 0.0, 0.0] and measured == {}
 
 
 def test_grpo_normalises_within_groups_and_leaves_out_what_nobody_scored():
     found = rollout([1.0, 3.0, NAN, 2.0, 4.0, NAN], [1, 2, 3, 1, 2, 3], 3)
-    given, _ = online.grpo_credit(found, GrpoRecipe(), {})
+    given, _ = grpo.advantages(found, GrpoRecipe(), {})
     one = 1 / (math.sqrt(2) + 1e-4)  # of 1, 3 and of 2, 4: 1 from the mean, spread sqrt(2)
     want = torch.tensor([-one, one, 0, -one, one, 0], dtype=torch.float64)
     torch.testing.assert_close(given["advantages"], want[:, None].expand(6, 3))
 
 
-def ppo(**loss):
+def ppo_recipe(**loss):
     return PpoRecipe(loss=PpoLoss(**dict(kl_coef=0.1, gamma=1.0, lam=0.5) | loss))
 
 
@@ -226,7 +227,7 @@ def white(values):
 )
 def test_ppo_learns_from_scored_completions_alone(loss, advantages, returns):
     found = ppo_rollout()
-    given, _ = online.ppo_credit(found, ppo(**loss), {})
+    given, _ = ppo.advantages(found, ppo_recipe(**loss), {})
     table, want = given["advantages"], white(advantages)
     got = [table[0, 0], table[0, 1], table[2, 0]]
     assert [float(x) for x in got] == pytest.approx(want, abs=1e-5)
@@ -237,7 +238,7 @@ def test_ppo_learns_from_scored_completions_alone(loss, advantages, returns):
 
 
 def test_ppo_divides_rewards_by_their_spread():
-    given, _ = online.ppo_credit(ppo_rollout(), ppo(whiten_rewards=True), {})
+    given, _ = ppo.advantages(ppo_rollout(), ppo_recipe(whiten_rewards=True), {})
     mean, std = statistics.mean([-0.05, 1.1, 2.0]), statistics.stdev([-0.05, 1.1, 2.0])
     first, last, other = ((x - mean) / std + mean for x in (-0.05, 1.1, 2.0))
     returns = [first + 0.4 - 0.2 + 0.5 * (last - 0.4) + 0.2, last, other]
@@ -246,7 +247,7 @@ def test_ppo_divides_rewards_by_their_spread():
 
 
 def test_ppo_measures_the_kl_of_a_completion_as_a_sum_over_its_tokens():
-    _, measured = online.ppo_credit(ppo_rollout(), ppo(), {})
+    _, measured = ppo.advantages(ppo_rollout(), ppo_recipe(), {})
     measured = {name: float(value) for name, value in measured.items()}
     kl = (-0.5 + 1.0 + 0.0) / 3
     assert measured == pytest.approx({
@@ -265,22 +266,22 @@ def test_ppo_measures_the_kl_of_a_completion_as_a_sum_over_its_tokens():
 )
 def test_ppo_steers_the_kl_coefficient_by_three_completions_of_a_horizon_of_ten(target, want):
     state = {}
-    _, first = online.ppo_credit(ppo_rollout(), ppo(kl_target=target, kl_horizon=10.0), state)
+    _, first = ppo.advantages(ppo_rollout(), ppo_recipe(kl_target=target, kl_horizon=10.0), state)
     assert first["kl_coef"] == 0.1, "the coefficient that the rewards were computed with"
     assert state["kl_coef"] == pytest.approx(want, abs=1e-9)
-    _, second = online.ppo_credit(ppo_rollout(), ppo(kl_target=target, kl_horizon=10.0), state)
+    _, second = ppo.advantages(ppo_rollout(), ppo_recipe(kl_target=target, kl_horizon=10.0), state)
     assert second["kl_coef"] == pytest.approx(want, abs=1e-9), "the next rollout goes on from there"
 
 
 def test_a_kl_coefficient_without_a_target_stays():
     state = {}
-    online.ppo_credit(ppo_rollout(), ppo(), state)
+    ppo.advantages(ppo_rollout(), ppo_recipe(), state)
     assert state == {"kl_coef": 0.1}
 
 
 @pytest.mark.parametrize("lam", [-0.1, 1.5])
 def test_lambda_outside_its_range_is_refused(lam):
-    recipe = ppo(lam=lam)
+    recipe = ppo_recipe(lam=lam)
     recipe.model.model_name_or_path = recipe.data.dataset_name = recipe.output.output_dir = "x"
     recipe.rollout.reward_funcs = ["tiny:word_reward"]
     with pytest.raises(BadInput, match=rf"^lam = {lam} must lie in \[0, 1\]$"):

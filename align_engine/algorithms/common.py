@@ -1,0 +1,59 @@
+"""What the algorithms share: the call of a fused loss by the names of its keywords, and what batches count."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from align_engine.data.batches import IGNORE, Batch
+from align_engine.metrics import with_means
+from align_kernels import LossOutput
+
+Fused = Callable[..., LossOutput]
+keywords = functools.cache(lambda fused: tuple(inspect.signature(fused).parameters))
+
+
+def call(
+    fused: Fused, hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: Any, num_items: float, **more: Any
+) -> LossOutput:
+    """A loss of the kernels: tensors of the batch, numbers of its window and settings of the recipe's section `loss`
+    by their names; `more` come before all of them."""
+    settings = vars(recipe.loss) if hasattr(recipe, "loss") else {}
+    found = settings | vars(batch) | batch.shared | {"num_items": num_items} | more
+    return fused(hidden, **{name: found[name] for name in keywords(fused) if name in found}, **head)
+
+
+def fused(loss: Fused) -> Fused:
+    """The loss of an algorithm that is one of the kernels', as it stands."""
+    return functools.partial(call, loss)
+
+
+def tokens(batch: Batch, recipe: Any) -> int:
+    return batch.num_tokens
+
+
+def pairs(batch: Batch, recipe: Any) -> int:
+    return len(batch.targets) // 2
+
+
+def sequences(batch: Batch, recipe: Any) -> int:
+    return len(batch.targets)
+
+
+def always(recipe: Any) -> bool:
+    return True
+
+
+def with_mismatch(out: LossOutput, batch: Batch, logps: Tensor | None) -> LossOutput:
+    """The output with how far the sampler's log-probs are from ours of the same weights (`logps`, unless the batch has
+    them from before the rollout's first step): the mean of |difference| over the tokens that have both."""
+    ours = logps if batch.old_logps is None else batch.old_logps
+    if ours is None or batch.sampling_logps is None:
+        return out
+    known = (batch.targets != IGNORE) & ~batch.sampling_logps.isnan()
+    difference = (ours.detach() - batch.sampling_logps).where(known, 0.0).abs().sum() / known.sum().clamp(min=1)
+    return with_means(out, {"sampling/sampling_logp_difference/mean": difference}, known.sum())

@@ -1,0 +1,1 @@
+"""Models: loaded, with heads of scores, and asked for log-probs."""

@@ -1,0 +1,1 @@
+"""Rollouts: completions of prompts, what scores them, and the advantages that follow."""

@@ -1,0 +1,56 @@
+"""What an algorithm is: a row of the table in `align_engine.algorithms`. The engine and the loop do the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from align_engine.data.batches import Batch
+from align_kernels import LossOutput
+
+Kind = Literal["sft", "preference", "unpaired", "prompt"]  # of rows, as align_engine.data.prepare names it
+Columns = dict[str, Tensor]  # of a rollout, [R, T]
+
+
+def _as_they_are(rows: Any, recipe: Any) -> Any:
+    return rows
+
+
+def _as_it_is(rows: Any, recipe: Any) -> tuple[Any, str]:
+    return recipe, ""
+
+
+def _nothing(model: Any, recipe: Any, pad_id: int) -> None:
+    pass
+
+
+def _never(recipe: Any) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What it learns from, what it counts, and its loss. Recipes are those of the algorithm's own class."""
+
+    name: str
+    kind: Kind
+    collate: Callable[..., Batch]  # (rows, pad id)
+    count: Callable[[Batch, Any], int]  # (batch, recipe) -> units in a batch, which the loss is a mean over
+    loss: Callable[..., LossOutput]  # (hidden [B, T, D], keywords of the head, batch, recipe, units of the window)
+    # of the rows, once they are tokenised
+    rows: Callable[[Any, Any], Any] = _as_they_are  # (rows, recipe) -> rows with what else the loss needs of them
+    settle: Callable[[Any, Any], tuple[Any, str]] = _as_it_is  # (rows, recipe) -> recipe that suits them, what to say
+    # of the model
+    scalar: bool = False  # it has a score head: the loss gets scores [B] in place of hidden states
+    dropout: bool = False  # it stays on in training
+    extend_model: Callable[[Any, Any, int], None] = _nothing  # (model, recipe, pad id) adds parts that are trained too
+    refers: Callable[[Any], bool] = _never  # (recipe) -> whether batches need ref_logps
+    # of a window of micro-batches
+    prepare: Callable[[Any, list[Any]], None] | None = None  # (engine, window) fills `shared` of its batches
+    made_up: Mapping[str, float] = field(default_factory=dict)  # `shared` of a batch made up to try the loss on
+    # of rollouts: (experience, recipe, state of the run) -> columns, metrics. Fixed rows have no advantages
+    advantages: Callable[[Any, Any, dict[str, Any]], tuple[Columns, dict[str, Any]]] | None = None
+    present_policy: bool = False  # the loss can do without old_logps where the policy has not changed since
