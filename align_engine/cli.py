@@ -7,7 +7,6 @@ import difflib
 import os
 import sys
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from importlib import metadata
@@ -15,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from align_engine import recipe as recipes
-from align_engine import stops
 from align_engine.errors import AlignError, BadInput, RunFailed, printable, shortened
-from align_engine.fields import NO, NOTHING, YES
 from align_engine.recipe import RECIPES, Recipe
-from align_engine.secrets import masked
+from align_engine.recipe.secrets import masked
+from align_engine.recipe.values import NO, NOTHING, YES
+from align_engine.training import stops
 
 USAGE = """usage: align COMMAND [--flags]
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in one sentence, not in frames
-            from align_engine.ranks import Watch
+            from align_engine.training.ranks import Watch
 
             watch = Watch()
         with stops.terminable():
@@ -108,6 +107,8 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if others:
         explain(name, recipe, others)
     recipe = recipes.check(recipe)
+    from align_engine.run import quiet_libraries, train
+
     quiet_libraries()
     from accelerate import PartialState
 
@@ -117,8 +118,6 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
 
             iterate(recipe)
         else:
-            from align_engine.run import train
-
             train(name, recipe)
     except SystemExit as error:  # of a reward function, a callback, ...: no way to end a run well
         raise RunFailed(f"the run was left by sys.exit({error.code!r})") from error
@@ -184,25 +183,13 @@ def flags(kind: type[Recipe], arguments: Sequence[str]) -> tuple[dict[str, dict[
     return changes, others
 
 
-def quiet_libraries() -> None:
-    """Leave the terminal to the run's own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
-    datasets.disable_progress_bars()
-
-
 def env(json: bool = False) -> None:
     """Versions, devices, and which backend each kernel takes on this machine, and why not another.
 
     Args:
         json: Print JSON instead of tables.
     """
-    from align_engine.environment import show
+    from align_engine.reports.environment import show
 
     show(as_json=json)
 
@@ -217,9 +204,10 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
     """
     if workers < 1 or not seeds:
         raise BadInput(f"workers = {workers} and seeds = {seeds}: give at least one of each")
-    quiet_libraries()
     from align_engine.demo.run import run
+    from align_engine.run import quiet_libraries
 
+    quiet_libraries()
     run(output_dir, seeds, workers)
 
 

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align_engine import fingerprint
-from align_engine.checkpoint import RECORD
 from align_engine.errors import BadInput
-from align_engine.modelfiles import adapter_base, cached_file
+from align_engine.models import fingerprint
+from align_engine.models.modelfiles import adapter_base, cached_file
 from align_engine.recipe import flat
+from align_engine.training.checkpoint import RECORD
 
 if TYPE_CHECKING:
     from align_engine.recipe import Recipe
@@ -23,7 +23,7 @@ OUTPUTS = ("output_dir", "server_weights")
 def local_inputs(recipe: Recipe) -> list[tuple[str, Path]]:
     """(field, path) of each file and folder of this machine that the recipe reads: base models of adapters, and what
     the hub's cache holds of a name, are among them."""
-    from align_engine.rewards import is_model
+    from align_engine.rollouts.rewards import is_model
 
     values = flat(recipe)
     models = list(recipe.models().items())
@@ -104,7 +104,8 @@ def _holds(folder: Path, path: Path) -> bool:
 
 def facts(recipe: Recipe) -> dict[str, Any]:
     """Fingerprints of the models and of the code that the run reads, by field: what makes it the same run later."""
-    from align_engine import importing, rewards
+    from align_engine.rollouts import rewards
+    from align_engine.training import importing
 
     values = flat(recipe)
     found: dict[str, Any] = {f"files of {name}": fingerprint.of_model(path) for name, path in recipe.models().items()}

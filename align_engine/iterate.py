@@ -23,18 +23,17 @@ import torch
 from accelerate.utils import gather_object
 from transformers.trainer_utils import align_special_tokens
 
-from align_engine import inputs, policy, stops
+from align_engine import inputs
 from align_engine import recipe as recipes
 from align_engine.algorithms import ALGORITHMS
-from align_engine.callbacks import from_recipe
-from align_engine.checkpoint import RunFolder
 from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
-from align_engine.experience import Prompts
-from align_engine.metrics import read
+from align_engine.models import load
 from align_engine.recipe import IterateRecipe, ModelSection, Recipe
-from align_engine.rollout import Completion, Sampler
 from align_engine.rollouts.advantages import best_versus_worst
+from align_engine.rollouts.generate import Completion, Sampler
+from align_engine.rollouts.server import reload_weights
+from align_engine.rollouts.source import Prompts
 from align_engine.run import (
     begin,
     check_choices,
@@ -45,7 +44,10 @@ from align_engine.run import (
     open_folder,
     train,
 )
-from align_engine.server import reload_weights
+from align_engine.training import stops
+from align_engine.training.callbacks import from_recipe
+from align_engine.training.checkpoint import RunFolder
+from align_engine.training.metrics import read
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -79,13 +81,13 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
 def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolder) -> None:
     """The rounds that are still to do, in a folder that is ours."""
     options, data, section = recipe.iteration, recipe.data, recipe.model
-    tokenizer = policy.load_tokenizer(section.model_name_or_path, trust_remote_code=section.trust_remote_code)
+    tokenizer = load.load_tokenizer(section.model_name_or_path, trust_remote_code=section.trust_remote_code)
     rows = load_prepared(data.dataset_name, data.dataset_train_split, "prompt", recipe, tokenizer, accelerator)
     if data.eval_dataset_name:  # of every round's training: refused now rather than after hours of sampling
         load_prepared(data.eval_dataset_name, data.dataset_test_split, "preference", recipe, tokenizer, accelerator)
     elif data.dataset_test_split:
         raise BadInput(f"dataset_test_split = {data.dataset_test_split!r} needs eval_dataset_name, of preference data")
-    check_vocab(rows[0], policy.vocab_size(section.model_name_or_path))
+    check_vocab(rows[0], load.vocab_size(section.model_name_or_path))
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"
@@ -183,8 +185,8 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
     """A sampler of the model at a path."""
     settings, accelerator, model = prompts.settings, prompts.accelerator, None
     if not settings.server_base_url:
-        model = policy.load_model(path, prompts.recipe.model)
-        policy.check_pad(model, prompts.tokenizer)
+        model = load.load_model(path, prompts.recipe.model)
+        load.check_pad(model, prompts.tokenizer)
         model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     elif prompts.server_weights is not None:
         if accelerator.is_main_process:
@@ -231,8 +233,8 @@ def merge(
     if accelerator.is_main_process and not (here / "merged").exists():
         asked = section or ModelSection()
         plain = ModelSection(dtype="auto", trust_remote_code=asked.trust_remote_code)
-        adapted: Any = policy.load_model(str(here / "train" / "final"), plain)
-        tokenizer = policy.load_tokenizer(model, trust_remote_code=asked.trust_remote_code)
+        adapted: Any = load.load_model(str(here / "train" / "final"), plain)
+        tokenizer = load.load_tokenizer(model, trust_remote_code=asked.trust_remote_code)
         untie(adapted.get_base_model())
         merged = adapted.merge_and_unload()
         align_special_tokens(merged, tokenizer)

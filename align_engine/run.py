@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,25 +16,31 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from transformers.trainer_utils import align_special_tokens
 
-from align_engine import heads, inputs, policy, ranks, rewards, stops
+from align_engine import inputs
 from align_engine import recipe as recipes
-from align_engine import reference as references
 from align_engine.algorithms import ALGORITHMS
-from align_engine.callbacks import Callbacks, from_recipe
-from align_engine.checkpoint import RunFolder
 from align_engine.data.exact import media_columns
 from align_engine.data.sources import cache_errors, load_rows
 from align_engine.data.tokenize import check_vocab, describe, prepare, processes
 from align_engine.data.windows import Source, total_steps
-from align_engine.engine import Engine
 from align_engine.errors import BadInput
-from align_engine.experience import Prompts, Rollouts
 from align_engine.integrations import hook
-from align_engine.loops import Training, loop
-from align_engine.metrics import Journal
+from align_engine.models import load
+from align_engine.models.modelfiles import adapter_base, check_path
+from align_engine.models.noise import disable_dropout
+from align_engine.models.score_head import load_scalar_model
 from align_engine.recipe import OnlineRecipe, Recipe, RolloutSection
-from align_engine.secrets import masked
+from align_engine.recipe.secrets import masked
+from align_engine.rollouts import rewards
+from align_engine.rollouts.source import Prompts, Rollouts
+from align_engine.training import ranks, stops
+from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm
+from align_engine.training.callbacks import Callbacks, from_recipe
+from align_engine.training.checkpoint import RunFolder
+from align_engine.training.engine import Engine
+from align_engine.training.loop import Training, loop
+from align_engine.training.metrics import Journal
 
 
 def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder:
@@ -63,7 +71,7 @@ def fit(
 ) -> None:
     """Load, train, save and report, in a folder that is ours."""
     section = recipe.model
-    tokenizer = policy.load_tokenizer(section.model_name_or_path, algorithm.scalar, section.trust_remote_code)
+    tokenizer = load.load_tokenizer(section.model_name_or_path, algorithm.scalar, section.trust_remote_code)
     if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
         accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")
     data = recipe.data
@@ -79,10 +87,10 @@ def fit(
 
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm, tokenizer)
-    policy.check_pad(model, tokenizer)
+    load.check_pad(model, tokenizer)
     for part in filter(None, (source, evaluation)):
-        check_vocab(part.rows, policy.vocabulary(model))
-        policy.check_positions(model, part.longest())
+        check_vocab(part.rows, load.vocabulary(model))
+        load.check_positions(model, part.longest())
     check_others(recipe, tokenizer, filter(None, (source, evaluation)))
     if not algorithm.scalar:
         hook.check_head(model)
@@ -184,7 +192,7 @@ def begin(folder: RunFolder, recipe: Recipe, accelerator: Accelerator, facts: di
 def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Write the report of a run whose model is there."""
     if accelerator.is_main_process:
-        from align_engine.report import write_report
+        from align_engine.reports.report import write_report
 
         write_report(folder, name, recipe)
         folder.mark(finished=True)
@@ -197,7 +205,7 @@ def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> Non
     parts = list(parts)
     for field, path in recipe.models().items():
         if field != "model_name_or_path":
-            held, said = policy.vocab_size(path, recipe.model.trust_remote_code), f"{field} = {path!r}"
+            held, said = load.vocab_size(path, recipe.model.trust_remote_code), f"{field} = {path!r}"
             for part in parts:
                 check_vocab(part.rows, held, said)
             if recipe.section(RolloutSection) and held < len(tokenizer):  # completions may hold any of them
@@ -209,11 +217,11 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
     from align_kernels.dispatch import pick
 
     for field, path in recipe.models().items():
-        policy.check_path(path, field)
+        check_path(path, field)
     rollout = recipe.section(RolloutSection)
     for spec in filter(rewards.is_model, rollout.reward_funcs if rollout else ()):
         with rewards.no_model(spec):
-            policy.check_path(spec, "reward_funcs")
+            check_path(spec, "reward_funcs")
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     try:
         if recipe.kernels.impl != "eager":
@@ -263,6 +271,18 @@ def check_schedule(kind: str, learning_rate: float) -> None:
         why = f"cannot run: {why_not(kind)}" if kind in known else "is not one of transformers'"
         some = ", ".join(one for one in known if not why_not(one))
         raise BadInput(f"lr_scheduler_type = {kind!r} {why}; choose one of {some}")
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run's own lines."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
+    datasets.disable_progress_bars()
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -354,20 +374,23 @@ def size(count: float) -> str:
 def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
     """The model to train: head, adapters, checkpointing and dropout as the recipe and the algorithm say."""
     path, section, pad = recipe.model.model_name_or_path, recipe.model, tokenizer.pad_token_id
-    if policy.adapter_base(path) is not None and not section.use_peft:
+    if adapter_base(path) is not None and not section.use_peft:
         raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
-    model = heads.load_scalar_model(path, section, pad, True) if algorithm.scalar else policy.load_model(path, section)
-    if section.use_peft and policy.adapter_base(path) is None:
+    if algorithm.scalar:
+        model = load_scalar_model(path, section, pad, fresh_head=True)
+    else:
+        model = load.load_model(path, section)
+    if section.use_peft and adapter_base(path) is None:
         task = "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM"
-        model = policy.add_adapters(model, section, task, section.lora_dropout if algorithm.dropout else 0.0)
+        model = load.add_adapters(model, section, task, section.lora_dropout if algorithm.dropout else 0.0)
     if algorithm.refers(recipe):
         references.extend_model(model, recipe)
     algorithm.extend_model(model, recipe, pad)
     if recipe.train.gradient_checkpointing:
-        policy.checkpoint_activations(model)
+        load.checkpoint_activations(model)
     if not algorithm.dropout:
-        policy.disable_dropout(model)
-    if said := policy.hold_in_float32(model):
+        disable_dropout(model)
+    if said := load.hold_in_float32(model):
         PartialState().print(said)
     # what is saved ends where its tokenizer ends, as with transformers' Trainer; further EOS ids stay
     align_special_tokens(hook.causal_model(model), tokenizer)

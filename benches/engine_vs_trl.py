@@ -81,7 +81,7 @@ def clock(record: list[tuple[float, float]]) -> Any:
     import torch
     from transformers import TrainerCallback
 
-    from align_engine.metrics import peak_memory_mib
+    from align_engine.training.metrics import peak_memory_mib
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -96,10 +96,9 @@ def clock(record: list[tuple[float, float]]) -> Any:
 
 
 def engine(method: str, folder: Path, shared: dict[str, Any], record: list[tuple[float, float]]) -> list[float]:
-    from align_engine.cli import quiet_libraries
-    from align_engine.metrics import read
     from align_engine.recipe import RECIPES
-    from align_engine.run import train
+    from align_engine.run import quiet_libraries, train
+    from align_engine.training.metrics import read
 
     quiet_libraries()
     recipe = RECIPES[method]()

@@ -49,7 +49,7 @@ class Bench:
     """Whole inputs, made once; cases work on copies of them."""
 
     def __init__(self, path: Path) -> None:
-        from align_engine.cli import quiet_libraries
+        from align_engine.run import quiet_libraries
 
         quiet_libraries()
         self.path, self.runs = path, dict[str, Path]()
@@ -90,8 +90,9 @@ class Bench:
 
 def stop(method: str, recipe: Path) -> None:
     """Begin a run and end it as Ctrl-C would: once its first checkpoint is written, or in the second round."""
-    from align_engine import engine, iterate, run, stops
+    from align_engine import iterate, run
     from align_engine import recipe as recipes
+    from align_engine.training import engine, stops
 
     save, write_pairs = engine.Engine.save, iterate.write_pairs
 

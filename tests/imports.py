@@ -64,8 +64,8 @@ def rooms(found: Arrows) -> Arrows:
 
 
 def room(module: str) -> str:
-    """The first level below the package."""
-    return module.partition(".")[2].partition(".")[0]
+    """The first level below the package; a `python -m` stands apart, as it is imported by nobody."""
+    return "__main__" if module.endswith(".__main__") else module.partition(".")[2].partition(".")[0]
 
 
 def circles(found: Arrows) -> list[list[str]]:

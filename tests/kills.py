@@ -23,7 +23,7 @@ import tiny  # noqa: E402
 from nursery import Nursery  # noqa: E402
 from runs import same_bits  # noqa: E402
 
-from align_engine.checkpoint import SIDE  # noqa: E402
+from align_engine.training.checkpoint import SIDE  # noqa: E402
 
 ONLINE = ("direct", "grpo", "ppo", "iterate")
 METHODS = ("sft", "dpo", "kto", "rm", *ONLINE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from align_engine import report
+from align_engine.reports import report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 drawn = report.line_chart

@@ -75,7 +75,7 @@ class Ranks:
 
     CODE = """
 import datasets, json, os, peft, sys, transformers.trainer_callback
-import align_engine.cli, align_engine.ranks, align_engine.run
+import align_engine.cli, align_engine.training.ranks, align_engine.run
 for line in sys.stdin:
     job, ranks = json.loads(line), []
     for environment in job["ranks"]:

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from align_engine import loops
 from align_engine.recipe import Recipe
 from align_engine.run import train
-from align_engine.stops import Stopped
+from align_engine.training import loop
+from align_engine.training.stops import Stopped
 
 
 def cut_off(name: str, recipe: Recipe, step: int | None = None) -> None:
     """Train, and stop as Ctrl-C would once the checkpoint at `step` (the first one, if None) is written."""
-    save = loops.Engine.save
+    save = loop.Engine.save
 
     def save_then_stop(engine, folder):
         save(engine, folder)
@@ -23,7 +23,7 @@ def cut_off(name: str, recipe: Recipe, step: int | None = None) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loops.Engine, "save", save_then_stop)
+        patch.setattr(loop.Engine, "save", save_then_stop)
         train(name, recipe)
 
 

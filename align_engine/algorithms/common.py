@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from align_engine.data.batches import IGNORE, Batch
-from align_engine.metrics import with_means
+from align_engine.training.metrics import with_means
 from align_kernels import LossOutput
 
 Fused = Callable[..., LossOutput]

@@ -19,7 +19,7 @@ from align_engine.training.algorithm import Algorithm
 from align_kernels import kto_loss
 
 if TYPE_CHECKING:
-    from align_engine.engine import Engine
+    from align_engine.training.engine import Engine
 
 NAME = "kl_completion_ids"
 LEAST, MOST = 1.0, 4 / 3  # w_D n_D / (w_U n_U), arXiv:2402.01306 section 4.2

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from align_engine.algorithms.common import call, tokens, with_mismatch
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts
-from align_engine.heads import ValueHead, load_scalar_model
 from align_engine.integrations import hook
-from align_engine.metrics import with_means
+from align_engine.models.score_head import ValueHead, load_scalar_model
 from align_engine.recipe import PpoRecipe
 from align_engine.rollouts.advantages import Experience, gae, token_rewards, whiten
 from align_engine.training.algorithm import Algorithm, Columns
+from align_engine.training.metrics import with_means
 from align_kernels import LossOutput, ppo_clip_loss, value_loss
 from align_kernels.losses.kl import KL_ESTIMATORS
 

@@ -16,7 +16,7 @@ from align_engine.training.algorithm import Algorithm
 from align_kernels import LossOutput, cpo_loss, dpo_loss, orpo_loss, simpo_loss
 
 if TYPE_CHECKING:
-    from align_engine.engine import Engine
+    from align_engine.training.engine import Engine
 
 
 def dpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DpoRecipe, num_items: float) -> LossOutput:

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import regex
 
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput
-from align_engine.json_text import loads
 
 Kind = Literal["sft", "preference", "unpaired", "prompt"]
 Messages = list[dict[str, Any]]

@@ -18,8 +18,8 @@ from datasets.packaged_modules.json.json import Json
 
 from align_engine.data.builder import Files, JsonLines, Parquet
 from align_engine.data.exact import undecoded
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput
-from align_engine.json_text import loads
 
 READERS: dict[str, type[Files]] = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet}
 TYPES = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from align_engine import recipe as recipes
-from align_engine.checkpoint import SIDE, remove, settle
 from align_engine.data.sources import load_rows
 from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
 from align_engine.errors import BadInput
-from align_engine.evals import Score, score
 from align_engine.iterate import iterate
-from align_engine.metrics import read
-from align_engine.policy import load_tokenizer
+from align_engine.models.load import load_tokenizer
 from align_engine.recipe import RECIPES, IterateRecipe, Recipe
-from align_engine.report import Table, bar_chart, page, run_figures
+from align_engine.reports.evals import Score, score
+from align_engine.reports.report import Table, bar_chart, page, run_figures
 from align_engine.run import train
+from align_engine.training.checkpoint import SIDE, remove, settle
+from align_engine.training.metrics import read
 
 
 class Stage(NamedTuple):

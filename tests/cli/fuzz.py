@@ -60,7 +60,7 @@ def fuzz(bench: Bench, seed: int, which: list[tuple[int, str]], place: Path) -> 
     """Each case, a function of its number and the seed, with its result; the inputs of one at a time lie in `place`."""
     import datasets.config
 
-    from align_engine import report
+    from align_engine.reports import report
 
     logging.disable()
     try:

@@ -6,9 +6,9 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import metrics
 from align_engine.data.batches import epoch_order
 from align_engine.run import train
+from align_engine.training import metrics
 
 STEPS, SEED = 20, 42
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # of TRL

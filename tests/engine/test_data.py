@@ -578,7 +578,7 @@ def test_rows_that_are_dropped_leave_the_others_their_own_columns() -> None:
 
 def test_many_texts_are_tokenised_as_each_alone(model):
     from align_engine.data.encoder import Encoder, Written
-    from align_engine.policy import load_tokenizer
+    from align_engine.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(model))
     texts = ["w1 w2", "w3", "", "w4 w5 w6 w7", "<eos> w8", "nothing known"]

@@ -7,8 +7,8 @@ import torch
 from pictures import drawn_again
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import report
-from align_engine.evals import generate, score
+from align_engine.reports import report
+from align_engine.reports.evals import generate, score
 from align_engine.run import train
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from align_engine import fingerprint
 from align_engine.errors import BadInput
+from align_engine.models import fingerprint
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ import pytest
 import tiny
 from runs import cut_off, same_bits
 
-from align_engine import inputs, metrics
-from align_engine.checkpoint import LIST_LOCK, LOCK, RECORD, RunFolder
+from align_engine import inputs
 from align_engine.errors import BadInput, RunFailed
 from align_engine.iterate import iterate
 from align_engine.recipe import GrpoRecipe, IterateRecipe
+from align_engine.rollouts.server_weights import ServerWeights
 from align_engine.run import train
-from align_engine.server_weights import ServerWeights
-from align_engine.stops import Stopped
+from align_engine.training import metrics
+from align_engine.training.checkpoint import LIST_LOCK, LOCK, RECORD, RunFolder
+from align_engine.training.stops import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 
@@ -146,7 +147,7 @@ def test_every_byte_is_on_the_disk_before_the_name_is(begun, monkeypatch):
 
 
 def test_what_bore_the_name_goes_after_the_new_one_is_there(begun, monkeypatch):
-    from align_engine import checkpoint
+    from align_engine.training import checkpoint
 
     write(begun, "final", model="first")
     remove = checkpoint.remove
@@ -161,7 +162,8 @@ def test_what_bore_the_name_goes_after_the_new_one_is_there(begun, monkeypatch):
 
 
 def test_a_second_process_is_refused_while_the_first_one_works(begun):
-    code = "import sys; from align_engine.checkpoint import RunFolder\nwith RunFolder(sys.argv[1], {}).locked(): pass"
+    code = "import sys; from align_engine.training.checkpoint import RunFolder\n"
+    code += "with RunFolder(sys.argv[1], {}).locked(): pass"
     with begun.locked():
         found = subprocess.run([sys.executable, "-c", code, begun.path], capture_output=True, text=True)
     assert "BadInput" in found.stderr and "is in use by another run" in found.stderr
@@ -307,7 +309,7 @@ def test_a_column_that_scorers_read_is_part_of_the_run(kind, call, model, tmp_pa
     settings = dict(max_steps=2, per_device_train_batch_size=4)
     recipe = tiny.online(kind, model, path, tmp_path / "run", **settings)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr("align_engine.rollout.stops.pause", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("align_engine.rollouts.generate.stops.pause", Mock(side_effect=KeyboardInterrupt))
         call(recipe)
     tiny.write_rows(path, [rows[0] | {"wanted": "w59"}, *rows[1:]])
     with pytest.raises(BadInput, match=r"another run \(data"):

@@ -10,8 +10,8 @@ from processes import run_on_two
 from runs import same_bits
 from transformers import AutoModelForCausalLM
 
-from align_engine import metrics
 from align_engine.run import train
+from align_engine.training import metrics
 
 # what the launcher sets
 LAUNCHED = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",

@@ -6,10 +6,11 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import experience, metrics
 from align_engine.data.windows import endless_order
 from align_engine.recipe import GrpoRecipe
+from align_engine.rollouts import source
 from align_engine.run import train
+from align_engine.training import metrics
 
 STEPS, SEED, BATCH, GROUP = 20, 42, 8, 4
 NAMES = ("loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "entropy", "completions/mean_length",
@@ -31,14 +32,14 @@ pytestmark = [
 def test_grpo(settings, model, tmp_path, monkeypatch):
     """Our completions are handed to TRL, which scores them and learns from them by itself."""
     rows, passes, recorded = tiny.prompt_rows(12), settings["num_iterations"], []
-    data, sample_all = tiny.write_rows(tmp_path / "rows.jsonl", rows), experience.sample_all
+    data, sample_all = tiny.write_rows(tmp_path / "rows.jsonl", rows), source.sample_all
 
     def record(sampler, prompts, *arguments):
         found = sample_all(sampler, prompts, *arguments)
         recorded.append({"prompt_ids": prompts, "completion_ids": [one.ids for one in found], "logprobs": None})
         return found
 
-    monkeypatch.setattr(experience, "sample_all", record)
+    monkeypatch.setattr(source, "sample_all", record)
     recipe = tiny.online(GrpoRecipe, model, data, tmp_path / "ours", max_steps=STEPS, num_generations=GROUP, **settings)
     ours = metrics.read(train("grpo", recipe).metrics)
 

@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align_engine import heads, metrics
 from align_engine.errors import BadInput
+from align_engine.models import score_head
 from align_engine.recipe import ModelSection, RmRecipe
 from align_engine.run import train
+from align_engine.training import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 
 
 def scalar(path, lora=False):
     torch.manual_seed(0)
-    model = heads.load_scalar_model(str(path), ModelSection(), 1, fresh_head=True)
+    model = score_head.load_scalar_model(str(path), ModelSection(), 1, fresh_head=True)
     return peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)) if lora else model
 
 
@@ -41,11 +42,11 @@ def test_scores_and_values_by_the_mask(model, left, lora):
         place = slice(7 - len(one), 7) if left else slice(0, len(one))
         ids[i, place], mask[i, place] = torch.tensor(one), 1
     want = plain_scores(made.get_base_model() if lora else made, sequences)
-    got = heads.scores(made, ids, mask)
+    got = score_head.scores(made, ids, mask)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.stack([x[-1] for x in want]), atol=1e-6, rtol=1e-5)
     if not left:
-        values = heads.values(made, ids, mask)
+        values = score_head.values(made, ids, mask)
         for i, x in enumerate(want):
             torch.testing.assert_close(values[i, : len(x)], x, atol=1e-6, rtol=1e-5)
     got.sum().backward()
@@ -56,7 +57,7 @@ def test_an_architecture_without_a_score_head_is_refused(model):
     from transformers import AutoModelForCausalLM
 
     with pytest.raises(BadInput, match="LlamaForCausalLM has no `score` head"):
-        heads.score_module(AutoModelForCausalLM.from_pretrained(model))
+        score_head.score_module(AutoModelForCausalLM.from_pretrained(model))
 
 
 def sequences(path, rows, side):
@@ -102,7 +103,7 @@ def test_a_saved_reward_model_scores_the_same_in_plain_transformers(model, tmp_p
     texts = [f"{row['prompt']} {row[side]} <eos>" for side in ("chosen", "rejected") for row in rows]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     got = made(**{name: batch[name] for name in ("input_ids", "attention_mask")}).logits[:, 0]
-    torch.testing.assert_close(got, heads.scores(made, batch["input_ids"], batch["attention_mask"]))
+    torch.testing.assert_close(got, score_head.scores(made, batch["input_ids"], batch["attention_mask"]))
     chosen, rejected = got.chunk(2)
     assert (chosen > rejected).float().mean().item() == last["eval_accuracy"]
 
@@ -123,7 +124,7 @@ def test_ranks_that_are_not_there_are_refused(model, pairs, tmp_path):
 
 
 def test_the_head_of_a_bfloat16_model_scores_in_float32(model):
-    made = heads.load_scalar_model(str(model), ModelSection(dtype="bfloat16"), 1, fresh_head=True)
+    made = score_head.load_scalar_model(str(model), ModelSection(dtype="bfloat16"), 1, fresh_head=True)
     assert next(made.model.parameters()).dtype == torch.bfloat16 and made.score.weight.dtype == torch.float32
-    found = heads.scores(made, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64))
+    found = score_head.scores(made, torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.int64))
     assert found.dtype == torch.float32 and found.item() != found.bfloat16().item()

@@ -8,11 +8,11 @@ import pytest
 import tiny
 from transformers import TrainerCallback
 
-from align_engine import importing
 from align_engine.cli import main
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import foreign, load_object
 from align_engine.run import train
+from align_engine.training import importing
+from align_engine.training.importing import foreign, load_object
 
 
 @pytest.fixture
@@ -60,13 +60,13 @@ def test_a_file_elsewhere_imports_what_lies_beside_it(project, monkeypatch):
 def test_a_file_may_be_called_as_a_module_of_ours_or_of_pythons(project):
     """Classes of such a file are found again by dataclasses and pickle."""
     write(project, ["rewards", "scores"])
-    ours, pythons = sys.modules["align_engine.rewards"], sys.modules["dataclasses"]
+    ours, pythons = sys.modules["align_engine.rollouts.rewards"], sys.modules["dataclasses"]
     (project / "json.py").write_text("def f(text):\n    return 5.0\n")
     assert load_object("rewards.py:f", "reward_funcs")("x") == 3.0
     assert load_object("json.py:f", "reward_funcs")("x") == 5.0
     score = load_object("scores.py:f", "reward_funcs")("x")
     assert dataclasses.asdict(score) == {"value": 2.0} and pickle.loads(pickle.dumps(score)) == score
-    assert sys.modules["align_engine.rewards"] is ours and sys.modules["dataclasses"] is pythons
+    assert sys.modules["align_engine.rollouts.rewards"] is ours and sys.modules["dataclasses"] is pythons
     assert sys.modules["json"].dumps([1]) == "[1]"
 
 
@@ -168,7 +168,7 @@ def test_what_a_callback_raises_is_a_failure_with_its_name(model, completions, t
 
 
 def test_a_callback_that_empties_its_numbers_takes_none_from_the_run(model, completions, tmp_path, monkeypatch):
-    monkeypatch.setattr("align_engine.report.write_report", lambda *_: None)
+    monkeypatch.setattr("align_engine.reports.report.write_report", lambda *_: None)
     settings = dict(max_steps=2, eval_steps=1, eval_dataset_name=str(completions), load_best_model_at_end=True)
     folder = train("sft", tiny.sft(model, completions, tmp_path / "run", **settings), [Spoils()])
     assert folder.metrics.read_text().count("eval_loss") == 2

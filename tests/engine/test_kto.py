@@ -6,7 +6,6 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import metrics
 from align_engine.algorithms.kto import class_weights, with_mismatched
 from align_engine.data.batches import epoch_order
 from align_engine.data.sources import load_rows
@@ -14,6 +13,7 @@ from align_engine.data.tokenize import prepare
 from align_engine.errors import BadInput
 from align_engine.recipe import DataSection, KtoLoss, KtoRecipe, TrainSection
 from align_engine.run import train
+from align_engine.training import metrics
 
 ROWS = dict(index=[0, 1, 2, 3, 4, 5], label=[True, False, True, False, True, False],
             prompt_ids=[[1], [1], [1], [2], [2], [3, 3]],

@@ -5,10 +5,10 @@ import tiny
 from runs import cut_off, same_bits
 from transformers import TrainerCallback
 
-from align_engine import metrics
 from align_engine.errors import BadInput, RunFailed
 from align_engine.run import train
-from align_engine.watch import warnings
+from align_engine.training import metrics
+from align_engine.training.health import warnings
 
 RECORDER = """
 from pathlib import Path

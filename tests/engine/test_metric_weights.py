@@ -7,8 +7,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import metrics
 from align_engine.run import train
+from align_engine.training import metrics
 
 
 def encoded(model, rows, side):

@@ -14,14 +14,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from align_engine import engine, heads, iterate, metrics, modelfiles, noise, policy, run
+from align_engine import iterate, run
 from align_engine.algorithms import ALGORITHMS
-from align_engine.checkpoint import RunFolder
 from align_engine.errors import BadInput, RunFailed
-from align_engine.heads import ValueHead
+from align_engine.models import load, modelfiles, noise, score_head
+from align_engine.models.score_head import ValueHead
 from align_engine.recipe import ModelSection, PpoLoss, PpoRecipe, RmRecipe, RolloutSection, SftRecipe, TrainSection
-from align_engine.rewards import load_reward
+from align_engine.rollouts.rewards import load_reward
 from align_engine.run import train
+from align_engine.training import engine, metrics
+from align_engine.training.checkpoint import RunFolder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # of peft
@@ -71,15 +73,15 @@ NORM, QUERY = "model.layers.1.input_layernorm.weight", "model.layers.0.self_attn
 )
 def test_weights_that_do_not_fill_the_model_are_refused_by_name(edit, said, model, tmp_path):
     with pytest.raises(BadInput, match=said):
-        policy.load_model(edited(model, tmp_path / "broken", edit), PLAIN)
+        load.load_model(edited(model, tmp_path / "broken", edit), PLAIN)
 
 
 def test_a_tied_head_is_stored_once_and_an_untied_one_must_be_there(model, tmp_path):
     assert "lm_head.weight" not in load_file(model / "model.safetensors")
-    assert policy.load_model(str(model), PLAIN).config.tie_word_embeddings
+    assert load.load_model(str(model), PLAIN).config.tie_word_embeddings
     untied = tiny.write_model(tmp_path / "untied", tie_word_embeddings=False)
     with pytest.raises(BadInput, match=r"lacks lm_head\.weight"):
-        policy.load_model(edited(untied, tmp_path / "broken", lambda x: x.pop("lm_head.weight")), PLAIN)
+        load.load_model(edited(untied, tmp_path / "broken", lambda x: x.pop("lm_head.weight")), PLAIN)
 
 
 def test_models_of_another_class_are_refused_and_rm_alone_makes_a_head(
@@ -90,7 +92,7 @@ def test_models_of_another_class_are_refused_and_rm_alone_makes_a_head(
     with pytest.raises(BadInput, match=r"lacks score.weight"):
         load_reward(str(model), torch.device("cpu"))
     with pytest.raises(BadInput, match=r"lacks score.weight"):
-        heads.load_scalar_model(str(model), PLAIN, 1)
+        score_head.load_scalar_model(str(model), PLAIN, 1)
     recipe = tiny.online(PpoRecipe, model, pairs, tmp_path / "ppo", value_model_name_or_path=str(model))
     with pytest.raises(BadInput, match=r"lacks score.weight"):
         train("ppo", recipe)
@@ -103,7 +105,7 @@ def test_models_of_another_class_are_refused_and_rm_alone_makes_a_head(
 def test_a_head_of_three_labels_is_no_score_head(model, tmp_path):
     AutoModelForSequenceClassification.from_pretrained(model, num_labels=3).save_pretrained(tmp_path / "three")
     with pytest.raises(BadInput, match=r"another shape of score.weight \(3, 32\) for \(1, 32\)"):
-        heads.load_scalar_model(str(tmp_path / "three"), PLAIN, 1, fresh_head=True)
+        score_head.load_scalar_model(str(tmp_path / "three"), PLAIN, 1, fresh_head=True)
 
 
 @pytest.mark.parametrize(
@@ -116,16 +118,16 @@ def test_a_head_of_three_labels_is_no_score_head(model, tmp_path):
 )
 def test_adapters_that_do_not_fit_are_refused_by_name(edit, said, adapter, tmp_path):
     with pytest.raises(BadInput, match=said):
-        policy.load_model(edited(adapter, tmp_path / "broken", edit, "adapter_model.safetensors"), PLAIN)
-    assert policy.load_model(str(adapter), PLAIN).active_adapter == "default"
+        load.load_model(edited(adapter, tmp_path / "broken", edit, "adapter_model.safetensors"), PLAIN)
+    assert load.load_model(str(adapter), PLAIN).active_adapter == "default"
 
 
 def test_a_reward_model_in_adapters_brings_its_own_head(model, pairs, tmp_path):
     recipe = tiny.recipe(RmRecipe, model, pairs, tmp_path / "rm", max_steps=1, use_peft=True)
     saved = train("rm", recipe).final
-    made = heads.load_scalar_model(str(saved), PLAIN, 1)
+    made = score_head.load_scalar_model(str(saved), PLAIN, 1)
     stored = load_file(saved / "adapter_model.safetensors")["base_model.model.score.weight"]
-    assert heads.score_module(made).modules_to_save["default"].weight.equal(stored)
+    assert score_head.score_module(made).modules_to_save["default"].weight.equal(stored)
 
 
 def cut(path):
@@ -147,17 +149,17 @@ def test_damaged_files_are_named(file, damage, model, tmp_path):
     shutil.copytree(model, tmp_path / "model")
     damage(tmp_path / "model" / file)
     with pytest.raises(BadInput, match=rf"{tmp_path}/model/{file} is damaged"):
-        policy.load_tokenizer(str(tmp_path / "model"))
+        load.load_tokenizer(str(tmp_path / "model"))
     with pytest.raises(BadInput, match=rf"{tmp_path}/model/{file} is damaged"):
-        policy.load_model(str(tmp_path / "model"), PLAIN)
+        load.load_model(str(tmp_path / "model"), PLAIN)
 
 
 def test_a_missing_shard_and_a_base_that_is_not_there_are_named(model, adapter, tmp_path):
-    policy.load_model(str(model), PLAIN).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    load.load_model(str(model), PLAIN).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     gone = sorted((tmp_path / "shards").glob("model-*"))[1]
     gone.unlink()
     with pytest.raises(BadInput, match=f"names {gone.name}, which is not there"):
-        policy.load_model(str(tmp_path / "shards"), PLAIN)
+        load.load_model(str(tmp_path / "shards"), PLAIN)
     shutil.copytree(adapter, tmp_path / "adapter")
     for base, said in (
         ("/no/where", "adapter: base_model_name_or_path = '/no/where': no such folder"),
@@ -167,7 +169,7 @@ def test_a_missing_shard_and_a_base_that_is_not_there_are_named(model, adapter, 
             json.dumps(json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": base})
         )
         with pytest.raises(BadInput, match=said):
-            policy.load_model(str(tmp_path / "adapter"), PLAIN)
+            load.load_model(str(tmp_path / "adapter"), PLAIN)
 
 
 def test_a_mistyped_path_is_refused_at_once(model, tmp_path, monkeypatch):
@@ -218,9 +220,9 @@ def test_code_beside_a_model_is_run_by_the_flag_alone(model, tmp_path, monkeypat
         "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     with pytest.raises(BadInput, match=r"needs code of its own that lies beside it.*--trust_remote_code"):
-        policy.load_model(str(tmp_path / "own"), PLAIN)
+        load.load_model(str(tmp_path / "own"), PLAIN)
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    made = policy.load_model(str(tmp_path / "own"), ModelSection(trust_remote_code=True))
+    made = load.load_model(str(tmp_path / "own"), ModelSection(trust_remote_code=True))
     assert type(made).__name__ == "Own"
 
 
@@ -276,14 +278,14 @@ class Noisy(torch.nn.Module):
     ],
 )
 def test_noise_is_found_before_the_first_step(layer, said, model, pairs, tmp_path, monkeypatch):
-    load = policy.load_model
+    once = load.load_model
 
     def load_noisy(*args, **options):
-        made = load(*args, **options)
+        made = once(*args, **options)
         made.model.norm = torch.nn.Sequential(made.model.norm, layer)
         return made
 
-    monkeypatch.setattr(policy, "load_model", load_noisy)
+    monkeypatch.setattr(load, "load_model", load_noisy)
     recipe = tiny.dpo(model, pairs, tmp_path / "run", max_steps=1)
     with pytest.raises(BadInput, match=said):
         train("dpo", recipe)
@@ -428,7 +430,7 @@ def test_a_tokenizer_without_pad_and_eos_is_refused(model, tmp_path):
         json.dumps({name: value for name, value in settings.items() if name not in ("eos_token", "pad_token")})
     )
     with pytest.raises(BadInput, match="has neither an EOS nor a pad token"):
-        policy.load_tokenizer(str(tmp_path / "model"))
+        load.load_tokenizer(str(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
@@ -450,19 +452,19 @@ def test_rows_longer_than_a_table_of_positions_are_refused(kind, more, most):
             made.eval()(input_ids=torch.full((1, length), 5), attention_mask=torch.ones(1, length), use_cache=False)
 
     runs(most or 80)
-    policy.check_positions(made, most or 80)
+    load.check_positions(made, most or 80)
     if most:
         with pytest.raises((IndexError, RuntimeError)):
             runs(most + 1)
         with pytest.raises(BadInput, match=f"longest row has {most + 1} tokens, and .* table of {most} positions"):
-            policy.check_positions(made, most + 1)
+            load.check_positions(made, most + 1)
 
 
 def test_the_longest_row_is_prompt_and_completion():
     import datasets
 
     from align_engine.data.windows import Source
-    from align_engine.experience import Rollouts
+    from align_engine.rollouts.source import Rollouts
 
     columns = {"prompt_ids": [[1] * 9, [1] * 2], "chosen_ids": [[1], [1] * 10], "rejected_ids": [[1] * 4, [1]]}
     source = Source(datasets.Dataset.from_dict(columns), dict, 0, 1)
@@ -510,7 +512,7 @@ def test_a_module_for_adapters_that_is_not_there_is_refused(model, completions, 
 def test_an_encoder_is_no_policy(pairs, tmp_path):
     folder = tiny.write_model(tmp_path / "bert")
     sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = transformers.BertConfig(vocab_size=policy.vocab_size(str(folder)), **sizes)
+    config = transformers.BertConfig(vocab_size=load.vocab_size(str(folder)), **sizes)
     transformers.BertForMaskedLM(config).save_pretrained(folder)
     with pytest.raises(BadInput, match="BertLMHeadModel sees the tokens that it is asked for"):
         train("dpo", tiny.dpo(folder, pairs, tmp_path / "run"))
@@ -522,4 +524,4 @@ def test_weights_that_are_no_numbers_are_refused_where_they_are_frozen_too(tmp_p
     loaded.get_output_embeddings().weight.data[3, 1] = float("nan")
     loaded.save_pretrained(folder)
     with pytest.raises(BadInput, match=r"infinite or not a number in .*weight"):
-        policy.load_model(str(folder), ModelSection())
+        load.load_model(str(folder), ModelSection())

@@ -10,15 +10,16 @@ from runs import same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from align_engine import experience, metrics
-from align_engine.checkpoint import RunFolder
 from align_engine.errors import BadInput
 from align_engine.iterate import iterate, kept
 from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
-from align_engine.rollout import Completion
+from align_engine.rollouts import source
+from align_engine.rollouts.generate import Completion
 from align_engine.run import train
-from align_engine.stops import Stopped
-from align_engine.watch import warnings
+from align_engine.training import metrics
+from align_engine.training.checkpoint import RunFolder
+from align_engine.training.health import warnings
+from align_engine.training.stops import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
@@ -110,7 +111,7 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
 )
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
 def test_every_option_trains(name, settings, model, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr("align_engine.report.write_report", lambda *_: None)
+    monkeypatch.setattr("align_engine.reports.report.write_report", lambda *_: None)
     if settings.get("value_model_name_or_path") == "MODEL":
         scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
         scored.save_pretrained(tmp_path / "scored")
@@ -224,7 +225,7 @@ def test_answers_kept_for_other_prompts_are_not_used_again(tmp_path):
 
 def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, tmp_path, monkeypatch):
     whole = iterate(iterate_recipe(model, prompts, tmp_path / "whole", rounds=1))
-    plain, asked = experience.transformers_sampler, []
+    plain, asked = source.transformers_sampler, []
 
     def stops_at_the_fourth(*arguments):
         sampler = plain(*arguments)
@@ -237,7 +238,7 @@ def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, 
 
         return sample
 
-    monkeypatch.setattr(experience, "transformers_sampler", stops_at_the_fourth)
+    monkeypatch.setattr(source, "transformers_sampler", stops_at_the_fourth)
     recipe = iterate_recipe(model, prompts, tmp_path / "cut", rounds=1)
     with pytest.raises(Stopped):
         iterate(recipe)

@@ -14,10 +14,10 @@ from processes import rank_environment
 from runs import same_bits
 from safetensors.torch import load_file
 
-from align_engine import metrics
 from align_engine.iterate import iterate
 from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
 from align_engine.run import train
+from align_engine.training import metrics
 
 ROOT = Path(__file__).parents[2]
 KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}

@@ -3,11 +3,11 @@
 import pytest
 import tiny
 
-from align_engine import metrics
 from align_engine.algorithms import ALGORITHMS
 from align_engine.errors import BadInput
 from align_engine.recipe import CpoRecipe, DpoRecipe, KtoRecipe
 from align_engine.run import check_loss, train
+from align_engine.training import metrics
 from align_kernels.losses.cpo import CPO_LOSSES
 from align_kernels.losses.dpo import LOSS_TYPES
 

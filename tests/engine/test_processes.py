@@ -5,8 +5,8 @@ import tiny
 from processes import run_on_two
 from safetensors.torch import load_file
 
-from align_engine import metrics
 from align_engine.run import train
+from align_engine.training import metrics
 
 WATCHED = ("loss", "rewards/margins", "logps/chosen", "accuracy", "kl", "entropy", "num_tokens", "eval_loss",
            "eval_logps/rejected")  # fmt: skip

@@ -14,10 +14,10 @@ from runs import cut_off, same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-from align_engine import metrics
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import check_head
 from align_engine.run import train
+from align_engine.training import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 BITS = {"load_in_4bit": bnb.nn.Params4bit, "load_in_8bit": bnb.nn.Int8Params}

@@ -6,8 +6,8 @@ import time
 import pytest
 from processes import Ranks
 
-from align_engine import ranks
 from align_engine.errors import BadInput
+from align_engine.training import ranks
 
 TROUBLE = """
 import os, signal, time

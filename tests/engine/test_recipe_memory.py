@@ -8,8 +8,8 @@ import pytest
 import tiny
 from torch.profiler import ProfilerActivity, profile
 
-from align_engine import loops
 from align_engine.run import train
+from align_engine.training import loop
 
 MEMORY = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "memory.py"))
 T, BATCH = 64, 8
@@ -27,7 +27,7 @@ def peak_of_a_step(name, recipe):
     """Bytes of weights, optimiser states and all that the second step allocates on top, at their peak."""
     found = []
 
-    def learn(training, window, once=loops.Training.learn):
+    def learn(training, window, once=loop.Training.learn):
         if training.engine.progress.step == 0:
             return once(training, window)
         model = training.engine.model
@@ -45,7 +45,7 @@ def peak_of_a_step(name, recipe):
         raise Measured
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Measured):
-        patch.setattr(loops.Training, "learn", learn)
+        patch.setattr(loop.Training, "learn", learn)
         train(name, recipe)
     return found[0]
 

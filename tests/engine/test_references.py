@@ -11,13 +11,14 @@ from runs import cut_off
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import metrics, policy
 from align_engine import recipe as recipes
-from align_engine import reference as references
 from align_engine.data.batches import collate_sft
 from align_engine.errors import BadInput
+from align_engine.models import load
 from align_engine.models.logps import token_logps
 from align_engine.run import train
+from align_engine.training import metrics
+from align_engine.training import reference as references
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # of peft
@@ -128,7 +129,7 @@ def test_what_does_not_fit_together_is_said(model, pairs, tmp_path, monkeypatch)
     ):
         with pytest.raises(BadInput, match=text):
             recipes.check(tiny.dpo(model, pairs, tmp_path / "run", **settings))
-    monkeypatch.setattr(policy.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="load_in_4bit = True: bitsandbytes is not installed"):
         train("dpo", tiny.dpo(model, pairs, tmp_path / "run", use_peft=True, load_in_4bit=True))
     assert not (tmp_path / "run").exists()

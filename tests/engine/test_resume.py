@@ -9,9 +9,9 @@ import tiny
 from nursery import Nursery
 from runs import cut_off, same_bits
 
-from align_engine import metrics
 from align_engine.errors import BadInput, RunFailed
 from align_engine.run import train
+from align_engine.training import metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 STEADY = ("loss", "rewards/margins", "grad_norm", "learning_rate", "num_tokens", "epoch", "eval_loss")
@@ -95,9 +95,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(model, pairs, tmp_path):
     settings = dict(max_steps=6, save_steps=2)
     recipe = tiny.dpo(model, pairs, tmp_path / "run", **settings)
     reference = train("dpo", tiny.dpo(model, pairs, tmp_path / "unbroken", **settings))
-    from align_engine import loops
+    from align_engine.training import loop
 
-    save, limits = loops.Engine.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = loop.Engine.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def disk_full_at_4(engine, folder):
         if engine.progress.step == 4:
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(model, pairs, tmp_path):
         save(engine, folder)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loops.Engine, "save", disk_full_at_4)
+        patch.setattr(loop.Engine, "save", disk_full_at_4)
         with pytest.raises(RunFailed, match=r"checkpoint-000004: .*last checkpoint is checkpoint-000002"):
             try:
                 train("dpo", recipe)

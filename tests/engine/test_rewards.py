@@ -12,20 +12,21 @@ import tiny
 import torch
 from transformers import AutoTokenizer
 
-from align_engine import metrics, rewards
-from align_engine.checkpoint import RunFolder
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import GrpoRecipe, RmRecipe, RolloutSection
-from align_engine.report import curves_of
-from align_engine.rewards import Reward, load_reward, load_rewards, score
+from align_engine.reports.report import curves_of
+from align_engine.rollouts import rewards
+from align_engine.rollouts.rewards import Reward, load_reward, load_rewards, score
 from align_engine.run import train
+from align_engine.training import metrics
+from align_engine.training.checkpoint import RunFolder
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("align_engine.report.write_report", lambda *_: None)
+    monkeypatch.setattr("align_engine.reports.report.write_report", lambda *_: None)
 
 
 def answers(count=2):
@@ -323,7 +324,7 @@ def reward_model(model, tmp_path_factory):
     """Folder of a reward model."""
     path = tmp_path_factory.mktemp("rm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("align_engine.report.write_report", lambda *_: None)
+        patch.setattr("align_engine.reports.report.write_report", lambda *_: None)
         rows = tiny.write_rows(path / "rows.jsonl", tiny.preference_rows(8))
         return train("rm", tiny.recipe(RmRecipe, model, rows, path / "run", max_steps=1)).final
 

@@ -27,14 +27,15 @@ from transformers import (
 )
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from align_engine import experience, metrics, rewards
 from align_engine.cli import main
 from align_engine.demo.make import make_model, make_tokenizer
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import DirectRecipe, GrpoRecipe, RolloutSection
-from align_engine.rollout import Watch, sample_all, transformers_sampler
+from align_engine.rollouts import rewards, source
+from align_engine.rollouts.generate import Watch, sample_all, transformers_sampler
+from align_engine.rollouts.server import kind_of_server, server_sampler
 from align_engine.run import train
-from align_engine.server import kind_of_server, server_sampler
+from align_engine.training import metrics
 
 EOS = 1  # and the pad token
 
@@ -106,7 +107,7 @@ def test_a_stop_string_that_the_prompt_begins_does_not_end_the_completion():
 
 
 def test_completions_masked_as_cut_off_are_not_trained_on(model, prompts, tmp_path, monkeypatch):
-    seen, ended, plain = [], {}, experience.Rollouts.batch
+    seen, ended, plain = [], {}, source.Rollouts.batch
 
     def batch(self, rows):
         seen.append(plain(self, rows))
@@ -114,7 +115,7 @@ def test_completions_masked_as_cut_off_are_not_trained_on(model, prompts, tmp_pa
             ended[i] = EOS in self.experience[i]["completion_ids"]
         return seen[-1]
 
-    monkeypatch.setattr(experience.Rollouts, "batch", batch)
+    monkeypatch.setattr(source.Rollouts, "batch", batch)
     recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", max_steps=1, mask_truncated_completions=True,
                          max_completion_length=30, per_device_train_batch_size=24)  # fmt: skip
     train("grpo", recipe)
@@ -239,7 +240,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from align_engine.errors import BadInput
 from align_engine.recipe import RolloutSection
-from align_engine.rollout import derived_seed, sample_all, transformers_sampler
+from align_engine.rollouts.generate import derived_seed, sample_all, transformers_sampler
 
 accelerator = Accelerator(cpu=True)
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -446,7 +447,7 @@ def test_an_answer_that_is_no_completion_of_the_policy_is_named(choice, said, se
 def test_a_server_that_hangs_fails_in_bounded_time(serve, loaded, monkeypatch):
     done = threading.Event()
     monkeypatch.setattr(Handler, "answer", lambda self, body: (done.wait(20), (200, {}))[1])
-    monkeypatch.setattr("align_engine.server.PATIENCE", 0.3)
+    monkeypatch.setattr("align_engine.rollouts.server.PATIENCE", 0.3)
     server = serve()
     with pytest.raises(RunFailed, match=r"completions: no answer within 0\.3 seconds"):
         server_sampler(loaded[1], RolloutSection(server_base_url=server.url), "policy", "vllm")([[2, 3]], 0)

@@ -8,18 +8,18 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer
 
-from align_engine import metrics
-from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import collate_sft, epoch_order
 from align_engine.data.fingerprint import content_hash
 from align_engine.data.tokenize import prepare
 from align_engine.data.windows import Source, endless_order, rows_seen, total_steps
-from align_engine.experience import Prompts
 from align_engine.iterate import write_pairs
-from align_engine.metrics import Sums
 from align_engine.recipe import IterateRecipe
-from align_engine.rewards import Reward
-from align_engine.rollout import Completion
+from align_engine.rollouts.generate import Completion
+from align_engine.rollouts.rewards import Reward
+from align_engine.rollouts.source import Prompts
+from align_engine.training import metrics
+from align_engine.training.checkpoint import RunFolder
+from align_engine.training.metrics import Sums
 
 
 def rows(count):

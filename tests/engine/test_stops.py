@@ -10,10 +10,10 @@ from nursery import Nursery
 from runs import same_bits
 from transformers import TrainerCallback
 
-from align_engine import stops
 from align_engine.iterate import iterate
 from align_engine.recipe import GrpoRecipe, IterateRecipe
 from align_engine.run import train
+from align_engine.training import stops
 
 
 class Signal(TrainerCallback):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_engine import metrics, reference
 from align_engine.errors import BadInput, RunFailed
 from align_engine.run import train
+from align_engine.training import metrics, reference
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),  # of peft

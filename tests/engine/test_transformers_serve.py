@@ -15,10 +15,10 @@ from processes import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_engine.demo.make import make_model, make_tokenizer
-from align_engine.experience import Prompts
 from align_engine.recipe import GrpoRecipe, RolloutSection
+from align_engine.rollouts.server import kind_of_server, server_sampler
+from align_engine.rollouts.source import Prompts
 from align_engine.run import train
-from align_engine.server import kind_of_server, server_sampler
 
 EOS = 1
 

@@ -3,17 +3,18 @@
 import pytest
 import tiny
 
-from align_engine import metrics
-from align_engine.engine import Progress
-from align_engine.metrics import Sums
 from align_engine.recipe import CpoRecipe, DpoLoss, DpoRecipe, ModelSection, SftRecipe
 from align_engine.run import train
-from align_engine.watch import Watch, reference_beta
+from align_engine.training import metrics
+from align_engine.training.engine import Progress
+from align_engine.training.health import Watch, reference_beta
+from align_engine.training.metrics import Sums
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    monkeypatch.setattr("align_engine.report.write_report", lambda *_: None)  # pictures take longer than these runs
+    # pictures take longer than these runs
+    monkeypatch.setattr("align_engine.reports.report.write_report", lambda *_: None)
 
 
 def unequal_rows(count):

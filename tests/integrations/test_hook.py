@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, Qwen2Config
 
-from align_engine import policy
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
+from align_engine.models import load
 from align_kernels import linear_logprobs
 
 pytestmark = [  # of peft, on transformers' new names and on adapters of tied heads
@@ -210,5 +210,5 @@ def test_dropout_can_be_turned_off():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, attention_dropout=0.5)).train()
     ids, targets = inputs()
     assert not torch.equal(oracle(model, ids, targets), oracle(model, ids, targets))
-    policy.disable_dropout(model)
+    load.disable_dropout(model)
     assert torch.equal(oracle(model, ids, targets), oracle(model, ids, targets))

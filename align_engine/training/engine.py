@@ -15,15 +15,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from align_engine import heads, noise, statefile, stops
-from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.data.windows import Micro, Source
 from align_engine.errors import BadInput, RunFailed
 from align_engine.integrations.hook import causal_model, fused_head
-from align_engine.metrics import Sums, with_means
+from align_engine.models import noise, score_head
 from align_engine.recipe import LimitSection, Recipe, RolloutSection
+from align_engine.training import statefile, stops
 from align_engine.training.algorithm import Algorithm
+from align_engine.training.checkpoint import RunFolder
+from align_engine.training.metrics import Sums, with_means
 from align_kernels import LossOutput
 from align_kernels.head import LogitGradClamp
 
@@ -96,7 +97,7 @@ class Engine:
             batch.ref_logps = self.reference(batch)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.algorithm.scalar:
-            return self.algorithm.loss(heads.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
+            return self.algorithm.loss(score_head.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
         out: Any = None
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
@@ -126,7 +127,7 @@ class Engine:
         def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
             if self.algorithm.scalar:
-                return heads.values(self.model, **inputs)
+                return score_head.values(self.model, **inputs)
 
             def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:  # [B, T, D], and the values behind them
                 parts = [hidden]

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from align_engine import policy
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
+from align_engine.models import load
 
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
@@ -33,7 +33,7 @@ def load_scalar_model(path: str, section: ModelSection, pad_token_id: int, fresh
     """
     from transformers import AutoModelForSequenceClassification
 
-    model: Any = policy.load_model(path, section, AutoModelForSequenceClassification, fresh_head, num_labels=1)
+    model: Any = load.load_model(path, section, AutoModelForSequenceClassification, fresh_head, num_labels=1)
     model.config.get_text_config().pad_token_id = pad_token_id
     score = score_module(model)
     score.to(torch.promote_types(next(score.parameters()).dtype, torch.float32))  # a bfloat16 score has three digits

@@ -28,24 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from align_engine import fingerprint as fingerprints
-from align_engine import heads, importing
 from align_engine.data.batches import collate_sft
 from align_engine.data.encoder import Encoder
 from align_engine.data.formats import BadRow, is_conversational
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import foreign, load_object
-from align_engine.json_text import loads
-from align_engine.policy import check_positions, load_tokenizer, vocabulary
+from align_engine.models import fingerprint as fingerprints
+from align_engine.models import score_head
+from align_engine.models.load import check_positions, load_tokenizer, vocabulary
 from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.recipe.secrets import check_address, masked
 from align_engine.rollouts.advantages import nanstd
-from align_engine.secrets import check_address, masked
-from align_engine.server import post_all
+from align_engine.rollouts.server import post_all
+from align_engine.training import importing
+from align_engine.training.importing import foreign, load_object
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from align_engine.checkpoint import RunFolder
+    from align_engine.training.checkpoint import RunFolder
 
 HUMAN, ADDRESSES = "human", ("http://", "https://")
 HTTP_CHUNK = 16  # completions of one request to a scorer
@@ -295,7 +296,7 @@ def reward_model(path: str, device: torch.device, batch_size: int = 32, trust_re
     with no_model(path):
         tokenizer = load_tokenizer(path, True, trust_remote_code, "reward_funcs")
         section = ModelSection(dtype="auto", trust_remote_code=trust_remote_code)
-        loaded: Any = heads.load_scalar_model(path, section, tokenizer.pad_token_id)
+        loaded: Any = score_head.load_scalar_model(path, section, tokenizer.pad_token_id)
     model, encoder = loaded.to(device).eval().requires_grad_(False), Encoder(tokenizer)
     held = vocabulary(model)
 
@@ -325,7 +326,7 @@ def reward_model(path: str, device: torch.device, batch_size: int = 32, trust_re
             batch = collate_sft(rows[start : start + batch_size], tokenizer.pad_token_id).to(device)
             with no_model(path):
                 check_positions(model, batch.input_ids.shape[1])
-            found += heads.scores(model, batch.input_ids, batch.attention_mask).tolist()
+            found += score_head.scores(model, batch.input_ids, batch.attention_mask).tolist()
         if any(map(math.isnan, found)):
             raise RunFailed(f"the reward model {path!r} gives NaN: its weights, or its dtype, are broken")
         return found

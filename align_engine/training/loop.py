@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from align_engine import stops
-from align_engine.callbacks import Callbacks
-from align_engine.checkpoint import RunFolder
 from align_engine.data.windows import Micro, Source
-from align_engine.engine import Engine
-from align_engine.metrics import Journal, Sums
-from align_engine.watch import Watch
+from align_engine.training import stops
+from align_engine.training.callbacks import Callbacks
+from align_engine.training.checkpoint import RunFolder
+from align_engine.training.engine import Engine
+from align_engine.training.health import Watch
+from align_engine.training.metrics import Journal, Sums
 
 
 @dataclass

@@ -13,9 +13,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from align_engine.checkpoint import SIDE, remove, settle
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput, RunFailed
-from align_engine.json_text import loads
+from align_engine.training.checkpoint import SIDE, remove, settle
 
 LIST = "align-files.json"
 

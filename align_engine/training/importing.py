@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from align_engine.errors import AlignError, BadInput
-from align_engine.fingerprint import of_file
+from align_engine.models.fingerprint import of_file
 
 MISSING = object()
 UNREADABLE = (OSError, SyntaxError, ValueError, RecursionError, MemoryError)  # of a source file; the last, of its depth
-OURS = str(Path(__file__).parent) + os.sep
+OURS = str(Path(__file__).parents[1]) + os.sep
 LIBRARIES = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 

@@ -7,12 +7,12 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from align_engine import metrics
 from align_engine import recipe as recipes
-from align_engine.secrets import masked
+from align_engine.recipe.secrets import masked
+from align_engine.training import metrics
 
 if TYPE_CHECKING:
-    from align_engine.checkpoint import RunFolder
+    from align_engine.training.checkpoint import RunFolder
 
 INK, GRID, COLOURS = "#1c2733", "#e3e8ee", ("#2166ac", "#d6604d", "#4d9221", "#8073ac", "#b8860b")
 
@@ -133,7 +133,7 @@ def page(
     """An HTML page that needs no other file. `details` come folded at its end."""
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("align_engine", "."), autoescape=True)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("align_engine", "reports"), autoescape=True)
     environment.filters["number"] = number
     pictures = [(figure.title, base64.b64encode(figure.png).decode()) for figure in figures]
     template = environment.get_template("report.html.jinja")

@@ -10,8 +10,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput
-from align_engine.json_text import loads
 
 HUB_SECONDS = 10.0  # to wait for the hub to say whether it has a model
 SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "tokenizer*.json", "added_tokens.json",

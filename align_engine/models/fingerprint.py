@@ -11,9 +11,9 @@ import hashlib
 from pathlib import Path
 from typing import BinaryIO
 
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput
-from align_engine.json_text import loads
-from align_engine.modelfiles import adapter_base
+from align_engine.models.modelfiles import adapter_base
 
 WHOLE = 2**23  # bytes of the largest file that is hashed whole
 STRIDE, BLOCK = 2**22, 2**12  # bytes between the blocks of larger ones, and of each block

@@ -26,17 +26,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from align_engine import policy
-from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import Batch
 from align_engine.data.windows import Source, rows_seen
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
+from align_engine.models import load
 from align_engine.models.logps import reference_logps
+from align_engine.models.modelfiles import adapter_base
 from align_engine.recipe import LossReference, Recipe, ReferenceFields, RolloutSection
+from align_engine.training.checkpoint import RunFolder
 
 if TYPE_CHECKING:
-    from align_engine.engine import Engine
+    from align_engine.training.engine import Engine
 
 SPOT_ROWS = 4
 SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
@@ -51,7 +52,7 @@ def of(recipe: Recipe) -> tuple[str, str]:
     if section.reference != "auto":
         return section.reference, "as the recipe says"
     if recipe.model.use_peft and section.ref_model_name_or_path is None:
-        if policy.adapter_base(recipe.model.model_name_or_path) is not None:
+        if adapter_base(recipe.model.model_name_or_path) is not None:
             return "adapter-copy", "the model with its adapters as they were saved is the reference"
         return "adapter-off", "the model without its adapters is the reference, at no memory"
     if recipe.section(RolloutSection) is not None:
@@ -168,7 +169,7 @@ def asking(
 def loaded(engine: Engine) -> Any:
     """The model that the recipe names as the reference, else the policy as it is before the first step."""
     path = fields_of(engine.recipe).ref_model_name_or_path or engine.recipe.model.model_name_or_path
-    return policy.load_model(path, engine.recipe.model).requires_grad_(False)
+    return load.load_model(path, engine.recipe.model).requires_grad_(False)
 
 
 def copy_of_model(engine: Engine) -> Any:

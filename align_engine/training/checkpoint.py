@@ -29,10 +29,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from align_engine.data.json_text import loads
 from align_engine.errors import BadInput, RunFailed
-from align_engine.fingerprint import of_file
-from align_engine.json_text import loads
-from align_engine.metrics import line
+from align_engine.models.fingerprint import of_file
+from align_engine.training.metrics import line
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

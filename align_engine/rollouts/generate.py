@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
 
-from align_engine import stops
 from align_engine.data.batches import collate_prompts, split_order
 from align_engine.errors import BadInput, RunFailed
+from align_engine.training import stops
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

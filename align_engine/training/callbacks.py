@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from align_engine import recipe as recipes
 from align_engine.errors import BadInput, RunFailed
-from align_engine.importing import foreign, load_object
+from align_engine.training.importing import foreign, load_object
 
 if TYPE_CHECKING:
-    from align_engine.engine import Engine
     from align_engine.recipe import Recipe
+    from align_engine.training.engine import Engine
 
 
 class Callbacks:

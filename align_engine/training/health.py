@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from align_engine import policy
-from align_engine.metrics import Sums
+from align_engine.models.modelfiles import adapter_base
 from align_engine.recipe import LossReference, Recipe
+from align_engine.training.metrics import Sums
 
 if TYPE_CHECKING:
-    from align_engine.engine import Progress
+    from align_engine.training.engine import Progress
 
 Trouble = Callable[[float, float], bool]  # (first value, present value) -> whether something is wrong
 MOVING = ("logps/chosen", "rewards/margins")  # metrics of fixed rows that are judged by how far they have moved
@@ -84,7 +84,7 @@ def reference_beta(recipe: Recipe) -> float | None:
     loss = recipe.section(LossReference)
     if loss is None or loss.reference == "none" or loss.ref_model_name_or_path is not None:
         return None
-    saved_adapters = policy.adapter_base(recipe.model.model_name_or_path) is not None
+    saved_adapters = adapter_base(recipe.model.model_name_or_path) is not None
     return None if loss.reference == "adapter-off" and saved_adapters else loss.beta
 
 

@@ -17,27 +17,27 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align_engine import rewards as scoring
-from align_engine.checkpoint import RunFolder
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_order
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
 from align_engine.data.windows import Clock, Source, endless_order
 from align_engine.errors import BadInput, RunFailed
+from align_engine.models.load import vocab_size
 from align_engine.models.logps import token_logps
-from align_engine.policy import vocab_size
 from align_engine.recipe import GrpoLoss, IterateRecipe, OnlineRecipe
-from align_engine.rollout import Completion, Sampler, sample_all, transformers_sampler
+from align_engine.recipe.secrets import masked
+from align_engine.rollouts import rewards as scoring
 from align_engine.rollouts.advantages import Experience
-from align_engine.secrets import masked
-from align_engine.server import check_correction, kind_of_server, reload_weights, server_sampler
-from align_engine.server_weights import ServerWeights
+from align_engine.rollouts.generate import Completion, Sampler, sample_all, transformers_sampler
+from align_engine.rollouts.server import check_correction, kind_of_server, reload_weights, server_sampler
+from align_engine.rollouts.server_weights import ServerWeights
+from align_engine.training.checkpoint import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
-    from align_engine.engine import Engine
+    from align_engine.training.engine import Engine
 
 
 pc: Any = pyarrow.compute

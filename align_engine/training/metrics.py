@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from align_engine.data.json_text import loads
 from align_engine.errors import RunFailed
-from align_engine.json_text import loads
 
 if TYPE_CHECKING:
     from align_kernels import LossOutput

@@ -14,8 +14,8 @@ from torch import nn
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
-from align_engine.modelfiles import adapter_base, check_files, check_path, check_report, listed
-from align_engine.noise import disable_dropout as disable_dropout
+from align_engine.models.modelfiles import adapter_base, check_files, check_path, check_report, listed
+from align_engine.models.noise import disable_dropout as disable_dropout
 
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection

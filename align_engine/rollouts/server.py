@@ -34,8 +34,8 @@ from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_
 from align_engine.data.encoder import Encoder
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import RolloutSection
-from align_engine.rollout import Completion, Sampler, derived_seed
-from align_engine.secrets import check_address, key_header, masked
+from align_engine.recipe.secrets import check_address, key_header, masked
+from align_engine.rollouts.generate import Completion, Sampler, derived_seed
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # a later try may succeed
 ATTEMPTS, LONGEST_WAIT = 6, 30.0

@@ -1,0 +1,120 @@
+"""What no run can use: values that are missing, out of range, or do not go with others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from align_engine.errors import BadInput
+from align_engine.recipe.files import typed
+from align_engine.recipe.recipes import Recipe, fields, flat
+from align_engine.recipe.secrets import masked
+from align_engine.recipe.sections import RolloutSection
+from align_engine.recipe.values import numbers
+
+REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
+PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
+         "eval_dataset_name", "reward_funcs", "callbacks", "output_dir", "server_weights"}  # fmt: skip
+NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
+                       "dataset_num_proc")  # fmt: skip
+R = TypeVar("R", bound=Recipe)
+
+
+def check(recipe: R) -> R:
+    """Refuse values that no run can use, all of them in one message.
+
+    Returns:
+        the recipe with every value as its field's type has it, and a home in place of each `~`.
+    Raises:
+        BadInput: naming each value and what it must be.
+    """
+    recipe = typed(recipe, {}, "recipe")
+    for section in vars(recipe).values():
+        for name in PATHS & vars(section).keys():
+            if value := getattr(section, name):
+                home = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
+                setattr(section, name, home)
+    values = flat(recipe)
+    broken = [f"{name} = {values[name]!r} is required" for name in REQUIRED if not values.get(name, True)]
+    for name, (_, taken) in fields(type(recipe)).items():
+        if taken.range is not None and any(number not in taken.range for number in numbers(values[name])):
+            broken.append(f"{name} = {values[name]!r} {taken.range}")
+    broken += [f"{name} = {values[name]!r} {text}" for name, text in _conflicts(recipe, values)]
+    if broken:
+        raise BadInput("; ".join(broken))
+    return recipe
+
+
+def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields that do not go with others: (name, what it must be or needs)."""
+    get, peft = values.get, values["use_peft"]
+    room, most = values["max_prompt_length"], values["max_length"]
+    if room and most and room >= most:
+        yield "max_prompt_length", f"must leave room for a completion: below max_length = {most}"
+    evaluation = values["eval_dataset_name"] or values["dataset_test_split"]
+    if evaluation and get("reward_funcs") == ["human"]:
+        yield "eval_dataset_name" if values["eval_dataset_name"] else "dataset_test_split", "needs a scorer, not people"
+    if values["eval_steps"] and not evaluation:
+        yield "eval_steps", "needs eval_dataset_name or dataset_test_split"
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if values[name] and not (values["eval_steps"] and evaluation):
+            yield name, "needs eval_steps and an evaluation dataset"
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if values[name] and not peft:
+            yield name, "needs --use_peft: such weights cannot be trained"
+    if values["load_in_4bit"] and values["load_in_8bit"]:
+        yield "load_in_8bit", "does not go with load_in_4bit = True: choose one of them"
+    yield from _reference_conflicts(values)
+    if recipe.section(RolloutSection) is not None:
+        yield from _rollout_conflicts(values)
+    if get("loss_type") in ("grpo", "dr_grpo", "luspo", "sapo", "gmpo") and get("entropy_coef"):
+        yield "entropy_coef", f"needs a loss_type that counts tokens, and {get('loss_type')} does not"
+    if get("loss_type") == "cispo" and get("epsilon_high") is None:
+        yield "epsilon_high", "is the limit of cispo's ratio: give it (5.0 is usual)"
+    low, high = get("vllm_importance_sampling_clip_min"), get("vllm_importance_sampling_clip_max")
+    if low is not None and high is not None and low >= high:
+        yield "vllm_importance_sampling_clip_min", f"must be below vllm_importance_sampling_clip_max = {high}"
+    if get("kl_target") and not get("kl_coef"):
+        yield "kl_target", "needs kl_coef above 0, which it steers"
+    if get("desirable_weight") == 0 and get("undesirable_weight") == 0:
+        yield "desirable_weight", "and undesirable_weight are both 0: no row would count"
+
+
+def _reference_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    kind, path = values.get("reference", "auto"), values.get("ref_model_name_or_path")
+    if kind.startswith("adapter") and not values["use_peft"]:
+        yield "reference", "needs --use_peft: there are no adapters"
+    if path and kind in ("none", "ema", "adapter-off", "adapter-copy"):
+        yield "ref_model_name_or_path", f"is another reference than reference = {kind!r}: leave one of them out"
+    weight = "kl_coef" if "kl_coef" in values else "beta"
+    if path and values.get(weight) == 0:
+        yield "ref_model_name_or_path", f"is not read where {weight} = 0: leave it out, or raise {weight}"
+
+
+def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    scorers, weights = values["reward_funcs"], values["reward_weights"]
+    if len(scorers) > 1 and "human" in scorers:
+        yield "reward_funcs", "takes 'human' alone, without other scorers"
+    if len(set(scorers)) < len(scorers):
+        yield "reward_funcs", "names a scorer twice: give it one of the reward_weights"
+    if weights is not None and len(weights) != len(scorers):
+        yield "reward_weights", f"must be {len(scorers)} numbers, as many as reward_funcs"
+    for name in ("server_weights", "server_model"):
+        if values[name] and not values["server_base_url"]:
+            yield name, "needs server_base_url"
+    if values["server_weights"] and values["use_peft"]:
+        yield "server_weights", "needs use_peft: false"
+    passes, accumulation = values["steps_per_generation"], values["gradient_accumulation_steps"]
+    if passes and accumulation >= 1 and passes % accumulation:
+        yield "steps_per_generation", f"must be a multiple of gradient_accumulation_steps = {accumulation}"
+    if values[paged := "use_transformers_continuous_batching"]:
+        for name, unset in {"top_p": 1.0, "top_k": 0, "stop_strings": None, "server_base_url": None}.items():
+            if values[name] != unset:
+                yield name, f"must be {unset} with {paged}"
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The fields that decide what a run computes: two runs that agree on them (and on data) end with equal weights.
+    Secrets of addresses are masked."""
+    return {name: masked(value) for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}

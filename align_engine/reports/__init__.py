@@ -1,0 +1,1 @@
+"""Reports: of a run, of a model's answers, of this machine."""
