@@ -15,7 +15,7 @@ from typing import Any
 
 from align_engine import recipe as recipes
 from align_engine.errors import AlignError, BadInput, RunFailed, printable, shortened
-from align_engine.recipe import RECIPES, Recipe
+from align_engine.recipe import ALIASES, RECIPES, Recipe
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import NO, NOTHING, YES
 from align_engine.training import stops
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:7} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        lines += [f"  {alias:7} The same as {name}." for alias, name in ALIASES.items()]
         print(USAGE.format(commands="\n".join(lines)))
         return 0 if arguments else 2
     watch = None
@@ -93,6 +94,7 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
         BadInput: no such command; from the recipe. SystemExit: 2 from the flags, naming the nearest known ones; 0 after
             --help.
     """
+    name = ALIASES.get(name, name)
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         raise BadInput(f"no command {name!r}; " + (f"did you mean {close[0]!r}?" if close else "see align --help"))

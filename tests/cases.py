@@ -18,7 +18,7 @@ import mutations
 import tiny
 from mutations import ODD, replace, some_file
 
-PAIRS, ONLINE = ("rm", "dpo", "simpo", "orpo", "cpo"), ("grpo", "direct", "ppo", "iterate")
+PAIRS, ONLINE = ("rm", "dpo", "simpo", "orpo", "cpo"), ("grpo", "rloo", "ppo", "iterate")
 METHODS = ("sft", *PAIRS, "kto", *ONLINE)
 MINE = ("notes.txt", "checkpoint-best/mine.bin", "my.tmp")  # the user's files beside a run, in its folder
 TEMPLATE = (
@@ -119,7 +119,7 @@ def stop(method: str, recipe: Path) -> None:
 
 def good_rows(method: str, count: int = 4) -> list[dict[str, Any]]:
     made: Any = tiny.preference_rows if method in PAIRS else tiny.prompt_rows if method in ONLINE else tiny.sft_rows
-    return (tiny.mark_rows if method == "kto" else made)(count)
+    return (tiny.label_rows if method == "kto" else made)(count)
 
 
 def good_flags(method: str, bench: Bench, place: Path) -> dict[str, Any]:
@@ -365,7 +365,7 @@ def files(rng: random.Random, bench: Bench, place: Path) -> Case:
 def models(rng: random.Random, bench: Bench, place: Path) -> Case:
     """A folder of a model, an adapter or a reward model with a broken file."""
     role = rng.choice(["policy", "policy", "policy", "talking policy", "adapter", "reference", "scorer", "critic"])
-    methods = {"reference": ["dpo", "kto", "grpo"], "scorer": ["grpo", "direct", "iterate"], "critic": ["ppo"]}
+    methods = {"reference": ["dpo", "kto", "grpo"], "scorer": ["grpo", "rloo", "iterate"], "critic": ["ppo"]}
     method, folder = rng.choice(methods.get(role, METHODS)), place / "model"
     given = good_flags(method, bench, place)
     linked({"adapter": bench.adapter, "scorer": bench.scorer, "critic": bench.scorer}.get(role, bench.model), folder)

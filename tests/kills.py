@@ -25,7 +25,7 @@ from runs import same_bits  # noqa: E402
 
 from align_engine.training.checkpoint import SIDE  # noqa: E402
 
-ONLINE = ("direct", "grpo", "ppo", "iterate")
+ONLINE = ("rloo", "grpo", "ppo", "iterate")
 METHODS = ("sft", "dpo", "kto", "rm", *ONLINE)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 

@@ -135,7 +135,7 @@ NEW = (
            "summed[0].item() / max(summed[1].item(), 1.0)", f"{ENGINE}test_kto.py {ENGINE}test_against_trl.py"),
     Mutant("balance to the wrong end", f"{E}algorithms/kto.py", "max(ratio / MOST, 1.0)", "max(ratio / LEAST, 1.0)",
            f"{ENGINE}test_kto.py"),
-    # credit
+    # advantages
     Mutant("leave-one-out counts itself", f"{E}rollouts/advantages.py", "others = scored.sum(1, keepdim=True) - 1",
            "others = scored.sum(1, keepdim=True)", ADVANTAGES),
     Mutant("standard deviation without Bessel", f"{E}rollouts/advantages.py",

@@ -63,7 +63,7 @@ def sft_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in preference_rows(count, seed)]
 
 
-def mark_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+def label_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Every prompt twice, a third of the answers good."""
     rows = preference_rows(count, seed)
     return [
@@ -123,7 +123,7 @@ OFFLINE = {
     "simpo": (SimpoRecipe, preference_rows),
     "orpo": (OrpoRecipe, preference_rows),
     "cpo": (CpoRecipe, preference_rows),
-    "kto": (KtoRecipe, mark_rows),
+    "kto": (KtoRecipe, label_rows),
 }
 
 WITH_REFERENCE = ("dpo", "kto")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from align_engine.algorithms.common import call, sequences, with_mismatch
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts
-from align_engine.recipe import DirectRecipe
+from align_engine.recipe import RlooRecipe
 from align_engine.rollouts.advantages import BASELINES, STD_EPSILON, Experience, nanstd
 from align_engine.training.algorithm import Algorithm, Columns
 from align_kernels import LossOutput, rloo_loss
 
 
-def rloo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecipe, num_items: float) -> LossOutput:
+def rloo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: RlooRecipe, num_items: float) -> LossOutput:
     """The policy gradient of whole completions; their ratio is clipped where a rollout serves several steps."""
     assert batch.advantages is not None
     first = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
@@ -25,7 +25,7 @@ def rloo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: DirectRecip
     return with_mismatch(out, batch, batch.old_logps)
 
 
-def advantages(found: Experience, recipe: DirectRecipe, state: dict[str, Any]) -> tuple[Columns, dict[str, Any]]:
+def advantages(found: Experience, recipe: RlooRecipe, state: dict[str, Any]) -> tuple[Columns, dict[str, Any]]:
     """Rewards less beta times the KL estimate of each sequence (arXiv:2402.14740 eq. 3), less the baseline."""
     options, kl = recipe.loss, torch.zeros(len(found.rewards))
     if found.ref_logps is not None:
@@ -40,6 +40,6 @@ def advantages(found: Experience, recipe: DirectRecipe, state: dict[str, Any]) -
 
 
 RLOO = Algorithm(
-    "direct", "prompt", collate_rollouts, sequences, rloo, refers=lambda recipe: recipe.loss.beta > 0,
+    "rloo", "prompt", collate_rollouts, sequences, rloo, refers=lambda recipe: recipe.loss.beta > 0,
     advantages=advantages, present_policy=True,
 )  # fmt: skip

@@ -36,7 +36,7 @@ class Source:
     """Tokenised rows, cut for one rank.
 
     Args:
-        rows: what `align_engine.data.prepare` returns.
+        rows: what `align_engine.data.tokenize.prepare` returns.
         collate: rows, pad id -> Batch.
         pad_id: id to pad with (masks alone say what is padding).
         batch_size: rows of one forward pass on one device.

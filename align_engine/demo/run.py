@@ -46,7 +46,7 @@ REWARD_MODEL = Stage("reward model", "rm", "ranked", ("loss",))
 METHODS = (  # all from the SFT model
     Stage("DPO", "dpo", "preference", ("loss", "accuracies", "margins", "logps")),
     Stage("KTO", "kto", "preference", ("loss", "rewards")),
-    Stage("direct RL", "direct", "prompts", ("reward", "kl")),
+    Stage("RLOO", "rloo", "prompts", ("reward", "kl")),
     Stage("PPO", "ppo", "prompts", ("reward", "kl"), reward_model=True),
     Stage("GRPO", "grpo", "prompts", ("reward", "entropy")),
     Stage("iterative DPO", "iterate", "prompts", ("reward",), reward_model=True),
@@ -277,7 +277,7 @@ def write_index(output_dir: Path, outcomes: Mapping[int, Outcome]) -> None:
     html = page(
         "align demo",
         "A small model from scratch: SFT on a team's mixed answers, then every method from the SFT model. The checker "
-        "rewards direct RL and GRPO; a reward model trained on ranked answers rewards PPO and iterative DPO.",
+        "rewards RLOO and GRPO; a reward model trained on ranked answers rewards PPO and iterative DPO.",
         [
             Table("Scores", header(outcomes), score_rows(outcomes)),
             Table(f"Answers, seed {seed}", ("prompt", *stages[1:]), answers),

@@ -11,7 +11,6 @@ from align_engine.recipe.sections import (
     ClippedRatio,
     CpoLoss,
     DataSection,
-    DirectLoss,
     DpoLoss,
     EvalSection,
     GrpoLoss,
@@ -23,6 +22,7 @@ from align_engine.recipe.sections import (
     OrpoLoss,
     OutputSection,
     PpoLoss,
+    RlooLoss,
     RmLoss,
     RolloutSection,
     RoundsSection,
@@ -131,10 +131,10 @@ class ClippedRecipe(OnlineRecipe):
         return self.loss.num_iterations
 
 
-class DirectRecipe(ClippedRecipe):
-    """Direct RL (REINFORCE, RLOO): raise the probability of completions by what people or programs say of them."""
+class RlooRecipe(ClippedRecipe):
+    """RLOO (REINFORCE, leave one out): raise the probability of completions by what people or programs say of them."""
 
-    loss: DirectLoss = field(default_factory=DirectLoss)
+    loss: RlooLoss = field(default_factory=RlooLoss)
     rollout: RolloutSection = field(default_factory=lambda: RolloutSection(num_generations=2))
 
 
@@ -169,8 +169,9 @@ class IterateRecipe(LanguageRecipe):
 
 RECIPES: dict[str, type[Recipe]] = {
     "sft": SftRecipe, "rm": RmRecipe, "dpo": DpoRecipe, "simpo": SimpoRecipe, "orpo": OrpoRecipe, "cpo": CpoRecipe,
-    "kto": KtoRecipe, "direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe,
+    "kto": KtoRecipe, "rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe,
 }  # fmt: skip
+ALIASES = {"direct": "rloo"}  # another name of a command
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -251,7 +251,7 @@ class ClippedRatio(Section):
     """How far above 1 (None: epsilon)."""
 
 
-class DirectLoss(ClippedRatio):
+class RlooLoss(ClippedRatio):
     """Loss."""
 
     baseline: Literal["leave_one_out", "batch_mean", "none"] = "leave_one_out"

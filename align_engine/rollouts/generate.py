@@ -101,7 +101,7 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     capped, kinds = getattr(text, "attn_logit_softcapping", None), set(getattr(text, "layer_types", None) or ())
     for holds, why in ((shards, "is in shards"), (not inner._supports_attention_backend, "has attention without pages"),
                        (capped, f"has attn_logit_softcapping = {capped}"),  # pages leave it out
-                       (len(kinds) > 1, "has layers of several kinds of attention"),  # in_turn counts pages of one kind
+                       (len(kinds) > 1, "has layers of several kinds of attention"),  # its pages are of one kind
                        (mixed, "has float32 weights but bf16 keys (set dtype: bfloat16, or bf16: false)")):  # fmt: skip
         if paged and holds:
             raise BadInput(f"{PAGED}: {type(inner).__name__} {why}")
@@ -114,7 +114,7 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
             torch.manual_seed(seed)
             try:
                 inner.eval().generation_config = config  # in place of the model's own, which may hold penalties
-                return in_turn(inner, prompts, seed) if paged else together(inner, prompts, stop)
+                return continuous_batching(inner, prompts, seed) if paged else batched_generate(inner, prompts, stop)
             finally:
                 inner.train(training).generation_config = before
                 if inner.config._attn_implementation != attention:  # transformers has failed half-way
@@ -123,7 +123,7 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     return sample
 
 
-def together(model: Any, prompts: Sequence[list[int]], stop: StopStringCriteria | None) -> list[Completion]:
+def batched_generate(model: Any, prompts: Sequence[list[int]], stop: StopStringCriteria | None) -> list[Completion]:
     """Completions by `generate`: a batch that goes on until its last row has ended."""
     config, device = model.generation_config, next(model.parameters()).device
     input_ids, mask = (x.to(device) for x in collate_prompts(prompts, config.pad_token_id))
@@ -137,7 +137,7 @@ def together(model: Any, prompts: Sequence[list[int]], stop: StopStringCriteria 
     return [Completion(new[i, :cut].tolist(), logps[i, :cut].clone(), ended[i]) for i, cut in enumerate(cuts)]
 
 
-def in_turn(model: Any, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+def continuous_batching(model: Any, prompts: Sequence[list[int]], seed: int) -> list[Completion]:
     """Completions by continuous batching: rows that have ended leave the batch. What is drawn depends on the schedule,
     so all requests wait before the thread starts, and pages are counted out, not taken from what memory is free.
 

@@ -56,7 +56,7 @@ class Prompts:
     """Prompts that are answered and scored, by all ranks together.
 
     Args:
-        rows: as `align_engine.data.prepare` returns them.
+        rows: as `align_engine.data.tokenize.prepare` returns them.
         columns: the data set's own rows, for reward functions: as they were written, media undecoded.
         tokenizer: the policy's.
         recipe: its section `rollout` above all.

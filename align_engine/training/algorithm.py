@@ -11,7 +11,7 @@ from torch import Tensor
 from align_engine.data.batches import Batch
 from align_kernels import LossOutput
 
-Kind = Literal["sft", "preference", "unpaired", "prompt"]  # of rows, as align_engine.data.prepare names it
+Kind = Literal["sft", "preference", "unpaired", "prompt"]  # of rows, as align_engine.data.tokenize.prepare names it
 Columns = dict[str, Tensor]  # of a rollout, [R, T]
 
 

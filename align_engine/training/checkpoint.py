@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from align_engine.data.json_text import loads
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models.fingerprint import of_file
+from align_engine.recipe import ALIASES
 from align_engine.training.metrics import line
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class RunFolder:
     def _check_identity(self, held: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.identity))
         there = {name: value for name, value in held.items() if name in mine and name not in EXTENT}
+        if "algorithm" in there:
+            there["algorithm"] = ALIASES.get(there["algorithm"], there["algorithm"])
         changed = [f"{name}: {was!r} there, {mine[name]!r} now" for name, was in there.items() if was != mine[name]]
         if changed:
             raise BadInput(

@@ -80,7 +80,7 @@ def warnings(watched: dict[str, float], said: list[str], means: Mapping[str, flo
 
 
 def reference_beta(recipe: Recipe) -> float | None:
-    """`beta` of a recipe whose reference of pairs or marks is the model as it is before the first step; else None."""
+    """`beta` of a recipe of fixed rows whose reference is the model as it is before the first step; else None."""
     loss = recipe.section(LossReference)
     if loss is None or loss.reference == "none" or loss.ref_model_name_or_path is not None:
         return None
@@ -88,7 +88,7 @@ def reference_beta(recipe: Recipe) -> float | None:
     return None if loss.reference == "adapter-off" and saved_adapters else loss.beta
 
 
-class Watch:
+class Health:
     """The warnings of a run; what they compare with is kept in `progress.watched`, by the rows that it is of.
 
     Args:

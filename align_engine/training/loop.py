@@ -11,7 +11,7 @@ from align_engine.training import stops
 from align_engine.training.callbacks import Callbacks
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.engine import Engine
-from align_engine.training.health import Watch
+from align_engine.training.health import Health
 from align_engine.training.metrics import Journal, Sums
 
 
@@ -29,7 +29,7 @@ class Training:
     stopping: bool = False  # a rank has been told to stop
 
     def __post_init__(self) -> None:
-        self.watch = Watch(self.engine.recipe, self.engine.progress)
+        self.health = Health(self.engine.recipe, self.engine.progress)
 
     def steps(self) -> Iterator[int]:
         """Numbers (from 0) of the steps still to do. Ends with the last step, or where a callback stops the run.
@@ -67,7 +67,7 @@ class Training:
         self.stopping = sums.totals.pop("stop")[0] > 0
         engine.progress.num_tokens += tokens
         engine.progress.sums.merge(sums)
-        self.watch.step(sums)
+        self.health.step(sums)
         self.journal.advance(tokens)
         self._after()
 
@@ -77,7 +77,7 @@ class Training:
         said = []
         if progress.step % self.steps_per_epoch == 0:
             callbacks.call("on_epoch_end")
-            said += self.watch.epoch()
+            said += self.health.epoch()
 
         def due(every: int | None, wish: bool) -> bool:
             last = progress.step == self.total or callbacks.control.should_training_stop
@@ -88,10 +88,10 @@ class Training:
             with self.journal.clock("eval"):
                 found = self.evaluation.evaluate(self.engine)
             best = callbacks.evaluated(found)
-            said += self.watch.evaluation(found)
+            said += self.health.evaluation(found)
         if due(options.output.logging_steps, callbacks.control.should_log):
             means, progress.sums = {"loss": 0.0} | progress.sums.means(), Sums()
-            said += self.watch.log(means)
+            said += self.health.log(means)
             self._log({**means, "num_tokens": progress.num_tokens, **self.journal.throughput()})
         if found:
             self._log(found)

@@ -282,7 +282,7 @@ def precompute(engine: Engine, model: nn.Module, source: Source, rows: list[int]
     Args:
         engine: its device, processes and settings of the head.
         model: the reference, prepared by accelerate, in eval mode.
-        source: rows of preference data or of marks.
+        source: rows of pairs or of labelled completions.
         rows: which of them are needed; the others read NaN.
         name: of the file in the run folder, "reference-<name>.safetensors".
     Returns:

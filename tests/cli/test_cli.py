@@ -63,6 +63,26 @@ def test_recipe_file_flags_override_and_the_saved_recipe_repeats_the_run(align, 
     assert code == 0 and "nothing to do" in said
 
 
+def test_direct_is_another_name_of_rloo_and_goes_on_with_its_runs(align, model, tmp_path):
+    rows, recipe = tiny.write_rows(tmp_path / "rows.jsonl", tiny.prompt_rows(4)), tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model_name_or_path: {model}\ndataset_name: {rows}\noutput_dir: {tmp_path / 'run'}\nmax_steps: 2\n"
+        "rollout: {reward_funcs: [tiny:word_reward], max_completion_length: 4}\nlr_scheduler_type: constant\n"
+    )
+    code, said, complaint = align("direct", "--recipe", recipe)
+    assert code == 0 and "rloo: " in said, complaint
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["identity"]["algorithm"] == "rloo"
+    record["identity"]["algorithm"] = "direct"  # as runs were called before
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    for name in ("rloo", "direct"):
+        code, said, complaint = align(name, "--recipe", recipe)
+        assert code == 0 and "nothing to do" in said, complaint
+    code, said, complaint = align("direct", "--recipe", recipe, "--max_steps", 3)
+    assert code == 0 and "going on from" in said and "step 3/3" in said, complaint
+    assert align("direct", "--help") == align("rloo", "--help")
+
+
 BAD = {  # name: (command, changes of the flags, what the message must hold)
     "empty file": ("dpo", {"rows": ""}, ["rows.jsonl", "empty"]),
     "no such file": ("dpo", {"dataset_name": "nowhere.jsonl"}, ["nowhere.jsonl"]),

@@ -65,7 +65,7 @@ def test_models_that_lack_tokens_are_refused(refused, model, pairs, prompts, sco
         "ref_model_name_or_path": small, "beta": 0.1})  # fmt: skip
     few = tiny.write_rows(tmp_path / "few.jsonl", [{"prompt": "w1"}, {"prompt": "w2"}])
     online = flags(model, few, tmp_path / "run", ref_model_name_or_path=small, **scorers)
-    assert "has 40 tokens, fewer than the policy's tokenizer (62)" in refused("direct", online)
+    assert "has 40 tokens, fewer than the policy's tokenizer (62)" in refused("rloo", online)
     assert "vocabulary of 40" in refused("iterate", flags(small, prompts, tmp_path / "run", **scorers))
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,7 @@ import torch
 
 from align_engine.algorithms import grpo, ppo, rloo
 from align_engine.errors import BadInput
-from align_engine.recipe import DirectLoss, DirectRecipe, GrpoRecipe, PpoLoss, PpoRecipe, check
+from align_engine.recipe import GrpoRecipe, PpoLoss, PpoRecipe, RlooLoss, RlooRecipe, check
 from align_engine.rollouts import advantages as of_rewards
 from align_engine.rollouts.advantages import Experience
 
@@ -137,7 +137,7 @@ def test_whiten(shift):
     assert torch.equal(of_rewards.whiten(x, torch.zeros_like(mask)), torch.zeros_like(x))
 
 
-# -- the methods' own credit, with every number worked out by hand ---------------------------------------------------
+# -- the methods' own advantages, with every number worked out by hand ------------------------------------------
 def lost(rows, width=3):
     """Lists of different lengths as a table; what lies outside must never be read."""
     return torch.tensor([[*row, *[7e3] * (width - len(row))] for row in rows])
@@ -150,7 +150,7 @@ def rollout(rewards, lengths, group_size, **tables):
 
 
 def rloo_recipe(**loss):
-    return DirectRecipe(loss=DirectLoss(**loss))
+    return RlooRecipe(loss=RlooLoss(**loss))
 
 
 # old - ref summed over each completion: 1, 3, 0.5 and -1
@@ -170,7 +170,7 @@ REF = [[-2.0, -2.0], [-1.0, -3.0, -2.0], [-3.5], [-1.0, -4.0]]
         (dict(baseline="none", normalize_advantages=True), [-1 / 1.0001, 0.0, 0.0, 1 / 1.0001]),
     ],
 )
-def test_direct_rl_takes_the_kl_of_each_completion_off_its_reward(loss, want):
+def test_rloo_takes_the_kl_of_each_completion_off_its_reward(loss, want):
     found = rollout([1.0, 3.0, NAN, 2.0], [2, 3, 1, 2], 2, old_logps=OLD, ref_logps=REF)
     given, measured = rloo.advantages(found, rloo_recipe(beta=0.5, **loss), {})
     assert given["advantages"].shape == (4, 3)
@@ -179,7 +179,7 @@ def test_direct_rl_takes_the_kl_of_each_completion_off_its_reward(loss, want):
     assert float(measured["kl"]) == pytest.approx((1 + 3 + 0.5 - 1) / 4)
 
 
-def test_direct_rl_without_a_reference_takes_the_rewards_as_they_are():
+def test_rloo_without_a_reference_takes_the_rewards_as_they_are():
     given, measured = rloo.advantages(rollout([1.0, 4.0, 2.0, NAN], [1, 1, 1, 1], 2), rloo_recipe(beta=0.5), {})
     assert given["advantages"][:, 0].tolist() == [-3.0, 3.0, 0.0, 0.0] and measured == {}
 

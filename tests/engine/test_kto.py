@@ -59,7 +59,7 @@ def test_pairs_are_taken_apart(model, pairs):
 
 
 def test_a_label_that_is_none_is_refused(model, tmp_path):
-    rows = [row | {"label": None if i == 5 else row["label"]} for i, row in enumerate(tiny.mark_rows(8))]
+    rows = [row | {"label": None if i == 5 else row["label"]} for i, row in enumerate(tiny.label_rows(8))]
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(BadInput, match=r"'label' is missing \(row 5"):
         prepare(load_rows(path), AutoTokenizer.from_pretrained(model), "unpaired")
@@ -89,7 +89,7 @@ def plain_logps(model, prompts, completions):
 @pytest.mark.parametrize("swapped", [False, True])  # one way the strangers' mean is above 0, the other way below
 def test_kto_loss_and_metrics_equal_the_formula(swapped, model, other_model, tmp_path):
     model, other_model = (other_model, model) if swapped else (model, other_model)
-    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.mark_rows(8))
+    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.label_rows(8))
     settings = dict(beta=0.05, max_steps=1, desirable_weight=1.5, undesirable_weight=0.7, gradient_accumulation_steps=3,
                     ref_model_name_or_path=str(other_model), per_device_train_batch_size=3, reference="frozen",
                     eval_dataset_name=str(data), per_device_eval_batch_size=3, learning_rate=1e-12)  # fmt: skip
@@ -119,20 +119,20 @@ def test_kto_loss_and_metrics_equal_the_formula(swapped, model, other_model, tmp
 
 def test_classes_that_never_meet_in_a_batch(model, tmp_path):
     """Micro-batches of one row are of one class; a data set of one class trains too."""
-    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.mark_rows(6))
+    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.label_rows(6))
     base = train("kto", tiny.offline("kto", model, data, tmp_path / "whole", per_device_train_batch_size=6))
     one = dict(per_device_train_batch_size=1, gradient_accumulation_steps=6)
     split = train("kto", tiny.offline("kto", model, data, tmp_path / "single", **one))
     for name in ("loss", "rewards/margins", "logps/rejected", "kl"):
         want, got = ([record[name] for record in metrics.read(run.metrics)] for run in (base, split))
         assert got == pytest.approx(want, abs=1e-5), name
-    good = tiny.write_rows(tmp_path / "good.jsonl", [row | {"label": True} for row in tiny.mark_rows(6)])
+    good = tiny.write_rows(tmp_path / "good.jsonl", [row | {"label": True} for row in tiny.label_rows(6)])
     record = metrics.read(train("kto", tiny.offline("kto", model, good, tmp_path / "good", max_steps=2)).metrics)[-1]
     assert "rewards/chosen" in record and "rewards/rejected" not in record and "rewards/margins" not in record
 
 
 def test_the_imbalance_is_said_before_training(model, tmp_path, capsys):
-    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.mark_rows(9))
+    data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.label_rows(9))
     train("kto", tiny.offline("kto", model, data, tmp_path / "run", max_steps=1))
     assert "warning: 3 desirable and 6 undesirable rows, weighed 0.5 to 1" in capsys.readouterr().out
     assert KtoRecipe().loss.desirable_weight == 1.0

@@ -1,4 +1,4 @@
-"""Direct RL, GRPO and PPO end to end on a tiny model."""
+"""RLOO, GRPO and PPO end to end on a tiny model."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from align_engine.errors import BadInput
 from align_engine.iterate import iterate, kept
-from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
+from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.rollouts import source
 from align_engine.rollouts.generate import Completion
 from align_engine.run import train
@@ -22,7 +22,7 @@ from align_engine.training.health import warnings
 from align_engine.training.stops import Stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
-KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
+KINDS = {"rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
 
 
 HOW = ("use_peft", "lora_target_modules", "bf16", "value_model_name_or_path", "gradient_accumulation_steps")
@@ -97,9 +97,9 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
         ("grpo", dict(loss_type="gmpo", epsilon=0.4, num_iterations=2)),
         ("grpo", dict(loss_type="dr_grpo", importance_sampling_level="sequence", top_entropy_quantile=0.5)),
         ("grpo", dict(use_peft=True, beta=0.1, lora_target_modules=["q_proj", "lm_head"])),
-        ("direct", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),
+        ("rloo", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),
         (
-            "direct",
+            "rloo",
             dict(mask_truncated_completions=True, num_iterations=2, beta=0.1, learning_rate=1e-5, prob_gate=0.9),
         ),
         ("ppo", dict(whiten_rewards=True, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.01, use_peft=True)),

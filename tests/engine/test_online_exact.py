@@ -15,14 +15,14 @@ from runs import same_bits
 from safetensors.torch import load_file
 
 from align_engine.iterate import iterate
-from align_engine.recipe import DirectRecipe, GrpoRecipe, IterateRecipe, PpoRecipe
+from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.run import train
 from align_engine.training import metrics
 
 ROOT = Path(__file__).parents[2]
-KINDS = {"direct": DirectRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}
+KINDS = {"rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}
 SETTINGS = {  # a rollout serves four steps, checkpoints fall inside it
-    "direct": dict(beta=0.1, num_iterations=2, steps_per_generation=2),
+    "rloo": dict(beta=0.1, num_iterations=2, steps_per_generation=2),
     "grpo": dict(beta=0.1, num_iterations=2, steps_per_generation=2, loss_type="grpo"),
     "ppo": dict(kl_target=0.5, kl_horizon=20.0, num_ppo_epochs=2, steps_per_generation=2),
     "iterate": dict(rounds=2, max_steps=20, per_device_train_batch_size=2, method_settings=["beta=0.3"]),
@@ -100,7 +100,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, star
 
 def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start, tmp_path):
     """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
-    names = ("direct", "grpo", "ppo", "iterate")
+    names = ("rloo", "grpo", "ppo", "iterate")
     shared = dict(max_steps=6, learning_rate=1e-4, num_generations=4, dtype="auto")
 
     def split(batch, steps, passes):

@@ -70,8 +70,8 @@ def test_losses_without_a_reference_are_related(model, pairs, tmp_path):
     assert orpo["loss"] == pytest.approx(nll - 0.3 * orpo["log_odds_ratio"], abs=1e-5)
 
 
-def test_apo_zero_unpaired_reads_no_strangers(model, other_model, tmp_path):
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.mark_rows(8))
+def test_apo_zero_unpaired_reads_no_mismatched_completions(model, other_model, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.label_rows(8))
     paths, settings = (model, rows), dict(ref_model_name_or_path=str(other_model), max_steps=1)
     apo = numbers("kto", *paths, tmp_path / "a", loss_type="apo_zero_unpaired", **settings)[0]
     kto = numbers("kto", *paths, tmp_path / "b", **settings)[0]

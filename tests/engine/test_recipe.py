@@ -33,7 +33,7 @@ def test_sections_and_bare_names_are_the_same(tmp_path):
 
 
 TRL_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "rm": "RewardConfig", "grpo": "GRPOConfig",
-               "direct": "RLOOConfig", "cpo": "cpo.CPOConfig", "orpo": "orpo.ORPOConfig"}  # fmt: skip
+               "rloo": "RLOOConfig", "cpo": "cpo.CPOConfig", "orpo": "orpo.ORPOConfig"}  # fmt: skip
 SAME_MEANING = [("", None), ([], "none"), ("sigmoid", ["sigmoid"]), (0.0, None)]  # not given; one or several
 TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True)}
 
@@ -119,7 +119,7 @@ def test_recipes_of_the_demo_are_the_packages_own():
 
 def test_online_recipes_say_how_long_they_run():
     """An epoch over the prompts of a hub dataset is thousands of rollouts."""
-    for path in (path for path in FOLDER.glob("*.yaml") if path.stem.endswith(("-grpo", "-ppo", "-direct"))):
+    for path in (path for path in FOLDER.glob("*.yaml") if path.stem.endswith(("-grpo", "-ppo", "-rloo"))):
         made = recipes.load(RECIPES[path.stem.rpartition("-")[2]], path)
         forward_passes = made.rollout.steps_per_generation or made.train.gradient_accumulation_steps
         completions = made.train.per_device_train_batch_size * forward_passes

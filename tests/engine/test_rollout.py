@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from align_engine.cli import main
 from align_engine.demo.make import make_model, make_tokenizer
 from align_engine.errors import BadInput, RunFailed
-from align_engine.recipe import DirectRecipe, GrpoRecipe, RolloutSection
+from align_engine.recipe import GrpoRecipe, RlooRecipe, RolloutSection
 from align_engine.rollouts import rewards, source
 from align_engine.rollouts.generate import Watch, sample_all, transformers_sampler
 from align_engine.rollouts.server import kind_of_server, server_sampler
@@ -601,14 +601,14 @@ def test_a_reward_model_scores_as_it_was_trained(model, pairs, tmp_path):
 
 
 def test_people_mark_completions_in_a_file(model, prompts, tmp_path):
-    recipe = tiny.online(DirectRecipe, model, prompts, tmp_path / "run", reward_funcs=["human"], max_steps=2)
+    recipe = tiny.online(RlooRecipe, model, prompts, tmp_path / "run", reward_funcs=["human"], max_steps=2)
     for number in range(2):
         with pytest.raises(RunFailed, match="8 of 8 completions wait for marks"):
-            train("direct", recipe)
+            train("rloo", recipe)
         path = tmp_path / "run" / "marks" / f"rollout-{number:06d}.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for i, row in enumerate(rows):
             row["score"] = "skip" if i == 0 else len(row["completion"].split())
         tiny.write_rows(path, rows)
-    folder = train("direct", recipe)
+    folder = train("rloo", recipe)
     assert [record["step"] for record in metrics.read(folder.metrics)] == [1, 2] and folder.final.exists()

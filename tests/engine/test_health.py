@@ -7,7 +7,7 @@ from align_engine.recipe import CpoRecipe, DpoLoss, DpoRecipe, ModelSection, Sft
 from align_engine.run import train
 from align_engine.training import metrics
 from align_engine.training.engine import Progress
-from align_engine.training.health import Watch, reference_beta
+from align_engine.training.health import Health, reference_beta
 from align_engine.training.metrics import Sums
 
 
@@ -58,7 +58,7 @@ def test_with_the_starting_model_as_reference_each_logged_mean_is_judged_by_it()
     """Log-prob -30, of which the reference has -20 (beta 0.5: reward -5): a fall by half. One nat, or a fifth of what
     the reference has, is none."""
     recipe, progress = DpoRecipe(loss=DpoLoss(beta=0.5)), Progress()
-    watch = Watch(recipe, progress)
+    watch = Health(recipe, progress)
     assert watch.log({"logps/chosen": -500.0, "rewards/chosen": 0.0}) == []
     assert watch.log({"logps/chosen": -5.0, "rewards/chosen": -0.45}) == []
     assert watch.log({"logps/chosen": -23.9, "rewards/chosen": -1.95}) == []
@@ -70,14 +70,14 @@ def test_with_the_starting_model_as_reference_each_logged_mean_is_judged_by_it()
 
 
 def test_without_one_whole_epochs_are_compared():
-    watch = Watch(CpoRecipe(), Progress())
+    watch = Health(CpoRecipe(), Progress())
     assert watch.log({"logps/chosen": -1.0, "rewards/margins": 90.0}) == []
     assert watch.log({"logps/chosen": -90.0, "rewards/margins": 900.0}) == [], "other rows"
     for mean in (-10.0, -30.0):
         watch.step(sums(logps_chosen=mean, rewards_margins=30.0))
     assert watch.epoch() == []
     watch.step(sums(logps_chosen=-34.0, rewards_margins=35.0))
-    watch = Watch(CpoRecipe(), watch.progress)  # the run is stopped, and goes on
+    watch = Health(CpoRecipe(), watch.progress)  # the run is stopped, and goes on
     watch.step(sums(logps_chosen=-12.0, rewards_margins=35.0))
     assert watch.epoch() == []
     for _ in range(2):
@@ -89,7 +89,7 @@ def test_without_one_whole_epochs_are_compared():
 
 
 def test_evaluations_are_compared_with_the_first():
-    watch = Watch(CpoRecipe(), Progress())
+    watch = Health(CpoRecipe(), Progress())
     assert watch.evaluation({"eval_logps/chosen": -40.0, "eval_loss": 1.0}) == []
     assert watch.evaluation({"eval_logps/chosen": -47.0, "eval_loss": 1.0}) == []
     (text,) = watch.evaluation({"eval_logps/chosen": -49.0, "eval_loss": 1.0})
