@@ -15,7 +15,7 @@ import torch
 from align_kernels.backends import cpu, torch_ops
 
 SHAPES = {"tile 256x2048": (256, 2048), "rows 64x151936": (64, 151936)}
-ISAS = cpu._C.available_isas()
+ISAS = cpu.arguments._C.available_isas()
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
@@ -45,12 +45,12 @@ def measure(request, benchmark, tile):
         }
 
     yield run
-    cpu._C.set_isa(ISAS[-1])
+    cpu.arguments._C.set_isa(ISAS[-1])
 
 
 def use(impl: str):
     if impl in ISAS:
-        cpu._C.set_isa(impl)
+        cpu.arguments._C.set_isa(impl)
         return cpu
     return torch_ops
 

@@ -88,7 +88,8 @@ def compile_for(target: str, call: Callable[[], object]) -> list[Report]:
     """The kernels that `call`, some calls of the backend, would launch on a GPU of this kind."""
     gpu, launches = TARGETS[target], []
     of_rows, of_linear = Recorder(rows, launches), Recorder(linear, launches)
-    with patched(backend, _rows=lambda: of_rows, _linear=lambda: of_linear, architecture=lambda device: gpu.arch):
+    chip = dict(_linear=lambda: of_linear, architecture=lambda device: gpu.arch)
+    with patched(backend, _rows=lambda: of_rows), patched(backend.on_chip, **chip):
         call()
     driver.set_active(Driver(gpu))
     return [compile_one(target, *launch) for launch in launches]
@@ -160,7 +161,7 @@ def linear_calls(
     def call() -> None:
         x, w = torch.empty(n, D, dtype=dtype), torch.empty(V, D, dtype=dtype)
         state, targets = torch.empty(n, 8, dtype=torch.float64), torch.empty(n, dtype=torch.int64)
-        backend.forward_linear(x, w, state, targets, offset=offset, vocab=V + offset, **options)
+        backend.on_chip.forward(x, w, state, targets, offset=offset, vocab=V + offset, **options)
 
     return call
 

@@ -27,7 +27,7 @@ def gather() -> dict[str, Any]:
     for i in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}")
-    products = "its own" if cpu.has_product(torch.float32) else "torch's"
+    products = "its own" if cpu.products.serves(torch.float32) else "torch's"
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

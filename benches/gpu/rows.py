@@ -46,7 +46,7 @@ class Tile:
         backend.backward(z, self.finished, self.targets, self.g, None, clamp=None, out=out, **self.common)
 
     def linear(self) -> None:
-        triton.forward_linear(self.x, self.w, self.state, self.targets, **self.common)
+        triton.on_chip.forward(self.x, self.w, self.state, self.targets, **self.common)
 
 
 @contextmanager
@@ -103,11 +103,12 @@ def variants(t: Tile) -> list[tuple[str, Run]]:
 def on_chip(t: Tile) -> list[tuple[str, Run]]:
     made: list[tuple[str, Run]] = [("forward without logits", t.linear)]
     for columns in (8, 16, 32):
+        run = partial(under, triton.on_chip.MERGE, dict(BN=columns), t.linear)
+        made.append((f"forward without logits, merge BN {columns}", run))
+    for name, tile in (("DEEP", triton.on_chip.DEEP), ("SMALL", triton.on_chip.SMALL)):
         made.append(
-            (f"forward without logits, merge BN {columns}", partial(under, triton.MERGE, dict(BN=columns), t.linear))
+            (f"forward without logits, {name} tiles", partial(under, triton.on_chip.TILES, {90: tile}, t.linear))
         )
-    for name, tile in (("DEEP", triton.DEEP), ("SMALL", triton.SMALL)):
-        made.append((f"forward without logits, {name} tiles", partial(under, triton.TILES, {90: tile}, t.linear)))
     return made
 
 

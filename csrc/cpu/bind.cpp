@@ -1,4 +1,4 @@
-// Python sees raw addresses and sizes; align_kernels/backends/cpu.py turns tensors into them.
+// Python sees raw addresses and sizes; align_kernels/backends/cpu turns tensors into them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

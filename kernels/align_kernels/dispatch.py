@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from align_kernels.backends import cpu, cuda, torch_ops, triton
+from align_kernels.backends import Backend, cpu, cuda, torch_ops, triton
 
 # as `auto` prefers them; triton before cuda until both are measured
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_ops}
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_ops}
 IMPLS = ("auto", "eager", *BACKENDS)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +34,11 @@ class FromLogits(torch.autograd.Function):
         mask = targets != settings.ignore_index
         labels = targets.masked_fill(~mask, 0)
         state = states.empty(len(labels), logits.device)
-        ctx.call = dict(vocab=logits.shape[1], bias=None, scale=1.0, softcap=None, temperature=temperature)
+        ctx.call = call = dict[str, Any](
+            vocab=logits.shape[1], bias=None, scale=1.0, softcap=None, temperature=temperature
+        )
         for begin, end in _tiles(logits):
-            backend.forward(logits[:, begin:end], state, labels, offset=begin, **ctx.call)
+            backend.forward(logits[:, begin:end], state, labels, offset=begin, **call)
         *values, correct = states.read(state, labels, logits.shape[1])
         fields = [v.masked_fill(~mask, 0.0).to(float_dtype(logits)) for v in values] + [correct & mask]
         ctx.mark_non_differentiable(*fields[2:])

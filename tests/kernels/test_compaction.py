@@ -248,7 +248,7 @@ def test_eps_is_the_largest_that_serves(impl: str):
     "options", [{}, dict(softcap=9.0), dict(scale=-1.5)], ids=["plain", "softcap", "negative scale"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("impl", ["torch_ops", *(cpu._C.available_isas() if MISSING is None else ())])
+@pytest.mark.parametrize("impl", ["torch_ops", *(cpu.arguments._C.available_isas() if MISSING is None else ())])
 def test_peaks(impl: str, dtype: torch.dtype, options: dict):
     """The largest log-prob of each column over some rows, of odd widths, for every instruction set."""
     for c in (1, 63, 2049, 5000):
@@ -262,12 +262,12 @@ def test_peaks(impl: str, dtype: torch.dtype, options: dict):
         l = l if common["softcap"] is None else 9.0 * torch.tanh(l / 9.0)
         rows, out = torch.tensor([7, 0, 4]), torch.full((c + 2,), torch.nan)
         if impl != "torch_ops":
-            before = cpu._C.isa()
-            cpu._C.set_isa(impl)
+            before = cpu.arguments._C.isa()
+            cpu.arguments._C.set_isa(impl)
         backend = torch_ops if impl == "torch_ops" else cpu
         backend.peaks(z, state, targets, rows, out=out[1:-1], **common)
         if impl != "torch_ops":
-            cpu._C.set_isa(before)
+            cpu.arguments._C.set_isa(before)
         true = (l / temperature.double()[:, None]).log_softmax(1)[rows].amax(0)
         assert (out[1:-1] - true).abs().max() < 2e-5 * true.abs().max().clamp(min=1.0)
         assert out[0].isnan() and out[-1].isnan()

@@ -14,7 +14,7 @@ from align_kernels import linear_logprobs, sft_loss
 from align_kernels.backends import cpu
 
 MISSING = cpu.why_not(torch.device("cpu"), torch.float32)
-ISAS = cpu._C.available_isas() if MISSING is None else []
+ISAS = cpu.arguments._C.available_isas() if MISSING is None else []
 V, D, TARGET = 2100, 6, 2050  # more than one block of columns
 SCALE, TEMPERATURE = 1.3, 0.7  # no power of two: the product of logit and factor is rounded
 LEFT = torch.tensor([1e-6, 1e-8, 1e-10, 1e-12], dtype=torch.float64)  # 1 - p of each row
@@ -25,10 +25,10 @@ def impl(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "torch":
         yield "torch"
         return
-    before = cpu._C.isa()
-    cpu._C.set_isa(request.param)
+    before = cpu.arguments._C.isa()
+    cpu.arguments._C.set_isa(request.param)
     yield "cpu"
-    cpu._C.set_isa(before)
+    cpu.arguments._C.set_isa(before)
 
 
 def tensors() -> tuple[Tensor, Tensor, Tensor]:

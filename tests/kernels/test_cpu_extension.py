@@ -16,7 +16,7 @@ MISSING = cpu.why_not(torch.device("cpu"), torch.float32)
 if MISSING is not None and not any(map(shutil.which, ("c++", "g++", "clang++"))):
     pytest.skip("no C++ compiler: the optional extension cannot be built here", allow_module_level=True)
 assert MISSING is None, MISSING
-_C = cpu._C
+_C = cpu.arguments._C
 
 SIZES = (1, 7, 63, 123, 507, 2049, 5000)
 OPTIONS: dict[str, dict] = {

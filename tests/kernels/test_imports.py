@@ -138,9 +138,13 @@ def test_losses_import_torch_each_other_and_sums_alone():
 
 
 def test_backends_import_neither_each_other_nor_anything_above():
-    own = ("align_kernels._C", "align_kernels._cuda", "align_kernels.backends.cuda", "align_kernels.backends.triton")
-    shared = ("align_kernels.backends.state",)
-    assert not offenders("backends", ("align_kernels",), (*own, *shared))
+    shared = ("align_kernels.backends.arguments", "align_kernels.backends.state")
+    built = {"cpu": ("align_kernels._C",), "cuda": ("align_kernels._cuda",), "triton": ()}
+    for name, extension in built.items():
+        own = f"align_kernels.backends.{name}"
+        assert not offenders(f"backends/{name}", ("align_kernels",), (own, *extension, *shared))
+    for file in (PACKAGE / "backends").glob("*.py"):
+        assert not [n for n in imports(file) if n.startswith("align_kernels") and not n.startswith(shared)], file
 
 
 # the rooms from top to bottom; those of one line do not import each other

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from align_kernels import dpo_loss, explain, linear_logprobs
 from align_kernels.backends import cpu
+from align_kernels.backends.cpu import products
 
-if cpu.why_not(torch.device("cpu"), torch.float32) or "avx2" not in cpu._C.available_isas():
+if cpu.why_not(torch.device("cpu"), torch.float32) or "avx2" not in cpu.arguments._C.available_isas():
     pytest.skip("no extension here, or no AVX2", allow_module_level=True)
 
 EPSILON = 2.0**-24
@@ -48,7 +49,7 @@ def multiply(
     out = frame[1:-1, 4:-5]
     out.copy_(torch.randn(m, n, generator=rng) if add else torch.full((m, n), torch.nan))
     start = out.double() if add else torch.zeros(m, n, dtype=torch.float64)
-    cpu.product(out, a, b, add)
+    products.product(out, a, b, add)
     error = (out.double() - start - a.double() @ b.double()).abs()
     bound = (k + 2) * EPSILON * (a.double().abs() @ b.double().abs() + start.abs())
     assert (error <= bound).all(), float((error / bound).max())
@@ -86,8 +87,8 @@ def test_bfloat16_is_read_as_the_float32_that_it_is():
     b[:4, 7] = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0]).bfloat16()
     b[5, 8], b[6, 9] = torch.finfo(torch.bfloat16).max, 2.0**-133  # a denormal
     found, want = torch.empty(99, 203), torch.empty(99, 203)
-    cpu.product(found, a, b, False)
-    cpu.product(want, a.float(), b.float(), False)
+    products.product(found, a, b, False)
+    products.product(want, a.float(), b.float(), False)
     assert torch.equal(found.nan_to_num(-1.0), want.nan_to_num(-1.0)) and found[:, 7].isnan().all()
 
 
@@ -99,7 +100,7 @@ def test_threads_change_no_bit():
         for threads in (1, 2, 3, 7, 16):
             torch.set_num_threads(threads)
             found.append(torch.empty(250, 700))
-            cpu.product(found[-1], a, b, False)
+            products.product(found[-1], a, b, False)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, found[0]) for x in found[1:])
@@ -108,18 +109,18 @@ def test_threads_change_no_bit():
 def test_nan_and_infinity_come_through():
     a, b, out = torch.ones(70, 70), torch.ones(70, 70), torch.zeros(70, 70)
     a[3, 60], b[5, 68], b[5, 69] = torch.nan, torch.inf, -torch.inf
-    cpu.product(out, a, b, False)
+    products.product(out, a, b, False)
     want = a @ b
     assert out[3].isnan().all() and torch.equal(out.nan_to_num(-1.0), want.nan_to_num(-1.0))
 
 
 def test_nothing_to_do():
     out = torch.empty(0, 4)
-    cpu.product(out, torch.empty(0, 3), torch.empty(3, 4), False)
+    products.product(out, torch.empty(0, 3), torch.empty(3, 4), False)
     assert out.shape == (0, 4)
     beyond = torch.arange(24.0).view(4, 6)  # a product of no columns writes none, of those beside it neither
-    cpu.product(beyond[:, 3:3], torch.ones(4, 3), torch.ones(3, 0), True)
-    cpu.product(beyond[2:2], torch.ones(0, 3), torch.ones(3, 6), False)
+    products.product(beyond[:, 3:3], torch.ones(4, 3), torch.ones(3, 0), True)
+    products.product(beyond[2:2], torch.ones(0, 3), torch.ones(3, 6), False)
     assert torch.equal(beyond, torch.arange(24.0).view(4, 6))
 
 
@@ -135,7 +136,7 @@ def test_nothing_to_do():
 )
 def test_wrong_arguments_are_named(out: Tensor, a: Tensor, b: Tensor, message: str):
     with pytest.raises(ValueError, match=message):
-        cpu.product(out, a, b, False)
+        products.product(out, a, b, False)
 
 
 # -- in the schedules ---------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ B, T, V, D = 4, 60, 1000, 96
 
 def losses(own: bool, train: bool, monkeypatch) -> tuple[list[Tensor], int, str]:
     """Gradients, counted FLOPs and the plan of a fused loss and of one on log-probs with a LoRA."""
-    monkeypatch.setattr(cpu, "_ADVISED", own)
+    monkeypatch.setattr(products, "ADVISED", own)
     rng = torch.Generator().manual_seed(3)
     hidden = torch.randn(B, T, D, generator=rng).requires_grad_()
     weight = (torch.randn(V, D, generator=rng) * 0.2).requires_grad_(train)
@@ -161,8 +162,8 @@ def losses(own: bool, train: bool, monkeypatch) -> tuple[list[Tensor], int, str]
 
 @pytest.mark.parametrize("train", [True, False])
 def test_schedules_on_it_give_the_same_gradients_and_flops(train: bool, monkeypatch):
-    calls, product = [], cpu.product
-    monkeypatch.setattr(cpu, "product", lambda *args: calls.append(args[0].shape) or product(*args))
+    calls, product = [], products.product
+    monkeypatch.setattr(products, "product", lambda *args: calls.append(args[0].shape) or product(*args))
     found, flops, plan = losses(True, train, monkeypatch)
     assert len(calls) >= 4 and plan.endswith("by align_kernels")
     calls.clear()
@@ -178,7 +179,7 @@ def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
     """Also by the few rows that dropping zero coefficients leaves, and the last columns of V = 1000."""
 
     def grads(own: bool, kept: int) -> list[Tensor]:
-        monkeypatch.setattr(cpu, "_ADVISED", own)
+        monkeypatch.setattr(products, "ADVISED", own)
         rng = torch.Generator().manual_seed(5)
         hidden = torch.randn(B * T, D, generator=rng).requires_grad_()
         weight = (torch.randn(V, D, generator=rng) * 0.2).bfloat16().requires_grad_(train)
@@ -187,8 +188,8 @@ def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
         (out.logp[:kept].sum() + out.entropy[:kept].sum()).backward()
         return [x.grad for x in (hidden, weight) if x.grad is not None]
 
-    read, product = [], cpu.product
-    monkeypatch.setattr(cpu, "product", lambda *args: read.append(args[2].dtype) or product(*args))
+    read, product = [], products.product
+    monkeypatch.setattr(products, "product", lambda *args: read.append(args[2].dtype) or product(*args))
     for kept in (B * T, 3):
         read.clear()
         found = grads(True, kept)
@@ -198,12 +199,12 @@ def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
 
 
 def test_large_products_are_taken_and_those_of_two_dtypes(monkeypatch):
-    monkeypatch.setattr(cpu, "_ADVISED", True)
+    monkeypatch.setattr(products, "ADVISED", True)
     a, b = torch.zeros(64, 70), torch.zeros(70, 64)
-    assert cpu.takes_product(torch.zeros(64, 64), a, b)
-    assert not cpu.takes_product(torch.zeros(64, 64).T, a, b)
-    assert not cpu.takes_product(torch.zeros(63, 64), a[:63], b)
-    assert not cpu.takes_product(torch.zeros(64, 64).double(), a.double(), b.double())
-    assert cpu.takes_product(torch.zeros(63, 64), a[:63], b.bfloat16())  # torch.mm takes no two dtypes
-    monkeypatch.setattr(cpu, "_ADVISED", False)
-    assert not cpu.takes_product(torch.zeros(64, 64), a, b)
+    assert products.takes(torch.zeros(64, 64), a, b)
+    assert not products.takes(torch.zeros(64, 64).T, a, b)
+    assert not products.takes(torch.zeros(63, 64), a[:63], b)
+    assert not products.takes(torch.zeros(64, 64).double(), a.double(), b.double())
+    assert products.takes(torch.zeros(63, 64), a[:63], b.bfloat16())  # torch.mm takes no two dtypes
+    monkeypatch.setattr(products, "ADVISED", False)
+    assert not products.takes(torch.zeros(64, 64), a, b)

@@ -25,9 +25,9 @@ def test_a_cpu_is_refused_with_the_reason():
 
 def test_a_gpu_without_triton_is_told_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    triton._missing.cache_clear()
+    triton.arguments._missing.cache_clear()
     reason = triton.why_not(torch.device("cuda"), torch.float32)
-    triton._missing.cache_clear()
+    triton.arguments._missing.cache_clear()
     assert reason is not None and "Triton is not installed" in reason and "pip install triton" in reason
 
 

@@ -18,7 +18,7 @@ ARCHITECTURES = {"tensor descriptors": 90, "pointers": 80, "AMD": "gfx942"}
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES)
 def architecture(request, monkeypatch):
-    monkeypatch.setattr(triton, "architecture", lambda device: request.param)
+    monkeypatch.setattr(triton.on_chip, "architecture", lambda device: request.param)
     return request.param
 
 
@@ -40,7 +40,7 @@ class Head:
 
     def state(self) -> Tensor:
         state = empty_state(len(self.x))
-        triton.forward_linear(self.x, self.w, state, self.targets, **self.common)
+        triton.on_chip.forward(self.x, self.w, state, self.targets, **self.common)
         return state
 
     def logits(self) -> Tensor:
@@ -95,7 +95,7 @@ def test_a_second_shard_is_folded_into_the_first():
     state = empty_state(9)
     for begin, end in ((0, 150), (150, 400)):
         w = whole.w[begin:end]
-        triton.forward_linear(whole.x, w, state, whole.targets, **(whole.common | dict(offset=begin)))
+        triton.on_chip.forward(whole.x, w, state, whole.targets, **(whole.common | dict(offset=begin)))
     check(whole, state)
 
 

@@ -1,5 +1,193 @@
-"""Backends: modules with primitives on a tile of logits, `forward`, `backward` and `peaks`, and a predicate `why_not`.
+"""Backends: modules with primitives on a tile of logits, and a predicate `why_not`.
 
-One may have `exponentials` too, and then plain logits take the schedules of exponentials.py. A backend knows no loss
-and no schedule, and imports no other backend.
+All work on a tile of raw logits z [n, c], the columns `offset .. offset + c` of a vocabulary of `vocab` columns, and
+apply the head's transform themselves: l = softcap(scale * (z + bias)) / temperature. `state` [n, 8] holds what has been
+seen of each row's softmax so far (state.py). A backend knows no schedule, and imports no other backend.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Backend(Protocol):
+    """What a backend has. Powers that not every one has are None where they are absent."""
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None where logits of this device and dtype are served, else the reason in one sentence."""
+        ...
+
+    def forward(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, updated in place
+        targets: Tensor,  # (n,) int64
+        *,
+        offset: int,
+        vocab: int,
+        bias: Tensor | None,  # (c,) float32
+        scale: float,
+        softcap: float | None,
+        temperature: float | Tensor,  # (n,) float32
+    ) -> None:
+        """Fold one tile of logits into the running state of its rows."""
+        ...
+
+    def backward(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (n,) int64
+        g_logp: Tensor,  # (n,) float32
+        g_entropy: Tensor | None,  # (n,) float32
+        *,
+        offset: int,
+        vocab: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float | Tensor,
+        clamp: tuple[float, float, str] | None,  # limit, prob_above, "residual" | "gradient"
+        out: Tensor,  # (n, c), may be z
+    ) -> None:
+        """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
+        ...
+
+    def peaks(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (n,) int64
+        rows: Tensor,  # (m,) int64, m >= 1 of the n
+        *,
+        offset: int,
+        vocab: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float | Tensor,
+        out: Tensor,  # (c,) float32
+    ) -> None:
+        """Write the largest log-prob of each column over some rows."""
+        ...
+
+    @property
+    def exponentials(self) -> Exponentials | None: ...
+
+    @property
+    def on_chip(self) -> OnChip | None: ...
+
+    @property
+    def products(self) -> Products | None: ...
+
+    @property
+    def losses(self) -> Losses | None: ...
+
+
+class Exponentials(Protocol):
+    """`forward` without a softcap, which also writes exp(l - reference), 0 at the target."""
+
+    def __call__(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, updated in place
+        targets: Tensor,  # (n,) int64
+        reference: Tensor,  # (n,) float32, updated in place, -inf before the first tile
+        *,
+        offset: int,
+        vocab: int,
+        bias: Tensor | None,
+        scale: float,
+        temperature: float | Tensor,
+        out: Tensor,  # (n, c), may be z
+    ) -> None: ...
+
+
+class OnChip(Protocol):
+    """`forward` from hidden states, with no logits written."""
+
+    @property
+    def STATISTICS(self) -> float:
+        """Bytes that it takes per logit."""
+        ...
+
+    def why_not(self, hidden: Tensor, weight: Tensor) -> str | None:
+        """None where these tensors are served, else the reason in a few words."""
+        ...
+
+    def forward(
+        self,
+        x: Tensor,  # (n, D)
+        weight: Tensor,  # (V, D)
+        state: Tensor,  # (n, 8) float64, updated in place
+        targets: Tensor,  # (n,) int64
+        *,
+        offset: int,
+        vocab: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float | Tensor,
+    ) -> None: ...
+
+
+class Products(Protocol):
+    """Matrix products of the backend's own."""
+
+    def serves(self, dtype: torch.dtype, *sizes: int) -> bool:
+        """Whether products of this dtype and sizes are served, and faster than torch.mm on this machine."""
+        ...
+
+    def reads(self, dtype: torch.dtype) -> bool:
+        """Whether `product` takes matrices of this dtype as they lie."""
+        ...
+
+    def takes(self, out: Tensor, a: Tensor, b: Tensor) -> bool:
+        """Whether these are laid out for `product`, and large enough to be faster."""
+        ...
+
+    def product(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+        """out (m, n) (+)= a (m, k) @ b (k, n)."""
+        ...
+
+
+class Losses(Protocol):
+    """Coefficients of some losses, found on the device."""
+
+    def serves(self, name: str, hyper: Mapping[str, Any], given: Iterable[str]) -> bool:
+        """Whether the loss `name` with these options and side tensors is known, and known whole."""
+        ...
+
+    def token_loss(
+        self,
+        name: str,
+        hyper: Mapping[str, Any],
+        z: Tensor,  # (n, V) raw logits, whole rows
+        state: Tensor,  # (n, 8) float64, empty; finished on return
+        targets: Tensor,  # (n,) int64
+        side: dict[str, Tensor],  # (n,) float32
+        factor: Tensor,  # () float64, of the sum over tokens
+        *,
+        clamp: tuple[float, float, str] | None,
+        out: Tensor,  # (n, V), may be z
+        **transform: Any,
+    ) -> Any:
+        """Statistics, coefficient and dL/dz of whole rows: `values` (n,) and `metrics` (4, n)."""
+        ...
+
+    def unit_loss(
+        self,
+        name: str,
+        hyper: Mapping[str, Any],
+        state: Tensor,  # (n, 8) float64, finished
+        place: Tensor,  # (n,) int64: sequence of each row, of a pair the chosen ones first
+        units: int,
+        side: dict[str, Tensor],  # (sequences,) float32, desirable bool
+        factor: Tensor,  # () float64, of the sum over units
+    ) -> Any:
+        """`values` (units,), `metrics` (., units) and g (n,) of a loss of sequences or pairs."""
+        ...

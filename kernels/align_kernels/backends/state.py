@@ -1,6 +1,6 @@
 """The running softmax state of a row: a row of the float64 tensor [n, 8] that all backends share (csrc's `State`).
 
-With l the logits seen so far and m their largest:
+Below, l are the logits seen so far and m is the largest of them.
 """
 
 from __future__ import annotations

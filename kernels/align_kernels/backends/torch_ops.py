@@ -1,18 +1,13 @@
-"""The primitives in plain torch operations: runs on any device and dtype.
-
-All work on a tile of raw logits z [n, c], the columns `offset .. offset + c` of a vocabulary of `vocab` columns, and
-apply the head's transform themselves: l = softcap(scale * (z + bias)) / temperature.
-
-`state` [n, 8] holds, per row, what has been seen of its softmax so far:
-
-    0 max m   1 s = sum exp(l - m)   2 a = sum exp(l - m) (l - m)   3 q = sum exp(l - m)^2   4 sum l
-    5 target logit   6 argmax (the first index of the max)   7 unused
-"""
+"""The primitives in plain torch operations: runs on any device and dtype. Signatures are those of `Backend`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from align_kernels.backends.state import ARGMAX, MAX, SUM, SUM_SQ, SUM_X, TARGET, TOTAL
+
+on_chip = products = losses = None
 
 HEADROOM = 20.0  # how far, in nats, a row's max may rise above the reference of its exponentials
 
@@ -61,27 +56,28 @@ def forward(
     tile_max, tile_arg = l.max(dim=1)
     # torch.max does not promise the first index among ties
     tile_arg = (l == tile_max[:, None]).int().argmax(dim=1)
-    old_max, new_max = state[:, 0], torch.maximum(state[:, 0], tile_max.to(state.dtype))
+    old_max, new_max = state[:, MAX], torch.maximum(state[:, MAX], tile_max.to(state.dtype))
     finite_old = torch.where(old_max == -torch.inf, new_max, old_max)
     shift = torch.where(new_max == -torch.inf, torch.zeros_like(new_max), finite_old - new_max)
     factor = torch.where(old_max == -torch.inf, torch.zeros_like(shift), shift.exp())
-    s, a, q = state[:, 1], state[:, 2], state[:, 3]
+    s, a, q = state[:, SUM], state[:, SUM_X], state[:, SUM_SQ]
     base = torch.where(new_max == -torch.inf, torch.zeros_like(new_max), new_max)
     centred = l - base.to(l.dtype)[:, None]
     # the tile's largest term is added in the state's precision: beside 1.0 the rest of a confident row would vanish
     e = centred.exp().scatter_(1, tile_arg[:, None], 0.0)
     peak = tile_max - base
     top = peak.exp()
-    state[:, 2] = factor * (a + s * shift) + (top * peak.clamp(min=-1e30) + (e * centred.clamp(min=-1e30)).sum(1))
-    state[:, 1] = factor * s + (top + e.sum(1))
-    state[:, 3] = factor * factor * q + (top * top + (e * e).sum(1))
-    state[:, 4] += l.sum(1)
+    state[:, SUM_X] = factor * (a + s * shift) + (top * peak.clamp(min=-1e30) + (e * centred.clamp(min=-1e30)).sum(1))
+    state[:, SUM] = factor * s + (top + e.sum(1))
+    state[:, SUM_SQ] = factor * factor * q + (top * top + (e * e).sum(1))
+    state[:, TOTAL] += l.sum(1)
     here = (targets >= offset) & (targets < offset + z.shape[1])
     column = (targets - offset).clamp(0, z.shape[1] - 1)
     picked = l.gather(1, column[:, None])[:, 0].to(state.dtype)
-    state[:, 5] = torch.where(here, picked, state[:, 5])
-    state[:, 6] = torch.where(tile_max.to(state.dtype) > old_max, (tile_arg + offset).to(state.dtype), state[:, 6])
-    state[:, 0] = new_max
+    state[:, TARGET] = torch.where(here, picked, state[:, TARGET])
+    first = tile_max.to(state.dtype) > old_max
+    state[:, ARGMAX] = torch.where(first, (tile_arg + offset).to(state.dtype), state[:, ARGMAX])
+    state[:, MAX] = new_max
 
 
 def exponentials(
@@ -139,15 +135,15 @@ def backward(
         return
     dtype = _compute_dtype(z)
     l, chain = _transform(z, dtype, bias, scale, softcap, temperature)
-    log_sum = state[:, 1].log()
-    log_p = (l - state[:, 0].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
+    log_sum = state[:, SUM].log()
+    log_p = (l - state[:, MAX].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
     p = log_p.exp()
     here = (targets >= offset) & (targets < offset + z.shape[1])
     rows = here.nonzero()[:, 0]
     columns = targets[rows] - offset
     r = -p
     # 1 - p of the target without cancellation, from the state's precision
-    r[rows, columns] = -torch.expm1(state[rows, 5] - state[rows, 0] - log_sum[rows]).to(dtype)
+    r[rows, columns] = -torch.expm1(state[rows, TARGET] - state[rows, MAX] - log_sum[rows]).to(dtype)
     g = g_logp.to(dtype)[:, None]
     if clamp is None:
         d = g * r
@@ -156,7 +152,7 @@ def backward(
         clipped = g * r.clamp(-limit, limit) if units == "residual" else (g * r).clamp(-limit, limit)
         d = torch.where(p > prob_above, clipped, g * r) if prob_above else clipped
     if g_entropy is not None:
-        entropy = (log_sum - state[:, 2] / state[:, 1]).to(dtype)[:, None]
+        entropy = (log_sum - state[:, SUM_X] / state[:, SUM]).to(dtype)[:, None]
         d = d - g_entropy.to(dtype)[:, None] * p * (log_p.clamp(min=-1e30) + entropy)
     out.copy_(d * chain)
 
@@ -179,5 +175,5 @@ def peaks(
     del targets, offset, vocab
     t = temperature[rows] if isinstance(temperature, Tensor) else temperature
     l, _ = _transform(z[rows], _compute_dtype(z), bias, scale, softcap, t)
-    lse = state[rows, 0] + state[rows, 1].log()
+    lse = state[rows, MAX] + state[rows, SUM].log()
     out.copy_((l - lse.to(l.dtype)[:, None]).amax(0))

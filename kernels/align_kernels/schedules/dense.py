@@ -72,8 +72,9 @@ class Forward(Schedule):
         tiled = self.tiled
         if not tiled.plan.on_chip:
             return tiled.softmax(chunk), None
-        w, state = tiled.head.weight, tiled.new_state(len(chunk.targets))
-        tiled.backend.forward_linear(chunk.x, w, state, chunk.targets, **tiled.common(chunk, 0, len(w)))
+        chip, w, state = tiled.backend.on_chip, tiled.head.weight, tiled.new_state(len(chunk.targets))
+        assert chip is not None
+        chip.forward(chunk.x, w, state, chunk.targets, **tiled.common(chunk, 0, len(w)))
         return tiled.merged(state), None
 
 

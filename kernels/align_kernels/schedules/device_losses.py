@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from align_kernels.backends import Backend, Losses
 from align_kernels.schedules.base import Closed
 from align_kernels.schedules.dense import OnePass
 from align_kernels.schedules.request import Request
@@ -22,10 +22,10 @@ from align_kernels.schedules.tiles import Piece, Rows
 from align_kernels.units import Coefficients, LossCall, Objective, Span
 
 
-def serves(backend: ModuleType, call: LossCall, side: Sequence[Tensor]) -> bool:
+def serves(backend: Backend, call: LossCall, side: Sequence[Tensor]) -> bool:
     """Whether the backend knows this call's loss whole, and float32 holds its side tensors: those of sequences are sums
     over thousands of tokens, of which float64 keeps more."""
-    losses = getattr(backend, "losses", None)
+    losses = backend.losses
     if losses is None or call.gate is not None or call.loss.unit == "batch":
         return False
     narrow = all(not x.is_floating_point() or x.dtype.itemsize <= 4 for x in side)
@@ -60,7 +60,9 @@ class OnePassOfTokens(OnePass):
         state, common = tiled.new_state(n), tiled.common(chunk, 0, V)
         rows = tiled.kept[span[2] : span[3]]
         picked = {name: x.reshape(-1)[rows].float() for name, x in zip(call.given, objective.side)}
-        made = tiled.backend.losses.token_loss(
+        losses = tiled.backend.losses
+        assert losses is not None
+        made = losses.token_loss(
             call.loss.name, call.hyper, z, state, chunk.targets, picked, objective.scale,
             clamp=tiled.settings.clamp, out=out, **common,
         )  # fmt: skip
@@ -73,7 +75,7 @@ class OnePassOfTokens(OnePass):
 class DeviceObjective(Objective):
     """A loss of sequences or pairs whose coefficients one kernel finds."""
 
-    backend: ModuleType
+    losses: Losses
 
     def coefficients(self, span: Span, state: Tensor, targets: Tensor, vocab: int) -> Coefficients:
         ids, place = self.units.segments(*span)
@@ -81,19 +83,19 @@ class DeviceObjective(Objective):
             name: x[ids].float() if x.is_floating_point() else x[ids].contiguous()
             for name, x in zip(self.call.given, self.side)
         }
-        made = self.backend.losses.unit_loss(
+        made = self.losses.unit_loss(
             self.call.loss.name, self.call.hyper, state, place.contiguous(), span[1] - span[0], picked, self.scale
         )
         sums = metric_sums(self.call, made.metrics)
         return Coefficients(made.values.double().sum() * self.scale, sums, made.g, None)
 
 
-def on_device(objective: Objective, backend: ModuleType) -> Objective:
+def on_device(objective: Objective, backend: Backend) -> Objective:
     """The same objective, with its coefficients from the backend where that has them."""
-    o = objective
-    if not o.derive or o.call.loss.unit == "token" or not serves(backend, o.call, o.side):
+    o, losses = objective, backend.losses
+    if losses is None or not o.derive or o.call.loss.unit == "token" or not serves(backend, o.call, o.side):
         return o
-    return DeviceObjective(o.call, o.units, o.side, o.scale, o.derive, backend)
+    return DeviceObjective(o.call, o.units, o.side, o.scale, o.derive, losses)
 
 
 def metric_sums(call: LossCall, metrics: Tensor) -> Tensor:

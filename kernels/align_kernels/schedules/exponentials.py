@@ -99,14 +99,15 @@ def forward(tiled: TiledHead, chunk: Chunk, store: Store | None = None) -> tuple
 
     With a `store` the exponentials stay there; without, dX over g is made beside them.
     """
-    n = len(chunk.targets)
+    n, write = len(chunk.targets), tiled.backend.exponentials
+    assert write is not None
     state, pull = tiled.new_state(n), Pull(tiled, n) if store is None else None
     reference, references = tiled.zeros(n).fill_(-torch.inf), []
     for v0, v1 in tiled.tiles(store):
         w = tiled.weight(slice(v0, v1))
         z = tiled.scratch(n, v1 - v0, tiled.dtype) if store is None else store.tile(n, v0, v1)
         tiled.logits(chunk, w, v0, v1, z)
-        tiled.backend.exponentials(z, state, chunk.targets, reference, out=z, **tiled.linear(chunk, v0, v1))
+        write(z, state, chunk.targets, reference, out=z, **tiled.linear(chunk, v0, v1))
         moved = not references or not torch.equal(reference, references[-1])
         references.append(reference.clone() if moved else references[-1])
         if pull is not None:

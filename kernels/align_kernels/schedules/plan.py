@@ -46,11 +46,11 @@ def request_of(tiled: TiledHead, call: LossCall | None, side: Sequence[Tensor], 
         needs_weight=needs.weight,
         # a kernel that closes a loss of tokens takes whole rows of logits
         may_alias=tiled.logits_dtype == float_dtype(head.weight)
-        and not (by_token and hasattr(tiled.backend, "losses")),
+        and not (by_token and tiled.backend.losses is not None),
         late=call is None,
         scale_free=clamp is None or clamp.units == "residual",
         plain=same
-        and hasattr(tiled.backend, "exponentials")
+        and tiled.backend.exponentials is not None
         and clamp is None
         and settings.transform.softcap is None
         and not (needs.bias or entropy),

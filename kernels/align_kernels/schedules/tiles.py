@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_kernels import gemm
+from align_kernels.backends import Backend, Products
 from align_kernels.backends import state as states
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.gemm import gemm_dtype, logits_dtype
@@ -208,13 +208,11 @@ class TiledHead:
         self.on_chip, self.tiles_because = _on_chip(self.backend, head, needs)
         if self.on_chip:  # no CPU stands behind it whose GEMMs want wider inputs
             self.dtype = head.weight.dtype
-        self.own_gemm = hasattr(self.backend, "has_product") and self.backend.has_product(
-            self.dtype, len(kept), self.widest, head.weight.shape[1]
-        )
-        self.product = partial(_product, self.backend if self.own_gemm else None)
-        self.casts_weight = head.weight.dtype != self.dtype and not (
-            self.own_gemm and self.backend.reads(head.weight.dtype)
-        )
+        own = self.backend.products
+        if own is not None and not own.serves(self.dtype, len(kept), self.widest, head.weight.shape[1]):
+            own = None
+        self.own_gemm, self.product = own is not None, partial(_product, own)
+        self.casts_weight = head.weight.dtype != self.dtype and not (own is not None and own.reads(head.weight.dtype))
         self.plan = plan(self)
         self.bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
         self._scratch: dict[torch.dtype, Tensor] = {}
@@ -388,17 +386,18 @@ class TiledHead:
             out.index_copy_(0, chunk.rows, dx.to(out.dtype))
 
 
-def _product(backend: ModuleType | None, acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """acc (+)= a @ b, by the backend where it says that it is faster."""
-    if backend is not None and backend.takes_product(acc, a, b):
-        backend.product(acc, a, b, add)
+def _product(own: Products | None, acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """acc (+)= a @ b, by the backend's own where that says that it is faster."""
+    if own is not None and own.takes(acc, a, b):
+        own.product(acc, a, b, add)
     else:
         gemm.product(acc, a, b, add)
 
 
-def _on_chip(backend: ModuleType, head: Head, needs: Needs) -> tuple[float, str]:
+def _on_chip(backend: Backend, head: Head, needs: Needs) -> tuple[float, str]:
     """Bytes of statistics per logit with which the backend makes log-probs and no logits, or 0 and why it does not."""
-    if any(needs) or not hasattr(backend, "forward_linear"):
+    chip = backend.on_chip
+    if any(needs) or chip is None:
         return 0.0, ""
-    reason = "the head has a LoRA" if head.lora_A is not None else backend.why_not_linear(head.hidden, head.weight)
-    return (backend.STATISTICS, "") if reason is None else (0.0, reason)
+    reason = "the head has a LoRA" if head.lora_A is not None else chip.why_not(head.hidden, head.weight)
+    return (chip.STATISTICS, "") if reason is None else (0.0, reason)

@@ -1,25 +1,30 @@
 """The primitives in CUDA (`align_kernels._cuda`), for float32, bfloat16 and float16 logits on an NVIDIA GPU.
 
-Same signatures and state as `torch_ops`; arithmetic is float32 within a row, the state is float64, and results repeat
-bit for bit on one stream: no atomics. `losses` fuses the coefficients of some losses into the row pass.
+Signatures are those of `Backend`; arithmetic is float32 within a row, the state is float64, and results repeat bit for
+bit on one stream: no atomics. `losses` fuses the coefficients of some losses into the row pass.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from align_kernels.backends.arguments import Clamp, address
 from align_kernels.backends.cuda import arguments, losses
-from align_kernels.backends.cuda.arguments import check, gradient, guard, logits, queue, why_not
+from align_kernels.backends.cuda.arguments import checks, gradient, guard, logits, queue, why_not
 
-__all__ = ["backward", "forward", "losses", "peaks", "why_not"]
+__all__ = ["backward", "exponentials", "forward", "losses", "on_chip", "peaks", "products", "why_not"]
+
+exponentials = on_chip = products = None
 
 
 def forward(
     z: Tensor,  # (n, c) float32 | bfloat16 | float16
     state: Tensor,  # (n, 8) float64, updated in place
     targets: Tensor,  # (n,) int64
-    **transform,  # offset, vocab, bias (c,) float32, scale, softcap, temperature (n,) float32
+    **transform: Any,  # offset, vocab, bias (c,) float32, scale, softcap, temperature (n,) float32
 ) -> None:
     """Fold one tile of logits into the running state of its rows.
 
@@ -28,8 +33,9 @@ def forward(
             scale that is not finite, a softcap or temperature not finite and > 0.
         RuntimeError: the extension is not built, or CUDA reports an error.
     """
-    tile = logits(z, targets, **transform)
-    check("state", state, torch.float64, (z.shape[0], 8))
+    on = checks("z", z)
+    tile = logits(on, z, targets, **transform)
+    on.state(state, len(z))
     with guard(z):
         arguments._cuda.forward(tile, state.data_ptr(), queue(z))
 
@@ -41,9 +47,9 @@ def backward(
     g_logp: Tensor,  # (n,) float32
     g_entropy: Tensor | None,  # (n,) float32
     *,
-    clamp: tuple[float, float, str] | None,  # limit, prob_above, "residual" | "gradient"
+    clamp: Clamp | None,
     out: Tensor,  # (n, c) of z's dtype, or 16 bits where z is float32; may be z
-    **transform,  # as in `forward`
+    **transform: Any,  # as in `forward`
 ) -> None:
     """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
@@ -51,20 +57,13 @@ def backward(
         ValueError: as in `forward`, and an `out` that overlaps z without being z.
         RuntimeError: as in `forward`.
     """
-    tile, n = logits(z, targets, **transform), z.shape[0]
-    check("state", state, torch.float64, (n, 8))
-    check("g_logp", g_logp, torch.float32, (n,))
-    if g_entropy is not None:
-        check("g_entropy", g_entropy, torch.float32, (n,))
+    on = checks("z", z)
+    tile = logits(on, z, targets, **transform)
+    on.state(state, len(z))
+    on.coefficients(len(z), g_logp, g_entropy)
+    to = gradient(on, z, out, clamp)
     with guard(z):
-        arguments._cuda.backward(
-            tile,
-            state.data_ptr(),
-            g_logp.data_ptr(),
-            arguments.address(g_entropy),
-            gradient(z, out, clamp),
-            queue(z),
-        )
+        arguments._cuda.backward(tile, state.data_ptr(), g_logp.data_ptr(), address(g_entropy), to, queue(z))
 
 
 def peaks(
@@ -74,7 +73,7 @@ def peaks(
     rows: Tensor,  # (m,) int64, m >= 1 of the n; not checked
     *,
     out: Tensor,  # (c,) float32
-    **transform,  # as in `forward`
+    **transform: Any,  # as in `forward`
 ) -> None:
     """Write the largest log-prob of each column over some rows.
 
@@ -82,9 +81,10 @@ def peaks(
         ValueError: as in `forward`, or no row.
         RuntimeError: as in `forward`.
     """
-    tile = logits(z, targets, **transform)
-    check("state", state, torch.float64, (z.shape[0], 8))
-    check("rows", rows, torch.int64, (rows.numel(),))
-    check("out", out, torch.float32, (z.shape[1],))
+    on = checks("z", z)
+    tile = logits(on, z, targets, **transform)
+    on.state(state, len(z))
+    on.tensor("rows", rows, torch.int64, (rows.numel(),))
+    on.tensor("out", out, torch.float32, (z.shape[1],))
     with guard(z):
         arguments._cuda.peaks(tile, state.data_ptr(), rows.data_ptr(), len(rows), out.data_ptr(), queue(z))

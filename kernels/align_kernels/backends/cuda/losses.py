@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from align_kernels.backends.arguments import Clamp, address
 from align_kernels.backends.cuda import arguments
-from align_kernels.backends.cuda.arguments import address, check, gradient, guard, logits, queue
+from align_kernels.backends.cuda.arguments import checks, gradient, guard, logits, queue
 
 DPO = {"sigmoid": 0, "robust": 1, "hinge": 2, "ipo": 3}
 METRICS = 4
@@ -110,10 +111,10 @@ def token_loss(
     side: dict[str, Tensor],  # (n,) float32
     factor: Tensor,  # () float64, of the sum over tokens
     *,
-    clamp: tuple[float, float, str] | None,
+    clamp: Clamp | None,
     out: Tensor,  # (n, V), may be z
     shared: int = -1,  # bytes of a row that wait on the chip for its coefficient, < 0: all there are
-    **transform,
+    **transform: Any,
 ) -> TokenValues:
     """Statistics, coefficient and dL/dz of whole rows in one kernel, for a loss of single tokens.
 
@@ -122,11 +123,12 @@ def token_loss(
     """
     if name not in TOKEN or not serves(name, hyper, side):
         raise ValueError(f"no fused coefficient of tokens for {name} with {hyper} and {sorted(side)}")
-    tile, n = logits(z, targets, **transform), z.shape[0]
-    check("state", state, torch.float64, (n, 8))
-    check("factor", factor, torch.float64, ())
+    on, n = checks("z", z), len(z)
+    tile = logits(on, z, targets, **transform)
+    on.state(state, n)
+    on.tensor("factor", factor, torch.float64, ())
     for key, x in side.items():
-        check(key, x, torch.float32, (n,))
+        on.tensor(key, x, torch.float32, (n,))
     made = TokenValues(*(torch.empty(shape, device=z.device) for shape in ((n,), (METRICS, n))))
     o = {**TOKEN[name].taken, **hyper}
     delta = o.get("dual_clip" if name == "ppo_clip" else "delta")
@@ -145,7 +147,7 @@ def token_loss(
         metrics=address(made.metrics),
     )
     with guard(z):
-        arguments._cuda.token_loss(tile, state.data_ptr(), gradient(z, out, clamp), loss, shared, queue(z))
+        arguments._cuda.token_loss(tile, state.data_ptr(), gradient(on, z, out, clamp), loss, shared, queue(z))
     return made
 
 
@@ -165,14 +167,12 @@ def unit_loss(
     """
     if name not in UNIT or not serves(name, hyper, side):
         raise ValueError(f"no fused coefficient of sequences for {name} with {hyper} and {sorted(side)}")
-    if arguments.MISSING is not None:
-        raise RuntimeError(arguments.MISSING)
-    n, sequences = len(place), units * (2 if name == "dpo" else 1)
-    check("state", state, torch.float64, (n, 8))
-    check("place", place, torch.int64, (n,))
-    check("factor", factor, torch.float64, ())
+    on, n, sequences = checks("state", state), len(place), units * (2 if name == "dpo" else 1)
+    on.state(state, n)
+    on.tensor("place", place, torch.int64, (n,))
+    on.tensor("factor", factor, torch.float64, ())
     for key, x in side.items():
-        check(key, x, torch.bool if key == "desirable" else torch.float32, (sequences,))
+        on.tensor(key, x, torch.bool if key == "desirable" else torch.float32, (sequences,))
     kept = METRICS if name == "dpo" else 0
     made = UnitValues(*(torch.empty(shape, device=state.device) for shape in ((units,), (kept, units), (n,))))
     o = {**UNIT[name].taken, **hyper}

@@ -1,0 +1,117 @@
+"""Checks of a primitive's arguments: what a tensor knows of itself. What its numbers say is checked in C++."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_kernels.backends.state import COLUMNS
+
+Clamp = tuple[float, float, str]  # limit, prob_above, "residual" | "gradient"
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def names_of(dtypes: Mapping[torch.dtype, int], last: str = "or") -> str:
+    *most, one = map(name_of, dtypes)
+    return f"{', '.join(most)} {last} {one}" if most else one
+
+
+def clamped(clamp: Clamp | None) -> tuple[float, float, bool]:
+    """limit, prob_above and whether the limit is one of the residual; a limit of inf clamps nothing."""
+    limit, prob_above, units = (math.inf, 0.0, "residual") if clamp is None else clamp
+    if units not in ("residual", "gradient"):
+        raise ValueError(f'clamp units must be "residual" or "gradient", got {units!r}')
+    return limit, prob_above, units == "residual"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """For one call: all of its tensors lie on one device. Each raises ValueError, naming the argument."""
+
+    device: torch.device
+    codes: Mapping[torch.dtype, int]  # the dtypes of tiles, as the extension numbers them
+
+    def tile(self, name: str, x: Tensor) -> int:
+        """The code of a tile (n, c)."""
+        if x.device != self.device or x.dtype not in self.codes:
+            raise ValueError(f"{name} must be {names_of(self.codes)} on {self.device}, got {x.dtype} on {x.device}")
+        if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+            raise ValueError(
+                f"{name} must be (n, c) with unit column stride, got {tuple(x.shape)} with strides {x.stride()}"
+            )
+        return self.codes[x.dtype]
+
+    def out(self, out: Tensor, z: Tensor) -> int:
+        """The code of the tile that is written."""
+        code = self.tile("out", out)
+        if out.shape != z.shape:
+            raise ValueError(f"out must have z's shape {tuple(z.shape)}, got {tuple(out.shape)}")
+        return code
+
+    def tensor(self, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        if x.device != self.device or x.dtype != dtype or x.shape != shape or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be a contiguous {name_of(dtype)} tensor {shape} on {self.device}, got {x.dtype} "
+                f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
+            )
+
+    def state(self, state: Tensor, n: int) -> None:
+        self.tensor("state", state, torch.float64, (n, COLUMNS))
+
+    def coefficients(self, n: int, g_logp: Tensor, g_entropy: Tensor | None) -> None:
+        self.tensor("g_logp", g_logp, torch.float32, (n,))
+        if g_entropy is not None:
+            self.tensor("g_entropy", g_entropy, torch.float32, (n,))
+
+    def transform(
+        self,
+        shape: tuple[int, int],  # of the tile, (n, c)
+        targets: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        temperature: float | Tensor,
+    ) -> tuple[float, Tensor | None]:
+        """The temperature of all rows, and that of each, which replaces it."""
+        n, c = shape
+        self.tensor("targets", targets, torch.int64, (n,))
+        if bias is not None:
+            self.tensor("bias", bias, torch.float32, (c,))
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"softcap must be finite and > 0 or None, got {softcap}")
+        if not isinstance(temperature, Tensor):
+            return temperature, None
+        self.tensor("temperature", temperature, torch.float32, (n,))
+        return 1.0, temperature
+
+    def logits(
+        self,
+        make: Callable[..., Any],  # csrc's Logits
+        z: Tensor,
+        targets: Tensor,
+        *,
+        offset: int,
+        vocab: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        temperature: float | Tensor,
+    ) -> Any:
+        """A tile of raw logits and the head's transform, as an extension takes them."""
+        code, (n, c) = self.tile("z", z), z.shape
+        scalar, rows = self.transform((n, c), targets, bias, softcap, temperature)
+        return make(
+            z.data_ptr(), code, n, c, z.stride(0), targets.data_ptr(), offset, vocab,
+            address(bias), scale, softcap or 0.0, scalar, address(rows),
+        )  # fmt: skip

@@ -1,0 +1,38 @@
+"""The extension `align_kernels._C`, and what it takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from align_kernels.backends.arguments import Checks, name_of, names_of
+
+try:
+    from align_kernels import _C
+
+    MISSING = None
+except ImportError as error:
+    MISSING = f"the extension align_kernels._C is not built or fails to load ({error}): reinstall with a C++17 compiler"
+
+CODES = {torch.float32: 0, torch.bfloat16: 1}
+checks = Checks(torch.device("cpu"), CODES)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where logits of this device and dtype are served, else the reason in one sentence."""
+    if MISSING is not None:
+        return MISSING
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device}"
+    if dtype not in CODES:
+        return f"it serves {names_of(CODES, 'and')}, not {name_of(dtype)}"
+    return None
+
+
+def logits(z: Tensor, targets: Tensor, **transform: Any) -> _C.Logits:
+    """Raises: RuntimeError without the extension; ValueError, naming the value."""
+    if MISSING is not None:
+        raise RuntimeError(MISSING)
+    return checks.logits(_C.Logits, z, targets, **transform)
