@@ -22,8 +22,7 @@ def call(
 ) -> LossOutput:
     """A loss of the kernels: tensors of the batch, numbers of its window and settings of the recipe's section `loss`
     by their names; `more` come before all of them."""
-    settings = vars(recipe.loss) if hasattr(recipe, "loss") else {}
-    found = settings | vars(batch) | batch.shared | {"num_items": num_items} | more
+    found = vars(recipe.loss) | vars(batch) | batch.shared | {"num_items": num_items} | more
     return fused(hidden, **{name: found[name] for name in keywords(fused) if name in found}, **head)
 
 

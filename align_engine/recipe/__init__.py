@@ -58,6 +58,7 @@ from align_engine.recipe.sections import (
     RmLoss,
     RolloutSection,
     RoundsSection,
+    SftLoss,
     SimpoLoss,
     TrainSection,
 )
@@ -100,7 +101,7 @@ __all__ = [
     "RmRecipe",
     "RolloutSection",
     "RoundsSection",
-    "SftRecipe",
+    "SftLoss", "SftRecipe",
     "SimpoLoss",
     "SimpoRecipe",
     "TrainSection",

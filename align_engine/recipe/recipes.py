@@ -27,6 +27,7 @@ from align_engine.recipe.sections import (
     RolloutSection,
     RoundsSection,
     Section,
+    SftLoss,
     SimpoLoss,
     TrainSection,
 )
@@ -63,6 +64,8 @@ class LanguageRecipe(Recipe):
 
 class SftRecipe(LanguageRecipe):
     """Supervised fine-tuning: maximise the log-probability of the completions."""
+
+    loss: SftLoss = field(default_factory=SftLoss)
 
 
 class GentleRecipe(LanguageRecipe):

@@ -74,6 +74,13 @@ class DataSection(Section):
     """Processes that tokenise (None: one per core from 20,000 rows on)."""
 
 
+class SftLoss(Section):
+    """Loss."""
+
+    loss_type: Literal["nll", "dft"] = "nll"
+    """nll: cross-entropy. dft: each token weighed by its own probability, arXiv:2508.05629."""
+
+
 class ReferenceFields(Section):
     """The model that a loss, or the KL term of a reward, is measured against."""
 
@@ -117,6 +124,10 @@ class DpoLoss(LossReference):
     """Alpha of alpha_divergence."""
     use_weighting: bool = False
     """WPO: weigh each pair by how probable its answers are to the model."""
+    discopop_tau: Positive = 0.05
+    """Temperature of discopop."""
+    dpop_lambda: NotNegative = 50.0
+    """Weight of dpop's penalty on chosen answers that become less probable than under the reference."""
 
 
 class SimpoLoss(Section):
@@ -128,6 +139,8 @@ class SimpoLoss(Section):
     """Margin that the chosen answer must have."""
     label_smoothing: Annotated[float, Range("[0, 0.5)")] = 0.0
     """Share of the preference labels taken to be flipped, in [0, 0.5)."""
+    alpha: Finite = 0.0
+    """Shape of the reward: AlphaPO, arXiv:2501.03884, where it is not 0."""
 
 
 class CpoLoss(SimpoLoss):

@@ -427,7 +427,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, text in enumerate(lines, 1):
         try:
             row = loads(text)
-            row["step"] + 0
+            _ = row["step"] + 0
         except (ValueError, KeyError, TypeError, IndexError) as error:
             if number == len(lines):  # without a line's end: a crash has cut it, or nothing follows
                 break

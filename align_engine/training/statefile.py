@@ -52,7 +52,8 @@ def read(path: Path) -> Any:
 
 def random_states() -> dict[str, Any]:
     """The random number generators of Python, numpy and torch, on the CPU and on each GPU."""
-    kind, keys, *rest = np.random.get_state()
+    legacy: Any = np.random.get_state()
+    kind, keys, *rest = legacy
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],

@@ -2,11 +2,16 @@
 
 import dataclasses
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
+import torch
 
+import align_kernels as ak
 from align_engine import recipe as recipes
+from align_engine.algorithms import ALGORITHMS
+from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.recipe import RECIPES, DpoRecipe, SftRecipe, flat
 
@@ -144,3 +149,53 @@ def test_a_reference_that_nobody_reads_is_refused(kind, weight):
 def test_a_learning_rate_beyond_float32_is_refused():
     with pytest.raises(BadInput, match=r"learning_rate = 1e\+39 must lie in \(0, 1e30\]"):
         recipes.check(recipes.typed(recipes.SftRecipe(), {"train": {"learning_rate": "1e39"}}, "here"))
+
+
+FUSED = {"sft": [ak.sft_loss], "rm": [ak.reward_loss], "dpo": [ak.dpo_loss], "simpo": [ak.simpo_loss],
+         "orpo": [ak.orpo_loss], "cpo": [ak.cpo_loss], "kto": [ak.kto_loss], "rloo": [ak.rloo_loss],
+         "grpo": [ak.grpo_loss], "ppo": [ak.ppo_clip_loss, ak.value_loss]}  # fmt: skip
+OF_THE_BATCH = {"hidden", "weight", "targets", "chosen", "rejected", "margin", "ref_logps", "desirable", "kl",
+                "old_logps", "sampling_logps", "advantages", "values", "old_values", "returns", "mask", "num_items",
+                "num_tokens"}  # fmt: skip
+OTHERWISE = {  # keyword -> the setting that says it, or why there is none
+    "center_coef": "center_rewards_coefficient",
+    "average": "ipo scores by the mean, as its paper does",
+    "ld_alpha": "needs the reference's log-prob of each token; a precomputed one has the sum",
+    "nll_targets": "the likelihood is that of the completion",
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_every_keyword_of_a_loss_is_a_setting_or_has_a_reason(name):
+    settings = flat(RECIPES[name]())
+    for fused in FUSED[name]:
+        for keyword, parameter in inspect.signature(fused).parameters.items():
+            if parameter.kind is not parameter.VAR_KEYWORD and keyword not in OF_THE_BATCH | OTHERWISE.keys():
+                assert keyword in settings, f"{keyword} cannot be reached"
+    assert FUSED.keys() == ALGORITHMS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "given", "row"),
+    [
+        ("dpo", DpoRecipe, dict(loss_type="discopop", discopop_tau=0.2), ak.dpo_loss),
+        ("dpo", DpoRecipe, dict(loss_type="dpop", dpop_lambda=5.0), ak.dpo_loss),
+        ("sft", SftRecipe, dict(loss_type="dft"), ak.sft_loss),
+        ("simpo", recipes.SimpoRecipe, dict(alpha=0.3), ak.simpo_loss),
+        ("cpo", recipes.CpoRecipe, dict(loss_type="simpo", alpha=0.3), ak.cpo_loss),
+    ],
+)
+def test_a_setting_reaches_its_loss(name, kind, given, row):
+    """The algorithm's loss with the setting is the kernels' own with the keyword."""
+    made = kind()
+    vars(made.loss).update(given)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 3, 8, generator=generator), torch.randn(11, 8, generator=generator)
+    targets = torch.randint(11, (4, 3), generator=generator)
+    batch = Batch(targets, torch.ones_like(targets), targets, torch.arange(4), ref_logps=torch.full((4,), -9.0))
+    got = ALGORITHMS[name].loss(hidden, {"weight": weight}, batch, made, 2.0).loss
+    own = {"ref_logps": batch.ref_logps} if name == "dpo" else {}
+    shared = {key: value for key, value in vars(made.loss).items() if key in inspect.signature(row).parameters}
+    assert got.equal(row(hidden, weight, targets, num_items=2.0, **own, **shared).loss)
+    vars(made.loss).update({key: getattr(kind().loss, key) for key in list(given)[-1:]})
+    assert not got.equal(ALGORITHMS[name].loss(hidden, {"weight": weight}, batch, made, 2.0).loss), "it is read"
