@@ -109,18 +109,14 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if others:
         explain(name, recipe, others)
     recipe = recipes.check(recipe)
-    from align_engine.run import quiet_libraries, train
-
-    quiet_libraries()
     from accelerate import PartialState
 
-    try:
-        if isinstance(recipe, recipes.IterateRecipe):
-            from align_engine.iterate import iterate
+    from align_engine import iterate
+    from align_engine.run import quiet_libraries
 
-            iterate(recipe)
-        else:
-            train(name, recipe)
+    quiet_libraries()
+    try:
+        iterate.run(name, recipe)
     except SystemExit as error:  # of a reward function, a callback, ...: no way to end a run well
         raise RunFailed(f"the run was left by sys.exit({error.code!r})") from error
     PartialState().wait_for_everyone()

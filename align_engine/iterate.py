@@ -56,6 +56,11 @@ if TYPE_CHECKING:
 SHARED = ("model", "data", "train", "eval", "output", "kernels", "limits")  # sections of a round's training
 
 
+def run(command: str, recipe: Recipe) -> RunFolder:
+    """What a command that is a recipe does: the rounds of `iterate`, or one training run."""
+    return iterate(recipe) if isinstance(recipe, IterateRecipe) else train(command, recipe)
+
+
 def iterate(recipe: IterateRecipe) -> RunFolder:
     """All rounds; goes on where an earlier call with the same recipe stopped.
 
