@@ -1,4 +1,4 @@
-"""From tokenised rows to padded tensors.
+"""From tokenised rows to tensors: padded, or packed into one row (`align_engine.data.trees`).
 
 B sequences, P pairs, R rows, T positions. Padding is on the right and known by `attention_mask` alone: the pad id may
 be the EOS id, or any other. Nothing here depends on earlier batches or on the order of sampling.
@@ -15,22 +15,26 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-IGNORE = -100
+from align_engine.data.trees import IGNORE, Trees, pack
 
 
 @dataclass
 class Batch:
-    """A padded batch. In a preference batch B = 2P: the first half of the rows is chosen, the second half rejected."""
+    """Sequences to read. In a preference batch B = 2P: the first half is chosen, the second half rejected.
+
+    Of a packed batch `input_ids` and `attention_mask` are [1, S], and T counts the targets of a sequence alone.
+    """
 
     input_ids: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] int64, 1 = a token, 0 = padding
-    targets: Tensor  # [B, T] int64, already shifted: position i predicts targets[i]; -100 outside the completion
+    targets: Tensor  # [B, T] int64, what `predicting` predicts; -100 outside the completion
     index: Tensor  # [R] int64, number of each row in its source (R = B, or P for pairs)
     ref_logps: Tensor | None = None  # [B] float32, summed log-probs of the reference, where the rows carry them
     desirable: Tensor | None = None  # [B] bool, the labels of unpaired data
     other: Batch | None = None  # unpaired data: the same prompts, each before a completion that answers another prompt
     shared: dict[str, float] = field(default_factory=dict)  # numbers of the whole window, over all ranks
     margin: Tensor | None = None  # [P] float32, by how much the chosen answer is better, where the rows say
+    trees: Trees | None = None  # the layout of a packed batch
     # of rollouts, [B, T] with a number for each target and 0 elsewhere; there ref_logps has that shape too
     sampling_logps: Tensor | None = None  # of the sampler
     old_logps: Tensor | None = None  # of the policy before this rollout's first step (None: that is the present one)
@@ -40,7 +44,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, (Tensor, Batch))}
+        movable = (Tensor, Batch, Trees)
+        parts: dict[str, Any] = {name: part for name, part in vars(self).items() if isinstance(part, movable)}
         return replace(self, **{name: part.to(device) for name, part in parts.items()})
 
     @property
@@ -48,13 +53,24 @@ class Batch:
         """Completion tokens: how many positions are trained on."""
         return int((self.targets != IGNORE).sum())
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model is called with. A packed batch needs `attending` of `align_engine.models.tree_attention`."""
+        if self.trees is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {"input_ids": self.input_ids, "position_ids": self.trees.position_ids, "trees": self.trees}
 
-def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
-    """R rows of prompt_ids, completion_ids -> Batch with B = R."""
+    def predicting(self, hidden: Tensor) -> Tensor:
+        """Of the last hidden states of `input_ids` those that predict the targets: [B, T, D]."""
+        return hidden if self.trees is None else hidden[0][self.trees.index]
+
+
+def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:
+    """R rows of prompt_ids, completion_ids -> Batch with B = R. Here and below a batch without a pad id is packed."""
     return _batch(rows, pad_id, "completion")
 
 
-def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
+def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:
     """P rows of prompt_ids, chosen_ids, rejected_ids -> Batch with B = 2P, chosen first.
 
     Rows with `ref_chosen_logps` and `ref_rejected_logps` (TRL's names) fill `ref_logps` [2P] in the same order, rows
@@ -66,7 +82,7 @@ def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
     return batch
 
 
-def collate_labels(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
+def collate_labels(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:
     """R rows of prompt_ids, completion_ids, label, kl_completion_ids -> Batch with B = R, labels and `other`.
 
     Rows with `ref_logps` and `ref_KL_logps` (TRL's names) fill `ref_logps` [B] of the batch and of `other`.
@@ -86,7 +102,7 @@ def collate_prompts(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tens
 TOKEN_COLUMNS = ("ref_logps", "sampling_logps", "old_logps", "advantages", "values", "returns")
 
 
-def collate_rollouts(rows: Sequence[dict[str, Any]], pad_id: int) -> Batch:
+def collate_rollouts(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:
     """B rows of prompt_ids, completion_ids and any of TOKEN_COLUMNS (tensors, a number per completion token) -> Batch.
 
     Rows that are `masked` have no targets.
@@ -112,14 +128,20 @@ def split_order(order: Sequence[int], size: int) -> list[list[int]]:
     return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
 
-def _batch(rows: Sequence[dict[str, Any]], pad_id: int, *sides: str) -> Batch:
+def _batch(rows: Sequence[dict[str, Any]], pad_id: int | None, *sides: str) -> Batch:
     """All rows with their first side, then all with their second."""
+    sequences = [(row["prompt_ids"], row[f"{side}_ids"]) for side in sides for row in rows]
+    index = torch.tensor([row["index"] for row in rows])
+    if pad_id is None:
+        packed = pack(sequences)
+        whole = torch.ones_like(packed.input_ids)
+        return Batch(packed.input_ids, whole, packed.targets, index, trees=packed.trees)
     ids, targets = [], []
-    for prompt, completion in [(row["prompt_ids"], row[f"{side}_ids"]) for side in sides for row in rows]:
+    for prompt, completion in sequences:
         whole, begin = [*prompt, *completion], max(len(prompt), 1)
         ids.append(torch.tensor(whole))
         targets.append(torch.tensor([IGNORE] * (begin - 1) + whole[begin:] + [IGNORE]))
-    mask, index = _padded([torch.ones_like(row) for row in ids], 0), torch.tensor([row["index"] for row in rows])
+    mask = _padded([torch.ones_like(row) for row in ids], 0)
     return Batch(_padded(ids, pad_id), mask, _padded(targets, IGNORE), index)
 
 

@@ -1,0 +1,175 @@
+"""Attention over a packed row of trees (`align_engine.data.trees`), through transformers' attention interface.
+
+    with attending(model):
+        model(input_ids=ids, position_ids=trees.position_ids, trees=trees, use_cache=False)
+
+A segment attends to its ancestors' keys and, causally, to its own: as the keys of a path lie one behind the other, this
+is causal attention aligned at the lower right, of as many queries as the segment has tokens. All else in a model is per
+token. `trees` is an argument of the model's forward, which hands it down to every layer: so recomputed activations and
+adapters need nothing of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from align_engine.data.trees import Trees
+from align_engine.errors import RunFailed
+from align_engine.integrations.hook import causal_model
+
+NAME = "align_trees"  # among transformers' attention implementations
+SERVED_LAYERS = {"full_attention", "sliding_attention"}
+REFUSED = {  # keywords of attention with a meaning of their own
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a bias over positions",
+    "indices": "attention to chosen keys",
+    "block_indices": "attention to chosen keys",
+}
+SERVED_TENSORS = {"position_ids", "cache_position"}  # among what a model hands to its attention beside q, k and v
+
+
+class Rule(NamedTuple):
+    """What a layer asks of its attention."""
+
+    scale: float
+    window: int | None  # a token sees itself and the window - 1 tokens before it
+    softcap: float | None
+    dropout: float
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+    softcap: float | None = None, trees: Trees | None = None, **other: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """As transformers calls it: query [1, H, S, d], key [1, G, S, d], value [1, G, S, e] -> [1, S, H, e].
+
+    Raises:
+        RunFailed: a model that asks for something else beside, or has lost `trees` on the way.
+    """
+    name = type(module).__name__
+    unknown = [word for word, part in other.items() if isinstance(part, Tensor) and word not in SERVED_TENSORS]
+    if trees is None or attention_mask is not None or unknown:
+        lost = "without the layout of its row" if trees is None else f"with {', '.join(unknown) or 'a mask of its own'}"
+        raise RunFailed(f"{name} calls attention {lost}: it cannot read packed rows")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(scale, sliding_window, softcap, dropout)
+    attention = in_one_call if _takes_one_call(query, value, rule) else by_segment
+    return attention(query, key, value, trees, rule), None
+
+
+def by_segment(query: Tensor, key: Tensor, value: Tensor, trees: Trees, rule: Rule) -> Tensor:
+    """A call for each segment, on any device."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    queries, keys, values = (x.split(trees.lengths, 2) for x in (query, key, value))
+    found = []
+    for own, path in enumerate(trees.paths):
+        k, v = (torch.cat([parts[i] for i in path], 2) if len(path) > 1 else parts[own] for parts in (keys, values))
+        found.append(_attend(queries[own], k, v, rule).transpose(1, 2))
+    return torch.cat(found, 1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    n, m = query.shape[2], key.shape[2]
+    if n == m and rule.softcap is None and (rule.window is None or rule.window >= m):
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale
+        )
+    seen = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    if rule.window is not None:
+        seen = seen.triu(m - n - rule.window + 1)
+    if rule.softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, dropout_p=rule.dropout, scale=rule.scale
+        )
+    scores = rule.softcap * torch.tanh(query @ key.mT * (rule.scale / rule.softcap))
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, torch.promote_types(scores.dtype, torch.float32))
+    return F.dropout(weights.to(query.dtype), rule.dropout) @ value
+
+
+def in_one_call(query: Tensor, key: Tensor, value: Tensor, trees: Trees, rule: Rule) -> Tensor:
+    """One call for all segments, each with the keys of its path. No GPU has measured it yet."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys, values = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, d]
+    window = (-1 if rule.window is None else rule.window - 1, 0)  # tokens before and behind
+    found: Any = varlen_attn(
+        queries.contiguous(), keys[trees.keys], values[trees.keys], trees.cu_queries, trees.cu_keys, *trees.longest,
+        scale=rule.scale, window_size=window, enable_gqa=True,
+    )  # fmt: skip
+    return found[None]
+
+
+def _takes_one_call(query: Tensor, value: Tensor, rule: Rule) -> bool:
+    halves = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return halves and query.shape[-1] == value.shape[-1] <= 256 and rule.softcap is None and not rule.dropout
+
+
+@contextlib.contextmanager
+def attending(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's attention is that of packed rows; its backward pass belongs into the block too, for
+    activations that are computed again."""
+    from transformers import AttentionInterface, PreTrainedModel
+
+    AttentionInterface.register(NAME, attend)
+    parts = [part for part in causal_model(model).modules() if isinstance(part, PreTrainedModel)]
+    before = [(part.config, part.config._attn_implementation) for part in parts]
+    for config, _ in before:
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def why_not(model: nn.Module) -> str | None:
+    """Why a model cannot read packed rows, in a sentence, as far as its classes and its configuration tell; None where
+    nothing speaks against it (a proof on a batch says the rest)."""
+    causal = causal_model(model)
+    decoder, config, name = causal.get_decoder(), causal.config.get_text_config(), type(causal).__name__
+    if getattr(causal.config, "is_encoder_decoder", False):
+        return f"{name} has an encoder"
+    kinds = set(getattr(config, "layer_types", None) or ()) - SERVED_LAYERS
+    convolved = any(isinstance(part, nn.Conv1d) for part in decoder.modules())
+    if kinds or convolved or getattr(causal, "_is_stateful", False):
+        other = f"{', '.join(sorted(kinds))} layers" if kinds else "convolutions" if convolved else "a running state"
+        return f"{name} mixes tokens in other ways than attention: {other}"
+    if "position_ids" not in inspect.signature(causal.forward).parameters:
+        return f"{name} takes no position_ids"
+    sources = {kind: inspect.getsource(kind.forward) for kind in {type(part) for part in decoder.modules()}}
+    callers = {kind: source for kind, source in sources.items() if "attention_interface(" in source}
+    own = [kind.__name__ for kind, source in sources.items() if _attends_itself(kind, source)]
+    if own or not callers:
+        return f"{' and '.join(own) or name} does not call transformers' attention interface"
+    if any(type(part) in callers and not getattr(part, "is_causal", True) for part in decoder.modules()):
+        return f"{name} sees the tokens that it is asked for"
+    for part in decoder.modules():
+        for child, held in part.named_children():
+            handed = re.search(rf"self\.{child}\(.*\*\*kwargs", sources[type(part)], re.DOTALL)
+            if type(held) in callers and not (handed or child.isdigit()):
+                return f"{type(part).__name__} keeps the layout of a row from its attention"
+    for kind, source in callers.items():
+        if found := [what for word, what in REFUSED.items() if f"{word}=" in source]:
+            return f"{kind.__name__} has {found[0]}"
+        masked = "create_sliding_window_causal_mask" in inspect.getsource(sys.modules[kind.__module__])
+        if getattr(config, "sliding_window", None) and masked and "sliding_window=" not in source:
+            return f"{kind.__name__} knows its sliding window from a mask alone"
+    return None
+
+
+def _attends_itself(kind: type[nn.Module], source: str) -> bool:
+    mixes = "attention" in kind.__name__.lower() and re.search(r"softmax|scaled_dot_product", source)
+    return bool(mixes) and "attention_interface(" not in source
