@@ -10,9 +10,12 @@ from runs import same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from align_engine.algorithms.ppo import ppo
+from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.iterate import iterate, kept
 from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
+from align_engine.recipe.sections import PpoLoss
 from align_engine.rollouts import source
 from align_engine.rollouts.generate import Completion
 from align_engine.run import train
@@ -284,3 +287,18 @@ def test_scorers_read_the_text_of_prompts_that_are_ids(kind, model, tmp_path, mo
     recipe = tiny.online(kind, model, rows, tmp_path / "run", reward_funcs=["tiny:looks"])
     iterate(recipe) if kind is IterateRecipe else train("grpo", recipe)
     assert set(seen) == {text}
+
+
+def test_the_value_loss_is_weighed_by_vf_coef():
+    """d loss / d v = vf_coef (v - R) / num_items, as long as v is within the clip of what it was."""
+    torch.manual_seed(0)
+    targets = torch.tensor([[3, 4, -100], [5, -100, -100]])
+    hidden, weight, old = torch.randn(2, 3, 8), torch.randn(11, 8), torch.randn(2, 3)
+    returns, advantages = torch.randn(2, 3), torch.randn(2, 3)
+    values = (old + 0.05).requires_grad_()
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    tensors = dict(old_logps=torch.zeros(2, 3), advantages=advantages, values=old, returns=returns)
+    batch = Batch(ids, ids + 1, targets, torch.arange(2), **tensors)
+    ppo(hidden, {"weight": weight}, batch, PpoRecipe(loss=PpoLoss(vf_coef=0.3)), 5, values).loss.backward()
+    wanted = torch.where(targets != -100, 0.3 * (old + 0.05 - returns) / 5, 0.0)
+    torch.testing.assert_close(values.grad, wanted)
