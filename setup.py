@@ -113,7 +113,7 @@ extensions = [
     Extension(
         "align_kernels._C",
         sources=[f"csrc/cpu/{name}.cpp" for name in ("bind", "gemm", "tile", *ISAS)],
-        depends=["csrc/require.h", *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
+        depends=["csrc/logits.h", "csrc/require.h", *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
         include_dirs=[pybind11.get_include()],
         # no -ffast-math: NaN and infinity must come through
         extra_compile_args=[
@@ -138,7 +138,7 @@ if wants_cuda():
         Extension(
             "align_kernels._cuda",
             sources=["csrc/cuda/kernels.cu", "csrc/cuda/bind.cpp", "csrc/cuda/check.cpp"],
-            depends=["csrc/require.h", *map(str, sorted(Path("csrc/cuda").glob("*.h")))],
+            depends=["csrc/logits.h", "csrc/require.h", *map(str, sorted(Path("csrc/cuda").glob("*.h")))],
             include_dirs=[pybind11.get_include()],
             libraries=["cudart_static", "rt", "pthread", "dl"],
             extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", *HARDENED],

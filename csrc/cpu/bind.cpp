@@ -20,7 +20,8 @@ static T* at(uintptr_t address) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels. Tensors are addresses, 0 for an absent one; dtype 0 is float32, 1 bfloat16.";
 
-  py::class_<Logits>(m, "Logits", "A tile of raw logits and the head's transform; checked where it is used.")
+  py::class_<Logits>(m, "Logits", "A tile of raw logits and the head's transform; checked where it is used.",
+                     py::module_local())
       .def(py::init([](uintptr_t z, int dtype, int64_t rows, int64_t cols, int64_t stride, uintptr_t targets,
                        int64_t offset, int64_t vocab, uintptr_t bias, double scale, double softcap, double temperature,
                        uintptr_t row_temperature) {

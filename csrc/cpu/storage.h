@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace align {
+#include "../logits.h"
 
-enum class Storage : int { f32 = 0, bf16 = 1 };
+namespace align {
 
 static inline int64_t size_of(Storage storage) { return storage == Storage::f32 ? 4 : 2; }  // bytes
 

@@ -1,37 +1,11 @@
 // The primitives on a tile of logits. No torch header: raw pointers and sizes, checked in tile.cpp.
-//
-//   logit = softcap(scale * (z + bias)) / temperature        softcap(x) = cap * tanh(x / cap), or x when cap is 0
 #pragma once
 #include <cstdint>
 
+#include "../logits.h"
 #include "storage.h"
 
 namespace align {
-
-// What has been seen of one row's softmax: a row of the float64 [n, 8] state tensor.
-struct State {
-  double max;     // m, the largest logit; NaN once a NaN was seen
-  double sum;     // sum of exp(l - m)
-  double sum_x;   // sum of exp(l - m) (l - m)
-  double sum_sq;  // sum of exp(l - m)^2
-  double total;   // sum of l
-  double target;  // the target's logit
-  double argmax;  // first index of the max over the whole vocabulary, -1 before any column
-  double unused;
-};
-static_assert(sizeof(State) == 64, "one row of the state tensor");
-
-// Raw logits z [rows, cols] with the columns offset .. offset + cols of the vocabulary, and the head's transform.
-struct Logits {
-  const void* z;
-  Storage storage;
-  int64_t rows, cols, stride;
-  const int64_t* targets;  // [rows], ids of the whole vocabulary
-  int64_t offset, vocab;
-  const float* bias;  // [cols] or null
-  double scale, softcap, temperature;
-  const float* row_temperature;  // [rows] or null; replaces temperature
-};
 
 // Where exp(l - reference) goes, 0 at the target.
 struct Exponentials {
@@ -57,14 +31,6 @@ struct Gradient {
 
 // Columns of one work item: its scratch stays in the first-level cache, and no sum depends on the number of threads.
 constexpr int64_t kBlock = 2048;
-
-// Largest log-probs of columns over some rows.
-struct Peaks {
-  const State* state;   // [logits' rows], finished over the whole vocabulary
-  const int64_t* rows;  // [count]
-  int64_t count;
-  float* out;  // [cols]
-};
 
 // One instruction set: the primitives on columns begin .. end (at most kBlock), of one row or of the rows of `Peaks`.
 struct Isa {

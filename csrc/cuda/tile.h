@@ -1,38 +1,16 @@
 // The primitives on a tile of logits, and losses fused into them. No torch and no CUDA header: raw device pointers and
 // sizes, checked in check.cpp. kernels.cu runs them on a GPU, emulate.cpp the same source on the CPU.
-//
-//   logit = softcap(scale * (z + bias)) / temperature        softcap(x) = cap * tanh(x / cap), or x when cap is 0
 #pragma once
 #include <stdint.h>
 
+#include "../logits.h"
+
 namespace align_cuda {
 
-enum class Storage : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-// What has been seen of one row's softmax: a row of the float64 [n, 8] state tensor.
-struct State {
-  double max;     // m, the largest logit; NaN once a NaN was seen
-  double sum;     // sum of exp(l - m)
-  double sum_x;   // sum of exp(l - m) (l - m)
-  double sum_sq;  // sum of exp(l - m)^2
-  double total;   // sum of l
-  double target;  // the target's logit
-  double argmax;  // first index of the max over the whole vocabulary, -1 before any column
-  double unused;
-};
-static_assert(sizeof(State) == 64, "one row of the state tensor");
-
-// Raw logits z [rows, cols] with the columns offset .. offset + cols of the vocabulary, and the head's transform.
-struct Logits {
-  const void* z;
-  Storage storage;
-  int64_t rows, cols, stride;
-  const int64_t* targets;  // [rows], ids of the whole vocabulary
-  int64_t offset, vocab;
-  const float* bias;  // [cols] or null
-  double scale, softcap, temperature;
-  const float* row_temperature;  // [rows] or null; replaces temperature
-};
+using align::Logits;
+using align::Peaks;
+using align::State;
+using align::Storage;
 
 // Where dL/dz goes and how it is clamped.
 struct Out {
@@ -50,14 +28,6 @@ struct Gradient {
   const float* g_logp;     // [rows]
   const float* g_entropy;  // [rows] or null
   Out out;
-};
-
-// Largest log-probs of columns over some rows.
-struct Peaks {
-  const State* state;   // [logits' rows], finished over the whole vocabulary
-  const int64_t* rows;  // [count]
-  int64_t count;
-  float* out;  // [cols]
 };
 
 // -- losses; their formulas stand in align_kernels/losses, one definition each, and coefficients.h equals them --------

@@ -112,11 +112,11 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; a target outside [0, V).
     """
-    h, settings = read_head(hidden, weight, targets, **head)
+    tensors, settings = read_head(hidden, weight, targets, **head)
     if settings.impl == "eager":
-        fields = logprobs_eager(h, settings)
+        fields = logprobs_eager(tensors, settings)
     else:
-        fields = ops.logprobs(h, settings, needs_of(h))
+        fields = ops.logprobs(tensors, settings, needs_of(tensors))
     shape = targets.shape
     logp, entropy, *rest = (x.reshape(shape) for x in fields[:6])
     return LogProbs(logp, entropy, *(x.detach() for x in rest))

@@ -30,11 +30,11 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
     Raises:
         ValueError: what the call itself would refuse; an unknown loss; impl="eager", which has no plan.
     """
-    h, settings = read_head(hidden, weight, targets, **head)
+    tensors, settings = read_head(hidden, weight, targets, **head)
     if loss is None:
-        return start(h, settings, needs_of(h), keep_rows(h.targets, settings.ignore_index)).tiled.plan
+        return start(tensors, settings, needs_of(tensors), keep_rows(tensors.targets, settings.ignore_index)).tiled.plan
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     call = LossCall(LOSSES[loss])
-    units = Units(call.loss.unit, targets if targets.dim() == 2 else h.targets, settings.ignore_index)
-    return start(h, settings, needs_of(h), units.kept, call, (), units.largest).tiled.plan
+    units = Units(call.loss.unit, targets if targets.dim() == 2 else tensors.targets, settings.ignore_index)
+    return start(tensors, settings, needs_of(tensors), units.kept, call, (), units.largest).tiled.plan

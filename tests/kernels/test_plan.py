@@ -9,18 +9,23 @@ import torch
 
 from align_kernels import LogitGradClamp, explain
 from align_kernels.losses import LOSSES
+from align_kernels.schedules import SCHEDULES
 from align_kernels.schedules import plan as planner
-from align_kernels.schedules.request import MIB, PROFILES, Plan, Request
+from align_kernels.schedules.request import MIB, PROFILES, Plan, Request, profiled
 
 V, D = 32000, 64
 BOTH, HIDDEN, HEAD = (True, True), (True, False), (False, True)
 
 
-def plan(rows: int = 500, needs: tuple[bool, bool] = BOTH, **options) -> Plan:
+def request(rows: int = 500, needs: tuple[bool, bool] = BOTH, **options) -> Request:
     needs_input, needs_head = needs
-    names: dict = dict(vocab=V, width=D, itemsize=4, device="cpu", backend="cpu", workspace=None, late=False)
+    names: dict = dict(vocab=V, width=D, itemsize=4, device="cpu", backend="cpu", late=False)
     names |= dict(needs_input=needs_input, needs_head=needs_head, needs_weight=needs_head)
-    return planner.plan(Request(rows=rows, **(names | options)))
+    return Request(rows=rows, **(names | options))
+
+
+def plan(*args, **options) -> Plan:
+    return planner.plan(request(*args, **options))
 
 
 NEVER_FITS = dict(late=True, rows=100_000, workspace=160 * MIB)
@@ -117,6 +122,28 @@ def test_workspace_is_kept(device: str):
         assert 1 <= made.chunk_rows <= made.first_rows <= max(rows, 1) and 1 <= made.tile_cols <= made.vocab
         seen.add(made.schedule)
     assert seen == {"forward", "online", "frozen", "keep", "one pass", "recompute"}
+
+
+# -- the table of schedules ---------------------------------------------------------------------------------------
+def test_the_first_schedule_that_serves_is_taken():
+    """Those before it say why not, the last serves every call, and each bears the name that the table knows it by."""
+    *_, last = SCHEDULES.values()
+    for *_, call in CHOICES:
+        asked, made = request(**call), plan(**call)
+        reasons = {name: schedule.why_not(asked) for name, schedule in SCHEDULES.items()}
+        assert made.name == next(name for name, reason in reasons.items() if reason is None)
+        assert SCHEDULES[made.name].schedule == made.schedule
+        assert all(reason is None or len(reason) > 10 for reason in reasons.values())
+        assert last.why_not(asked) is None
+    assert all(schedule.name == name for name, schedule in SCHEDULES.items())
+
+
+def test_a_profile_holds_within_its_context_alone():
+    before = PROFILES["cpu"]
+    with pytest.raises(ZeroDivisionError), profiled("cpu", max_rows=7) as small:
+        assert plan(needs=(False, False)).chunk_rows == 7 and small == before._replace(max_rows=7)
+        raise ZeroDivisionError
+    assert PROFILES["cpu"] == before and plan(needs=(False, False)).chunk_rows == 500
 
 
 # -- explain ------------------------------------------------------------------------------------------------------

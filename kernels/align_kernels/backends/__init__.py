@@ -8,10 +8,12 @@ seen of each row's softmax so far (state.py). A backend knows no schedule, and i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
+
+from align_kernels.backends.arguments import Clamp, Linear, Transform
 
 
 class Backend(Protocol):
@@ -26,13 +28,7 @@ class Backend(Protocol):
         z: Tensor,  # (n, c)
         state: Tensor,  # (n, 8) float64, updated in place
         targets: Tensor,  # (n,) int64
-        *,
-        offset: int,
-        vocab: int,
-        bias: Tensor | None,  # (c,) float32
-        scale: float,
-        softcap: float | None,
-        temperature: float | Tensor,  # (n,) float32
+        **transform: Unpack[Transform],
     ) -> None:
         """Fold one tile of logits into the running state of its rows."""
         ...
@@ -45,14 +41,9 @@ class Backend(Protocol):
         g_logp: Tensor,  # (n,) float32
         g_entropy: Tensor | None,  # (n,) float32
         *,
-        offset: int,
-        vocab: int,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float | Tensor,
-        clamp: tuple[float, float, str] | None,  # limit, prob_above, "residual" | "gradient"
+        clamp: Clamp | None,
         out: Tensor,  # (n, c), may be z
+        **transform: Unpack[Transform],
     ) -> None:
         """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
         ...
@@ -64,13 +55,8 @@ class Backend(Protocol):
         targets: Tensor,  # (n,) int64
         rows: Tensor,  # (m,) int64, m >= 1 of the n
         *,
-        offset: int,
-        vocab: int,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float | Tensor,
         out: Tensor,  # (c,) float32
+        **transform: Unpack[Transform],
     ) -> None:
         """Write the largest log-prob of each column over some rows."""
         ...
@@ -98,12 +84,8 @@ class Exponentials(Protocol):
         targets: Tensor,  # (n,) int64
         reference: Tensor,  # (n,) float32, updated in place, -inf before the first tile
         *,
-        offset: int,
-        vocab: int,
-        bias: Tensor | None,
-        scale: float,
-        temperature: float | Tensor,
         out: Tensor,  # (n, c), may be z
+        **linear: Unpack[Linear],
     ) -> None: ...
 
 
@@ -125,13 +107,7 @@ class OnChip(Protocol):
         weight: Tensor,  # (V, D)
         state: Tensor,  # (n, 8) float64, updated in place
         targets: Tensor,  # (n,) int64
-        *,
-        offset: int,
-        vocab: int,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float | Tensor,
+        **transform: Unpack[Transform],
     ) -> None: ...
 
 
@@ -172,9 +148,10 @@ class Losses(Protocol):
         side: dict[str, Tensor],  # (n,) float32
         factor: Tensor,  # () float64, of the sum over tokens
         *,
-        clamp: tuple[float, float, str] | None,
+        clamp: Clamp | None,
         out: Tensor,  # (n, V), may be z
-        **transform: Any,
+        shared: int = -1,  # bytes of a row that wait on the chip for its coefficient, < 0: all there are
+        **transform: Unpack[Transform],
     ) -> Any:
         """Statistics, coefficient and dL/dz of whole rows: `values` (n,) and `metrics` (4, n)."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +13,22 @@ from torch import Tensor
 from align_kernels.backends.state import COLUMNS
 
 Clamp = tuple[float, float, str]  # limit, prob_above, "residual" | "gradient"
+
+
+class Linear(TypedDict):
+    """Where a tile's columns stand in the vocabulary, and the head's transform without its softcap."""
+
+    offset: int  # of the tile's first column
+    vocab: int  # columns of the whole vocabulary
+    bias: Tensor | None  # (c,) float32
+    scale: float
+    temperature: float | Tensor  # (n,) float32
+
+
+class Transform(Linear):
+    """The same with its softcap."""
+
+    softcap: float | None
 
 
 def address(x: Tensor | None) -> int:
@@ -79,12 +95,10 @@ class Checks:
         self,
         shape: tuple[int, int],  # of the tile, (n, c)
         targets: Tensor,
-        bias: Tensor | None,
-        softcap: float | None,
-        temperature: float | Tensor,
+        transform: Transform,
     ) -> tuple[float, Tensor | None]:
         """The temperature of all rows, and that of each, which replaces it."""
-        n, c = shape
+        (n, c), bias, softcap, temperature = shape, transform["bias"], transform["softcap"], transform["temperature"]
         self.tensor("targets", targets, torch.int64, (n,))
         if bias is not None:
             self.tensor("bias", bias, torch.float32, (c,))
@@ -100,18 +114,12 @@ class Checks:
         make: Callable[..., Any],  # csrc's Logits
         z: Tensor,
         targets: Tensor,
-        *,
-        offset: int,
-        vocab: int,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        temperature: float | Tensor,
+        **transform: Unpack[Transform],
     ) -> Any:
         """A tile of raw logits and the head's transform, as an extension takes them."""
-        code, (n, c) = self.tile("z", z), z.shape
-        scalar, rows = self.transform((n, c), targets, bias, softcap, temperature)
+        t, code, (n, c) = transform, self.tile("z", z), z.shape
+        temperature, rows = self.transform((n, c), targets, t)
         return make(
-            z.data_ptr(), code, n, c, z.stride(0), targets.data_ptr(), offset, vocab,
-            address(bias), scale, softcap or 0.0, scalar, address(rows),
+            z.data_ptr(), code, n, c, z.stride(0), targets.data_ptr(), t["offset"], t["vocab"],
+            address(t["bias"]), t["scale"], t["softcap"] or 0.0, temperature, address(rows),
         )  # fmt: skip

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
+from align_kernels.backends.arguments import Clamp, Linear, Transform
 from align_kernels.backends.state import ARGMAX, MAX, SUM, SUM_SQ, SUM_X, TARGET, TOTAL
 
 on_chip = products = losses = None
@@ -17,10 +20,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _transform(
-    z: Tensor, dtype: torch.dtype, bias: Tensor | None, scale: float, softcap: float | None, temperature
-) -> tuple[Tensor, Tensor | float]:
+def _transform(z: Tensor, dtype: torch.dtype, of: Transform) -> tuple[Tensor, Tensor | float]:
     """The logits and d(logits)/dz."""
+    bias, scale, softcap, temperature = of["bias"], of["scale"], of["softcap"], of["temperature"]
     l = z.to(dtype)
     if bias is not None:
         l = l + bias.to(dtype)
@@ -40,19 +42,13 @@ def forward(
     z: Tensor,  # (n, c)
     state: Tensor,  # (n, 8), updated in place
     targets: Tensor,  # (n,) int64
-    *,
-    offset: int,
-    vocab: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float | Tensor,
+    **transform: Unpack[Transform],
 ) -> None:
     """Fold one tile of logits into the running state of its rows."""
-    del vocab
+    offset = transform["offset"]
     if z.shape[1] == 0:
         return
-    l, _ = _transform(z, _compute_dtype(z), bias, scale, softcap, temperature)
+    l, _ = _transform(z, _compute_dtype(z), transform)
     tile_max, tile_arg = l.max(dim=1)
     # torch.max does not promise the first index among ties
     tile_arg = (l == tile_max[:, None]).int().argmax(dim=1)
@@ -86,24 +82,19 @@ def exponentials(
     targets: Tensor,  # (n,) int64
     reference: Tensor,  # (n,) updated in place, -inf before the first tile
     *,
-    offset: int,
-    vocab: int,
-    bias: Tensor | None,
-    scale: float,
-    temperature: float | Tensor,
     out: Tensor,  # (n, c), may be z
+    **linear: Unpack[Linear],
 ) -> None:
     """`forward` without a softcap, which also writes exp(l - reference), 0 at the target.
 
     The reference stays within HEADROOM of the row's max so far, so that rows keep one for most of their tiles; what is
     more than 87 below it vanishes.
     """
-    forward(
-        z, state, targets, offset=offset, vocab=vocab, bias=bias, scale=scale, softcap=None, temperature=temperature
-    )
+    offset, transform = linear["offset"], Transform(**linear, softcap=None)
+    forward(z, state, targets, **transform)
     if z.shape[1] == 0:
         return
-    l, _ = _transform(z, _compute_dtype(z), bias, scale, None, temperature)
+    l, _ = _transform(z, _compute_dtype(z), transform)
     peak = l.amax(1).to(reference.dtype)
     reference.copy_(torch.where(peak <= reference + HEADROOM, reference, peak))
     base = torch.where(reference == -torch.inf, torch.zeros_like(reference), reference)
@@ -120,21 +111,16 @@ def backward(
     g_logp: Tensor,  # (n,)
     g_entropy: Tensor | None,  # (n,)
     *,
-    offset: int,
-    vocab: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float | Tensor,
-    clamp: tuple[float, float, str] | None,
+    clamp: Clamp | None,
     out: Tensor,  # (n, c), may be z
+    **transform: Unpack[Transform],
 ) -> None:
     """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
-    del vocab
+    offset = transform["offset"]
     if z.shape[1] == 0:
         return
     dtype = _compute_dtype(z)
-    l, chain = _transform(z, dtype, bias, scale, softcap, temperature)
+    l, chain = _transform(z, dtype, transform)
     log_sum = state[:, SUM].log()
     log_p = (l - state[:, MAX].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
     p = log_p.exp()
@@ -163,17 +149,14 @@ def peaks(
     targets: Tensor,  # (n,) int64
     rows: Tensor,  # (m,) int64, m >= 1 of the n
     *,
-    offset: int,
-    vocab: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float | Tensor,
     out: Tensor,  # (c,) float32
+    **transform: Unpack[Transform],
 ) -> None:
     """Write the largest log-prob of each column over some rows."""
-    del targets, offset, vocab
-    t = temperature[rows] if isinstance(temperature, Tensor) else temperature
-    l, _ = _transform(z[rows], _compute_dtype(z), bias, scale, softcap, t)
+    del targets
+    t = transform["temperature"]
+    if isinstance(t, Tensor):
+        transform["temperature"] = t[rows]
+    l, _ = _transform(z[rows], _compute_dtype(z), transform)
     lse = state[rows, MAX] + state[rows, SUM].log()
     out.copy_((l - lse.to(l.dtype)[:, None]).amax(0))

@@ -71,7 +71,7 @@ def run_loss(
     hidden, targets = local("hidden", hidden), local("targets", targets)
     if spec.unit != "token" and targets.dim() != 2:
         raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
-    h, settings = read_head(hidden, weight, targets, **head)
+    tensors, settings = read_head(hidden, weight, targets, **head)
     mask = targets != settings.ignore_index
     tokens = mask.sum()
     count = tokens if spec.per == "token" else len(targets) // (2 if spec.per == "pair" else 1)
@@ -82,9 +82,9 @@ def run_loss(
     sides = list(given.values())
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
     if settings.impl == "eager":
-        fields = loss_late(logprobs_eager(h, settings), shaped, sides, items, call, settings.ignore_index)
+        fields = loss_late(logprobs_eager(tensors, settings), shaped, sides, items, call, settings.ignore_index)
     else:
-        fields = ops.loss(h, shaped, sides, items, call, settings, needs_of(h))
+        fields = ops.loss(tensors, shaped, sides, items, call, settings, needs_of(tensors))
     loss, sums, logp, entropy, mean_logit, correct = fields
     measured: Measured = {name: (mean, count) for name, mean in zip(spec.metrics, sums / counted)}
     for name, x in (("entropy", entropy), ("mean_token_accuracy", correct)):

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_kernels.backends import state as states
+from align_kernels.backends.arguments import Transform
 from align_kernels.backends.state import MAX, SUM, SUM_X
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.base import Schedule
@@ -156,10 +157,10 @@ def _gather(tiled: TiledHead, store: Store, n: int, rows: Tensor, columns: Tenso
     return store.own.take(rows[:, None] * width + (first * (n - 1) + columns))
 
 
-def _common(tiled: TiledHead, part: Chunk, columns: Tensor, begin: int, end: int) -> dict:
+def _common(tiled: TiledHead, part: Chunk, columns: Tensor, begin: int, end: int) -> Transform:
     """What the backend takes for columns begin .. end of a block: a vocabulary of K columns, and one for the rest."""
     bias = None if tiled.bias is None else tiled.bias[columns[begin:end]]
-    return tiled.common(part, 0, 0) | dict(offset=begin, vocab=len(columns) + 1, bias=bias)
+    return {**tiled.common(part, 0, 0), "offset": begin, "vocab": len(columns) + 1, "bias": bias}
 
 
 # -- backward -----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 from align_kernels import gemm
 from align_kernels.backends import Backend, Products
 from align_kernels.backends import state as states
+from align_kernels.backends.arguments import Linear, Transform
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.gemm import gemm_dtype, logits_dtype
 from align_kernels.head import Head, Settings
@@ -101,7 +102,7 @@ class Piece(NamedTuple):
     out: Tensor  # (m, c) for their gradient, may be z
     columns: slice | Tensor  # (c,) of this rank
     w: Tensor | None  # (c, D) their weight; None where hidden needs no gradient
-    common: dict  # what the backend takes beside
+    common: Transform  # what the backend takes beside
 
 
 class Grads:
@@ -310,13 +311,13 @@ class TiledHead:
             self.product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
         return out
 
-    def common(self, chunk: Chunk, v0: int, v1: int) -> dict:
+    def common(self, chunk: Chunk, v0: int, v1: int) -> Transform:
         """What every primitive but `exponentials` takes; that one serves no softcap."""
-        return self.linear(chunk, v0, v1) | dict(softcap=self.settings.transform.softcap)
+        return {**self.linear(chunk, v0, v1), "softcap": self.settings.transform.softcap}
 
-    def linear(self, chunk: Chunk, v0: int, v1: int) -> dict:
+    def linear(self, chunk: Chunk, v0: int, v1: int) -> Linear:
         """The head's transform without its softcap, and where the columns v0 .. v1 stand."""
-        return dict(
+        return Linear(
             offset=self.offset + v0,
             vocab=self.vocab,
             bias=None if self.bias is None else self.bias[v0:v1],

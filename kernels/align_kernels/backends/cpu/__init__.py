@@ -7,12 +7,12 @@ depend on the number of threads. Every argument is checked: here what a tensor k
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, address, clamped
+from align_kernels.backends.arguments import Clamp, Linear, Transform, address, clamped
 from align_kernels.backends.cpu import arguments, products
 from align_kernels.backends.cpu.arguments import checks, logits, why_not
 
@@ -25,7 +25,7 @@ def forward(
     z: Tensor,  # (n, c) float32 | bfloat16
     state: Tensor,  # (n, 8) float64, updated in place
     targets: Tensor,  # (n,) int64
-    **transform: Any,  # offset, vocab, bias (c,) float32, scale, softcap, temperature (n,) float32
+    **transform: Unpack[Transform],
 ) -> None:
     """Fold one tile of logits into the running state of its rows.
 
@@ -46,7 +46,7 @@ def exponentials(
     reference: Tensor,  # (n,) float32, updated in place, -inf before the first tile
     *,
     out: Tensor,  # (n, c) float32 | bfloat16, may be z
-    **linear: Any,  # as in `forward`, and no softcap
+    **linear: Unpack[Linear],
 ) -> None:
     """`forward` without a softcap, which also writes exp(l - reference), 0 at the target.
 
@@ -71,7 +71,7 @@ def backward(
     *,
     clamp: Clamp | None,
     out: Tensor,  # (n, c) float32 | bfloat16, may be z
-    **transform: Any,  # as in `forward`
+    **transform: Unpack[Transform],
 ) -> None:
     """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
@@ -94,7 +94,7 @@ def peaks(
     rows: Tensor,  # (m,) int64, m >= 1 of the n
     *,
     out: Tensor,  # (c,) float32
-    **transform: Any,  # as in `forward`
+    **transform: Unpack[Transform],
 ) -> None:
     """Write the largest log-prob of each column over some rows.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Checks, name_of, names_of
+from align_kernels.backends.arguments import Checks, Transform, name_of, names_of
 
 try:
     from align_kernels import _C
@@ -31,7 +31,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def logits(z: Tensor, targets: Tensor, **transform: Any) -> _C.Logits:
+def logits(z: Tensor, targets: Tensor, **transform: Unpack[Transform]) -> _C.Logits:
     """Raises: RuntimeError without the extension; ValueError, naming the value."""
     if MISSING is not None:
         raise RuntimeError(MISSING)

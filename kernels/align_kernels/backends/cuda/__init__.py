@@ -6,12 +6,12 @@ bit on one stream: no atomics. `losses` fuses the coefficients of some losses in
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, address
+from align_kernels.backends.arguments import Clamp, Transform, address
 from align_kernels.backends.cuda import arguments, losses
 from align_kernels.backends.cuda.arguments import checks, gradient, guard, logits, queue, why_not
 
@@ -24,7 +24,7 @@ def forward(
     z: Tensor,  # (n, c) float32 | bfloat16 | float16
     state: Tensor,  # (n, 8) float64, updated in place
     targets: Tensor,  # (n,) int64
-    **transform: Any,  # offset, vocab, bias (c,) float32, scale, softcap, temperature (n,) float32
+    **transform: Unpack[Transform],
 ) -> None:
     """Fold one tile of logits into the running state of its rows.
 
@@ -49,7 +49,7 @@ def backward(
     *,
     clamp: Clamp | None,
     out: Tensor,  # (n, c) of z's dtype, or 16 bits where z is float32; may be z
-    **transform: Any,  # as in `forward`
+    **transform: Unpack[Transform],
 ) -> None:
     """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
@@ -73,7 +73,7 @@ def peaks(
     rows: Tensor,  # (m,) int64, m >= 1 of the n; not checked
     *,
     out: Tensor,  # (c,) float32
-    **transform: Any,  # as in `forward`
+    **transform: Unpack[Transform],
 ) -> None:
     """Write the largest log-prob of each column over some rows.
 

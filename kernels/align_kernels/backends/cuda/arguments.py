@@ -7,12 +7,12 @@ target outside of the tile is one that lies in another tile.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Checks, Clamp, clamped, name_of, names_of
+from align_kernels.backends.arguments import Checks, Clamp, Transform, clamped, name_of, names_of
 
 try:
     from align_kernels import _cuda
@@ -64,7 +64,7 @@ def queue(x: Tensor) -> _cuda.Queue:
     return _cuda.Queue(x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
 
 
-def logits(on: Checks, z: Tensor, targets: Tensor, **transform: Any) -> _cuda.Logits:
+def logits(on: Checks, z: Tensor, targets: Tensor, **transform: Unpack[Transform]) -> _cuda.Logits:
     return on.logits(_cuda.Logits, z, targets, **transform)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, address
+from align_kernels.backends.arguments import Clamp, Transform, address
 from align_kernels.backends.cuda import arguments
 from align_kernels.backends.cuda.arguments import checks, gradient, guard, logits, queue
 
@@ -114,7 +114,7 @@ def token_loss(
     clamp: Clamp | None,
     out: Tensor,  # (n, V), may be z
     shared: int = -1,  # bytes of a row that wait on the chip for its coefficient, < 0: all there are
-    **transform: Any,
+    **transform: Unpack[Transform],
 ) -> TokenValues:
     """Statistics, coefficient and dL/dz of whole rows in one kernel, for a loss of single tokens.
 

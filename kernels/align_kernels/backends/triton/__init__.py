@@ -6,12 +6,12 @@ the environment they run on CPU tensors in Triton's interpreter, thousands of ti
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp
+from align_kernels.backends.arguments import Clamp, Transform
 from align_kernels.backends.triton import on_chip
 from align_kernels.backends.triton.arguments import checks, head_of, why_not
 
@@ -29,7 +29,7 @@ def forward(
     z: Tensor,  # (n, c)
     state: Tensor,  # (n, 8) float64, updated in place
     targets: Tensor,  # (n,) int64
-    **transform: Any,  # offset, vocab, bias (c,) float32, scale, softcap, temperature (n,) float32
+    **transform: Unpack[Transform],
 ) -> None:
     """Fold one tile of logits into the running state of its rows.
 
@@ -38,7 +38,7 @@ def forward(
     """
     on, (n, c) = checks(z), z.shape
     on.state(state, n)
-    head, flags = head_of(on, (n, c), targets, **transform)
+    head, flags = head_of(on, (n, c), targets, transform)
     if n and c:
         with torch.cuda.device_of(z):
             _rows().forward_kernel[(n,)](
@@ -55,7 +55,7 @@ def backward(
     *,
     clamp: Clamp | None,
     out: Tensor,  # (n, c), may be z
-    **transform: Any,  # as in `forward`
+    **transform: Unpack[Transform],
 ) -> None:
     """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
@@ -64,7 +64,7 @@ def backward(
     """
     on, (n, c) = checks(z), z.shape
     on.state(state, n)
-    head, flags = head_of(on, (n, c), targets, **transform)
+    head, flags = head_of(on, (n, c), targets, transform)
     on.coefficients(n, g_logp, g_entropy)
     on.out(out, z)
     limit, above, units = (0.0, 0.0, "residual") if clamp is None else clamp
@@ -84,7 +84,7 @@ def peaks(
     rows: Tensor,  # (m,) int64, m >= 1 of the n
     *,
     out: Tensor,  # (c,) float32
-    **transform: Any,  # as in `forward`
+    **transform: Unpack[Transform],
 ) -> None:
     """Write the largest log-prob of each column over some rows.
 
@@ -93,7 +93,7 @@ def peaks(
     """
     on, (n, c) = checks(z), z.shape
     on.state(state, n)
-    head, flags = head_of(on, (n, c), targets, **transform)
+    head, flags = head_of(on, (n, c), targets, transform)
     on.tensor("rows", rows, torch.int64, (rows.numel(),))
     on.tensor("out", out, torch.float32, (c,))
     if c:

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Checks, name_of, names_of
+from align_kernels.backends.arguments import Checks, Transform, name_of, names_of
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -43,19 +43,13 @@ def head_of(
     on: Checks,
     shape: tuple[int, int],  # of the tile, (n, c)
     targets: Tensor,
-    *,
-    offset: int,
-    vocab: int,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    temperature: float | Tensor,
+    transform: Transform,
 ) -> tuple[tuple, dict[str, bool]]:
     """What every kernel takes of the head, (bias, temperature, scale, cap, 1 / temperature) and flags."""
-    del offset, vocab
-    scalar, rows = on.transform(shape, targets, bias, softcap, temperature)
+    bias, softcap, scale = transform["bias"], transform["softcap"], transform["scale"]
+    temperature, rows = on.transform(shape, targets, transform)
     flags = dict(BIAS=bias is not None, SOFTCAP=softcap is not None, ROW_TEMPERATURE=rows is not None)
-    return (bias, rows, float(scale), float(softcap or 1.0), 1.0 / scalar), flags
+    return (bias, rows, float(scale), float(softcap or 1.0), 1.0 / temperature), flags
 
 
 def architecture(device: torch.device) -> int | str:

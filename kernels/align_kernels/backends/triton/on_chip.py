@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.triton.arguments import CODES, Checks, architecture, head_of
+from align_kernels.backends.arguments import Checks, Transform
+from align_kernels.backends.triton.arguments import CODES, architecture, head_of
 
 MERGE = dict(BP=16, BN=32, num_warps=4)
 PART = 128  # columns of one entry of the statistics, linear.PART
@@ -36,7 +37,7 @@ def forward(
     weight: Tensor,  # (V, D), x's dtype
     state: Tensor,  # (n, 8) float64, updated in place
     targets: Tensor,  # (n,) int64
-    **transform: Any,  # offset, vocab, bias (V,) float32, scale, softcap, temperature (n,) float32
+    **transform: Unpack[Transform],
 ) -> None:
     """Fold the raw logits x @ weight.T, which are never written, into the running state of their rows.
 
@@ -51,7 +52,7 @@ def forward(
     (n, D), V = x.shape, weight.shape[0]
     on = Checks(x.device, CODES)
     on.state(state, n)
-    head, flags = head_of(on, (n, V), targets, **transform)
+    head, flags = head_of(on, (n, V), targets, transform)
     if not (n and V):
         return
     arch = architecture(x.device)
