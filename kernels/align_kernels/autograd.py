@@ -78,7 +78,7 @@ def without_autocast(run: Callable) -> Callable:
 
 # -- log-probs, their gradient arriving late ----------------------------------------------------------------------
 class Saved(NamedTuple):
-    """What the backward of log-probs needs beside the head; empty where nothing needs a gradient."""
+    """What the backward of log-probs needs in addition to the head; empty where nothing needs a gradient."""
 
     kept: Tensor  # (n,) int64
     state: Tensor  # (n, 8)
@@ -241,7 +241,7 @@ class FusedLoss(torch.autograd.Function):
                 "away once. Call the loss again instead of running backward through it twice."
             )
         ctx.spent = True
-        # a factor of one, the usual case, must not cost a pass over dW; reading it is free on a CPU alone
+        # a factor of one, the usual case, must not cost a pass over dW; reading it is free only on a CPU
         same = grad.device.type == "cpu" and grad.item() == 1.0
         dhidden, dweight, dbias, dA, dB = (
             g if g is None or same else g.mul_(grad) for g in needed(ctx.saved_tensors, ctx.needs)

@@ -43,7 +43,7 @@ class Store(NamedTuple):
 
 # -- sizes of a first chunk ---------------------------------------------------------------------------------------
 def tile_bytes(request: Request, rows: int) -> int:
-    """Of a tile of a first chunk, of which about two find no room in dW."""
+    """Bytes of a tile of a first chunk; dW has no room for about two such tiles."""
     wide = LEAST_COLUMNS * (rows * request.itemsize + request.copied)
     return min(max(request.narrow, wide), request.limit // 8)
 
@@ -57,12 +57,12 @@ def _columns(request: Request, rows: int) -> int:
 
 
 def bytes_outside(request: Request, rows: int) -> int:
-    """Of a first chunk's logits, those that dW has no room for."""
+    """Bytes of a first chunk's logits that dW has no room for."""
     return (request.vocab - _columns(request, rows)) * rows * request.itemsize
 
 
 def chunk_rows(request: Request) -> tuple[int, int]:
-    """Rows of a chunk, and of the first one, with the memory of dW beside that of the others; 0 where dW has none."""
+    """Rows of a chunk, and of the first one, which also has the memory of dW; 0 where it does not."""
     r = request
     some = max(min(r.rows, r.width), 1)
     if not (r.may_alias and r.needs_weight and r.drop_mass == 0 and _columns(r, some) > 0):

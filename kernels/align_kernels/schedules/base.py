@@ -1,7 +1,7 @@
 """A schedule: what a call does with a chunk before its gradient is known, and what with that gradient.
 
-One class a schedule, with the calls that it does not serve (`why_not`) and its share of memory (`plan`) beside its
-code. `plan.plan` asks the classes of SCHEDULES in order and takes the first that serves.
+One class a schedule. Next to its code it says which calls it does not serve (`why_not`) and what memory it takes
+(`plan`). `plan.plan` asks the classes of SCHEDULES in order and takes the first that serves.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Schedule:
 
     @classmethod
     def scratch(cls, request: Request) -> int:
-        """Bytes a logit of the tile that stands beside what is kept."""
+        """Bytes a logit of the tile that is needed in addition to the kept logits."""
         return request.gradient_itemsize or request.itemsize
 
     @classmethod

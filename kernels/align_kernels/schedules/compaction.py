@@ -7,8 +7,8 @@ its targets. eps is the largest of tau, tau / 2, tau / 4, ... (tau = drop_mass) 
     delta_t = 1 - sum of kept p <= tau
     and, where the entropy may need a gradient, sum of dropped p |log p + H| <= tau
 
-so that dX_t errs by at most (|g_t| delta_t + |g_entropy_t| tau) max|w|, times |logit_scale| / temperature. Kept are the
-raw logits, so that the backward is the backend's own on a narrower vocabulary: clamp, softcap, temperature and
+so that dX_t errs by at most (|g_t| delta_t + |g_entropy_t| tau) max|w|, times |logit_scale| / temperature. The
+raw logits are kept, so that the backward is the backend's own on a narrower vocabulary: clamp, softcap, temperature and
 coefficients that arrive late are as exact as on whole rows. A block whose softmax is too flat runs dense.
 
 Letters: n rows of a chunk, m rows of a block, K columns kept, V columns on this rank, D hidden size.
@@ -67,7 +67,7 @@ class Saved(NamedTuple):
 def cut(
     tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, *, entropy: bool
 ) -> Iterator[Block | Tensor]:
-    """Some rows [m] of a chunk, whose raw logits lie in `store`, as blocks, or as rows alone where they run dense.
+    """Some rows [m] of a chunk, whose raw logits are in `store`: blocks, or only the rows of a block that runs dense.
 
     `entropy` bounds the error of the entropy's gradient as well.
     """
@@ -240,7 +240,7 @@ def _places(targets: Tensor, columns: Tensor, V: int) -> Tensor:
 def save(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, room: int, *, alone: bool) -> Saved:
     """What is saved of a chunk until its coefficients arrive, in `room` logits.
 
-    Where they are too few for its dense rows those are made again; a chunk that is `alone` stays whole.
+    Dense rows that do not fit there are made again; a chunk that is `alone` stays whole.
     """
     n, V = len(chunk.targets), tiled.head.weight.shape[0]
     every = torch.arange(n, device=state.device)

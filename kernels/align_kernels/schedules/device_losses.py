@@ -1,6 +1,6 @@
 """Losses whose coefficients the backend finds on the device, where it knows them (`backend.losses`).
 
-What a loss is stands in `losses` alone; a backend that serves one gives the same values and derivatives with fewer
+Only `losses` defines a loss; a backend that serves one gives the same values and derivatives with fewer
 launches. A loss of single tokens takes one kernel between the GEMMs, from raw logits to their gradient; its rows
 without a derivative stay in the GEMMs, as nothing is read back to find them. A loss of sequences or pairs takes one
 kernel between the statistics and the gradient.
@@ -24,7 +24,7 @@ from align_kernels.units import Coefficients, LossCall, Objective, Span
 
 def serves(backend: Backend, call: LossCall, side: Sequence[Tensor]) -> bool:
     """Whether the backend knows this call's loss whole, and float32 holds its side tensors: those of sequences are sums
-    over thousands of tokens, of which float64 keeps more."""
+    over thousands of tokens, for which a caller may have chosen float64."""
     losses = backend.losses
     if losses is None or call.gate is not None or call.loss.unit == "batch":
         return False

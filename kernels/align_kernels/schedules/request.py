@@ -114,7 +114,7 @@ class Request:
 
     @property
     def narrow(self) -> int:
-        """Of a tile beside kept logits: narrower, and with it the buffers that the GEMM packs into."""
+        """Of a tile where logits are kept too: narrower, as are the buffers that the GEMM then packs into."""
         return self.profile.tile_bytes // 2
 
     @property
@@ -126,7 +126,7 @@ class Request:
     # -- rows ------------------------------------------------------------------------------------------------------
     @property
     def room(self) -> int:
-        """Rows whose logits may be kept, beside a compacted block."""
+        """Rows whose logits may be kept, in addition to a compacted block."""
         block = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, self.rows)) if self.drop_mass > 0 else 0
         return max(self.most // self.row_bytes - block, 0)
 
@@ -189,7 +189,7 @@ class Plan:
     compact: bool = False  # the backward may take fewer columns: see compaction.py
     aliased: bool = False  # the first chunk's logits lie in dW's memory where they can: see aliasing.py
     saved: int = 0  # bytes of the workspace for compacted blocks that are saved until g arrives
-    on_chip: bool = False  # no logits are written: the GEMM leaves statistics alone
+    on_chip: bool = False  # no logits are written: the GEMM leaves only statistics
     own_gemm: bool = False  # the backend multiplies, not torch
 
     @property

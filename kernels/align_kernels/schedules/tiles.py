@@ -102,7 +102,7 @@ class Piece(NamedTuple):
     out: Tensor  # (m, c) for their gradient, may be z
     columns: slice | Tensor  # (c,) of this rank
     w: Tensor | None  # (c, D) their weight; None where hidden needs no gradient
-    common: Transform  # what the backend takes beside
+    common: Transform  # of these columns
 
 
 class Grads:
