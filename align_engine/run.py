@@ -33,7 +33,7 @@ from align_engine.recipe import OnlineRecipe, Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
-from align_engine.training import ranks, stops
+from align_engine.training import packing, ranks, stops
 from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm
 from align_engine.training.callbacks import Callbacks, from_recipe
@@ -102,6 +102,7 @@ def fit(
     engine = Engine(model, algorithm, recipe, steps, accelerator)
     engine.check_noise()
     asked_before = references.attach(engine) if algorithm.refers(recipe) else None
+    packing.settle(engine, *filter(None, (source, evaluation)))
     begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
     if asked_before is not None:
         references.precompute_all(engine, asked_before, source, evaluation, steps, folder)

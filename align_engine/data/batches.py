@@ -54,11 +54,11 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """What a model is called with. A packed batch needs `attending` of `align_engine.models.tree_attention`."""
+    def num_read(self) -> int:
+        """Tokens of all sequences, each with its prompt."""
         if self.trees is None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return {"input_ids": self.input_ids, "position_ids": self.trees.position_ids, "trees": self.trees}
+            return int(self.attention_mask.sum())
+        return int((self.trees.position_ids[0, self.trees.last] + 1).sum())
 
     def predicting(self, hidden: Tensor) -> Tensor:
         """Of the last hidden states of `input_ids` those that predict the targets: [B, T, D]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -49,7 +49,8 @@ class Source:
         self, rows: Dataset, collate: Callable[..., Batch], pad_id: int, batch_size: int, accumulation: int = 1,
         rank: int = 0, world: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.rows, self.collate = rows, partial(collate, pad_id=pad_id)
+        self.rows, self.collate, self.pad_id = rows, collate, pad_id
+        self.packed = False  # each forward pass reads one row without padding
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.window_size = batch_size * accumulation * world
         self.steps_per_epoch = math.ceil(len(rows) / self.window_size)
@@ -69,8 +70,9 @@ class Source:
         """Have the rows that step `step` learns from: fixed ones are there."""
 
     def window(self, step: int) -> list[Micro]:
-        """This rank's share of a window."""
-        return list(self.share(self.window_rows(step)))
+        """This rank's share of a window. Packed ones have the rows of a prompt side by side, so that they share it."""
+        rows = self.window_rows(step)
+        return list(self.share(sorted(rows) if self.packed else rows))
 
     def share(self, rows: list[int]) -> Iterator[Micro]:
         """This rank's forward passes over `rows`; every rank yields equally many."""
@@ -80,8 +82,16 @@ class Source:
 
     def batch(self, rows: list[int]) -> Batch:
         """The rows of these numbers, collated."""
+        return self.collate(self.records(rows), pad_id=None if self.packed else self.pad_id)
+
+    def records(self, rows: list[int]) -> list[dict[str, Any]]:
+        """The rows of these numbers, as dicts."""
         columns = self.rows[rows]
-        return self.collate([dict(zip(columns, values)) for values in zip(*columns.values())])
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+    def trial(self) -> list[dict[str, Any]]:
+        """Rows to try a layout on before the first step: of its first forward pass, the same on all ranks."""
+        return self.records(sorted(self.window_rows(0))[: self.batch_size])
 
     def start(self, engine: Any, learns: bool) -> None:
         """Know the engine, and whether it learns from these rows or is evaluated on them. Fixed rows need neither."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from align_engine.data.batches import Batch
 from align_engine.integrations.hook import fused_head
+from align_engine.models.tree_attention import reading
 from align_kernels import linear_logprobs, sequence_logprobs
 
 
@@ -21,11 +22,12 @@ def token_logps(
     [1, B, T] or [2, B, T] float32."""
 
     def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
+        hidden = batch.predicting(hidden)
         logps = linear_logprobs(hidden, targets=batch.targets, **head, **head_options).logp
         return torch.stack([logps] if critic is None else [logps, critic(hidden, batch).to(logps.dtype)])
 
-    with fused_head(model, fn):
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.float()
+    with fused_head(model, fn), reading(model, batch) as inputs:
+        return model(**inputs, use_cache=False).logits.float()
 
 
 def reference_logps(model: nn.Module, batch: Batch, head_options: dict[str, Any], per_token: bool = False) -> Tensor:

@@ -18,6 +18,7 @@ from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
 from align_engine.models import load
+from align_engine.models.tree_attention import reading
 
 if TYPE_CHECKING:
     from align_engine.recipe import ModelSection
@@ -57,15 +58,33 @@ def scores(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (places * attention_mask).argmax(1)
     rows = torch.arange(len(last), device=last.device)
-    return _through(model, input_ids, attention_mask, lambda hidden: hidden[rows, last][:, None])[:, 0]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    return _through(model, inputs, lambda hidden: hidden[rows, last][:, None])[:, 0]
+
+
+def batch_scores(model: nn.Module, batch: Batch) -> Tensor:
+    """The same of a batch, padded or packed."""
+    if (trees := batch.trees) is None:
+        return scores(model, batch.input_ids, batch.attention_mask)
+    with reading(model, batch) as inputs:
+        return _through(model, inputs, lambda hidden: hidden[:, trees.last])[0]
 
 
 def values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """One number per position: [B, T] float32 (float64 from a float64 model). Position i has read tokens 0 .. i."""
-    return _through(model, input_ids, attention_mask, lambda hidden: hidden)
+    return _through(model, {"input_ids": input_ids, "attention_mask": attention_mask}, lambda hidden: hidden)
 
 
-def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select: Callable[[Tensor], Tensor]) -> Tensor:
+def batch_values(model: nn.Module, batch: Batch) -> Tensor:
+    """One number per position that predicts a target: [B, T] float32 (float64 from a float64 model)."""
+    if (trees := batch.trees) is None:
+        return values(model, batch.input_ids, batch.attention_mask)
+    with reading(model, batch) as inputs:
+        found = _through(model, inputs, lambda hidden: hidden[:, trees.index.flatten()])
+    return found.view(trees.index.shape)
+
+
+def _through(model: nn.Module, inputs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> Tensor:
     module = score_module(model)
     head, dtype = module.forward, next(module.parameters()).dtype
 
@@ -77,7 +96,7 @@ def _through(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, select
         return found[:, None].expand(-1, hidden.shape[1], -1)
 
     with hook.head_forward(module, forward):
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return model(**inputs, use_cache=False).logits
 
 
 class ValueHead(nn.Module):
@@ -101,6 +120,6 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[B, T, D] -> [B, T] float32: what position i is worth before its target is chosen."""
         if self.model is not None:
-            return values(self.model, batch.input_ids, batch.attention_mask)
+            return batch_values(self.model, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.score(hidden.float()).squeeze(-1)

@@ -1,12 +1,12 @@
 """Attention over a packed row of trees (`align_engine.data.trees`), through transformers' attention interface.
 
-    with attending(model):
-        model(input_ids=ids, position_ids=trees.position_ids, trees=trees, use_cache=False)
+    with reading(model, batch) as inputs:
+        model(**inputs, use_cache=False)
 
 A segment attends to its ancestors' keys and, causally, to its own: as the keys of a path lie one behind the other, this
 is causal attention aligned at the lower right, of as many queries as the segment has tokens. All else in a model is per
-token. `trees` is an argument of the model's forward, which hands it down to every layer: so recomputed activations and
-adapters need nothing of their own.
+token. The layout is an argument of the model's forward, which hands it down to every layer: so recomputed activations
+and adapters need nothing of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from align_engine.data.batches import Batch
 from align_engine.data.trees import Trees
 from align_engine.errors import RunFailed
 from align_engine.integrations.hook import causal_model
@@ -118,18 +119,21 @@ def _takes_one_call(query: Tensor, value: Tensor, rule: Rule) -> bool:
 
 
 @contextlib.contextmanager
-def attending(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's attention is that of packed rows; its backward pass belongs into the block too, for
-    activations that are computed again."""
+def reading(model: nn.Module, batch: Batch) -> Iterator[dict[str, Any]]:
+    """Gives what the model is called with to read a batch. Inside the block its attention is that of packed rows, where
+    the batch is packed; the backward pass belongs there too, for activations that are computed again."""
     from transformers import AttentionInterface, PreTrainedModel
 
+    if batch.trees is None:
+        yield {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return
     AttentionInterface.register(NAME, attend)
     parts = [part for part in causal_model(model).modules() if isinstance(part, PreTrainedModel)]
     before = [(part.config, part.config._attn_implementation) for part in parts]
     for config, _ in before:
         config._attn_implementation = NAME
     try:
-        yield
+        yield {"input_ids": batch.input_ids, "position_ids": batch.trees.position_ids, "trees": batch.trees}
     finally:
         for config, name in before:
             config._attn_implementation = name

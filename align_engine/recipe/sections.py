@@ -366,6 +366,9 @@ class TrainSection(Section):
     """Rows (pairs, for dpo) in one forward pass on one device."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimiser step; 8 x 1 and 1 x 8 take the same step."""
+    packing: Literal["auto", "on", "off"] = "off"
+    """Read a forward pass's sequences as one row without padding, in which sequences with the same prompt share it.
+    auto: where the model can, and a proof on the first rows finds what padded ones say."""
     num_train_epochs: Positive = 3.0
     """Passes over the training data."""
     max_steps: Annotated[int, Range("[1, inf)", also=-1, meaning="for whole epochs")] = -1

@@ -326,7 +326,7 @@ def reward_model(path: str, device: torch.device, batch_size: int = 32, trust_re
             batch = collate_sft(rows[start : start + batch_size], tokenizer.pad_token_id).to(device)
             with no_model(path):
                 check_positions(model, batch.input_ids.shape[1])
-            found += score_head.scores(model, batch.input_ids, batch.attention_mask).tolist()
+            found += score_head.batch_scores(model, batch).tolist()
         if any(map(math.isnan, found)):
             raise RunFailed(f"the reward model {path!r} gives NaN: its weights, or its dtype, are broken")
         return found

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align_engine.data.batches import IGNORE, Batch, collate_rollouts, epoch_order
+from align_engine.data.batches import IGNORE, collate_rollouts, epoch_order
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
 from align_engine.data.windows import Clock, Source, endless_order
@@ -172,9 +172,15 @@ class Rollouts(Source):
         order = epoch_order(len(self.experience), self.seed, step - place + iteration)
         return order[window * self.window_size : (window + 1) * self.window_size]
 
-    def batch(self, rows: list[int]) -> Batch:
-        """Completions of these numbers, collated."""
-        return self.collate([self.experience[i] for i in rows])
+    def records(self, rows: list[int]) -> list[dict[str, Any]]:
+        """Completions of these numbers, with their prompts."""
+        return [self.experience[i] for i in rows]
+
+    def trial(self) -> list[dict[str, Any]]:
+        """The first prompts, answered by other prompts: nobody has sampled yet."""
+        prompts = self.rows[self.prompts.asked(0, self.prompts_per_rollout)[: self.batch_size]]["prompt_ids"]
+        both = enumerate(zip(prompts, reversed(prompts)))
+        return [{"index": i, "prompt_ids": prompt, "completion_ids": other} for i, (prompt, other) in both]
 
     def prepare(self, step: int, clock: Clock) -> None:
         """Have the rollout that a step learns from."""

@@ -20,6 +20,7 @@ from align_engine.data.windows import Micro, Source
 from align_engine.errors import BadInput, RunFailed
 from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.models import noise, score_head
+from align_engine.models.tree_attention import reading
 from align_engine.recipe import LimitSection, Recipe, RolloutSection
 from align_engine.training import statefile, stops
 from align_engine.training.algorithm import Algorithm
@@ -84,6 +85,7 @@ class Engine:
         self.kept: dict[str, Any] = {"scheduler": self.scheduler, "progress": self.progress}
         accelerator.register_save_state_pre_hook(drop_frozen)
         self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model
+        self.readers: list[nn.Module] = []  # models that read its batches too
         self._sums = Sums()
 
     def forward(self, batch: Batch, num_items: float) -> LossOutput:
@@ -95,22 +97,21 @@ class Engine:
         """
         if self.reference is not None:
             batch.ref_logps = self.reference(batch)
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self.algorithm.scalar:
-            return self.algorithm.loss(score_head.scores(self.model, **inputs), {}, batch, self.recipe, num_items)
+            return self.algorithm.loss(score_head.batch_scores(self.model, batch), {}, batch, self.recipe, num_items)
         out: Any = None
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
             nonlocal out
+            hidden = batch.predicting(hidden)
             more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
             head |= self.head_options | self.limits
             out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
             return out.loss
 
-        if self.aux_coef:
-            inputs["output_router_logits"] = True
-        with fused_head(self.model, fn):
-            whole = self.model(**inputs, use_cache=False)
+        asked = {"output_router_logits": True} if self.aux_coef else {}
+        with fused_head(self.model, fn), reading(self.model, batch) as inputs:
+            whole = self.model(**inputs, **asked, use_cache=False)
         if not self.aux_coef:
             return out._replace(loss=whole.logits)
         units = self.algorithm.count(batch, self.recipe)
@@ -132,7 +133,7 @@ class Engine:
             def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:  # [B, T, D], and the values behind them
                 parts = [hidden]
                 if self.critic is not None:
-                    parts.append(self.critic(hidden, SimpleNamespace(**inputs))[..., None].to(hidden.dtype))
+                    parts.append(self.critic(hidden, SimpleNamespace(**inputs, trees=None))[..., None].to(hidden.dtype))
                 return torch.cat(parts, -1)
 
             with fused_head(self.model, fn):
@@ -164,7 +165,8 @@ class Engine:
             units: of the whole window; gradients are averaged over ranks, so each rank divides by units / ranks.
             last: of its window; ranks meet there and not before.
         """
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+        alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with alone, reading(self.model, micro.batch):
             loss = self.loss(micro, units, self._sums)
             self.accelerator.backward(loss if micro.real else loss * 0.0)
 
@@ -177,7 +179,7 @@ class Engine:
         sums.add("loss", out.loss * share / max(count, 1), count)
         for name, over in out.counts.items():
             sums.add(name, out.metrics[name], over if real else 0)
-        sums.add("num_tokens", float(batch.attention_mask.sum()), real)
+        sums.add("num_tokens", float(batch.num_read), real)
         return out.loss
 
     def step(self) -> Sums:

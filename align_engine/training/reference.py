@@ -117,7 +117,7 @@ def frozen(engine: Engine) -> Reference:
 
 
 def cpu_offload(engine: Engine) -> Reference:
-    return Reference(asking(engine, checked(offload(loaded(engine), engine.accelerator.device))))
+    return Reference(asking(engine, checked(engine, offload(loaded(engine), engine.accelerator.device))))
 
 
 def adapter_off(engine: Engine) -> Reference:
@@ -175,13 +175,14 @@ def loaded(engine: Engine) -> Any:
 def copy_of_model(engine: Engine) -> Any:
     """The same, prepared by accelerate."""
     model = engine.accelerator.prepare_model(loaded(engine), device_placement=True, evaluation_mode=True)
-    return checked(model)
+    return checked(engine, model)
 
 
-def checked(model: Any) -> Any:
+def checked(engine: Engine, model: Any) -> Any:
     """The model in evaluation mode, if the fused head fits it."""
     hook.check_head(model.eval())
     hook.check_causal(model)
+    engine.readers.append(model)
     return model
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +16,7 @@ from align_engine.data.trees import Place, Segment, Trees, pack
 from align_engine.errors import RunFailed
 from align_engine.integrations.hook import fused_head
 from align_engine.models import load, tree_attention
-from align_engine.models.tree_attention import Rule, attending, by_segment, in_one_call, why_not
+from align_engine.models.tree_attention import Rule, by_segment, in_one_call, reading, why_not
 from align_engine.recipe import ModelSection
 from align_kernels import dpo_loss, grpo_loss, kto_loss, sft_loss
 
@@ -98,9 +96,9 @@ KINDS: dict[str, tuple[Callable[..., Batch], list[dict[str, Any]], Loss]] = {
 def learn(model: nn.Module, batch: Batch, loss: Loss) -> tuple[float, dict[str, Tensor]]:
     """The loss, and the gradient of every trained weight."""
     model.zero_grad()
-    with attending(model) if batch.trees else contextlib.nullcontext():
+    with reading(model, batch) as inputs:
         with fused_head(model, lambda hidden, head: loss(batch.predicting(hidden), head, batch)):
-            value = model(**batch.inputs, use_cache=False).logits
+            value = model(**inputs, use_cache=False).logits
         value.backward()
     return value.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -148,6 +146,7 @@ def test_tokens_per_batch_are_those_of_the_arithmetic():
     assert batch.input_ids.shape == (1, prompts + sum(answers))
     assert batch.targets.shape == (6, max(answers))
     padded = collate_pairs(PAIRS, pad_id=0)
+    assert batch.num_read == padded.num_read == 2 * prompts + sum(answers)
     assert batch.num_tokens == padded.num_tokens == sum(answers)
     for packed, row in zip(batch.targets, padded.targets):
         assert packed[packed != IGNORE].tolist() == row[row != IGNORE].tolist()
@@ -236,12 +235,12 @@ def test_the_one_call_of_a_gpu_is_given_what_it_needs(monkeypatch):
 
 
 def test_models_are_as_they_were_behind_the_block():
-    model = make("Llama")
+    model, batch = make("Llama"), collate_pairs(PAIRS, pad_id=None)
     before = model.config._attn_implementation
-    with attending(model):
+    with reading(model, batch):
         assert model.config._attn_implementation == tree_attention.NAME
     assert model.config._attn_implementation == before
-    with attending(model), pytest.raises(RunFailed, match="LlamaAttention calls attention without the layout"):
+    with reading(model, batch), pytest.raises(RunFailed, match="LlamaAttention calls attention without the layout"):
         model(torch.ones(1, 3, dtype=torch.int64))
 
 
@@ -263,7 +262,8 @@ def test_who_cannot_is_told_why():
 
 
 def test_a_layout_moves_with_its_batch():
-    batch = collate_pairs(PAIRS, pad_id=None).to("meta")
-    assert batch.trees is not None and batch.trees.index.is_meta and batch.trees.keys.is_meta
-    assert batch.trees.segments == collate_pairs(PAIRS, pad_id=None).trees.segments  # type: ignore[union-attr]
-    assert SimpleNamespace(**batch.inputs).position_ids.is_meta
+    here = collate_pairs(PAIRS, pad_id=None)
+    there = here.to("meta")
+    assert here.trees is not None and there.trees is not None
+    assert there.trees.index.is_meta and there.trees.keys.is_meta and not here.trees.index.is_meta
+    assert there.trees.segments == here.trees.segments
