@@ -176,7 +176,9 @@ def measure(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, f
 
 def alone(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, float]:
     root = Path(__file__).parents[1]
-    paths = os.pathsep.join([*map(str, (root, root / "kernels", root / "tests")), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(
+        [*map(str, (root, root / "kernels", root / "tests/helpers")), os.environ.get("PYTHONPATH", "")]
+    )
     command = [sys.executable, __file__, "--one", kind, mode, str(int(trained)), "--vocabulary", str(vocabulary)]
     env = os.environ | {"PYTHONPATH": paths, "CI": "1", "OMP_WAIT_POLICY": "passive", "TRL_EXPERIMENTAL_SILENCE": "1"}
     out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout

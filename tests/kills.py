@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in (".", "kernels", "tests")]
+sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in (".", "kernels", "tests/helpers")]
 
 import tiny  # noqa: E402
 from nursery import Nursery  # noqa: E402

@@ -63,8 +63,8 @@ def child(tests: str, tree: Path, out: Path) -> None:
                 self.failed = f"{report.nodeid} (cannot be imported)"
 
     os.chdir(tree)
-    sys.path[:0] = [str(tree / part) for part in (".", "kernels", "tests")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])
+    sys.path[:0] = [str(tree / part) for part in (".", "kernels", "tests", "tests/helpers")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:4])
     handle = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

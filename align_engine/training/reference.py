@@ -96,8 +96,8 @@ def attach(engine: Engine) -> nn.Module | None:
 
 
 # -- kinds ----------------------------------------------------------------------------------------------------------
-Pairs = Callable[[], list[tuple[Tensor, Tensor]]]  # (reference, policy) of each tensor that follows. It is asked anew
-# each time: FSDP2 puts other tensors in place around a forward
+# (reference, policy) of each tensor that follows; asked anew each time, as FSDP2 puts others in place around a forward
+Pairs = Callable[[], list[tuple[Tensor, Tensor]]]
 
 
 class Reference(NamedTuple):

@@ -1,7 +1,7 @@
 """Does it run, and is it right, at the width of a real head? Every backend against float64 on the same device.
 
-A value is the largest error over what tests/accuracy.py allows: 1.5 times the error of eager torch in the same dtypes,
-plus one rounding. Meanwhile other processes compile what the later parts need (warm.py).
+A value is the largest error over what tests/helpers/accuracy.py allows: 1.5 times the error of eager torch in the same
+dtypes, plus one rounding. Meanwhile other processes compile what the later parts need (warm.py).
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def lay_out(carry: Path) -> None:
     for built in (carry / "extensions" / "align_kernels").glob("*.so"):
         if f"-{sys.version_info.major}{sys.version_info.minor}-" in built.name:
             shutil.copy2(built, ROOT / "kernels" / "align_kernels" / built.name)
-    paths = [str(ROOT / folder) for folder in ("benches/gpu", "", "kernels", "tests")] + [str(carry / "peers")]
+    paths = [str(ROOT / folder) for folder in ("benches/gpu", "", "kernels", "tests/helpers")] + [str(carry / "peers")]
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ |= dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[up] / part) for up, part in ((1, ""), (2, ""), (2, "kernels"))]
+    sys.path[:0] = [str(Path(__file__).parents[up] / part) for up, part in ((1, "helpers"), (2, ""), (2, "kernels"))]
 
 from cases import KINDS, METHODS, MINE, Bench, Case
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from processes import rank_environment
+from processes import PATHS, rank_environment
 from runs import same_bits
 from safetensors.torch import load_file
 
@@ -19,7 +19,6 @@ from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.run import train
 from align_engine.training import metrics
 
-ROOT = Path(__file__).parents[2]
 KINDS = {"rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}
 SETTINGS = {  # a rollout serves four steps, checkpoints fall inside it
     "rloo": dict(beta=0.1, num_iterations=2, steps_per_generation=2),
@@ -47,7 +46,7 @@ def start():
     begun = []
 
     def begin(names, model, prompts, out, settings, **more):
-        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests", "tests/engine"))
+        paths = os.pathsep.join([*PATHS, str(Path(__file__).parent)])
         command = [sys.executable, "-c", CODE, names, str(model), str(prompts), str(out), repr(settings)]
         env = os.environ | {"PYTHONPATH": paths} | more
         begun.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))

@@ -19,7 +19,9 @@ CODE = ROOT / "benches" / "gpu"
 @pytest.fixture
 def survey(monkeypatch):
     """The module, with all that its processes import on the path."""
-    monkeypatch.setattr(sys, "path", [str(CODE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), *sys.path])
+    monkeypatch.setattr(
+        sys, "path", [str(CODE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests/helpers"), *sys.path]
+    )
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setitem(sys.modules, "survey", None)
     del sys.modules["survey"]

@@ -1,6 +1,6 @@
 """Who imports whom: rooms (files and folders of a package's first level), arrows between them, and circles of modules.
 
-    python tests/imports.py [ROOT]
+    python tests/helpers/imports.py [ROOT]
 
 ROOT is a checkout of this repository (default: this one). Imports inside functions and under TYPE_CHECKING count.
 """
@@ -11,7 +11,7 @@ import ast
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Arrows = dict[str, set[str]]  # importer -> what it imports
 
 

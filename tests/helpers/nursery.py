@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from processes import PATHS
 
-ROOT = Path(__file__).parents[1]
-ENV = {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests")), "OMP_NUM_THREADS": "1"}
+ENV = {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
 IMPORTS = (
     "import datasets, os, peft, pictures, sys, tiny, torch, transformers.trainer_callback, align_engine.run as run\n"
     "pictures.leave_out()\n"

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+PATHS = [str(ROOT / part) for part in (".", "kernels", "tests/helpers")]  # of every Python that a test starts
 AROUND = "import pictures, processes\npictures.leave_out()\nexec({code!r})\nprocesses.leave()"
 
 
@@ -34,11 +35,10 @@ def run_on_two(code: str, *arguments: Any, **environment: str) -> None:
 
 def run_ranks(world: int, code: str, *arguments: Any, **environment: str) -> None:
     """`code` gets the arguments as sys.argv[1:]; all processes must end well. Their group is closed for them."""
-    paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", AROUND.format(code=code), *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": paths} | rank | environment,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)} | rank | environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in rank_environment(world)
@@ -91,8 +91,7 @@ for line in sys.stdin:
 """
 
     def __init__(self) -> None:
-        paths = os.pathsep.join(str(ROOT / part) for part in (".", "kernels", "tests"))
-        environment = os.environ | {"PYTHONPATH": paths, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self.process = subprocess.Popen([sys.executable, "-c", self.CODE], text=True, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, env=environment)  # fmt: skip
 
