@@ -99,7 +99,7 @@ class CpoRecipe(GentleRecipe):
 
 
 class KtoRecipe(GentleRecipe):
-    """Kahneman-Tversky optimisation: raise the answers marked desirable, lower the others, against a reference."""
+    """Kahneman-Tversky optimisation: raise the answers labelled desirable, lower the others, against a reference."""
 
     loss: KtoLoss = field(default_factory=KtoLoss)
 
