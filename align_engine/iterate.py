@@ -29,7 +29,7 @@ from align_engine.algorithms import ALGORITHMS
 from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models import load
-from align_engine.recipe import IterateRecipe, ModelSection, Recipe
+from align_engine.recipe import IterateRecipe, ModelSection, Recipe, ReferenceFields
 from align_engine.rollouts.advantages import best_versus_worst
 from align_engine.rollouts.generate import Completion, Sampler
 from align_engine.rollouts.server import reload_weights
@@ -124,7 +124,7 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
     known = [name for name, row in ALGORITHMS.items() if row.kind == "preference" and not row.scalar]
     if options.method not in known:
         raise BadInput(f"method = {options.method!r} is none of {', '.join(known)}")
-    made: Any = recipes.RECIPES[options.method]()
+    made = recipes.RECIPES[options.method]()
     changes: dict[str, Any] = {name: dict(vars(getattr(recipe, name))) for name in SHARED}
     if unset := [setting for setting in options.method_settings if "=" not in setting]:
         raise BadInput(f"method_settings: {unset[0]!r} is not of the form name=value")
@@ -135,7 +135,7 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
     changes["model"]["model_name_or_path"] = model
     changes["data"] |= {"dataset_name": str(here / "pairs.jsonl"), "dataset_train_split": "train"}
     changes["output"] |= {"output_dir": str(here / "train"), "overwrite": False}
-    if options.reference == "initial" and number > 1 and hasattr(made.loss, "ref_model_name_or_path"):
+    if options.reference == "initial" and number > 1 and made.section(ReferenceFields) is not None:
         changes["loss"]["ref_model_name_or_path"] = recipe.model.model_name_or_path
     return recipes.typed(made, changes, f"method_settings = {options.method_settings}")
 
