@@ -15,6 +15,8 @@ They differ in what is saved between the forward and the backward of a chunk:
 With a drop_mass, `frozen` and `one pass` compact the columns too: d is the share that is kept. Rows whose softmax is
 too flat for it take every column. Plain logits are those whose gradient is their probability times a constant: no
 clamp, softcap, entropy or bias gradient; `one pass` keeps their exponentials (exponentials.py).
+
+A new schedule is a class (base.py) and a line of the table below.
 """
 
 from align_kernels.schedules.base import Schedule
