@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from align_engine.data.trees import IGNORE, Trees, pack
+from align_engine.data.trees import IGNORE, Trees, pack, rows_at
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Batch:
 
     def predicting(self, hidden: Tensor) -> Tensor:
         """Of the last hidden states of `input_ids` those that predict the targets: [B, T, D]."""
-        return hidden if self.trees is None else hidden[0][self.trees.index]
+        return hidden if self.trees is None else rows_at(hidden, self.trees.index)
 
 
 def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:

@@ -99,6 +99,14 @@ class Trees:
         return max(self.lengths), max(sum(self.lengths[i] for i in path) for path in self.paths)
 
 
+def rows_at(hidden: Tensor, index: Tensor) -> Tensor:
+    """Rows of hidden [1, S, D] at positions [...]: [..., D]. A row that is taken twice gets its gradients in one order:
+    on a CPU's threads those of indexing race, on a GPU those of index_select."""
+    flat = index.flatten()
+    found = hidden[0].index_select(0, flat) if hidden.device.type == "cpu" else hidden[0][flat]
+    return found.view(*index.shape, -1)
+
+
 class Packed(NamedTuple):
     """Sequences in one row."""
 

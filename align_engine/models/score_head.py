@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from align_engine.data.batches import Batch
+from align_engine.data.trees import rows_at
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
 from align_engine.models import load
@@ -67,7 +68,7 @@ def batch_scores(model: nn.Module, batch: Batch) -> Tensor:
     if (trees := batch.trees) is None:
         return scores(model, batch.input_ids, batch.attention_mask)
     with reading(model, batch) as inputs:
-        return _through(model, inputs, lambda hidden: hidden[:, trees.last])[0]
+        return _through(model, inputs, lambda hidden: rows_at(hidden, trees.last[None]))[0]
 
 
 def values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def batch_values(model: nn.Module, batch: Batch) -> Tensor:
     if (trees := batch.trees) is None:
         return values(model, batch.input_ids, batch.attention_mask)
     with reading(model, batch) as inputs:
-        found = _through(model, inputs, lambda hidden: hidden[:, trees.index.flatten()])
+        found = _through(model, inputs, lambda hidden: rows_at(hidden, trees.index.flatten()[None]))
     return found.view(trees.index.shape)
 
 
