@@ -58,7 +58,7 @@ def refused(name, *arguments):
         raise AssertionError("an adapter in pieces, followed")
 
 """
-RUNS = {"dpo": {}, "dpo-ema": {"reference": "ema", "ref_model_sync_steps": 2}}
+RUNS = {"dpo": {}, "dpo-ema": {"reference": "ema", "ref_model_sync_steps": 2}, "dpo-packed": {"packing": "on"}}
 
 
 @pytest.fixture(scope="module")
