@@ -88,10 +88,12 @@ def fit(
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm, tokenizer)
     load.check_pad(model, tokenizer)
-    for part in filter(None, (source, evaluation)):
+    parts = [part for part in (source, evaluation) if part is not None]
+    for part in parts:
         check_vocab(part.rows, load.vocabulary(model))
-        load.check_positions(model, part.longest())
-    check_others(recipe, tokenizer, filter(None, (source, evaluation)))
+    longest = max(part.longest() for part in parts)
+    load.check_positions(model, longest)
+    check_others(recipe, tokenizer, parts)
     if not algorithm.scalar:
         hook.check_head(model)
         hook.check_causal(model)
@@ -99,7 +101,7 @@ def fit(
     facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
     check_extent(folder, recipe, steps)
     set_seed((recipe.train.seed + accelerator.process_index) % 2**32)
-    engine = Engine(model, algorithm, recipe, steps, accelerator)
+    engine = Engine(model, algorithm, recipe, steps, accelerator, longest)
     engine.check_noise()
     asked_before = references.attach(engine) if algorithm.refers(recipe) else None
     packing.settle(engine, *filter(None, (source, evaluation)))

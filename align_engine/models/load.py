@@ -259,19 +259,20 @@ def check_pad(model: Any, tokenizer: Any) -> None:
         )
 
 
-def check_positions(model: Any, longest: int) -> None:
+def check_positions(model: Any, longest: int, called: str = "the model") -> None:
     """Refuse rows that are longer than a table of positions in the model. Rotary and relative positions have no end.
 
     Args:
         longest: tokens of the longest row.
+        called: what the sentence calls the model.
     Raises:
         BadInput: naming both numbers.
     """
     causal = causal_model(model)
     if longest > (most := min(_positions(causal), default=longest)):
         raise BadInput(
-            f"the longest row has {longest} tokens, and {type(causal).__name__} has a table of {most} positions: set "
-            f"max_length = {most} or lower (with max_completion_length, where completions are sampled)"
+            f"the longest row has {longest} tokens, and {called} ({type(causal).__name__}) has a table of {most} "
+            f"positions: set max_length = {most} or lower (with max_completion_length, where completions are sampled)"
         )
 
 

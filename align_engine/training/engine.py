@@ -58,14 +58,21 @@ class Engine:
         recipe: its settings.
         total_steps: length of the learning-rate schedule.
         accelerator: device, precision, processes and trackers.
+        longest: tokens of the longest row that it will see; what a reference's positions must reach.
     """
 
     def __init__(
-        self, model: nn.Module, algorithm: Algorithm, recipe: Recipe, total_steps: int, accelerator: Accelerator
+        self,
+        model: nn.Module,
+        algorithm: Algorithm,
+        recipe: Recipe,
+        total_steps: int,
+        accelerator: Accelerator,
+        longest: int = 0,
     ) -> None:
         from transformers import get_scheduler
 
-        train, self.progress = recipe.train, Progress()
+        train, self.progress, self.longest = recipe.train, Progress(), longest
         self.algorithm, self.recipe, self.accelerator = algorithm, recipe, accelerator
         self.reference: Callable[[Batch], Tensor] | None = None  # fills ref_logps, where batches do not carry them
         rollout = recipe.section(RolloutSection)

@@ -169,7 +169,9 @@ def asking(
 def loaded(engine: Engine) -> Any:
     """The model that the recipe names as the reference, else the policy as it is before the first step."""
     path = fields_of(engine.recipe).ref_model_name_or_path or engine.recipe.model.model_name_or_path
-    return load.load_model(path, engine.recipe.model).requires_grad_(False)
+    model = load.load_model(path, engine.recipe.model).requires_grad_(False)
+    load.check_positions(model, engine.longest, "the reference")
+    return model
 
 
 def copy_of_model(engine: Engine) -> Any:

@@ -9,7 +9,7 @@ import tiny
 import torch
 from runs import cut_off
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from align_engine import recipe as recipes
 from align_engine.data.batches import collate_sft
@@ -230,3 +230,14 @@ def tokens(model, rows):
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [{"prompt_ids": tokenizer(row["prompt"])["input_ids"],
              "completion_ids": [*tokenizer(row["chosen"])["input_ids"], 1]} for row in rows]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["frozen", "precomputed"])
+def test_a_reference_with_fewer_positions_is_refused(kind, model, pairs, tmp_path):
+    """The policy's are rotary, and have no end."""
+    path = tmp_path / "short"
+    GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=8, n_embd=32, n_layer=1, n_head=2)).save_pretrained(path)
+    settings = dict(reference=kind, ref_model_name_or_path=str(path))
+    with pytest.raises(BadInput, match=r"longest row has \d+ tokens, and the reference .* table of 8 positions"):
+        train("dpo", tiny.dpo(model, pairs, tmp_path / "run", **settings))
+    assert not (tmp_path / "run").exists()
