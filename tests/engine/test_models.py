@@ -525,3 +525,15 @@ def test_weights_that_are_no_numbers_are_refused_where_they_are_frozen_too(tmp_p
     loaded.save_pretrained(folder)
     with pytest.raises(BadInput, match=r"infinite or not a number in .*weight"):
         load.load_model(str(folder), ModelSection())
+
+
+def test_fresh_adapters_have_the_rank_and_scale_of_the_recipe(model):
+    """y = x W' + lora_alpha / lora_r x A' B', arXiv:2106.09685 section 4.1."""
+    section = ModelSection(lora_r=4, lora_alpha=6, lora_target_modules=["q_proj"])
+    layer = (
+        load.add_adapters(load.load_model(str(model), PLAIN), section).base_model.model.model.layers[0].self_attn.q_proj
+    )
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight.data.normal_()
+    x = torch.randn(3, layer.in_features)
+    assert A.shape == (4, layer.in_features)
+    torch.testing.assert_close(layer.eval()(x), x @ layer.base_layer.weight.T + 6 / 4 * (x @ A.T @ B.T))
