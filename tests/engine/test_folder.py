@@ -403,6 +403,15 @@ def test_links_lead_to_inputs_too(begun, model, completions, tmp_path):
         inputs.check_outputs(tiny.sft(tmp_path / "linked", completions, begun.path, overwrite=True))
 
 
+def test_a_link_in_place_of_an_input_or_an_output_is_seen_through(model, completions, tmp_path):
+    shutil.copytree(model, tmp_path / "work" / "model")
+    (tmp_path / "alias").symlink_to(tmp_path / "work" / "model")
+    (tmp_path / "there").symlink_to(tmp_path / "work")
+    for policy, out in (("alias", "work"), ("alias", "there"), ("work/model", "there"), ("there/model", "work")):
+        with pytest.raises(BadInput, match=r"output_dir = .* is or holds model_name_or_path"):
+            inputs.check_outputs(tiny.sft(tmp_path / policy, completions, tmp_path / out, overwrite=True))
+
+
 def test_the_base_of_adapters_is_an_input(begun, model, completions, tmp_path):
     adapters = tmp_path / "adapters"
     adapters.mkdir()
