@@ -183,7 +183,7 @@ DAMAGE = {
     "metrics that are no JSON": ("metrics.jsonl", b"nonsense\n{}\n", r"metrics\.jsonl line 1 is no record of a step"),
     "metrics that are no text": ("metrics.jsonl", b"\xff\xfe\n\n", r"metrics\.jsonl line 1 is no record of a step"),
     "a checkpoint cut short": ("checkpoint-000002/model.safetensors", b"x", r"Delete .*goes on from checkpoint-000001"),
-    "a file cut where it still reads": ("checkpoint-000002/state.json", b"{}", r"state\.json has 2 bytes, but \d+ were"),
+    "a cut file that still reads": ("checkpoint-000002/state.json", b"{}", r"state\.json has 2 bytes, but \d+ were"),
     "a checkpoint of other bytes": ("checkpoint-000002/state.json", None, r"000002 is damaged: .*Delete that folder"),
     "no random states": ("checkpoint-000002/random-0.json", "gone", r"random-0\.json is missing\. Delete that folder"),
 }  # fmt: skip
