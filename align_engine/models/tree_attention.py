@@ -72,7 +72,7 @@ def attend(
 def by_segment(query: Tensor, key: Tensor, value: Tensor, trees: Trees, rule: Rule) -> Tensor:
     """A call for each segment, on any device."""
     group = query.shape[1] // key.shape[1]
-    if group > 1:
+    if group > 1 and (query.is_cuda or rule.softcap is not None):  # a GPU's masked calls take shared keys but slowly
         key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     queries, keys, values = (x.split(trees.lengths, 2) for x in (query, key, value))
     found = []
@@ -83,17 +83,17 @@ def by_segment(query: Tensor, key: Tensor, value: Tensor, trees: Trees, rule: Ru
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
-    n, m = query.shape[2], key.shape[2]
+    n, m, shared = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
     if n == m and rule.softcap is None and (rule.window is None or rule.window >= m):
         return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale
+            query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale, enable_gqa=shared
         )
     seen = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
     if rule.window is not None:
         seen = seen.triu(m - n - rule.window + 1)
     if rule.softcap is None:
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, dropout_p=rule.dropout, scale=rule.scale
+            query, key, value, attn_mask=seen, dropout_p=rule.dropout, scale=rule.scale, enable_gqa=shared
         )
     scores = rule.softcap * torch.tanh(query @ key.mT * (rule.scale / rule.softcap))
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, torch.promote_types(scores.dtype, torch.float32))
