@@ -87,16 +87,10 @@ def fit(
 
     set_seed(recipe.train.seed)
     model = load_policy(recipe, algorithm, tokenizer)
-    load.check_pad(model, tokenizer)
     parts = [part for part in (source, evaluation) if part is not None]
-    for part in parts:
-        check_vocab(part.rows, load.vocabulary(model))
     longest = max(part.longest() for part in parts)
-    load.check_positions(model, longest)
+    check_model(model, tokenizer, parts, longest, algorithm)
     check_others(recipe, tokenizer, parts)
-    if not algorithm.scalar:
-        hook.check_head(model)
-        hook.check_causal(model)
     check_room(folder, model, recipe)
     facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
     check_extent(folder, recipe, steps)
@@ -104,13 +98,12 @@ def fit(
     engine = Engine(model, algorithm, recipe, steps, accelerator, longest)
     engine.check_noise()
     asked_before = references.attach(engine) if algorithm.refers(recipe) else None
-    packing.settle(engine, *filter(None, (source, evaluation)))
+    packing.settle(engine, *parts)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
     if asked_before is not None:
         references.precompute_all(engine, asked_before, source, evaluation, steps, folder)
-    for part in (source, evaluation):
-        if part is not None:
-            part.start(engine, learns=part is source)
+    for part in parts:
+        part.start(engine, learns=part is source)
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1], folder)
         accelerator.print(f"going on from {checkpoints[-1]}")
@@ -201,6 +194,17 @@ def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerato
         folder.mark(finished=True)
     accelerator.wait_for_everyone()
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
+
+
+def check_model(model: Any, tokenizer: Any, parts: Iterable[Source], longest: int, algorithm: Algorithm) -> None:
+    """Refuse a model that cannot read the rows, the longest of which has so many tokens, or has no head to fuse."""
+    load.check_pad(model, tokenizer)
+    for part in parts:
+        check_vocab(part.rows, load.vocabulary(model))
+    load.check_positions(model, longest)
+    if not algorithm.scalar:
+        hook.check_head(model)
+        hook.check_causal(model)
 
 
 def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> None:

@@ -24,6 +24,7 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -92,6 +93,67 @@ def below(base: str, path: str) -> str:
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{path}"))
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """Tokens as a server takes them, and its answers as tokens."""
+
+    tokenizer: Any
+    encoder: Encoder
+    settings: RolloutSection
+    url: str  # for messages
+    kind: str
+    vocab_size: int | None
+
+    def as_text(self, prompt: list[int]) -> str:
+        text = self.tokenizer.decode(prompt[len(self.encoder.bos) :], clean_up_tokenization_spaces=False)
+        if (found := self.tokenizer(text)["input_ids"]) != prompt:
+            raise RunFailed(f"{self.url} takes text, but {text!r:.200} is {found!s:.200} to it, not {prompt!s:.200}")
+        return text
+
+    def from_text(self, text: str, ended: bool) -> tuple[list[int], bool]:
+        """(ids, whether the completion has ended) of a text that the server cut or ended."""
+        most, stops = self.settings.max_completion_length, self.settings.stop_strings or []
+        ids = self.encoder.continuation(text)
+
+        def stopped(i: int) -> bool:
+            return any(stop in self.tokenizer.decode(ids[: i + 1]) for stop in stops)
+
+        last = bisect_left(range(len(ids)), True, key=stopped)
+        if last < len(ids):  # the token that completes a stop string
+            ids, ended = ids[: last + 1], True
+        elif ended:
+            ids = self.encoder.end(ids)
+        return ids[:most], ended and len(ids) <= most
+
+    def read(self, answer: Any) -> Completion:
+        try:
+            choice = answer["choices"][0]
+            ended = choice["finish_reason"] != "length"
+            if self.kind == "vllm":
+                ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            else:
+                ids, ended = self.from_text(choice["text"], ended)
+                logps = [math.nan] * len(ids)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise RunFailed(f"{self.url} answered {answer!r:.200}, not an OpenAI completion") from error
+        self.check(ids, logps)
+        if truncated(self.settings):  # the server's are those of the tokens that it kept, ours of all of them
+            logps = [math.nan] * len(ids)
+        return Completion(ids, torch.tensor(logps, dtype=torch.float32), ended)
+
+    def check(self, ids: Any, logps: Any) -> None:
+        """Raise RunFailed where these are no token ids of the policy with their log-probs."""
+        if not isinstance(ids, list) or not isinstance(logps, list) or len(logps) != len(ids):
+            raise RunFailed(f"{self.url} gave {ids!r:.60} as token ids and {logps!r:.60} as their log-probs")
+        for one in ids:
+            if type(one) is not int or one < 0 or one >= (self.vocab_size or math.inf):
+                limit = f"the policy's vocabulary of {self.vocab_size}" if self.vocab_size else "every vocabulary"
+                raise RunFailed(f"{self.url} gave the token id {one!r:.60}, outside {limit}: it serves another model")
+        for one in logps if self.kind == "vllm" else ():
+            if type(one) not in (int, float) or not -math.inf < one <= 1e-3:
+                raise RunFailed(f"{self.url} gave the log-prob {one!r:.60}")
+
+
 def server_sampler(
     tokenizer: Any, settings: RolloutSection, model: str, kind: str, vocab_size: int | None = None
 ) -> Sampler:
@@ -108,15 +170,28 @@ def server_sampler(
             the server refuses, or fails again and again; it answers with what is no completion; no text gives a
             prompt's tokens.
     """
-    address, most, stops = settings.server_base_url or "", settings.max_completion_length, settings.stop_strings or []
-    base = masked(address)
+    address = settings.server_base_url or ""
     for name in ("top_k", "stop_strings", "server_weights"):
         if kind == "openai" and (value := getattr(settings, name)):
+            base = masked(address)
             raise BadInput(f"{name} = {value!r} needs vLLM or `transformers serve`, and {base} is neither")
-    url, encoder = masked(below(address, "v1/completions")), Encoder(tokenizer)
-    shared: dict[str, Any] = {"model": settings.server_model or model, "max_tokens": most,
+    url, shared = below(address, "v1/completions"), _shared(settings, model, kind)
+    exchange = Exchange(tokenizer, Encoder(tokenizer), settings, masked(url), kind, vocab_size)
+
+    def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
+        sent = prompts if kind == "vllm" else map(exchange.as_text, prompts)
+        payloads = [{**shared, "prompt": one, "seed": derived_seed(seed, i) % 2**31} for i, one in enumerate(sent)]
+        asked = post_all(url, payloads, KEY, PATIENCE, settings.server_concurrency)
+        return list(map(exchange.read, asyncio.run(asked)))
+
+    return sample
+
+
+def _shared(settings: RolloutSection, model: str, kind: str) -> dict[str, Any]:
+    """What all requests of a run say."""
+    shared: dict[str, Any] = {"model": settings.server_model or model, "max_tokens": settings.max_completion_length,
                               "temperature": settings.temperature, "top_p": settings.top_p}  # fmt: skip
-    shared |= {"stop": stops} if stops else {}
+    shared |= {"stop": settings.stop_strings} if settings.stop_strings else {}
     if kind == "vllm":
         shared |= {"logprobs": 0, "return_token_ids": True, "include_stop_str_in_output": True, "top_k": settings.top_k}
     else:
@@ -125,56 +200,7 @@ def server_sampler(
         own = {"do_sample": True, "top_k": settings.top_k, "repetition_penalty": 1.0}
         shared["generation_config"] = json.dumps(own)
         shared["model"] = settings.server_model or settings.server_weights or model
-
-    def as_text(prompt: list[int]) -> str:
-        text = tokenizer.decode(prompt[len(encoder.bos) :], clean_up_tokenization_spaces=False)
-        if (found := tokenizer(text)["input_ids"]) != prompt:
-            raise RunFailed(f"{url} takes text, but {text!r:.200} is {found!s:.200} to it, not {prompt!s:.200}")
-        return text
-
-    def from_text(text: str, ended: bool) -> tuple[list[int], bool]:
-        ids, stopped = encoder.continuation(text), lambda text: any(stop in text for stop in stops)
-        last = bisect_left(range(len(ids)), True, key=lambda i: stopped(tokenizer.decode(ids[: i + 1])))
-        if last < len(ids):  # the token that completes a stop string
-            ids, ended = ids[: last + 1], True
-        elif ended:
-            ids = encoder.end(ids)
-        return ids[:most], ended and len(ids) <= most
-
-    def read(answer: Any) -> Completion:
-        try:
-            choice = answer["choices"][0]
-            ended = choice["finish_reason"] != "length"
-            if kind == "vllm":
-                ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-            else:
-                ids, ended = from_text(choice["text"], ended)
-                logps = [math.nan] * len(ids)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise RunFailed(f"{url} answered {answer!r:.200}, not an OpenAI completion") from error
-        check_completion(ids, logps)
-        if truncated(settings):  # the server's are those of the tokens that it kept, ours of all of them
-            logps = [math.nan] * len(ids)
-        return Completion(ids, torch.tensor(logps, dtype=torch.float32), ended)
-
-    def check_completion(ids: Any, logps: Any) -> None:
-        if not isinstance(ids, list) or not isinstance(logps, list) or len(logps) != len(ids):
-            raise RunFailed(f"{url} gave {ids!r:.60} as token ids and {logps!r:.60} as their log-probs")
-        for one in ids:
-            if type(one) is not int or one < 0 or one >= (vocab_size or math.inf):
-                limit = f"the policy's vocabulary of {vocab_size}" if vocab_size else "every vocabulary"
-                raise RunFailed(f"{url} gave the token id {one!r:.60}, outside {limit}: it serves another model")
-        for one in logps if kind == "vllm" else ():
-            if type(one) not in (int, float) or not -math.inf < one <= 1e-3:
-                raise RunFailed(f"{url} gave the log-prob {one!r:.60}")
-
-    def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
-        sent = prompts if kind == "vllm" else map(as_text, prompts)
-        payloads = [{**shared, "prompt": one, "seed": derived_seed(seed, i) % 2**31} for i, one in enumerate(sent)]
-        asked = post_all(below(address, "v1/completions"), payloads, KEY, PATIENCE, settings.server_concurrency)
-        return list(map(read, asyncio.run(asked)))
-
-    return sample
+    return shared
 
 
 def truncated(settings: RolloutSection) -> bool:
