@@ -1,7 +1,7 @@
 """Fused operators from hidden states to log-probs and alignment losses, never holding the logits."""
 
 from align_kernels.api import LogProbs, linear_logprobs, sequence_logprobs
-from align_kernels.dispatch import backends_report
+from align_kernels.dispatch import backends_report, register_backend
 from align_kernels.explain import explain
 from align_kernels.from_logits import logprobs_from_logits
 from align_kernels.fused import (
@@ -9,6 +9,7 @@ from align_kernels.fused import (
     bco_loss,
     cpo_loss,
     dpo_loss,
+    fused_loss,
     grpo_loss,
     kto_loss,
     orpo_loss,
@@ -23,6 +24,7 @@ from align_kernels.fused import (
 )
 from align_kernels.head import LogitGradClamp
 from align_kernels.losses.gate import ProbGate
+from align_kernels.losses.registry import register_loss
 
 __all__ = [
     "LogProbs",
@@ -34,12 +36,15 @@ __all__ = [
     "cpo_loss",
     "dpo_loss",
     "explain",
+    "fused_loss",
     "grpo_loss",
     "kto_loss",
     "linear_logprobs",
     "logprobs_from_logits",
     "orpo_loss",
     "ppo_clip_loss",
+    "register_backend",
+    "register_loss",
     "reinforce_loss",
     "reward_loss",
     "rloo_loss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -117,6 +117,8 @@ def _words(kind: Any) -> str:
     origin, inner = get_origin(kind) or kind, get_args(kind)
     if origin is tuple and Ellipsis not in inner:
         return f"({', '.join(map(words, inner))})"
+    if issubclass(origin, Mapping):
+        return "a dict"
     if inner:
         return f"a list of {words(inner[0])}"
     return "a tensor" if origin is Tensor else f"a {origin.__name__}"

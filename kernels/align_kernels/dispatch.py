@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from align_kernels.backends import Backend, cpu, cuda, torch_ops, triton
+from align_kernels.backends import Backend, Exponentials, Losses, OnChip, Products, cpu, cuda, torch_ops, triton
 
 # as `auto` prefers them; triton before cuda until both are measured
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_ops}
-IMPLS = ("auto", "eager", *BACKENDS)
+POWERS = {"exponentials": Exponentials, "on_chip": OnChip, "products": Products, "losses": Losses}
+
+
+def register_backend(name: str, backend: Backend) -> None:
+    """Serve `impl=name` by `backend`. "auto" goes on taking those of the package.
+
+    Args:
+        name: a word that no backend has.
+        backend: a module or an object with everything that `align_kernels.backends.Backend` names; powers that it does
+            not have are None.
+
+    Raises:
+        ValueError: a name that is taken.
+        TypeError: an attribute that the protocol names is missing, or is no function where it names one.
+    """
+    if name in ("auto", "eager") or BACKENDS.get(name, backend) is not backend:
+        raise ValueError(f"the backend name {name!r} is taken: choose another")
+    _check_protocol(f"backend {name!r}", backend, Backend)
+    for power, protocol in POWERS.items():
+        if (found := getattr(backend, power)) is not None:
+            _check_protocol(f"{power} of backend {name!r}", found, protocol)
+    BACKENDS[name] = backend
+
+
+def _check_protocol(what: str, found: Any, protocol: type) -> None:
+    wanted = {name: of for name, of in vars(protocol).items() if name == "__call__" or not name.startswith("_")}
+    for name, of in wanted.items():
+        absent = " (None where it has no such power)" if name in POWERS else ""
+        if not hasattr(found, name):
+            raise TypeError(f"{what} has no attribute {name!r}{absent}: see align_kernels.backends")
+        if not isinstance(of, property) and not callable(getattr(found, name)):
+            raise TypeError(f"{what}: {name!r} must be a function, got {getattr(found, name)!r:.60}")
 
 
 class BackendStatus(NamedTuple):
@@ -35,7 +66,7 @@ def pick(impl: str, device: torch.device, dtype: torch.dtype) -> str:
             raise ValueError(f'impl="{impl}" cannot serve {dtype} on {device}: {reason}')
         return impl
     if impl != "auto":
-        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+        raise ValueError(f"impl must be one of auto, eager, {', '.join(BACKENDS)}, got {impl!r}")
     return next(name for name, backend in BACKENDS.items() if backend.why_not(device, dtype) is None)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from align_kernels.backends.state import read
 from align_kernels.losses.gate import ProbGate
-from align_kernels.losses.registry import LOSSES, Level, Loss, Unit
+from align_kernels.losses.registry import Level, Loss, Unit, find
 from align_kernels.sums import add_at
 
 
@@ -58,7 +58,7 @@ class LossCall(NamedTuple):
     def decode(text: str) -> LossCall:
         name, unit, hyper, gate, given = literal_eval(text)
         gate = None if gate is None else ProbGate(*map(float, gate))
-        return LossCall(LOSSES[name]._replace(unit=unit), hyper, gate, given)
+        return LossCall(find(name)._replace(unit=unit), hyper, gate, given)
 
 
 def plain(name: str, value: Any) -> Any:

@@ -63,14 +63,14 @@ def test_a_taken_name_of_a_loss_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         ValueError, match=r"the loss name 'dpo' is taken by align_kernels\.losses\.dpo\.dpo: give .*dpo a"
     ):
-        registry.loss("pair")(dpo)
+        registry.register_loss("pair")(dpo)
     assert registry.LOSSES["dpo"].fn is not dpo
 
     def mine(logps: Tensor) -> tuple[Tensor, dict]:
         return -logps, {}
 
-    registry.loss("token")(mine)
-    registry.loss("sequence")(mine)  # the same again
+    registry.register_loss("token")(mine)
+    registry.register_loss("sequence")(mine)  # the same again
     assert registry.LOSSES["mine"].unit == "sequence"
 
 

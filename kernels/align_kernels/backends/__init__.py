@@ -4,7 +4,8 @@ All work on a tile of raw logits z [n, c], the columns `offset .. offset + c` of
 apply the head's transform themselves: l = softcap(scale * (z + bias)) / temperature. `state` [n, 8] holds what has been
 seen of each row's softmax so far (state.py). A backend knows no schedule, and imports no other backend.
 
-A new backend is a module with everything that `Backend` names, and a line of `dispatch.BACKENDS`.
+A new backend is a module with everything that `Backend` names, and a line of `dispatch.BACKENDS`; from outside of the
+package, `align_kernels.register_backend`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from align_kernels.arguments import public
 from align_kernels.dtensor import local
 from align_kernels.eager import logprobs_eager
 from align_kernels.losses.gate import ProbGate
-from align_kernels.losses.registry import LOSSES, Unit
+from align_kernels.losses.registry import Unit, find
 from align_kernels.units import LossCall, loss_late
 
 Items = float | Tensor | None
@@ -64,7 +64,7 @@ def run_loss(
 ) -> Fused:
     """The registered loss `name` summed and divided by `num_items` (default: its tokens, sequences or pairs in this
     call). `head` holds the keywords of `linear_logprobs`, and `prob_gate`; `unit` asks for a coarser unit."""
-    spec = LOSSES[name]
+    spec = find(name)
     spec = spec._replace(unit=unit or spec.unit)
     head = dict(head)
     gate = read_gate(head.pop("prob_gate", None))

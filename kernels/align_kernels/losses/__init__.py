@@ -16,12 +16,12 @@ from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.grpo import grpo
 from align_kernels.losses.kto import bco, kto
 from align_kernels.losses.ppo import ppo_clip
-from align_kernels.losses.registry import LOSSES, Loss
+from align_kernels.losses.registry import LOSSES, Loss, register_loss
 from align_kernels.losses.reinforce import reinforce, rloo
 from align_kernels.losses.reward import reward
 from align_kernels.losses.sft import sft
 
 __all__ = [
-    "LOSSES", "Loss", "ProbGate", "bco", "cpo", "dpo", "grpo", "kto", "orpo", "ppo_clip", "reinforce", "reward", "rloo",
-    "sft", "slic",
+    "LOSSES", "Loss", "ProbGate", "bco", "cpo", "dpo", "grpo", "kto", "orpo", "ppo_clip", "register_loss", "reinforce",
+    "reward", "rloo", "sft", "slic",
 ]  # fmt: skip

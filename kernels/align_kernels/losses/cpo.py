@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from align_kernels.losses.common import REWARDS, bounded_exp, bradley_terry, log1mexp, rewards_of
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 LIMIT = 80.0  # of an exponent: see divergences
 CERTAIN = -1e-12  # a mean log-prob that ORPO's odds treat as a certainty
@@ -33,7 +33,7 @@ def nll(logps: Tensor, weight: Tensor | None) -> Tensor | float:
     return 0.0 if weight is None else -weight * logps.chunk(2)[0]
 
 
-@loss("pair", metrics=REWARDS, **PAIR)
+@register_loss("pair", metrics=REWARDS, **PAIR)
 def cpo(
     logps: Tensor,  # (2P,) chosen, then rejected
     *,
@@ -62,7 +62,7 @@ def cpo(
     return value + nll(logps, nll_weight), rewards_of(beta * score)
 
 
-@loss(
+@register_loss(
     "pair",
     side={"nll_weight": "batch", "completion": "sum", "completion_lengths": "sequence"},
     metrics=(*REWARDS, "log_odds_ratio", "log_odds_chosen"),
@@ -84,7 +84,7 @@ def orpo(
     return -beta * ratio + nll(logps, nll_weight), rewards_of(beta * score) | metrics
 
 
-@loss("pair", metrics=REWARDS, side={"nll_weight": "batch"})
+@register_loss("pair", metrics=REWARDS, side={"nll_weight": "batch"})
 def slic(
     logps: Tensor,  # (2P,)
     *,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align_kernels.losses.common import REWARDS, bradley_terry, rewards_of
 from align_kernels.losses.divergences import F_DIVERGENCES
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 
 class Pairs(NamedTuple):
@@ -154,7 +154,7 @@ READERS = {  # who reads what, and the value that leaves it alone
 }
 
 
-@loss(
+@register_loss(
     "pair",
     side={"ref_logps": "sequence", "tail": "sum", "nll_weight": "batch"},
     metrics=REWARDS,

@@ -17,7 +17,7 @@ from align_kernels.losses.common import bounded_exp
 from align_kernels.losses.corrections import Sums, off_policy_keep, sampler_ratio, top_entropy
 from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.ppo import RATIO_LIMIT, clip_surrogate
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 from align_kernels.sums import add_at
 
 Value = tuple[Tensor, dict[str, Tensor]]  # (n,) each
@@ -155,7 +155,7 @@ def token_weights(loss_type: str, mask: Tensor, max_completion_length: int | Non
 
 
 # -- the loss -------------------------------------------------------------------------------------------------------
-@loss(
+@register_loss(
     "token",
     side={
         "old_logps": "token",

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
 
-@loss("sequence", side={"ref_logps": "sequence", "desirable": "sequence", "kl": "sequence"})
+@register_loss("sequence", side={"ref_logps": "sequence", "desirable": "sequence", "kl": "sequence"})
 def kto(
     logps: Tensor,  # (S,)
     *,
@@ -33,7 +33,9 @@ def kto(
     return torch.where(desirable, desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z)), {}
 
 
-@loss("sequence", side={"ref_logps": "sequence", "desirable": "sequence", "delta": "batch", "weights": "sequence"})
+@register_loss(
+    "sequence", side={"ref_logps": "sequence", "desirable": "sequence", "delta": "batch", "weights": "sequence"}
+)
 def bco(
     logps: Tensor,  # (S,)
     *,

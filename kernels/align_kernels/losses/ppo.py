@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from align_kernels.losses.common import bounded_exp
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 RATIO_LIMIT = 20.0  # of a log-ratio: beyond, the ratio goes on along its tangent
 
@@ -23,7 +23,7 @@ def clip_surrogate(
     return -torch.minimum(free * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
-@loss(
+@register_loss(
     "token",
     side={"old_logps": "token", "advantages": "token"},
     metrics=("policy/approxkl_avg", "policy/clipfrac_avg", "val/ratio"),

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from torch import Tensor
 
 Unit = Literal["token", "sequence", "pair", "batch"]
 Level = Literal["token", "sum", "sequence", "batch"]
 LOSSES: dict[str, Loss] = {}
+UNLISTED: dict[str, Loss] = {}  # of drop-ins, which have another face
+COARSER: dict[Unit, tuple[Unit, ...]] = {  # the units that a loss of tokens, sequences or pairs may have
+    "token": ("token", "sequence", "pair", "batch"),
+    "sequence": ("sequence", "batch"),
+    "pair": ("pair", "batch"),
+}
+WHOLE = ("lengths", "sequence")
+NEEDS = (*WHOLE, "entropy", "log_sum_sq_probs")
+Function = TypeVar("Function", bound=Callable)
 
 
 class Loss(NamedTuple):
@@ -40,24 +50,89 @@ class Loss(NamedTuple):
     sparse: bool = False  # many tokens may have a derivative of exactly zero
 
 
-def loss(per: Unit, *, unit: Unit | None = None, **traits) -> Callable:
-    """Register a pure function as the loss of its name.
+def register_loss(
+    per: Unit,
+    *,
+    unit: Unit | None = None,
+    side: Mapping[str, Level] | None = None,
+    metrics: Sequence[str] = (),
+    needs: Sequence[str] = (),
+    sparse: bool = False,
+    listed: bool = True,
+) -> Callable[[Function], Function]:
+    """Register a pure function of log-probs as the loss of its name, for `fused_loss` and `explain`.
+
+        @register_loss("pair", side={"ref_logps": "sequence"})
+        def mine(logps, *, ref_logps, beta):  # logps, ref_logps [2P] float64
+            return -F.logsigmoid(beta * torch.sub(*(logps - ref_logps).chunk(2))), {}  # [P]
+
+    Args:
+        per: what the function returns one value for, and reads log-probs of: "token" (logps [n]), "sequence" (sums over
+            tokens, [S]) or "pair" ([2P], the chosen half before the rejected half).
+        unit: the smallest piece of a batch at which its values are closed: "token", "sequence", "pair" or "batch". The
+            function is called on runs of whole units, so a loss that looks across a batch says "batch". Default None:
+            `per`.
+        side: its other tensors, name -> level: "token" (passed as [n]), "sum" (a weight per token; the function reads
+            sum(weight * logp) [S]), "sequence" ([S]) or "batch" (as it is). Floats arrive as float64.
+        metrics: names of what the function returns beside its values, {name: one value per `per`}, without gradient.
+        needs: what is made from the batch and passed by name: "lengths" ([S] kept tokens), "sequence" ([n], of a loss
+            per token: which of the sequences), "entropy" (differentiated where the option entropy_coef is not 0) and
+            "log_sum_sq_probs".
+        sparse: many tokens may have a derivative of exactly zero: their rows skip the backward. Default False.
+        listed: False for a loss that is called by a function of this package alone. Default True.
+
+    Returns:
+        the decorator; the function's keyword-only arguments beside `side` and `needs` are its options.
 
     Raises:
-        ValueError: a name that another function has; the same one again, as a reloaded module brings it, is taken.
+        ValueError: a name that another function has (the same one again, as a reloaded module brings it, is taken); an
+            unknown word; an argument of `side` or `needs` that the function does not take.
     """
+    side = dict(side or {})
+    _one_of("per", per, COARSER)
+    unit = unit or per
+    _one_of("unit", unit, COARSER[per])
+    levels = ("token", "batch") if unit == "token" else get_args(Level)  # a piece of tokens has no whole sequences
+    for name, level in side.items():
+        _one_of(f"the level of {name!r}", level, levels)
+    for name in needs:
+        _one_of("needs", name, NEEDS)
 
-    def register(fn: Callable) -> Callable:
-        taken = LOSSES.get(fn.__name__)
+    def register(fn: Function) -> Function:
+        name, place = fn.__name__, ".".join(_place(fn))
+        taken = LOSSES.get(name) or UNLISTED.get(name)
         if taken is not None and _place(taken.fn) != _place(fn):
             raise ValueError(
-                f"the loss name {fn.__name__!r} is taken by {'.'.join(_place(taken.fn))}: give {'.'.join(_place(fn))} "
-                "another name"
+                f"the loss name {name!r} is taken by {'.'.join(_place(taken.fn))}: give {place} another name"
             )
-        LOSSES[fn.__name__] = Loss(fn.__name__, fn, per, unit or per, **traits)
+        known, rest = keywords(fn)
+        if strange := [one for one in (*side, *needs) if one not in known and not rest]:
+            raise ValueError(f"the loss {place} takes no argument {strange[0]!r}, which side or needs names")
+        if unit == "token" and (lost := [x for x in needs if x in WHOLE and known.get(x) is inspect.Parameter.empty]):
+            raise ValueError(f"the loss {place} needs {lost[0]!r} of whole sequences: say unit='sequence'")
+        table = LOSSES if listed else UNLISTED
+        table[name] = Loss(name, fn, per, unit, side, tuple(metrics), tuple(needs), sparse)
         return fn
 
     return register
+
+
+def find(name: str) -> Loss:
+    """The loss of a name, listed or not."""
+    return LOSSES[name] if name in LOSSES else UNLISTED[name]
+
+
+def keywords(fn: Callable) -> tuple[dict[str, Any], bool]:
+    """The arguments of a loss beside its log-probs, name -> default (`inspect.Parameter.empty`: none), and whether it
+    takes others too."""
+    _, *parameters = inspect.signature(fn).parameters.values()
+    rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}, rest
+
+
+def _one_of(what: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
 
 
 def _place(fn: Callable) -> tuple[str, str]:

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from align_kernels.losses.common import bounded_exp
 from align_kernels.losses.ppo import RATIO_LIMIT, clip_surrogate
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 
-@loss("token", side={"advantages": "token"})
+@register_loss("token", side={"advantages": "token"})
 def reinforce(logps: Tensor, *, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # (n,) -> (n,)
     """-A log pi, Williams 1992: the gradient of `ppo_clip` where the present policy sampled."""
     return -advantages * logps, {}
 
 
-@loss(
+@register_loss(
     "sequence",
     side={"old_logps": "sequence", "advantages": "sequence"},
     metrics=("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),

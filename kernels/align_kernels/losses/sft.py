@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 LOSS_TYPES = ("nll", "dft")
 
 
-@loss("token")
+@register_loss("token")
 def sft(logps: Tensor, *, loss_type: str = "nll") -> tuple[Tensor, dict[str, Tensor]]:  # (n,) -> (n,)
     """With p = pi(y_t | x, y_<t) of each token and sg, which stops the gradient:
 

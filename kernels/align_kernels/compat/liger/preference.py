@@ -11,7 +11,7 @@ from align_kernels.fused.core import check_positive, check_shape, run_loss
 from align_kernels.fused.dpo import check_options
 from align_kernels.losses.dpo import dpo
 from align_kernels.losses.kto import kto
-from align_kernels.losses.registry import loss
+from align_kernels.losses.registry import register_loss
 
 PAIR_TYPES = (
     "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
@@ -24,7 +24,7 @@ def _score(logps: Tensor, lengths: Tensor, average: bool) -> Tensor:
     return logps / lengths.clamp(min=1) if average else logps
 
 
-@loss("pair", side={"ref_logps": "sequence", "nll_weight": "batch"}, needs=("lengths",))
+@register_loss("pair", side={"ref_logps": "sequence", "nll_weight": "batch"}, needs=("lengths",), listed=False)
 def liger_dpo(
     logps: Tensor,  # (2P,)
     *,
@@ -38,7 +38,12 @@ def liger_dpo(
     return value - nll_weight * logps.chunk(2)[0], {}
 
 
-@loss("sequence", side={"ref_logps": "sequence", "desirable": "sequence", "kl": "sequence"}, needs=("lengths",))
+@register_loss(
+    "sequence",
+    side={"ref_logps": "sequence", "desirable": "sequence", "kl": "sequence"},
+    needs=("lengths",),
+    listed=False,
+)
 def liger_kto(logps: Tensor, *, lengths: Tensor, average: bool, **rest) -> tuple[Tensor, dict[str, Tensor]]:  # (S,)
     return kto(_score(logps, lengths, average), **rest)
 
