@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 import traceback
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,7 @@ USAGE = """usage: align COMMAND [--flags]
 
 align COMMAND --help lists the flags of a command. A recipe is a YAML file of the same names, which flags override:
   align dpo --recipe recipes/demo-dpo.yaml --learning_rate 1e-5
+--plugin FILE runs a Python file first, which may register a loss, a backend or a command (docs/extending.md).
 --debug shows the traceback of an error, --version the version. Exit codes: 0 done, 1 the run failed, 2 bad input.
 Several processes, on GPUs or a CPU: torchrun --nproc_per_node 2 -m align_engine COMMAND ..."""
 
@@ -35,18 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     fails; one of them says why."""
     own = argparse.ArgumentParser(prog="align", add_help=False, allow_abbrev=False)
     own.add_argument("--recipe")
+    own.add_argument("--plugin")
     own.add_argument("--debug", action="store_true")
     own.add_argument("--version", action="store_true")
     own, arguments = own.parse_known_args(argv)
     if own.version:
         print(f"align-engine {metadata.version('align-engine')}")
         return 0
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  {name:7} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
-        lines += [f"  {alias:7} The same as {name}." for alias, name in ALIASES.items()]
-        print(USAGE.format(commands="\n".join(lines)))
-        return 0 if arguments else 2
-    watch = None
+    watch, code, sentence, certain = None, 0, None, True
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank is said in one sentence, not in frames
@@ -54,8 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             watch = Watch()
         with stops.terminable():
-            run(arguments[0], arguments[1:], own.recipe)
-        code, sentence, certain = 0, None, True
+            if own.plugin:
+                from align_engine.training.importing import run_file
+
+                run_file(own.plugin, "--plugin")
+            if not arguments or arguments[0] in ("-h", "--help"):
+                print(usage())
+                code = 0 if arguments else 2
+            else:
+                run(arguments[0], arguments[1:], own.recipe)
     except BaseException as error:
         if own.debug and not watch and isinstance(error, Exception):
             raise
@@ -68,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sentence:
         print(f"align: error: {printable(shortened(sentence))}", file=sys.stderr)
     return code
+
+
+def usage() -> str:
+    """What the command says of itself."""
+    lines = [f"  {name:7} {(command.__doc__ or ' ').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {alias:7} The same as {name}." for alias, name in ALIASES.items()]
+    return USAGE.format(commands="\n".join(lines))
 
 
 def explained(error: BaseException) -> tuple[int, str | None]:
@@ -209,7 +220,7 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
     run(output_dir, seeds, workers)
 
 
-COMMANDS = {**RECIPES, "env": env, "demo": demo}
+COMMANDS = ChainMap[str, Any]({"env": env, "demo": demo}, RECIPES)  # with those that a plugin registers
 
 if __name__ == "__main__":
     sys.exit(main())

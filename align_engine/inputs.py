@@ -113,4 +113,6 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         found["files of reward_funcs"] = [rewards.fingerprint(spec) for spec in specs]
     if names := values.get("callbacks"):
         found["files of callbacks"] = [importing.fingerprint(name, "callbacks") for name in names]
+    if not (kind := type(recipe)).__module__.startswith("align_engine."):
+        found["files of the method"] = importing.fingerprint(f"{kind.__module__}:{kind.__qualname__}", "method")
     return found

@@ -14,6 +14,7 @@ SERVER = f"{ENGINE}test_rewards.py {ENGINE}test_rollout.py"
 REFERENCE = f"{ENGINE}test_models.py {ENGINE}test_references.py"
 LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
+EXTENDING = f"{CLI}test_extending.py"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
 
 # Those of an audit that the tests of 2026-11-28 did not see. Two of the 29 were not described; the last two stand for
@@ -197,5 +198,20 @@ NEW = (
            FOLDER),
     Mutant("a changed reward file goes on", f"{E}inputs.py", "[rewards.fingerprint(spec) for spec in specs]",
            "[str(spec) for spec in specs]", FOLDER),
+    # what users add
+    Mutant("guide: the length of the wrong sign", "docs/extending.md",
+           "margin + length_alpha * longer", "margin - length_alpha * longer", EXTENDING),
+    Mutant("guide: a backend that leaves the entropy out", "docs/extending.md",
+           "targets, g_logp, g_entropy, clamp=clamp,", "targets, g_logp, None, clamp=clamp,", EXTENDING),
+    Mutant("guide: the reference is not read", "docs/extending.md", "refers=always", "refers=lambda recipe: False",
+           EXTENDING),
+    Mutant("a drop-in's loss is a public name", f"{K}losses/registry.py",
+           "table = LOSSES if listed else UNLISTED", "table = LOSSES", EXTENDING),
+    Mutant("powers of a backend unchecked", f"{K}dispatch.py", "for power, protocol in POWERS.items():",
+           "for power, protocol in ():", EXTENDING),
+    Mutant("a side tensor of any shape", f"{K}fused/registered.py", 'if level != "batch":', "if False:", EXTENDING),
+    Mutant("a changed method goes on", f"{E}inputs.py",
+           'if not (kind := type(recipe)).__module__.startswith("align_engine.")',
+           'if not (kind := type(recipe)).__module__.startswith("")', EXTENDING),
 )  # fmt: skip
 MUTANTS = (*OLD, *NEW)

@@ -46,6 +46,19 @@ def load_object(spec: str, field: str) -> Any:
     return found
 
 
+def run_file(place: str, field: str) -> ModuleType:
+    """Run a Python file for what it registers; once for each state of the file.
+
+    Raises:
+        BadInput: no such file, or an error while it runs (with file and line).
+    """
+    path = Path(place).expanduser()
+    if path.suffix != ".py" or not path.is_file():
+        raise BadInput(f"{field}: {place!r} is no Python file that is there")
+    with foreign(f"{field}: cannot run {place!r}", BadInput):
+        return _run_file(path)
+
+
 def source_file(spec: str, field: str) -> Path | None:
     """The file that `module:name` or `path/to/file.py:name` is read from; None for a module that has no source.
 
