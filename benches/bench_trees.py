@@ -81,7 +81,8 @@ def main(options: argparse.Namespace) -> None:
         hidden_size=options.hidden, intermediate_size=4 * options.hidden, num_hidden_layers=options.layers,
         num_attention_heads=4, num_key_value_heads=2, vocab_size=options.vocabulary,
     )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(DEVICE, getattr(torch, options.dtype)).train()
+    model: Any = Qwen2ForCausalLM(config)
+    model = model.to(DEVICE, getattr(torch, options.dtype)).train()
     if options.checkpointing:
         checkpoint_activations(model)
     print(f"{DEVICE}, {options.dtype}, D {options.hidden}, {options.layers} layers, V {options.vocabulary}")

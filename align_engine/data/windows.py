@@ -1,7 +1,7 @@
 """Rows in the order of training, as a pure function of (seed, step): nothing to save, nothing to replay on resume.
 
 A window is what one optimiser step sees: per_device_train_batch_size x gradient_accumulation_steps x processes rows of
-the epoch's permutation. It does not depend on how those three share it out.
+the epoch's permutation. It does not depend on how those three, or tokens_per_batch, share it out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 pc: Any = pyarrow.compute
+TRIED = 8  # rows that a layout is tried on
+READ = 1000  # rows whose lengths are read at a time
+READ_TOGETHER = (("completion", "chosen", "rejected"), ("kl_completion",))  # completions of a row in one forward pass
 Clock = Callable[[str], AbstractContextManager[None]]  # of a phase's seconds
 
 
@@ -51,6 +55,7 @@ class Source:
     ) -> None:  # fmt: skip
         self.rows, self.collate, self.pad_id = rows, collate, pad_id
         self.packed = False  # each forward pass reads one row without padding
+        self.tokens_per_batch: int | None = None  # most tokens of a packed one; None: so many rows
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.window_size = batch_size * accumulation * world
         self.steps_per_epoch = math.ceil(len(rows) / self.window_size)
@@ -76,9 +81,31 @@ class Source:
 
     def share(self, rows: list[int]) -> Iterator[Micro]:
         """This rank's forward passes over `rows`; every rank yields equally many."""
-        for piece in split_order(rows, self.batch_size * self.world):
-            mine = np.array_split(piece, self.world)[self.rank].tolist()
-            yield Micro(self.batch(mine or piece[:1]), bool(mine))
+        if self.tokens_per_batch is None:
+            pieces = split_order(rows, self.batch_size * self.world)
+            turns = ([part.tolist() for part in np.array_split(piece, self.world)] for piece in pieces)
+        else:
+            turns = zip_longest(*[self.cut(rows, self.tokens_per_batch)] * self.world, fillvalue=list[int]())
+        for parts in turns:
+            mine = parts[self.rank]
+            yield Micro(self.batch(mine or parts[0][:1]), bool(mine))
+
+    def cut(self, rows: list[int], most: int) -> Iterator[list[int]]:
+        """Consecutive pieces of `rows` that have at most so many tokens, packed. A row that has more is alone."""
+        piece: list[int] = []
+        tokens, prompts = 0, set[tuple[int, ...]]()
+        for part in split_order(rows, READ):
+            for row, record in zip(part, self.records(part)):
+                prompt = tuple(record["prompt_ids"])
+                own = max(sum(len(record.get(f"{side}_ids", ())) for side in sides) for sides in READ_TOGETHER)
+                if piece and tokens + own + len(prompt) * (prompt not in prompts) > most:
+                    yield piece
+                    piece, tokens, prompts = [], 0, set()
+                tokens += own + len(prompt) * (prompt not in prompts)
+                prompts.add(prompt)
+                piece.append(row)
+        if piece:
+            yield piece
 
     def batch(self, rows: list[int]) -> Batch:
         """The rows of these numbers, collated."""
@@ -90,8 +117,8 @@ class Source:
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def trial(self) -> list[dict[str, Any]]:
-        """Rows to try a layout on before the first step: of its first forward pass, the same on all ranks."""
-        return self.records(sorted(self.window_rows(0))[: self.batch_size])
+        """Some of the first step's rows, to try a layout on: the same on all ranks."""
+        return self.records(sorted(self.window_rows(0))[: min(self.batch_size, TRIED)])
 
     def start(self, engine: Any, learns: bool) -> None:
         """Know the engine, and whether it learns from these rows or is evaluated on them. Fixed rows need neither."""

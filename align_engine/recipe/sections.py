@@ -369,6 +369,9 @@ class TrainSection(Section):
     packing: Literal["auto", "on", "off"] = "off"
     """Read a forward pass's sequences as one row without padding, in which sequences with the same prompt share it.
     auto: where the model can, and a proof on the first rows finds what padded ones say."""
+    tokens_per_batch: Count | None = None
+    """Most tokens in one packed forward pass, a shared prompt's once: it shares out the rows of a step in place of
+    per_device_train_batch_size (None: rows are counted). A row that has more is alone."""
     num_train_epochs: Positive = 3.0
     """Passes over the training data."""
     max_steps: Annotated[int, Range("[1, inf)", also=-1, meaning="for whole epochs")] = -1

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align_engine.data.batches import IGNORE, collate_rollouts, epoch_order
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
-from align_engine.data.windows import Clock, Source, endless_order
+from align_engine.data.windows import TRIED, Clock, Source, endless_order
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models.load import vocab_size
 from align_engine.models.logps import token_logps
@@ -178,7 +178,7 @@ class Rollouts(Source):
 
     def trial(self) -> list[dict[str, Any]]:
         """The first prompts, answered by other prompts: nobody has sampled yet."""
-        prompts = self.rows[self.prompts.asked(0, self.prompts_per_rollout)[: self.batch_size]]["prompt_ids"]
+        prompts = self.rows[self.prompts.asked(0, self.prompts_per_rollout)[:TRIED]]["prompt_ids"]
         both = enumerate(zip(prompts, reversed(prompts)))
         return [{"index": i, "prompt_ids": prompt, "completion_ids": other} for i, (prompt, other) in both]
 

@@ -36,8 +36,8 @@ def settle(engine: Engine, *sources: Source) -> None:
         why, said = prove(engine, sources[0])
     if why is not None and asked == "on":
         raise BadInput(f"packing = 'on': {why}; set it to 'off'")
-    for source in sources:
-        source.packed = why is None
+    for source in sources if why is None else ():
+        source.packed, source.tokens_per_batch = True, engine.recipe.train.tokens_per_batch
     engine.accelerator.print(f"packing on: {said}" if why is None else f"packing off: {why}")
 
 

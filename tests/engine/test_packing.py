@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from processes import run_on_two
 from runs import cut_off, same_bits
 from safetensors.torch import load_file
 
+from align_engine.data.windows import Source
 from align_engine.errors import BadInput
 from align_engine.models import tree_attention
 from align_engine.recipe import GrpoRecipe, PpoRecipe, Recipe, RlooRecipe
@@ -84,7 +86,7 @@ def test_two_processes_equal_one(model64, tmp_path):
     jobs, names = [], ("sft", "rm", "dpo", "kto")
     for name in names:
         rows = tiny.write_rows(tmp_path / f"{name}.jsonl", tiny.OFFLINE[name][1](9))
-        settings = dict(max_steps=4, dtype="auto", learning_rate=1e-4, packing="on")
+        settings = dict(max_steps=4, dtype="auto", learning_rate=1e-4, packing="on", tokens_per_batch=30)
         one = tiny.offline(name, model64, rows, tmp_path / "one" / name, per_device_train_batch_size=8, **settings)
         train(name, one)
         settings |= dict(per_device_train_batch_size=4)
@@ -94,6 +96,33 @@ def test_two_processes_equal_one(model64, tmp_path):
     for name in names:
         one, two = (load_file(tmp_path / kind / name / "final" / "model.safetensors") for kind in ("one", "two"))
         assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "grpo"])
+def test_forward_passes_are_cut_by_tokens(name, model, other_model, tmp_path, monkeypatch):
+    """A step is the same however its rows are shared out."""
+    seen, window = [], Source.window
+
+    def noted(source, step):
+        found = window(source, step)
+        seen.append([micro.batch.input_ids.numel() for micro in found if micro.batch.trees])
+        assert sorted(row for micro in found for row in micro.batch.index.tolist()) == sorted(
+            row if name == "grpo" else source.rows["index"][row] for row in source.window_rows(step)
+        )
+        return found
+
+    monkeypatch.setattr(Source, "window", noted)
+    if name == "grpo":
+        rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.prompt_rows(6))
+        make = functools.partial(tiny.online, GrpoRecipe, model, rows)
+    else:
+        rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.OFFLINE[name][1](10))
+        make = functools.partial(tiny.offline, name, model, rows, ref_model_name_or_path=str(other_model))
+    settings = dict(per_device_train_batch_size=16, max_steps=2)
+    packed = make(tmp_path / "packed", tokens_per_batch=50, **settings)
+    assert_alike(name, packed, make(tmp_path / "padded", **settings))
+    passes = [tokens for tokens in seen if tokens]
+    assert len(passes) == 2 and all(len(tokens) > 2 and max(tokens) <= 50 for tokens in passes)
 
 
 def test_a_packed_run_goes_on_bit_for_bit(model, pairs, tmp_path):
