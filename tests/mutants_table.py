@@ -13,6 +13,7 @@ LOOPS = f"{ENGINE}test_training.py {ENGINE}test_loops.py {ENGINE}test_resume.py"
 SERVER = f"{ENGINE}test_rewards.py {ENGINE}test_rollout.py"
 REFERENCE = f"{ENGINE}test_models.py {ENGINE}test_references.py"
 LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
+TREES = f"{ENGINE}test_trees.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 EXTENDING = f"{CLI}test_extending.py"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
@@ -124,10 +125,20 @@ NEW = (
     Mutant("a signal is forgotten", f"{E}training/loop.py", 'self.stopping = sums.totals.pop("stop")[0] > 0',
            'sums.totals.pop("stop")', f"{ENGINE}test_stops.py {ENGINE}test_processes.py {ENGINE}test_ranks.py"),
     # source
-    Mutant("all ranks take the first share", f"{E}data/windows.py", "self.world)[self.rank].tolist()",
-           "self.world)[0].tolist()", f"{ENGINE}test_source.py {ENGINE}test_processes.py"),
+    Mutant("all ranks take the first share", f"{E}data/windows.py", "mine = parts[self.rank]", "mine = parts[0]",
+           f"{ENGINE}test_source.py {ENGINE}test_processes.py"),
     Mutant("an empty rank's repeated row counts", f"{E}data/windows.py", "bool(mine))", "True)",
            f"{ENGINE}test_source.py {ENGINE}test_processes.py"),
+    # packed rows
+    Mutant("a window one token too wide", f"{E}models/tree_attention.py", "m - n - rule.window + 1",
+           "m - n - rule.window", TREES),
+    Mutant("a segment forgets its grandparents", f"{E}data/trees.py", "keys.append(torch.cat([keys[parent], own])",
+           "keys.append(torch.cat([keys[parent][-1:], own])", TREES),
+    Mutant("a completion is predicted by what lies before it", f"{E}data/trees.py", "index[:, 0] = before", "", TREES),
+    Mutant("recomputed activations see another mask", f"{E}training/engine.py",
+           "with alone, reading(self.model, micro.batch):", "with alone:", f"{ENGINE}test_packing.py"),
+    Mutant("pieces of too many tokens", f"{E}data/windows.py", "piece, tokens, prompts = [], 0, set()",
+           "piece, tokens, prompts = [], 0, prompts", f"{ENGINE}test_packing.py"),
     Mutant("epochs rounded down", f"{E}data/windows.py", "max(math.ceil(epochs * source.steps_per_epoch), 1)",
            "max(int(epochs * source.steps_per_epoch), 1)", f"{ENGINE}test_source.py {LOOPS}"),
     Mutant("every epoch in one order", f"{E}data/batches.py", "np.random.default_rng([seed, epoch])",
