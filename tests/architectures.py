@@ -13,8 +13,11 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, Gemma3nVisionConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from align_engine.data.batches import IGNORE, collate_sft
 from align_engine.integrations.hook import fused_head
 from align_engine.integrations.logits import read_logits
+from align_engine.models.logps import token_logps
+from align_engine.models.tree_attention import why_not
 from align_kernels import linear_logprobs, logprobs_from_logits
 
 V = 99
@@ -41,6 +44,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"], 8),
     **dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"], 1),
     "layer_types": None,
+    "sliding_window": 4,
     "use_cache": False,
     # what is done to logits, away from the values at which it does nothing
     **dict.fromkeys(["logit_scale", "lm_head_multiplier", "output_multiplier"], 0.3),
@@ -148,9 +152,10 @@ class Row(NamedTuple):
     model: str
     path: str  # "hook", "logits" or "refused"
     read: str  # of "hook": what it does to its logits; else why
+    packed: str = ""  # of "hook": "yes", or why it cannot read packed rows
 
     def __str__(self) -> str:
-        return f"| {self.model} | {self.path} | {self.read} |"
+        return f"| {self.model} | {self.path} | {self.read} | {self.packed} |"
 
 
 def judge(config: type[PretrainedConfig], kind: type[PreTrainedModel]) -> Row:
@@ -180,8 +185,39 @@ def judge(config: type[PretrainedConfig], kind: type[PreTrainedModel]) -> Row:
     error = (logp - want.where(targets != -100, 0)).abs().max().item() / want.abs().max().item()
     assert error < 1e-5, f"{name}: log-probs differ by {error:.1e}"
     assert want.std() > 0.1, f"{name}: log-probs of {want.std():.1e} prove nothing"
+    if found.path == "logits":
+        return Row(name, "logits", found.why.removeprefix(f"{name}: "))
     settings = ", ".join(f"{key} {value:g}" for key, value in found.transform.items())
-    return Row(name, found.path, settings if found.path == "hook" else found.why.removeprefix(f"{name}: "))
+    return Row(name, "hook", settings, "" if MADE.get(name) is drafting else packs(model).removeprefix(f"{name} "))
+
+
+@torch.no_grad()
+def packs(model: PreTrainedModel) -> str:
+    """Hold the log-probs of a packed row against those of its sequences alone: "yes", or why the model cannot.
+
+    Raises:
+        AssertionError: they differ by more than 1e-5.
+    """
+    if (why := why_not(model)) is not None:
+        return why
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, 0.2)
+    draw = torch.Generator().manual_seed(3)
+    prompt, *parts = (torch.randint(3, V - 3, (size,), generator=draw).tolist() for size in (5, 6, 3, 9))
+    prompts = (prompt, prompt, [])  # two answers of one prompt, and a text; all are longer than a window
+    rows = [
+        {"index": i, "prompt_ids": own, "completion_ids": part} for i, (own, part) in enumerate(zip(prompts, parts))
+    ]
+
+    def logps(some: list[dict[str, Any]], pad_id: int | None) -> Tensor:
+        batch = collate_sft(some, pad_id)
+        return token_logps(model, batch, {})[0][batch.targets != IGNORE]
+
+    got, want = logps(rows, None), torch.cat([logps([row], 0) for row in rows])
+    error = (got - want).abs().max().item() / want.abs().max().item()
+    assert error < 1e-5, f"{type(model).__name__}: packed, log-probs differ by {error:.1e}"
+    return "yes"
 
 
 HEAD = """# Which of transformers' causal LMs take the fused head
@@ -200,15 +236,20 @@ log-probs equal those of the model's own logits within 1e-5. Three classes do no
 for images and sound lacks its vision tower, which is timm's; the two that draft for another Gemma 4 have keys and
 values of their own and random inputs (with `use_ordered_embeddings` they take the second path).
 
-{hook} hook, {logits} logits, {refused} refused. Made by `make architectures`.
+The column `packed` says whether the engine's `packing` can put a batch into one row for it, and why not
+(`models/tree_attention.py`): the log-probs of two answers to one prompt and of a text in one row, longer than a sliding
+window, equal those of each alone within 1e-5.
 
-| class | path | |
-|---|---|---|
+{hook} hook, {logits} logits, {refused} refused; {packed} packed. Made by `make architectures`.
+
+| class | path | logits | packed |
+|---|---|---|---|
 """
 
 
 def table(rows: list[Row]) -> str:
     counts = {path: sum(row.path == path for row in rows) for path in ("hook", "logits", "refused")}
+    counts["packed"] = sum(row.packed == "yes" for row in rows)
     return HEAD.format(version=transformers.__version__, **counts) + "".join(f"{row}\n" for row in rows)
 
 

@@ -153,7 +153,8 @@ def why_not(model: nn.Module) -> str | None:
         return f"{name} mixes tokens in other ways than attention: {other}"
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return f"{name} takes no position_ids"
-    sources = {kind: inspect.getsource(kind.forward) for kind in {type(part) for part in decoder.modules()}}
+    kinds_of_parts = dict.fromkeys(type(part) for part in decoder.modules())
+    sources = {kind: inspect.getsource(kind.forward) for kind in kinds_of_parts}
     callers = {kind: source for kind, source in sources.items() if "attention_interface(" in source}
     own = [kind.__name__ for kind, source in sources.items() if _attends_itself(kind, source)]
     if own or not callers:
