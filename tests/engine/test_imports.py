@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from imports import arrows, circles, rooms
+
+import align_engine
 
 PACKAGE = Path(__file__).parents[2] / "align_engine"
 ORDER = (  # each imports from those to its right alone; of rooms in one line none imports the other
@@ -60,3 +63,14 @@ def test_the_command_line_and_recipes_need_no_torch():
     code = "import sys, align_engine.cli; print(sorted({'torch', 'transformers', 'yaml', 'tyro'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", align_engine.MOVED)
+def test_what_has_moved_is_found_where_it_was(name):
+    old = importlib.import_module(f"align_engine.{name}")
+    places = [importlib.import_module(f"align_engine.{place}") for place in align_engine.MOVED[name]]
+    for place in places:
+        own = [one for one, value in vars(place).items() if getattr(value, "__module__", None) == place.__name__]
+        assert own and all(getattr(old, one) is getattr(place, one) for one in own)
+    with pytest.raises(AttributeError, match=rf"align_engine\.{name} has become align_engine\."):
+        assert old.nonsense
