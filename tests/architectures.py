@@ -225,8 +225,8 @@ HEAD = """# Which of transformers' causal LMs take the fused head
 Every class that transformers {version} lists for causal language modelling, in a small configuration whose settings of
 the logits are away from neutral.
 
-- `hook`: `fused_head`, `fuse` and `FusedTrainer` make no logits. The last column says what the model does to its
-  logits, which the operators take over.
+- `hook`: `fused_head`, `fuse` and `FusedTrainer` make no logits. The column `logits` says what the model does to
+  them, which the operators take over.
 - `logits`: the model does something to its logits that the operators do not know. `fuse` takes log-probs from its whole
   logits, with a warning; elsewhere `logprobs_from_logits(model(...).logits, targets)` gives the same.
 - `refused`: there is no one LM head.

@@ -22,6 +22,7 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     "engine/test_recipe.py": ("test_names_are_unique_so_that_flags_need_no_prefix",
                               "test_all_that_is_wrong_is_said_at_once"),
     "engine/test_data.py": ALL,
+    "engine/test_trees.py": ("test_architectures[pairs-Mistral]", "test_the_layout_of_a_small_row"),
     "engine/test_training.py": ("test_dpo_loss_rewards_and_gradient_norm_equal_the_formula", "test_references_agree",
                                 "test_accumulation_equals_one_big_batch[dpo]"),
     "engine/test_preferences.py": ("test_a_mixture_is_its_parts",),

@@ -154,7 +154,7 @@ def why_not(model: nn.Module) -> str | None:
     if "position_ids" not in inspect.signature(causal.forward).parameters:
         return f"{name} takes no position_ids"
     kinds_of_parts = dict.fromkeys(type(part) for part in decoder.modules())
-    sources = {kind: inspect.getsource(kind.forward) for kind in kinds_of_parts}
+    sources = {kind: _source(kind.forward) for kind in kinds_of_parts}
     callers = {kind: source for kind, source in sources.items() if "attention_interface(" in source}
     own = [kind.__name__ for kind, source in sources.items() if _attends_itself(kind, source)]
     if own or not callers:
@@ -169,10 +169,17 @@ def why_not(model: nn.Module) -> str | None:
     for kind, source in callers.items():
         if found := [what for word, what in REFUSED.items() if f"{word}=" in source]:
             return f"{kind.__name__} has {found[0]}"
-        masked = "create_sliding_window_causal_mask" in inspect.getsource(sys.modules[kind.__module__])
+        masked = "create_sliding_window_causal_mask" in _source(sys.modules[kind.forward.__module__])
         if getattr(config, "sliding_window", None) and masked and "sliding_window=" not in source:
             return f"{kind.__name__} knows its sliding window from a mask alone"
     return None
+
+
+def _source(thing: Any) -> str:
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):  # made at run time, or not in Python
+        return ""
 
 
 def _attends_itself(kind: type[nn.Module], source: str) -> bool:
