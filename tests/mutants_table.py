@@ -137,6 +137,7 @@ NEW = (
     Mutant("a completion is predicted by what lies before it", f"{E}data/trees.py", "index[:, 0] = before", "", TREES),
     Mutant("recomputed activations see another mask", f"{E}training/engine.py",
            "with alone, reading(self.model, micro.batch):", "with alone:", f"{ENGINE}test_packing.py"),
+    Mutant("gradients of a row in any order", f"{E}data/trees.py", 'if hidden.device.type == "cpu"', "if False", TREES),
     Mutant("pieces of too many tokens", f"{E}data/windows.py", "piece, tokens, prompts = [], 0, set()",
            "piece, tokens, prompts = [], 0, prompts", f"{ENGINE}test_packing.py"),
     Mutant("epochs rounded down", f"{E}data/windows.py", "max(math.ceil(epochs * source.steps_per_epoch), 1)",

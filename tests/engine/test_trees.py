@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from align_engine.data.batches import IGNORE, Batch, collate_labels, collate_pairs, collate_rollouts, collate_sft
-from align_engine.data.trees import Place, Segment, Trees, pack
+from align_engine.data.trees import Place, Segment, Trees, pack, rows_at
 from align_engine.errors import RunFailed
 from align_engine.integrations.hook import fused_head
 from align_engine.models import load, tree_attention
@@ -259,6 +259,19 @@ def test_who_cannot_is_told_why():
         model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**small | more))
         found = why_not(model)
         assert (found is None) if reason is None else (found is not None and reason in found), (name, found)
+
+
+def test_a_row_that_is_read_often_gets_its_gradient_in_one_order():
+    """On two threads: indexing gives another sum each time."""
+    torch.manual_seed(0)
+    hidden, gradient = torch.randn(1, 4000, 256, requires_grad=True), torch.randn(64, 300, 256)
+    index, threads = torch.randint(0, 40, (64, 300)), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sums = [torch.autograd.grad(rows_at(hidden, index), hidden, gradient)[0] for _ in range(6)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(one.equal(sums[0]) for one in sums)
 
 
 def test_a_layout_moves_with_its_batch():
