@@ -161,7 +161,7 @@ NEW = (
     Mutant("the score at every token", f"{E}rollouts/advantages.py", "torch.where(last, scores[:, None], 0.0)",
            "torch.where(mask, scores[:, None], 0.0)", ADVANTAGES),
     Mutant("the value loss in full", f"{E}algorithms/ppo.py", "policy.loss + recipe.loss.vf_coef * value.loss",
-           "policy.loss + value.loss", ONLINE),
+           "policy.loss + value.loss", f"{ENGINE}test_online.py::test_the_value_loss_is_weighed_by_vf_coef"),
     # rollouts
     Mutant("sampled log-probs without temperature", f"{E}rollouts/generate.py", "(scores.float() / self.temperature)",
            "scores.float()", ONLINE),

@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENVS=${VENVS:-build/versions}
-TOOLS=(pytest pytest-xdist setuptools pybind11)
+TOOLS=(pytest pytest-xdist "setuptools>=77" pybind11)
 export PYTHONPATH=$PWD:$PWD/kernels:$PWD/tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 packages() {  # of a set, as pip takes them
