@@ -110,13 +110,18 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         device = next(inner.parameters()).device
         training, before, attention = inner.training, inner.generation_config, inner.config._attn_implementation
+        routers = getattr(text, "output_router_logits", False)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             try:
                 inner.eval().generation_config = config  # in place of the model's own, which may hold penalties
+                if routers:  # the loss of experts cannot be computed where earlier tokens lie in a cache
+                    text.output_router_logits = False
                 return continuous_batching(inner, prompts, seed) if paged else batched_generate(inner, prompts, stop)
             finally:
                 inner.train(training).generation_config = before
+                if routers:
+                    text.output_router_logits = routers
                 if inner.config._attn_implementation != attention:  # transformers has failed half-way
                     inner.set_attn_implementation(attention)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -322,6 +322,9 @@ def precompute(engine: Engine, model: nn.Module, source: Source, rows: list[int]
 
 
 def _read(path: Path, stamp: str) -> Tensor | None:
-    if path.exists():
+    """The table that a file holds; None where it is not there, of something else, or damaged."""
+    try:
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor("logps") if file.metadata().get("fingerprint") == stamp else None
+            return file.get_tensor("logps") if (file.metadata() or {}).get("fingerprint") == stamp else None
+    except (OSError, SafetensorError):
+        return None

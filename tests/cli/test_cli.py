@@ -279,6 +279,13 @@ def test_help_names_every_flag_with_a_sentence(align):
     assert said.count("(required)") == 3
 
 
+def test_help_shows_addresses_without_their_secrets(align, tmp_path):
+    (tmp_path / "r.yaml").write_text("server_base_url: http://me:pw1@a/v1?key=pw2\n")
+    code, said, _ = align("grpo", "--recipe", tmp_path / "r.yaml", "--reward_funcs", "http://b/s?key=pw3", "--help")
+    assert code == 0 and "http://***@a/v1?key=***" in said and "http://b/s?key=***" in said
+    assert not any(secret in said for secret in ("pw1", "pw2", "pw3"))
+
+
 def test_env_says_which_backend_serves_and_why_not(align):
     code, said, _ = align("env", "--json")
     facts = json.loads(said)

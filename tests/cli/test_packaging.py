@@ -11,6 +11,7 @@ import sysconfig
 import tomllib
 from pathlib import Path
 
+import pytest
 import setuptools
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +66,22 @@ def test_a_source_distribution_holds_the_repository(tmp_path):
     assert not {name for name in listed if name.endswith((".so", ".pyc"))}
 
 
-def test_a_build_drops_the_cuda_extension_of_an_earlier_one_and_keeps_its_stub(tmp_path, monkeypatch):
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", given.update)
+@pytest.fixture
+def given(monkeypatch):
+    """What setup.py gives to setuptools."""
+    taken = {}
+    monkeypatch.setattr(setuptools, "setup", taken.update)
     monkeypatch.chdir(ROOT)
     exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__name__": "setup"})
+    return taken
+
+
+def test_extensions_are_compiled_with_what_hardens_them(given):
+    for extension in given["ext_modules"]:
+        assert {"-fstack-protector-strong", "-D_FORTIFY_SOURCE=2"} <= {*extension.extra_compile_args}, extension.name
+
+
+def test_a_build_drops_the_cuda_extension_of_an_earlier_one_and_keeps_its_stub(tmp_path, given):
     package = tmp_path / "align_kernels"
     package.mkdir()
     stale = "_cuda" + sysconfig.get_config_var("EXT_SUFFIX")

@@ -1,13 +1,18 @@
 """Refusals come before anything is written, and leave everything as it was."""
 
+import errno
+import gc
 import os
+import resource
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 from cases import command
 
 from align_engine.cli import main
+from align_engine.data.sources import load_rows
 from align_engine.errors import LONGEST, shortened
 
 
@@ -112,6 +117,69 @@ def test_paths_where_the_system_cannot_look_are_named(field, value, why, refused
     (tmp_path / "loop").symlink_to("loop")
     complaint = refused("dpo", flags(model, pairs, tmp_path / "run") | {field: value})
     assert field in complaint and why in complaint
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Answer below a folder as a disk does that is mounted read-only."""
+
+    def close(folder):
+        def closed(call, writes):
+            def refuse(path, *more, **options):
+                if writes(*more) and Path(os.fsdecode(path)).is_relative_to(folder):
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+                return call(path, *more, **options)
+
+            return refuse
+
+        monkeypatch.setattr(os, "mkdir", closed(os.mkdir, lambda *_: True))
+        monkeypatch.setattr(
+            os, "open", closed(os.open, lambda flags, *_: flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
+        )
+
+    return close
+
+
+@pytest.mark.parametrize("when", ["new", "there"])
+def test_an_output_folder_on_a_read_only_disk_is_named(when, refused, read_only, model, completions, tmp_path):
+    out = tmp_path / "disk" / "run"
+    (out if when == "there" else out.parent).mkdir(parents=True)
+    read_only(tmp_path / "disk")
+    complaint = refused("sft", flags(model, completions, out))
+    assert complaint == f"align: error: output_dir = '{out}' cannot be written to: Read-only file system\n"
+    assert list((tmp_path / "disk").rglob("*")) == ([out] if when == "there" else [])
+
+
+# of datasets, which leaves its file open
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    ("disk", "loaded"), [("full", False), ("full", True), ("read-only", False), ("read-only", True)]
+)
+def test_a_cache_of_data_that_cannot_be_written_is_named(
+    disk, loaded, refused, read_only, model, tmp_path, monkeypatch
+):
+    """`loaded`: the rows are there already, and their tokens are to be written."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    rows = [{"prompt": "w1 " * 500 + str(i), "completion": "w2"} for i in range(400)]
+    path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
+    if loaded:
+        load_rows(path)
+    limits, why = resource.getrlimit(resource.RLIMIT_FSIZE), "Read-only file system"
+    if disk == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        why = "File too large"
+    else:
+        read_only(cache)
+    try:
+        complaint = refused("sft", flags(model, path, tmp_path / "run"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        gc.collect()
+    assert complaint.startswith(
+        f"align: error: '{path}': the cache of data at {cache} cannot be written ({why}): make room"
+    )
+    assert "HF_DATASETS_CACHE" in complaint and complaint.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_callback_that_gives_something_else_than_the_control_is_named(capsys, model, completions, tmp_path):

@@ -116,6 +116,19 @@ def test_checkpoints_go_by_number_and_foreign_names_are_ignored(begun):
     assert (begun.checkpoint(999_999) / "notes.txt").exists() and not begun.checkpoint(2).exists()
 
 
+def test_a_checkpoint_moved_to_another_disk_goes_with_its_link(begun, tmp_path):
+    for step in (1, 2, 3):
+        write(begun, begun.checkpoint(step).name, weights=str(step))
+    for step in (1, 2):
+        shutil.move(begun.checkpoint(step), tmp_path / f"moved-{step}")
+        begun.checkpoint(step).symlink_to(tmp_path / f"moved-{step}")
+    (tmp_path / "moved-2" / "weights").write_text("mine")  # what lies there now is not this run's
+    begun.keep(1)
+    assert not os.path.lexists(begun.checkpoint(1)) and not (tmp_path / "moved-1").exists()
+    assert (begun.checkpoint(2) / "weights").read_text() == "mine" and begun.checkpoint(2).is_symlink()
+    assert begun.checkpoints() == [begun.checkpoint(2), begun.checkpoint(3)]
+
+
 def test_a_linked_final_is_followed(begun, tmp_path):
     (tmp_path / "disk").mkdir()
     (begun.path / "final").symlink_to(tmp_path / "disk" / "model")
@@ -186,6 +199,7 @@ DAMAGE = {
     "a cut file that still reads": ("checkpoint-000002/state.json", b"{}", r"state\.json has 2 bytes, but \d+ were"),
     "a checkpoint of other bytes": ("checkpoint-000002/state.json", None, r"000002 is damaged: .*Delete that folder"),
     "no random states": ("checkpoint-000002/random-0.json", "gone", r"random-0\.json is missing\. Delete that folder"),
+    "unreadable random states": ("checkpoint-000002/random-0.json", None, r"000002 is damaged: .*Delete that folder"),
 }  # fmt: skip
 
 

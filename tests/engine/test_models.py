@@ -19,7 +19,16 @@ from align_engine.algorithms import ALGORITHMS
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models import load, modelfiles, noise, score_head
 from align_engine.models.score_head import ValueHead
-from align_engine.recipe import ModelSection, PpoLoss, PpoRecipe, RmRecipe, RolloutSection, SftRecipe, TrainSection
+from align_engine.recipe import (
+    RECIPES,
+    ModelSection,
+    PpoLoss,
+    PpoRecipe,
+    RmRecipe,
+    RolloutSection,
+    SftRecipe,
+    TrainSection,
+)
 from align_engine.rollouts.rewards import load_reward
 from align_engine.run import train
 from align_engine.training import engine, metrics
@@ -152,6 +161,20 @@ def test_damaged_files_are_named(file, damage, model, tmp_path):
         load.load_tokenizer(str(tmp_path / "model"))
     with pytest.raises(BadInput, match=rf"{tmp_path}/model/{file} is damaged"):
         load.load_model(str(tmp_path / "model"), PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("adapter_config.json", lambda path: path.write_text("{oops")),
+        ("adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-8])),
+    ],
+)
+def test_damaged_files_of_adapters_are_named(file, damage, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    damage(tmp_path / "adapter" / file)
+    with pytest.raises(BadInput, match=rf"{tmp_path}/adapter/{file} is damaged"):
+        load.load_model(str(tmp_path / "adapter"), PLAIN)
 
 
 def test_a_missing_shard_and_a_base_that_is_not_there_are_named(model, adapter, tmp_path):
@@ -362,17 +385,23 @@ def test_the_first_loss_of_experts_is_that_of_transformers(experts, completions,
     assert out.aux_loss.item() * 0.7 > 0.1 * out.loss.item(), "the term is there to be seen"
 
 
-def test_the_loss_of_experts_is_added_to_a_preference_loss_and_can_be_turned_off(experts, model, tmp_path):
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.preference_rows(8))
-    found = {}
-    for name, coef in (("dpo", None), ("dpo", 0.0)):
-        recipe = tiny.offline(name, experts, rows, tmp_path / f"{name}{coef}", max_steps=1, router_aux_loss_coef=coef)
-        found[name, coef] = metrics.read(train(name, recipe).metrics)[0]
-    first, off = found["dpo", None], found["dpo", 0.0]
-    assert off["loss"] == pytest.approx(0.693147, abs=1e-5) and "aux_loss" not in off
-    assert first["loss"] == pytest.approx(off["loss"] + 0.7 * first["aux_loss"], rel=1e-5)
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "grpo", "ppo"])
+def test_the_loss_of_experts_is_added_to_other_losses_and_can_be_turned_off(name, experts, tmp_path):
+    online, found = name not in tiny.OFFLINE, []
+    made = (tiny.prompt_rows if online else tiny.OFFLINE[name][1])(8)
+    rows, settings = tiny.write_rows(tmp_path / "rows.jsonl", made), dict(tiny.ONLINE if online else {}, max_steps=1)
+    for coef in (None, 0.0):
+        paths = experts, rows, tmp_path / f"{coef}"
+        recipe = tiny.recipe(RECIPES[name], *paths, router_aux_loss_coef=coef, **settings)
+        found.append(metrics.read(train(name, recipe).metrics)[0])
+    first, off = found
+    assert "aux_loss" not in off and (name != "dpo" or off["loss"] == pytest.approx(0.693147, abs=1e-5))
+    assert first["loss"] == pytest.approx(off["loss"] + 0.7 * first["aux_loss"], rel=1e-5) and first["aux_loss"] > 1
+
+
+def test_a_load_balancing_loss_that_the_model_has_not_is_refused(model, pairs, tmp_path):
     with pytest.raises(BadInput, match=r"router_aux_loss_coef = 0.1: LlamaForCausalLM has no load-balancing loss"):
-        train("dpo", tiny.dpo(model, rows, tmp_path / "run", router_aux_loss_coef=0.1))
+        train("dpo", tiny.dpo(model, pairs, tmp_path / "run", router_aux_loss_coef=0.1))
 
 
 def test_what_is_saved_ends_where_its_tokenizer_ends(model, completions, tmp_path):
@@ -487,6 +516,15 @@ def test_the_critic_has_its_own_learning_rate(model, tmp_path):
     assert seen.keys() == {id(parameter) for parameter in made.parameters()}
     made = engine.Engine(made, ALGORITHMS["ppo"], recipe, 4, Accelerator())
     assert made.scheduler.get_last_lr()[0] == 3e-6, "the policy's is logged"
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
+def test_on_a_gpu_adamw_takes_no_copy_of_the_weights(device, fused, model):
+    """Of all accelerators this one has but what an engine asks of it before the first step."""
+    accelerator = SimpleNamespace(device=torch.device(device), prepare=lambda *parts: parts,
+                                  register_save_state_pre_hook=lambda hook: None)  # fmt: skip
+    made = engine.Engine(load.load_model(str(model), PLAIN), ALGORITHMS["sft"], SftRecipe(), 4, accelerator)
+    assert made.optimizer.defaults["fused"] is fused
 
 
 def test_the_room_that_is_needed_is_said_in_units_of_its_size(model, completions, tmp_path, monkeypatch):

@@ -99,6 +99,11 @@ def test_an_error_of_both_ranks_is_said_once(pair, command, tmp_path):
     said_once(complaint, "unknown flag `--learning_rat`; did you mean `--learning-rate`?")
 
 
+def test_a_frozen_rank_is_found_within_a_minute(monkeypatch):
+    monkeypatch.delenv("ALIGN_RANKS_TIMEOUT", raising=False)
+    assert ranks._limit() <= 60
+
+
 def test_processes_without_a_meeting_place_are_refused_with_the_command_that_works(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)

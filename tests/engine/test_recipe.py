@@ -133,6 +133,21 @@ def test_online_recipes_say_how_long_they_run():
         assert completions % made.rollout.num_generations == 0, path
 
 
+def test_critics_of_real_models_learn_faster_than_their_policies():
+    """They start from a zero head."""
+    for path in (paths := sorted(FOLDER.glob("qwen*-ppo.yaml"))):
+        made = recipes.load(RECIPES["ppo"], path)
+        assert made.loss.value_learning_rate > made.train.learning_rate, path
+    assert len(paths) == 2
+
+
+def test_recipes_that_hold_all_weights_in_bfloat16_say_what_it_costs():
+    for path in (paths := sorted(FOLDER.glob("*-full-*.yaml"))):
+        made, text = recipes.load(RECIPES[path.stem.rpartition("-")[2]], path), path.read_text()
+        assert (made.model.dtype == "bfloat16") == ("are rounded away" in text), path
+    assert any("are rounded away" in path.read_text() for path in paths)
+
+
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_recipes_of_the_repository_are_whole(path):
     """A recipe's name ends in its algorithm's."""

@@ -86,8 +86,16 @@ def test_adapters_without_use_peft_are_refused(model, completions, pairs, tmp_pa
 
 
 def test_none_is_a_uniform_reference(model, tmp_path):
-    ((first, *_),) = runs("dpo", model, tmp_path, ("none",), beta=0.1)
-    assert first["loss"] != pytest.approx(0.693147, abs=1e-3)
+    """-log sigmoid(beta (log pi(chosen) - log pi(rejected))), from the model's own logits."""
+    ((first,),) = runs("dpo", model, tmp_path, ("none",), beta=0.1, max_steps=1, per_device_train_batch_size=8,
+                       eval_dataset_name=None)  # fmt: skip
+    policy, rows = AutoModelForCausalLM.from_pretrained(model), tiny.preference_rows(8)
+    chosen, rejected = (
+        by_the_logits(policy, collate_sft([{"index": 0, **two} for two in tokens(model, rows, side)], 1)).sum(1)
+        for side in ("chosen", "rejected")
+    )
+    want = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean().item()
+    assert first["loss"] == pytest.approx(want, abs=1e-5) and abs(want - 0.693147) > 1e-2
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -226,10 +234,10 @@ def test_a_precomputed_reference_goes_with_its_row_where_others_are_dropped(mode
     torch.testing.assert_close(found["mixed"][0][:, 0].double(), want, atol=1e-4, rtol=1e-5)
 
 
-def tokens(model, rows):
+def tokens(model, rows, side="chosen"):
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [{"prompt_ids": tokenizer(row["prompt"])["input_ids"],
-             "completion_ids": [*tokenizer(row["chosen"])["input_ids"], 1]} for row in rows]  # fmt: skip
+             "completion_ids": [*tokenizer(row[side])["input_ids"], 1]} for row in rows]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["frozen", "precomputed"])

@@ -62,6 +62,14 @@ def test_resume_with_dropout_and_lora(model, completions, tmp_path):
     assert [r["loss"] for r in metrics.read(whole.metrics)] == [r["loss"] for r in metrics.read(cut.metrics)]
 
 
+def test_a_line_that_a_stop_falls_into_is_the_mean_of_all_its_steps(model, completions, tmp_path):
+    settings = dict(max_steps=4, logging_steps=4, save_steps=1, per_device_train_batch_size=2)
+    whole = train("sft", tiny.sft(model, completions, tmp_path / "whole", **settings))
+    recipe = tiny.sft(model, completions, tmp_path / "cut", **settings)
+    cut_off("sft", recipe, step=3)
+    assert steady(train("sft", recipe).path) == steady(whole.path) != []
+
+
 def test_a_finished_run_is_not_run_again(model, pairs, tmp_path, capsys):
     recipe = tiny.dpo(model, pairs, tmp_path / "run")
     train("dpo", recipe)

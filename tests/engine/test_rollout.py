@@ -455,20 +455,23 @@ def test_a_server_that_hangs_fails_in_bounded_time(serve, loaded, monkeypatch):
 
 
 def test_the_key_of_a_server_is_used_and_stands_nowhere(serve, model, prompts, tmp_path, capsys, monkeypatch):
-    server = serve()
-    url = server.url.replace("http://", "http://me:hunter2@") + "?api_key=sesame"
+    server, tracked = serve(), []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: tracked.append(str(config)))
+    url = server.url.replace("http://", "http://me:hunter2@")
     flags = dict(model_name_or_path=model, dataset_name=prompts, output_dir=tmp_path / "run", max_steps=1,
-                 reward_funcs="tiny:word_reward", server_base_url=url, max_completion_length=4, num_generations=4,
-                 per_device_train_batch_size=4)  # fmt: skip
+                 reward_funcs=f"{url}/score?api_key=sesame", server_base_url=f"{url}?api_key=sesame",
+                 max_completion_length=4, num_generations=4, per_device_train_batch_size=4)  # fmt: skip
     command = ["grpo", *(str(part) for name, value in flags.items() for part in (f"--{name}", value))]
     assert main(command) == 0
     assert main(command) == 0, "the same command finds the same run"
     said = capsys.readouterr()
     assert "nothing to do" in said.out and server.keys == {"Basic bWU6aHVudGVyMg=="}
-    assert {path for path, _ in server.posts} == {"/v1/completions?api_key=sesame"}
+    assert {path for path, _ in server.posts} == {"/v1/completions?api_key=sesame", "/score?api_key=sesame"}
+    (config,), shown = tracked, url.replace("me:hunter2", "***")
+    assert shown in config and f"{shown}/score" in config
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     for secret in ("hunter2", "sesame"):
-        assert secret not in said.out + said.err and not any(secret.encode() in text for text in written)
+        assert secret not in said.out + said.err + config and not any(secret.encode() in text for text in written)
     again = ["grpo", "--recipe", str(tmp_path / "run" / "recipe.yaml"), "--output_dir", str(tmp_path / "other")]
     assert main(again) == 2
     assert "its password or key is not kept in files" in capsys.readouterr().err

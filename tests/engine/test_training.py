@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from runs import cut_off
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -230,6 +231,17 @@ def test_tampered_reference_is_noticed(model, pairs, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"finished": False}))
     with pytest.raises(BadInput, match="does not hold this model's log-probs"):
         train("dpo", tiny.dpo(model, pairs, tmp_path / "run", max_steps=2, save_steps=1))
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"nonsense", lambda data: data[:-8]])
+def test_a_damaged_reference_is_computed_again(damage, model, pairs, tmp_path):
+    recipe = tiny.dpo(model, pairs, tmp_path / "run", max_steps=2, save_steps=1)
+    cut_off("dpo", recipe, step=1)
+    path = tmp_path / "run" / "reference-train.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(damage(data))
+    train("dpo", recipe)
+    assert path.read_bytes() == data
 
 
 def test_a_part_of_a_step_of_warm_up_is_a_step(model, completions, tmp_path):

@@ -6,7 +6,9 @@ import functools
 import importlib
 import re
 import sys
+import tomllib
 import types
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -200,6 +202,11 @@ def test_other_releases(version, monkeypatch):
     for given in ((), (object(),)):
         with pytest.raises(BadInput, match=message):
             fuse(*given)
+
+
+def test_the_extra_installs_the_release_that_is_taken():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["trl"] == [f"trl=={ours.TESTED}.*"]
 
 
 def test_refusals(trl_model, tmp_path):
