@@ -357,10 +357,9 @@ class Compaction(Schedule):
         return unpack(values, layout, self.tiled.head.weight.shape[0])
 
 
-class CompactFrozen(Frozen):
-    """Frozen, over the columns that carry all but `drop_mass`."""
+class Compacting(Schedule):
+    """What turns a schedule over whole rows of logits into one over the columns that carry all but `drop_mass`."""
 
-    name = "compact frozen"
     compact = True
 
     @classmethod
@@ -370,24 +369,21 @@ class CompactFrozen(Frozen):
     @classmethod
     def scratch(cls, request: Request) -> int:
         return Schedule.scratch(request)
+
+
+class CompactFrozen(Compacting, Frozen):
+    """Frozen, over the columns that carry all but `drop_mass`."""
+
+    name = "compact frozen"
 
     def gradient(self, rows: Rows, live: Tensor | None, saved: Store | None) -> Tensor | None:
         return super().gradient(rows, live, None) if saved is None else compacted(self.tiled, rows, live, saved)
 
 
-class CompactOnePass(OnePass):
+class CompactOnePass(Compacting, OnePass):
     """One pass, over the columns that carry all but `drop_mass`."""
 
     name = "compact one pass"
-    compact = True
-
-    @classmethod
-    def why_not(cls, request: Request) -> str | None:
-        return super().why_not(request) if request.drop_mass > 0 else "no column is dropped"
-
-    @classmethod
-    def scratch(cls, request: Request) -> int:
-        return Schedule.scratch(request)
 
     def gradient(self, rows: Rows, live: Tensor | None, saved: Store) -> Tensor | None:
         return compacted(self.tiled, rows, live, saved)
