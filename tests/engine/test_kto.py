@@ -86,9 +86,7 @@ def plain_logps(model, prompts, completions):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize(
-    "swapped", [False, True]
-)  # one way the mean of mismatched completions is above 0, the other way below
+@pytest.mark.parametrize("swapped", [False, True])  # the mean over mismatched completions: above 0, and below
 def test_kto_loss_and_metrics_equal_the_formula(swapped, model, other_model, tmp_path):
     model, other_model = (other_model, model) if swapped else (model, other_model)
     data = tiny.write_rows(tmp_path / "rows.jsonl", tiny.label_rows(8))
