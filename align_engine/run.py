@@ -29,7 +29,7 @@ from align_engine.models import load
 from align_engine.models.modelfiles import adapter_base, check_path
 from align_engine.models.noise import disable_dropout
 from align_engine.models.score_head import load_scalar_model
-from align_engine.recipe import OnlineRecipe, Recipe, RolloutSection
+from align_engine.recipe import OnlineRecipe, Recipe, RolloutSection, SftLoss
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
@@ -325,6 +325,7 @@ def load_prepared(
     """Rows from file to token ids, with what was dropped or cut said once: (prepared, as they stand in the file)."""
     names = ("max_length", "max_prompt_length", "overlong", "bad_rows")
     limits = {name: getattr(recipe.data, name) for name in names}
+    limits["assistant_only"] = loss.assistant_only_loss if (loss := recipe.section(SftLoss)) else False
     with accelerator.main_process_first(), cache_errors(where):
         found = load_rows(where, split)
         many = processes(len(found), recipe.data.dataset_num_proc)

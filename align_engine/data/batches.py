@@ -66,8 +66,16 @@ class Batch:
 
 
 def collate_sft(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:
-    """R rows of prompt_ids, completion_ids -> Batch with B = R. Here and below a batch without a pad id is packed."""
-    return _batch(rows, pad_id, "completion")
+    """R rows of prompt_ids, completion_ids -> Batch with B = R. Here and below a batch without a pad id is packed.
+
+    Rows with `assistant_masks` (TRL's name, a number for each token of the completion) have targets where it is not 0.
+    """
+    batch = _batch(rows, pad_id, "completion")
+    if "assistant_masks" in rows[0]:  # nothing predicts a sequence's first token
+        masks = [torch.tensor(row["assistant_masks"][0 if row["prompt_ids"] else 1 :]) for row in rows]
+        there = batch.targets != IGNORE
+        batch.targets[there] = batch.targets[there].where(torch.cat(masks) != 0, IGNORE)
+    return batch
 
 
 def collate_pairs(rows: Sequence[dict[str, Any]], pad_id: int | None) -> Batch:

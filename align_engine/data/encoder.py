@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from align_engine.data.formats import BadRow, Messages, Text, last_cut, units
+from align_engine.data import assistant
+from align_engine.data.formats import BadRow, Messages, Text, common_prefix, last_cut, units
 from align_engine.errors import BadInput
 
 Parts = tuple[list[int], list[list[int]], list[str]]  # ids of the prompt, ids of each completion, notes
@@ -18,12 +19,14 @@ class Written(NamedTuple):
     completions: list[str]
     rendered: bool  # by a chat template: the completions hold the prompt too, and what ends them
     notes: list[str]
+    spans: assistant.Spans | None = None  # of the assistant's messages, in the one completion, where they are asked for
 
 
 class Encoder:
     """A tokenizer, and what inspection says about it. Never adds a second BOS or EOS."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, assistant_only: bool = False) -> None:
+        self.assistant_only = assistant_only
         self.tokenizer, first = tokenizer, tokenizer("a")["input_ids"][:1]
         self.known: dict[str, list[int]] = {}  # ids of texts that are about to be asked for
         self.bos = first if first == [tokenizer.bos_token_id] else []  # what it puts before every text: [] or [bos id]
@@ -109,7 +112,7 @@ class Encoder:
             return Written(text, wholes, True, [])
         # some templates put more behind the generation prompt (an opened <think>) than in front of an answer
         before = self.render(prompt, arguments)
-        shared = _common_prefix([text, *wholes])
+        shared = common_prefix([text, *wholes])
         if not shared.startswith(before):
             raise BadRow("the chat template writes the prompt differently once an answer follows")
         note = "prompt ends where the chat template's generation prompt and the answers' text part"
@@ -117,7 +120,7 @@ class Encoder:
 
     def read(self, written: Written) -> Parts:
         """What `split` says, of a row's texts."""
-        prompt, completions, rendered, notes = written
+        prompt, completions, rendered, notes, _ = written
         if prompt is None:
             return [], [self.ids(text) if rendered else self.end(self.start(text)) for text in completions], notes
         if not rendered:
@@ -132,6 +135,17 @@ class Encoder:
                 notes.append("tokens would merge across the end of the prompt: the answer was tokenised by itself")
         return prompt_ids, completion_ids, notes
 
+    def located(self, written: Written, messages: Messages, arguments: dict[str, Any]) -> Written:
+        """The same with the places of the assistant's messages, of the row's whole conversation."""
+        return written._replace(spans=assistant.spans(self.tokenizer, messages, arguments, self.render))
+
+    def assistant_mask(self, written: Written, prompt_ids: list[int]) -> list[int]:
+        """1 for each token of the completion that the assistant writes, 0 for the others."""
+        text = written.completions[0]
+        if prompt_ids != self.ids(text)[: len(prompt_ids)]:
+            raise BadRow("tokens would merge across the end of the prompt: write the row as 'messages'")
+        return assistant.mask(self.tokenizer, text, written.spans or [])[len(prompt_ids) :]
+
     def _parting(self, texts: list[str], least: int, most: int) -> str:
         """The longest beginning, of `least` to `most` characters, that ends between units and tokens of all texts."""
         wholes = [self.ids(text) for text in texts]
@@ -142,8 +156,3 @@ class Encoder:
                 break
             cut = last_cut(texts, cut - 1, self.unit)
         return texts[0][: max(cut, least)]
-
-
-def _common_prefix(texts: list[str]) -> str:
-    low, high = min(texts), max(texts)
-    return low[: next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), len(low))]

@@ -171,3 +171,9 @@ def last_cut(texts: Sequence[str], most: int, unit: regex.Pattern[str] = UNIT) -
                 break
             ends[-1] = found.end()
     return min(ends)
+
+
+def common_prefix(texts: Sequence[str]) -> str:
+    """What all texts begin with."""
+    low, high = min(texts), max(texts)
+    return low[: next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), len(low))]

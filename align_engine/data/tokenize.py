@@ -47,6 +47,7 @@ def prepare(
     overlong: Literal["truncate", "drop", "error"] = "truncate",
     bad_rows: Literal["error", "drop"] = "error",
     num_proc: int | None = None,
+    assistant_only: bool = False,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Tokenise `rows` for `kind` of training: "sft", "preference", "unpaired" or "prompt" (prompts to generate from).
 
@@ -62,7 +63,10 @@ def prepare(
     `max_length` limits prompt + completion (None: no limit), `max_prompt_length` the prompt. With `overlong="truncate"`
     the prompt gives way first, from its left and down to a quarter of max_length, then the completion's end; "drop"
     drops such rows, "error" raises. `bad_rows` says what to do with rows that lack a value, hold a wrong type, an empty
-    completion, or a chosen equal to its rejected. The work is cached by `datasets` and shared by `num_proc` processes.
+    completion, or a chosen equal to its rejected. With `assistant_only`, of "sft", rows are conversations and get a
+    column `assistant_masks`: 1 for each of the completion's tokens that the assistant writes.
+
+    The work is cached by `datasets` and shared by `num_proc` processes.
 
     Raises BadInput: missing columns, bad rows, no row left; a tokenizer without a chat template or an EOS token where
     one is needed.
@@ -76,13 +80,15 @@ def prepare(
     names = ("prompt_ids", *(f"{side}_ids" for side in sides))
     carried = tuple(name for name in CARRIED.get(kind, ()) if name in rows.column_names)
     ready = kind != "unpaired" and set(names) <= set(rows.column_names)
+    if ready and assistant_only:
+        raise BadInput("assistant_only_loss needs conversations, and the rows hold token ids")
     layout = () if ready else tuple(name for name in detect_layout(rows.column_names, kind) if name != "label")
     read = [name for name in (*(names if ready else layout), *carried, *BESIDE) if name in rows.column_names]
     features = {name: rows.features[name] for name in read}
     limits = {**settings, "truncate": overlong == "truncate"}
     done = _mapped(
         rows.select_columns(read),
-        Work(Encoder(tokenizer), names, carried, layout, sides, limits, features),
+        Work(Encoder(tokenizer, assistant_only), names, carried, layout, sides, limits, features),
         processes(len(rows), num_proc),
         f"Tokenising {kind} data",
     )
@@ -90,6 +96,8 @@ def prepare(
     kept = done if len(good) == len(done) else done.select(good)
     _refuse(report["dropped"], len(rows), len(kept), {"bad": bad_rows, "long": overlong})
     report["dropped"] = {status.partition(": ")[2]: where for status, where in report["dropped"].items()}
+    if kind == "sft":
+        report["trained"] = _trained(kept)
     return kept.remove_columns(["length", "status", "notes"]), report
 
 
@@ -103,6 +111,8 @@ def processes(rows: int, num_proc: int | None) -> int | None:
 def describe(report: dict[str, Any]) -> str:
     """The report of `prepare` as lines for the terminal."""
     lines = [f"{report['kept']} of {report['rows']} rows kept, the longest of {report['longest']} tokens"]
+    if trained := report.get("trained"):
+        lines.append("trained on {:,} of {:,} tokens: {}".format(*trained))
     lines += [f"dropped {len(where)}: {reason} ({_rows(where)})" for reason, where in report["dropped"].items()]
     return "\n".join([*lines, *(f"changed {count}: {note}" for note, count in report["changed"].items())])
 
@@ -140,6 +150,7 @@ class Row:
     beside: dict[str, Any]
     written: Written | None = None
     ids: list[list[int]] | None = None
+    assistant_mask: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bad: BadRow | None = None
 
@@ -151,6 +162,8 @@ def _mapped(rows: datasets.Dataset, work: Work, num_proc: int | None, said: str)
     """
     ids, text, number = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("int64")
     features = dict.fromkeys(work.names, ids) | {name: CARRIED_TYPES[name] for name in work.carried}
+    if work.encoder.assistant_only:
+        features["assistant_masks"] = datasets.List(datasets.Value("int8"))
     features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
     code = [
         inspect.getsource(sys.modules[module])
@@ -192,6 +205,8 @@ def _encode_rows(batch: Mapping[str, list[Any]], indices: list[int], work: Work)
     out: dict[str, list[Any]] = {"index": indices, "notes": [row.notes for row in rows]}
     for i, name in enumerate(work.names):
         out[name] = [row.ids[i] if row.ids else [] for row in rows]
+    if work.encoder.assistant_only:
+        out["assistant_masks"] = [row.assistant_mask for row in rows]
     for name in work.carried:
         out[name] = [row.beside.get(name) for row in rows]
     out["status"] = [f"{row.bad.kind}: {row.bad}" if row.bad else "" for row in rows]
@@ -210,7 +225,13 @@ def _written(row: dict[str, Any], work: Work) -> Row:
         texts = [parts[side] for side in work.sides if side in parts] or (
             [] if "prompt" in parts else [*parts.values()]
         )
-        return Row(beside, work.encoder.write(parts.get("prompt"), texts, arguments))
+        written = work.encoder.write(parts.get("prompt"), texts, arguments)
+        if work.encoder.assistant_only:
+            conversation: Any = [message for part in parts.values() for message in part]
+            if not written.rendered:
+                raise BadRow("assistant_only_loss needs conversations, and this row is text")
+            written = work.encoder.located(written, conversation, arguments)
+        return Row(beside, written)
     except BadRow as error:
         return Row(beside, bad=error)
 
@@ -224,8 +245,12 @@ def _read(row: Row, work: Work) -> None:
             ids, notes, cuts = row.ids or [], [], []
         else:
             prompt, completions, notes = work.encoder.read(row.written)
+            mask = work.encoder.assistant_mask(row.written, prompt) if work.encoder.assistant_only else []
             prompt, completions, cuts = fit(prompt, completions, work.encoder.bos, **work.limits)
             ids = [prompt, *completions]
+            row.assistant_mask = mask[: len(completions[0])] if mask else []
+            if mask and not any(row.assistant_mask[1 - bool(prompt) :]):
+                raise BadRow("no token of the assistant's is left to learn from", "drop")
         if any(len(completion) < 2 - bool(ids[0]) for completion in ids[1:]):
             raise BadRow("no completion token is left to predict", "drop")
         if len(ids) == 3 and ids[1] == ids[2]:
@@ -278,6 +303,19 @@ def _report(done: datasets.Dataset) -> tuple[dict[str, Any], np.ndarray]:
         "changed": {count["values"]: count["counts"] for count in counts},
     }
     return report, good
+
+
+def _trained(rows: datasets.Dataset) -> tuple[int, int, str]:
+    """Of so many tokens of sft rows how many are trained on, and which."""
+    table: Any = rows.data
+
+    def count(name: str) -> int:
+        return pc.sum(pc.list_value_length(table[name])).as_py()
+
+    everything = count("prompt_ids") + count("completion_ids")
+    if "assistant_masks" in rows.column_names:
+        return pc.sum(pc.list_flatten(table["assistant_masks"])).as_py(), everything, "the assistant's messages"
+    return count("completion_ids"), everything, "the completions" if count("prompt_ids") else "the whole texts"
 
 
 def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:

@@ -79,6 +79,9 @@ class SftLoss(Section):
 
     loss_type: Literal["nll", "dft"] = "nll"
     """nll: cross-entropy. dft: each token weighed by its own probability, arXiv:2508.05629."""
+    assistant_only_loss: bool = False
+    """Learn from the assistant's messages of a conversation alone, wherever they stand in it. The chat template's
+    {% generation %} tags say which tokens these are; without tags, the text of the turns does."""
 
 
 class ReferenceFields(Section):
