@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from align_engine.recipe import Recipe
 
 DATA = ("dataset_name", "eval_dataset_name")
-CODE = ("reward_funcs", "callbacks")  # lists: `file.py:name`, folders of models, modules, addresses
+CODE = (
+    "reward_funcs",
+    "eval_reward_funcs",
+    "callbacks",
+)  # lists: `file.py:name`, folders of models, modules, addresses
+REWARDS = ("reward_funcs", "eval_reward_funcs")
 OUTPUTS = ("output_dir", "server_weights")
 
 
@@ -27,7 +32,7 @@ def local_inputs(recipe: Recipe) -> list[tuple[str, Path]]:
 
     values = flat(recipe)
     models = list(recipe.models().items())
-    models += [("reward_funcs", spec) for spec in values.get("reward_funcs") or () if is_model(spec)]
+    models += [(name, spec) for name in REWARDS for spec in values.get(name) or () if is_model(spec)]
     named = [(name, str(place)) for name, model in models for place in _places(model)]
     named += [(name, values[name]) for name in DATA if values.get(name)]
     files = [(name, spec.partition(".py:")) for name in CODE for spec in values.get(name) or ()]
@@ -109,8 +114,9 @@ def facts(recipe: Recipe) -> dict[str, Any]:
 
     values = flat(recipe)
     found: dict[str, Any] = {f"files of {name}": fingerprint.of_model(path) for name, path in recipe.models().items()}
-    if specs := values.get("reward_funcs"):
-        found["files of reward_funcs"] = [rewards.fingerprint(spec) for spec in specs]
+    for name in REWARDS:
+        if specs := values.get(name):
+            found[f"files of {name}"] = [rewards.fingerprint(spec) for spec in specs]
     if names := values.get("callbacks"):
         found["files of callbacks"] = [importing.fingerprint(name, "callbacks") for name in names]
     if not (kind := type(recipe)).__module__.startswith("align_engine."):

@@ -29,7 +29,7 @@ from align_engine.models import load
 from align_engine.models.modelfiles import adapter_base, check_path
 from align_engine.models.noise import disable_dropout
 from align_engine.models.score_head import load_scalar_model
-from align_engine.recipe import OnlineRecipe, Recipe, RolloutSection, SftLoss
+from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection, SftLoss
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
@@ -225,10 +225,12 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
 
     for field, path in recipe.models().items():
         check_path(path, field)
-    rollout = recipe.section(RolloutSection)
-    for spec in filter(rewards.is_model, rollout.reward_funcs if rollout else ()):
-        with rewards.no_model(spec):
-            check_path(spec, "reward_funcs")
+    rollout, evaluation = recipe.section(RolloutSection), recipe.section(OnlineEval)
+    asked = {"reward_funcs": rollout, "eval_reward_funcs": evaluation}
+    for field, spec in ((name, one) for name, section in asked.items() if section for one in getattr(section, name)):
+        if rewards.is_model(spec):
+            with rewards.no_model(spec):
+                check_path(spec, field)
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     try:
         if recipe.kernels.impl != "eager":

@@ -166,14 +166,17 @@ def trl(method: str, folder: Path, shared: dict[str, Any], record: Record, passe
     auto, more = (
         (AutoModelForSequenceClassification, {"num_labels": 1}) if method == "rm" else (AutoModelForCausalLM, {})
     )
+    rows = load_dataset("json", data_files=str(folder / f"{method}.jsonl"), split="train")
     trainer = trainer_type(
         model=auto.from_pretrained(folder / "model", **more),
         args=kind(**shared, **best, save_strategy="no", disable_tqdm=True),
-        train_dataset=load_dataset("json", data_files=str(folder / f"{method}.jsonl"), split="train"),
+        train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         callbacks=[clock(record)],
         **({"reward_funcs": reward} if method in ONLINE else {}),
     )
+    if best.get("train_sampling_strategy") == "group_by_length" and "length" not in trainer.train_dataset.column_names:
+        trainer.train_dataset = trainer.train_dataset.add_column("length", rows["length"])
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 

@@ -19,6 +19,7 @@ from align_engine.recipe.sections import (
     KtoLoss,
     LimitSection,
     ModelSection,
+    OnlineEval,
     OrpoLoss,
     OutputSection,
     PpoLoss,
@@ -116,6 +117,7 @@ class OnlineRecipe(GentleRecipe):
     """What the methods share that learn from their own rollouts."""
 
     rollout: RolloutSection = field(default_factory=RolloutSection)
+    eval: OnlineEval = field(default_factory=OnlineEval)
     kl: KlReference = field(default_factory=KlReference)
 
     @property

@@ -15,7 +15,8 @@ from align_engine.recipe.values import numbers
 
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
-         "eval_dataset_name", "reward_funcs", "callbacks", "output_dir", "server_weights"}  # fmt: skip
+         "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
+         "server_weights"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc")  # fmt: skip
 R = TypeVar("R", bound=Recipe)
@@ -55,6 +56,12 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
     evaluation = values["eval_dataset_name"] or values["dataset_test_split"]
     if evaluation and get("reward_funcs") == ["human"]:
         yield "eval_dataset_name" if values["eval_dataset_name"] else "dataset_test_split", "needs a scorer, not people"
+    if get("eval_reward_funcs") and not evaluation:
+        yield "eval_reward_funcs", "needs eval_dataset_name or dataset_test_split"
+    if "human" in (get("eval_reward_funcs") or ()):
+        yield "eval_reward_funcs", "takes scorers, not people"
+    if twice := set(get("eval_reward_funcs") or ()) & set(get("reward_funcs") or ()):
+        yield "eval_reward_funcs", f"names {min(twice)!r}, which is one of reward_funcs and asked in evaluations anyway"
     if values["eval_steps"] and not evaluation:
         yield "eval_steps", "needs eval_dataset_name or dataset_test_split"
     for name in ("load_best_model_at_end", "early_stopping_patience"):

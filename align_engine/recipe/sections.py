@@ -416,6 +416,14 @@ class EvalSection(Section):
     """By how much an evaluation must be better to count as one, for early stopping."""
 
 
+class OnlineEval(EvalSection):
+    """Evaluation."""
+
+    eval_reward_funcs: list[str] = field(default_factory=list)
+    """Further scorers, as reward_funcs are, asked in evaluations alone and never learnt from: where the reward rises
+    and what they say falls, the reward is over-optimised."""
+
+
 class OutputSection(Section):
     """Output."""
 

@@ -260,10 +260,16 @@ def reward_metrics(rewards: Sequence[Reward], scores: Tensor, total: Tensor, gro
     found = {"reward": total.nanmean(), "reward_std": nanstd(total)}
     if group_size > 1:
         found["frac_reward_zero_std"] = (nanstd(total.view(-1, group_size)) < 1e-8).double().mean()
+    return {name: float(value) for name, value in found.items()} | scorer_metrics(rewards, scores)
+
+
+def scorer_metrics(rewards: Sequence[Reward], scores: Tensor) -> dict[str, float]:
+    """Mean and spread of what each scorer says, scores [R, F], as TRL names them."""
+    found: dict[str, float] = {}
     for reward, column in zip(rewards, scores.T):
-        found[f"rewards/{reward.name}/mean"] = column.nanmean().nan_to_num()
-        found[f"rewards/{reward.name}/std"] = nanstd(column)
-    return {name: float(value) for name, value in found.items()}
+        found[f"rewards/{reward.name}/mean"] = float(column.nanmean().nan_to_num())
+        found[f"rewards/{reward.name}/std"] = float(nanstd(column))
+    return found
 
 
 async def _ask(url: str, completion_ids: list[list[int]], **columns: list[Any]) -> list[float | None]:

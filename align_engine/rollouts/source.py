@@ -24,7 +24,7 @@ from align_engine.data.windows import TRIED, Clock, Source, endless_order
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models.load import vocab_size
 from align_engine.models.logps import token_logps
-from align_engine.recipe import GrpoLoss, IterateRecipe, OnlineRecipe
+from align_engine.recipe import GrpoLoss, IterateRecipe, OnlineEval, OnlineRecipe
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards as scoring
 from align_engine.rollouts.advantages import Experience
@@ -93,8 +93,11 @@ class Prompts:
                 texts[index] = text
             self.columns = self.columns.add_column("prompt", texts)
         trusted = self.recipe.model.trust_remote_code
-        self.scorers = scoring.load_rewards(self.settings.reward_funcs, self.accelerator.device, trusted)
-        for scorer in self.scorers:
+        learnt, evaluation = self.settings.reward_funcs, self.recipe.section(OnlineEval)
+        specs = [*learnt, *(evaluation.eval_reward_funcs if evaluation else ())]
+        scorers = scoring.load_rewards(specs, self.accelerator.device, trusted)
+        self.scorers, self.watchers = scorers[: len(learnt)], scorers[len(learnt) :]
+        for scorer in scorers:
             if scorer.check is not None:
                 asked: Any = self.columns.select(self.rows["index"][:]).select_columns("prompt").iter(1000)
                 scorer.check(prompt for part in asked for prompt in part["prompt"])
@@ -129,6 +132,13 @@ class Prompts:
         total = scoring.combine(scores, self.settings, ended)
         metrics = scoring.reward_metrics(self.scorers, scores, total, group_size)
         return Judged(total, answers, metrics | length_metrics([len(one) for one in ids], ended))
+
+    def watched(self, answers: dict[str, list[Any]]) -> dict[str, float]:
+        """What the scorers say that nobody learns from."""
+        if not self.watchers:
+            return {}
+        scores = scoring.score_over_ranks(self.watchers, answers, 1, self.accelerator)
+        return scoring.scorer_metrics(self.watchers, scores)
 
 
 class Rollouts(Source):
@@ -256,10 +266,12 @@ class Rollouts(Source):
         return pc.max(prompts).as_py() + self.settings.max_completion_length
 
     def evaluate(self, engine: Engine) -> dict[str, float]:
-        """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time."""
+        """Rewards and lengths of one completion of every prompt, drawn with the same random numbers each time, and what
+        `eval_reward_funcs` say of them."""
         self.refresh_server()
         asked = list(range(len(self.rows)))
-        found = self.prompts.judge(asked, self.prompts.answers(self.sampler, asked), 1, 0).metrics
+        judged = self.prompts.judge(asked, self.prompts.answers(self.sampler, asked), 1, 0)
+        found = judged.metrics | self.prompts.watched(judged.answers)
         return {f"eval_{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -302,3 +302,34 @@ def test_the_value_loss_is_weighed_by_vf_coef():
     ppo(hidden, {"weight": weight}, batch, PpoRecipe(loss=PpoLoss(vf_coef=0.3)), 5, values).loss.backward()
     wanted = torch.where(targets != -100, 0.3 * (old + 0.05 - returns) / 5, 0.0)
     torch.testing.assert_close(values.grad, wanted)
+
+
+def test_what_nobody_learns_from_is_asked_in_evaluations(model, prompts, tmp_path):
+    (tmp_path / "watch.py").write_text(
+        "def words(completions, **_):\n    return [len(text.split()) for text in completions]\n"
+        "def twice(completions, **_):\n    return [2 * len(text.split()) for text in completions]\n"
+    )
+    held_out = tiny.write_rows(tmp_path / "held_out.jsonl", tiny.prompt_rows(7, seed=9))
+    watchers = [f"{tmp_path / 'watch.py'}:{name}" for name in ("words", "twice")]
+    settings = dict(eval_dataset_name=str(held_out), eval_steps=1, max_steps=2, per_device_train_batch_size=8)
+    folder = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings,
+                                       eval_reward_funcs=watchers))  # fmt: skip
+    plain = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "plain", **settings))
+    found = [record for record in metrics.read(folder.metrics) if "eval_reward" in record]
+    want = [record for record in metrics.read(plain.metrics) if "eval_reward" in record]
+    assert same_bits(folder.final, plain.final), "they must not touch training"
+    for record, other in zip(found, want, strict=True):
+        added = {name: record.pop(name) for name in list(record) if "words" in name or "twice" in name}
+        assert set(added) == {f"eval_rewards/{name}/{what}" for name in ("words", "twice") for what in ("mean", "std")}
+        assert added["eval_rewards/twice/mean"] == 2 * added["eval_rewards/words/mean"] > 0
+        assert record["eval_reward"] == other["eval_reward"]
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"eval_reward_funcs": ["human"], "eval_dataset_name": "x.jsonl"}, "takes scorers, not people"),
+    ({"eval_reward_funcs": ["a.b:c"]}, "eval_reward_funcs = .* needs eval_dataset_name"),
+    ({"eval_reward_funcs": ["a.b:c"], "reward_funcs": ["a.b:c"], "eval_dataset_name": "x"}, "is one of reward_funcs"),
+])  # fmt: skip
+def test_scorers_of_the_evaluation_that_cannot_be_are_refused(settings, said, model, prompts, tmp_path):
+    with pytest.raises(BadInput, match=said):
+        train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings))
