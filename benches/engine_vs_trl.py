@@ -157,7 +157,8 @@ def trl(method: str, folder: Path, shared: dict[str, Any], record: Record, passe
 
     name = {"rm": "Reward"}.get(method, method.upper())
     kind, trainer_type = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
-    best: dict[str, Any] = {} if method in ONLINE else {"train_sampling_strategy": "group_by_length"}
+    best: dict[str, Any] = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}
+    best = {} if method in ONLINE else best
     if method in ("dpo", "kto"):
         best["precompute_ref_log_probs"] = True
         timed(trainer_type, "_precompute_ref_logps", passes)
