@@ -13,9 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from align_engine import preparation
 from align_engine import recipe as recipes
 from align_engine.errors import AlignError, BadInput, RunFailed, printable, shortened
-from align_engine.recipe import ALIASES, RECIPES, Recipe
+from align_engine.preparation import PREPARATION
+from align_engine.recipe import ALIASES, RECIPES, Settings
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import NO, NOTHING, YES
 from align_engine.training import stops
@@ -109,16 +111,19 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         raise BadInput(f"no command {name!r}; " + (f"did you mean {close[0]!r}?" if close else "see align --help"))
-    if name not in RECIPES:
+    if name not in RECIPES and name not in PREPARATION:
         import tyro
 
         tyro.cli(COMMANDS[name], args=arguments, prog=f"align {name}")
         return
-    kind = RECIPES[name]
+    kind: Any = RECIPES[name] if name in RECIPES else PREPARATION[name]
     changes, others = flags(kind, arguments)
     recipe = recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags")
     if others:
         explain(name, recipe, others)
+    if name in PREPARATION:
+        preparation.run(name, recipe)
+        return
     recipe = recipes.check(recipe)
     from accelerate import PartialState
 
@@ -134,7 +139,7 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     PartialState().destroy_process_group()
 
 
-def explain(name: str, recipe: Recipe, others: Sequence[str]) -> None:
+def explain(name: str, recipe: Settings, others: Sequence[str]) -> None:
     """Print the help of a command that is a recipe, for `-h` or `--help`; refuse other arguments that are no flags."""
     if strange := [word for word in others if word not in ("-h", "--help")]:
         if not strange[0].startswith("-"):
@@ -151,7 +156,7 @@ def explain(name: str, recipe: Recipe, others: Sequence[str]) -> None:
     tyro.cli(type(recipe), args=["--help"], prog=f"align {name}", description=said, default=recipe, config=flat)
 
 
-def flags(kind: type[Recipe], arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def flags(kind: type[Settings], arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What flags say of a recipe's fields.
 
     A flag is read as a line of a recipe's YAML: `--name value`, `--name=value`, values side by side for a list,
@@ -220,7 +225,7 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
     run(output_dir, seeds, workers)
 
 
-COMMANDS = ChainMap[str, Any]({"env": env, "demo": demo}, RECIPES)  # with those that a plugin registers
+COMMANDS = ChainMap[str, Any]({"env": env, "demo": demo}, PREPARATION, RECIPES)  # with those that a plugin registers
 
 if __name__ == "__main__":
     sys.exit(main())

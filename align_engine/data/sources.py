@@ -24,7 +24,9 @@ from align_engine.errors import BadInput
 READERS: dict[str, type[Files]] = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet}
 TYPES = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-NO_DATA = {"dataset_info.json", "dataset_infos.json", "config.json"}  # beside the data of a folder
+NO_DATA = {  # beside the data of a folder
+    "dataset_info.json", "dataset_infos.json", "config.json", "run.json", "report.json",
+}  # fmt: skip
 SPLITS = {  # words in the names of files and folders, as `datasets` has them
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from align_engine.errors import BadInput
-from align_engine.recipe.recipes import Recipe, fields
+from align_engine.recipe.recipes import Settings, fields
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import parse
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=Settings)
 
 
 def load(kind: type[R], path: str | Path) -> R:
@@ -81,7 +81,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     )
 
 
-def _into_sections(kind: type[Recipe], content: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+def _into_sections(kind: type[Settings], content: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     known, sections = fields(kind), vars(kind())
     tree: dict[str, dict[str, Any]] = {}
     for key, value in content.items():
@@ -100,7 +100,7 @@ def _into_sections(kind: type[Recipe], content: dict[str, Any], where: str) -> d
     return tree
 
 
-def save(recipe: Recipe, path: str | Path) -> None:
+def save(recipe: Settings, path: str | Path) -> None:
     """Write the whole recipe, defaults included, as YAML that `load` reads. Secrets of addresses are masked."""
     import yaml
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, TypeVar, get_type_hints
 
@@ -38,7 +39,19 @@ MODELS = ("model_name_or_path", "ref_model_name_or_path", "value_model_name_or_p
 S = TypeVar("S", bound=Section)
 
 
-class Recipe(Section):
+class Settings(Section):
+    """Sections of settings, read from YAML and flags: what a command is asked to do."""
+
+    def models(self) -> dict[str, str]:
+        """Paths of the models that the tree names, by field."""
+        return {name: path for name in MODELS if (path := flat(self).get(name))}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Fields that do not go with others: (name, what it must be or needs)."""
+        return iter(())
+
+
+class Recipe(Settings):
     """What every algorithm has; those with settings of their own add a section `loss`."""
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -51,10 +64,6 @@ class Recipe(Section):
     def section(self, kind: type[S]) -> S | None:
         """The section of a kind, where the recipe has one."""
         return next((section for section in vars(self).values() if isinstance(section, kind)), None)
-
-    def models(self) -> dict[str, str]:
-        """Paths of the models that the recipe names, by field."""
-        return {name: path for name in MODELS if (path := flat(self).get(name))}
 
 
 class LanguageRecipe(Recipe):
@@ -179,14 +188,14 @@ RECIPES: dict[str, type[Recipe]] = {
 ALIASES = {"direct": "rloo"}  # another name of a command
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def flat(recipe: Settings) -> dict[str, Any]:
     """Every field of the tree by its bare name."""
     sections = dataclasses.asdict(recipe).values()
     return {name: value for section in sections for name, value in section.items()}
 
 
 @functools.cache
-def fields(kind: type[Recipe]) -> dict[str, tuple[str, Field]]:
+def fields(kind: type[Settings]) -> dict[str, tuple[str, Field]]:
     """Every field of a recipe class by its bare name: (its section's name, what it takes)."""
     return {
         name: (section, field_of(annotation))

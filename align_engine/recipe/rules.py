@@ -8,18 +8,18 @@ from typing import Any, TypeVar
 
 from align_engine.errors import BadInput
 from align_engine.recipe.files import typed
-from align_engine.recipe.recipes import Recipe, fields, flat
+from align_engine.recipe.recipes import Recipe, Settings, fields, flat
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.sections import RolloutSection
 from align_engine.recipe.values import numbers
 
-REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs")
+REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", "models")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
          "server_weights"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc")  # fmt: skip
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=Settings)
 
 
 def check(recipe: R) -> R:
@@ -41,7 +41,8 @@ def check(recipe: R) -> R:
     for name, (_, taken) in fields(type(recipe)).items():
         if taken.range is not None and any(number not in taken.range for number in numbers(values[name])):
             broken.append(f"{name} = {values[name]!r} {taken.range}")
-    broken += [f"{name} = {values[name]!r} {text}" for name, text in _conflicts(recipe, values)]
+    conflicts = _conflicts(recipe, values) if isinstance(recipe, Recipe) else recipe.conflicts()
+    broken += [f"{name} = {values[name]!r} {text}" for name, text in conflicts]
     if broken:
         raise BadInput("; ".join(broken))
     return recipe
@@ -123,7 +124,7 @@ def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 yield name, f"must be {unset} with {paged}"
 
 
-def identity(recipe: Recipe) -> dict[str, Any]:
+def identity(recipe: Settings) -> dict[str, Any]:
     """The fields that decide what a run computes: two runs that agree on them (and on data) end with equal weights.
     Secrets of addresses are masked."""
     return {name: masked(value) for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}

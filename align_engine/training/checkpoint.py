@@ -53,6 +53,8 @@ class RunFolder:
         identity: whatever must be equal for a later call to be the same run, as a flat dict of JSON values.
     """
 
+    product = "final"  # the file or folder that a finished run has made
+
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
         # other people's code may change the current folder while the run goes on
         self.path, self.identity = Path(path).absolute(), identity
@@ -113,7 +115,7 @@ class RunFolder:
         self._check_identity(held["identity"])
         now = {name: self.identity[name] for name in EXTENT if name in self.identity}
         extended = any(held["identity"].get(name) != value for name, value in now.items())
-        return held["finished"] and not extended and not self._damaged("final")
+        return held["finished"] and not extended and not self._damaged(self.product)
 
     def _check_identity(self, held: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.identity))
@@ -154,8 +156,9 @@ class RunFolder:
         return found
 
     def _damaged(self, name: str) -> str | None:
-        """What is wrong with a folder of ours, None where each of its files is there in its size."""
-        listed = {path: size for path, size in self.record()["files"].items() if path.startswith(f"{name}/")}
+        """What is wrong with a file or folder of ours, None where all of it is there in its size."""
+        files = self.record()["files"].items()
+        listed = {path: size for path, size in files if path == name or path.startswith(f"{name}/")}
         for path, size in listed.items():
             place = self.path / path
             if not place.is_file():

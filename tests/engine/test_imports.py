@@ -18,7 +18,7 @@ ORDER = (  # each imports from those to its right alone; of rooms in one line no
     ("cli",),
     ("demo",),
     ("iterate",),
-    ("run",),
+    ("run", "preparation"),
     ("inputs", "reports", "algorithms"),
     ("rollouts",),
     ("training",),
