@@ -1,8 +1,9 @@
 """Preparation of data: answers of several models, pairs of them, data sets in balance, words that give answers away.
 
 A command NAME is a tree of settings in `sections`, an entry of the table below (and of `algorithms.TOOLS`, so that no
-method takes its name), and a module NAME with `run(settings)`, which works in `folder.opened`. Its results lie in one folder: rows.jsonl, which every command and every training takes as --dataset_name, and
-report.json, report.md and report.html. The folder itself may be given too.
+method takes its name), and a module NAME with `run(settings)`, which works in `folder.opened`. Its results lie in one
+folder: rows.jsonl, which every command and every training takes as --dataset_name, and report.json, report.md and
+report.html. The folder itself may be given too.
 """
 
 from __future__ import annotations
