@@ -73,7 +73,7 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     inputs.check_outputs(recipe)
     accelerator = make_accelerator(recipe)
     first = recipes.check(round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1))
-    check_choices(first, accelerator.device)
+    check_choices(first, accelerator)
     check_loss(ALGORITHMS[recipe.iteration.method], first)
     from_recipe(first)
     recipes.check(round_recipe(recipe, "model", Path("round-2"), 2))  # has another reference

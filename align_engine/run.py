@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import os
 import shutil
@@ -33,7 +34,7 @@ from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
-from align_engine.training import packing, ranks, stops
+from align_engine.training import optimiser, packing, ranks, stops
 from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm
 from align_engine.training.callbacks import Callbacks, from_recipe
@@ -57,7 +58,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     inputs.check_outputs(recipe)
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
-    check_choices(recipe, accelerator.device)
+    check_choices(recipe, accelerator)
     check_loss(algorithm, recipe)
     callbacks = [*from_recipe(recipe), *callbacks]
     with open_folder(name, recipe, accelerator) as (folder, finished):
@@ -91,7 +92,7 @@ def fit(
     longest = max(part.longest() for part in parts)
     check_model(model, tokenizer, parts, longest, algorithm)
     check_others(recipe, tokenizer, parts)
-    check_room(folder, model, recipe)
+    check_room(folder, model, recipe, optimiser.state_per_weight(recipe.train, accelerator.device))
     facts = {"data": source.fingerprint(), "eval data": evaluation and evaluation.fingerprint(), "steps": steps}
     check_extent(folder, recipe, steps)
     set_seed((recipe.train.seed + accelerator.process_index) % 2**32)
@@ -219,7 +220,7 @@ def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> Non
                 raise BadInput(f"{said} has {held} tokens, fewer than the policy's tokenizer ({len(tokenizer)})")
 
 
-def check_choices(recipe: Recipe, device: torch.device) -> None:
+def check_choices(recipe: Recipe, accelerator: Accelerator) -> None:
     """Refuse names that the kernels or transformers do not know, before anything is loaded."""
     from align_kernels.dispatch import pick
 
@@ -231,12 +232,27 @@ def check_choices(recipe: Recipe, device: torch.device) -> None:
         if rewards.is_model(spec):
             with rewards.no_model(spec):
                 check_path(spec, field)
+    check_device(recipe, accelerator.device)
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
+    optimiser.check(recipe.train, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
     try:
         if recipe.kernels.impl != "eager":
-            pick(recipe.kernels.impl, device, torch.float32)
+            pick(recipe.kernels.impl, accelerator.device, torch.float32)
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+def check_device(recipe: Recipe, device: torch.device) -> None:
+    """Refuse what is for a GPU, on a CPU; and kernels that are not installed."""
+    if recipe.train.activation_offloading and device.type == "cpu":
+        raise BadInput(
+            "activation_offloading = True: this run is on a CPU, where activations lie in its memory already"
+        )
+    if recipe.model.use_liger_kernel:
+        if device.type == "cpu":
+            raise BadInput("use_liger_kernel = True: Liger's kernels need a GPU, and this run is on a CPU")
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise BadInput("use_liger_kernel = True: liger_kernel is not installed (pip install liger-kernel)")
 
 
 def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:
@@ -360,11 +376,15 @@ def load_source(
     return Source(rows, algorithm.collate, tokenizer.pad_token_id, *sizes, *place, train.seed)
 
 
-def check_room(folder: RunFolder, model: Any, recipe: Recipe) -> None:
-    """Refuse a disk that cannot hold the checkpoints that the run keeps, one being written, and the final model."""
+def check_room(folder: RunFolder, model: Any, recipe: Recipe, state: float) -> None:
+    """Refuse a disk that cannot hold the checkpoints that the run keeps, one being written, and the final model.
+
+    Args:
+        state: bytes that the optimiser keeps for each weight of 4 bytes.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
-    need = (1 + (recipe.output.save_total_limit or 1)) * 3 * weights + weights  # AdamW holds two more of each weight
+    need = (1 + (recipe.output.save_total_limit or 1)) * (1 + state / 4) * weights + weights
     place = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < need:

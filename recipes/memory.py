@@ -99,6 +99,7 @@ def parts(name: str, recipe: Recipe, shape: Shape | None = None) -> dict[str, fl
     """
     model, train = recipe.model, recipe.train
     assert train.gradient_checkpointing, "the formula is that of recomputed layers"
+    assert train.optim is None and not train.activation_offloading, "and of AdamW's states, all in one place"
     shape = shape or shape_of(model.model_name_or_path)
     if name == "rm" and not shape.tied:
         shape = shape._replace(tied=True)  # a score head in the LM head's place

@@ -72,6 +72,8 @@ def load_model(path: str, section: ModelSection, kind: Any = None, fresh_head: b
             have to be run.
     """
     model, fresh = _load(path, section, kind, fresh_head, options)
+    if section.use_liger_kernel:
+        apply_liger(path, model)
     if fresh:
         PartialState().print(f"{path}: its weights hold no {listed(fresh)}; a fresh head is made")
     check_numbers(path, model)
@@ -80,6 +82,25 @@ def load_model(path: str, section: ModelSection, kind: Any = None, fresh_head: b
             # else an evaluation repacks bitsandbytes' weights for a product that has no gradients, and so they stay
             vars(module)["support_avx512bf16_for_cpu"] = False
     return model
+
+
+def apply_liger(path: str, model: Any) -> None:
+    """Put Liger's kernels into a model's body; its head and its loss stay as they are.
+
+    Raises:
+        BadInput: Liger has none for it.
+    """
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    causal = causal_model(model)
+    asked, kind = f"use_liger_kernel = True, model {path!r}", causal.config.model_type
+    if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:  # Liger would leave it as it is
+        raise BadInput(f"{asked}: Liger has no kernels for models of type {kind!r}")
+    try:
+        _apply_liger_kernel_to_instance(model=causal, cross_entropy=False, fused_linear_cross_entropy=False)
+    except Exception as error:
+        raise BadInput(f"{asked}: {_reason(error)}") from error
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The sections of a recipe: every setting with its type, default, range and help.
 
-A setting that TRL 1.16 has bears its name and default (two defaults differ: `TRL_DIFFERS` in the tests). A field's name
-is unique over the whole tree of a recipe.
+A setting that TRL 1.16 has bears its name and default (three defaults differ: `TRL_DIFFERS` in the tests). A field's
+name is unique over the whole tree of a recipe.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class ModelSection(Section):
     """Run the code that lies beside a model of another architecture than transformers has. Read it before."""
     attn_implementation: str | None = None
     """Attention of transformers: sdpa, eager, flash_attention_2, ... (None: transformers chooses)."""
+    use_liger_kernel: bool = False
+    """Liger's kernels for the norms, rotary embeddings and gated units of models, on a GPU (the loss stays ours)."""
     load_in_4bit: bool = False
     """Weights in 4 bits (NF4), through bitsandbytes: QLoRA, with use_peft."""
     load_in_8bit: bool = False
@@ -364,7 +366,18 @@ class TrainSection(Section):
     """Training."""
 
     learning_rate: Rate = 2e-5
-    """Highest learning rate of AdamW."""
+    """Highest learning rate."""
+    optim: str | None = None
+    """Optimiser by transformers' name: adamw_torch, adafactor, sgd, adamw_8bit, paged_adamw_8bit, lion_8bit, ...; or
+    muon (None: adamw_torch_fused on a GPU, else adamw_torch)."""
+    optim_args: str | None = None
+    """Further arguments of it, as momentum=0.9,nesterov=true."""
+    adam_beta1: Annotated[float, Range("[0, 1)")] = 0.9
+    """Decay of the mean of the gradients, of AdamW and its kin."""
+    adam_beta2: Annotated[float, Range("[0, 1)")] = 0.999
+    """Decay of the mean of their squares."""
+    adam_epsilon: NotNegative = 1e-8
+    """What keeps its division from one by zero."""
     per_device_train_batch_size: Count = 8
     """Rows (pairs, for dpo) in one forward pass on one device."""
     gradient_accumulation_steps: Count = 1
@@ -384,7 +397,7 @@ class TrainSection(Section):
     warmup_ratio: Share = 0.0
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: NotNegative = 0.0
-    """AdamW's weight decay (not on biases and norms)."""
+    """Weight decay (not on biases and norms)."""
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm (0: never)."""
     router_aux_loss_coef: NotNegative | None = None
@@ -393,6 +406,8 @@ class TrainSection(Section):
     """Compute in bfloat16 (None: on a GPU that can, not on a CPU)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep what the backward pass needs in the CPU's memory meanwhile: less memory of a GPU, for time on the bus."""
     seed: Annotated[int, Range("[0, 4294967295]")] = 42
     """Seed of the order of the rows, of new weights and of dropout."""
 

@@ -22,10 +22,11 @@ from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.models import noise, score_head
 from align_engine.models.tree_attention import reading
 from align_engine.recipe import LimitSection, Recipe, RolloutSection
-from align_engine.training import statefile, stops
+from align_engine.training import optimiser, statefile, stops
 from align_engine.training.algorithm import Algorithm
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import Sums, with_means
+from align_engine.training.offload import Offload
 from align_kernels import LossOutput
 from align_kernels.head import LogitGradClamp
 
@@ -81,10 +82,9 @@ class Engine:
         self.limits = gradient_limits(recipe)  # further ones of a fused loss
         self.critic: Any = getattr(causal_model(model), "value_head", None)
         self.aux_coef = router_aux_loss_coef(causal_model(model), train.router_aux_loss_coef)
-        # torch's own default on CUDA holds one more copy of all weights for a while
-        fused = True if accelerator.device.type == "cuda" else None
-        optimizer = torch.optim.AdamW(parameter_groups(model, recipe), lr=train.learning_rate, fused=fused)
+        optimizer = optimiser.make(model, recipe, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.offload = Offload(self.model, accelerator.device) if train.activation_offloading else None
         self.scheduler = get_scheduler(
             train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
         )
@@ -113,7 +113,8 @@ class Engine:
             hidden = batch.predicting(hidden)
             more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
             head |= self.head_options | self.limits
-            out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
+            with self.offload.apart() if self.offload else contextlib.nullcontext():
+                out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
             return out.loss
 
         asked = {"output_router_logits": True} if self.aux_coef else {}
@@ -174,7 +175,8 @@ class Engine:
         """
         alone = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with alone, reading(self.model, micro.batch):
-            loss = self.loss(micro, units, self._sums)
+            with self.offload or contextlib.nullcontext():
+                loss = self.loss(micro, units, self._sums)
             self.accelerator.backward(loss if micro.real else loss * 0.0)
 
     def loss(self, micro: Micro, units: float, sums: Sums) -> Tensor:
@@ -209,7 +211,7 @@ class Engine:
                 "taken. Lower learning_rate or max_grad_norm, lengthen warmup_ratio, or look for broken rows"
             )
         sums.add("grad_norm", norm, 1)
-        sums.add("learning_rate", self.scheduler.get_last_lr()[0], 1)
+        sums.add("learning_rate", float(self.scheduler.get_last_lr()[0]), 1)  # torchao's is a tensor
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -320,23 +322,6 @@ def gradient_limits(recipe: Recipe) -> dict[str, Any]:
         return {}
     clamp = limits.grad_clamp
     return {"prob_gate": limits.prob_gate, "grad_clamp": None if clamp is None else LogitGradClamp(clamp)}
-
-
-def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The trained weights as AdamW takes them: matrices with weight decay, vectors without; those of a critic apart,
-    with a learning rate of their own."""
-    train, critic = recipe.train, getattr(causal_model(model), "value_head", None)
-    apart = {id(parameter) for parameter in critic.parameters()} if critic is not None else set()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = []
-    for of_critic in (False, True):
-        lr = critic.learning_rate if of_critic and critic is not None else train.learning_rate
-        mine = [parameter for parameter in trained if (id(parameter) in apart) == of_critic]
-        groups += [
-            {"params": [p for p in mine if p.dim() >= 2], "weight_decay": train.weight_decay, "lr": lr},
-            {"params": [p for p in mine if p.dim() < 2], "weight_decay": 0.0, "lr": lr},
-        ]
-    return [group for group in groups if group["params"]]
 
 
 def router_aux_loss_coef(causal: Any, asked: float | None) -> float:

@@ -6,21 +6,15 @@ no CPUs.
 
 import pytest
 import tiny
-from processes import run_on_two
+from processes import FSDP, NO_CPUS, run_on_two
 from runs import same_bits
 from transformers import AutoModelForCausalLM
 
 from align_engine.run import train
 from align_engine.training import metrics
 
-# what the launcher sets
-LAUNCHED = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-                FSDP_CPU_RAM_EFFICIENT_LOADING="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
-                ACCELERATE_USE_CPU="true")  # fmt: skip
-RANK = """
-import os, tiny, torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+RANK = f"""
+import tiny
 from align_engine import run
 from align_engine.errors import BadInput
 from align_engine.recipe import DpoRecipe
@@ -31,10 +25,7 @@ except BadInput as error:
     assert "FSDP is asked for; accelerate takes DistributedType.MULTI_CPU on cpu" in str(error), error
 else:
     raise AssertionError("DDP in place of FSDP")
-os.environ["ACCELERATE_USE_CPU"] = "false"
-PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
-PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-
+{NO_CPUS}
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -74,7 +65,7 @@ def runs(model64, tmp_path_factory):
         for how in ("whole", "cut"):
             jobs.append(f"{how}('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / how / name)!r}, {settings!r})")
     jobs.append(f"refused('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / 'refused')!r})")
-    run_on_two(RANK + "\n".join(jobs), **LAUNCHED)
+    run_on_two(RANK + "\n".join(jobs), **FSDP)
     return out
 
 

@@ -31,7 +31,7 @@ from align_engine.recipe import (
 )
 from align_engine.rollouts.rewards import load_reward
 from align_engine.run import train
-from align_engine.training import engine, metrics
+from align_engine.training import engine, metrics, optimiser
 from align_engine.training.checkpoint import RunFolder
 
 pytestmark = [
@@ -508,7 +508,7 @@ def test_the_critic_has_its_own_learning_rate(model, tmp_path):
     made.value_head = ValueHead(32, learning_rate=recipe.loss.value_learning_rate)
     apart = {id(parameter) for parameter in made.value_head.parameters()}
     seen = {}
-    for group in engine.parameter_groups(made, recipe):
+    for group in optimiser.parameter_groups(made, recipe):
         for parameter in group["params"]:
             seen[id(parameter)] = group["lr"], group["weight_decay"]
             assert group["lr"] == (2e-4 if id(parameter) in apart else 3e-6)

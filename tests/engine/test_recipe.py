@@ -41,7 +41,8 @@ TRL_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "rm":
                "rloo": "RLOOConfig", "cpo": "cpo.CPOConfig", "orpo": "orpo.ORPOConfig"}  # fmt: skip
 # not given; one or several; a choice in place of a switch
 SAME_MEANING = [("", None), ([], "none"), ("sigmoid", ["sigmoid"]), (0.0, None), ("off", False)]
-TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True)}
+TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True),
+               "optim": (None, "adamw_torch_fused")}  # fmt: skip
 
 
 def defaults(kind):
@@ -52,7 +53,7 @@ def defaults(kind):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of TRL's experimental part
 def test_a_setting_that_trl_has_bears_its_default():
-    """Read from TRL 1.16's own dataclasses; README names the two defaults that differ."""
+    """Read from TRL 1.16's own dataclasses; README names the three defaults that differ."""
     import trl
 
     common = defaults(trl.ScriptArguments) | defaults(trl.ModelConfig)
