@@ -127,12 +127,12 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     recipe = recipes.check(recipe)
     from accelerate import PartialState
 
-    from align_engine import iterate
+    from align_engine.iterate import runner
     from align_engine.run import quiet_libraries
 
     quiet_libraries()
     try:
-        iterate.run(name, recipe)
+        runner(name)(recipe)
     except SystemExit as error:  # of a reward function, a callback, ...: no way to end a run well
         raise RunFailed(f"the run was left by sys.exit({error.code!r})") from error
     PartialState().wait_for_everyone()

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +57,9 @@ if TYPE_CHECKING:
 SHARED = ("model", "data", "train", "eval", "output", "kernels", "limits")  # sections of a round's training
 
 
-def run(command: str, recipe: Recipe) -> RunFolder:
-    """What a command that is a recipe does: the rounds of `iterate`, or one training run."""
-    return iterate(recipe) if isinstance(recipe, IterateRecipe) else train(command, recipe)
+def runner(command: str) -> Callable[[Any], RunFolder]:
+    """What a command does with its recipe: the rounds of `iterate`, or one training run."""
+    return iterate if command == "iterate" else partial(train, command)
 
 
 def iterate(recipe: IterateRecipe) -> RunFolder:

@@ -36,11 +36,11 @@ from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
 from align_engine.training import optimiser, packing, ranks, stops
 from align_engine.training import reference as references
-from align_engine.training.algorithm import Algorithm
+from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.callbacks import Callbacks, from_recipe
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.engine import Engine
-from align_engine.training.loop import Training, loop
+from align_engine.training.loop import Training
 from align_engine.training.metrics import Journal
 
 
@@ -119,7 +119,9 @@ def fit(
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         around.state.log_history += logged
         training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
-        loop(training, source)
+        with stops.graceful(journal.say):
+            for window in training.windows(source):
+                training.learnt(engine.learn(window, journal.clock))
     if best := training.best():
         accelerator.print(f"the model is that of step {best}, the best evaluation")
         engine.restore(folder.checkpoint(best), folder)
@@ -269,7 +271,8 @@ def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:
     batch = algorithm.collate([row, row], pad_id=0)
     batch.shared = dict(algorithm.made_up)
     try:
-        algorithm.loss(torch.zeros(*batch.targets.shape, 4), {"weight": torch.zeros(3, 4)}, batch, recipe, 2.0)
+        hidden, head = torch.zeros(*batch.targets.shape, 4), {"weight": torch.zeros(3, 4)}
+        algorithm.loss(hidden, **keywords(algorithm.loss, head, batch, recipe, 2.0))
     except ValueError as error:
         raise BadInput(str(error)) from error
 

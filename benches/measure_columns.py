@@ -25,11 +25,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from align_kernels import linear_logprobs, sft_loss
-from align_kernels.api import needs_of, read_head
 from align_kernels.backends.state import entropy as entropy_of
-from align_kernels.head import Head
+from align_kernels.head import Head, read_head
 from align_kernels.losses import LOSSES
 from align_kernels.schedules import compaction
+from align_kernels.schedules.dense import softmax
 from align_kernels.schedules.plan import start
 from align_kernels.units import LossCall, keep_rows
 
@@ -112,13 +112,13 @@ def shares(
 ) -> list[tuple[int, float, float, float]]:
     """Of each block, however many columns it takes: rows, mean entropy, share of columns, sum of exp(entropy) / V."""
     hidden = hidden.detach().requires_grad_()
-    h, settings = read_head(hidden, weight, targets, drop_mass=tau)
-    tiled = start(h, settings, needs_of(h), keep_rows(targets, -100), LossCall(LOSSES["sft"])).tiled
+    h, settings, needs = read_head(hidden, weight, targets, drop_mass=tau)
+    tiled = start(h, settings, needs, keep_rows(targets, -100), LossCall(LOSSES["sft"])).tiled
     tiled.head = Head(*(None if x is None else x.detach() for x in h))
     found = []
     for chunk in tiled.chunks(0, len(targets)):
         store = tiled.store(len(chunk.targets))
-        state = tiled.softmax(chunk, store)
+        state = softmax(tiled, chunk, store)
         height = entropy_of(state)
         for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(state)), entropy=entropy):
             dense = isinstance(block, Tensor)

@@ -1,10 +1,7 @@
-"""What the algorithms share: the call of a fused loss by the names of its keywords, and what batches count."""
+"""What the algorithms share: what batches count, and a metric of rollouts."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -12,23 +9,6 @@ from torch import Tensor
 from align_engine.data.batches import IGNORE, Batch
 from align_engine.training.metrics import with_means
 from align_kernels import LossOutput
-
-Fused = Callable[..., LossOutput]
-keywords = functools.cache(lambda fused: tuple(inspect.signature(fused).parameters))
-
-
-def call(
-    fused: Fused, hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: Any, num_items: float, **more: Any
-) -> LossOutput:
-    """A loss of the kernels: tensors of the batch, numbers of its window and settings of the recipe's section `loss`
-    by their names; `more` come before all of them."""
-    found = vars(recipe.loss) | vars(batch) | batch.shared | {"num_items": num_items} | more
-    return fused(hidden, **{name: found[name] for name in keywords(fused) if name in found}, **head)
-
-
-def fused(loss: Fused) -> Fused:
-    """The loss of an algorithm that is one of the kernels', as it stands."""
-    return functools.partial(call, loss)
 
 
 def tokens(batch: Batch, recipe: Any) -> int:

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from align_engine.algorithms.common import call, with_mismatch
+from align_engine.algorithms.common import with_mismatch
 from align_engine.data.batches import Batch, collate_rollouts
 from align_engine.recipe import GrpoRecipe
 from align_engine.rollouts.advantages import Experience, group_normalised
-from align_engine.training.algorithm import Algorithm, Columns
+from align_engine.training.algorithm import Algorithm, Columns, keywords
 from align_kernels import LossOutput, grpo_loss
 from align_kernels.losses.grpo import LOSS_TYPES
 
@@ -25,7 +25,7 @@ def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe,
         # bnpo is dapo whose batch is one forward pass; here it is the whole window
         "loss_type": "dapo" if options.loss_type == "bnpo" else options.loss_type,
     }
-    out = call(grpo_loss, hidden, head, batch, recipe, num_items, **more)
+    out = grpo_loss(hidden, **keywords(grpo_loss, head, batch, recipe, num_items, **more))
     return with_mismatch(out, batch, out.logps)
 
 

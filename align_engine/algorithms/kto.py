@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import torch
 
-from align_engine.algorithms.common import always, fused, sequences
+from align_engine.algorithms.common import always, sequences
 from align_engine.data.batches import collate_labels, epoch_order
 from align_engine.data.windows import Micro
 from align_engine.errors import BadInput
@@ -91,6 +91,6 @@ def class_weights(rows: datasets.Dataset, recipe: KtoRecipe) -> tuple[KtoRecipe,
 
 
 KTO = Algorithm(
-    "kto", "unpaired", collate_labels, sequences, fused(kto_loss), refers=always, rows=with_mismatched,
+    "kto", "unpaired", collate_labels, sequences, kto_loss, refers=always, rows=with_mismatched,
     settle=class_weights, prepare=reference_point, made_up={"kl": 0.0},
 )  # fmt: skip

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_engine.algorithms.common import call, tokens, with_mismatch
+from align_engine.algorithms.common import tokens, with_mismatch
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts
 from align_engine.integrations import hook
 from align_engine.models.score_head import ValueHead, load_scalar_model
 from align_engine.recipe import PpoRecipe
 from align_engine.rollouts.advantages import Experience, gae, token_rewards, whiten
-from align_engine.training.algorithm import Algorithm, Columns
+from align_engine.training.algorithm import Algorithm, Columns, keywords
 from align_engine.training.metrics import with_means
 from align_kernels import LossOutput, ppo_clip_loss, value_loss
 from align_kernels.losses.kl import KL_ESTIMATORS
@@ -25,7 +25,7 @@ def ppo(
     """The clipped surrogate, and vf_coef times the clipped value loss."""
     assert batch.values is not None and batch.returns is not None
     count, mask = batch.num_tokens, batch.targets != IGNORE
-    policy = call(ppo_clip_loss, hidden, head, batch, recipe, num_items)
+    policy = ppo_clip_loss(hidden, **keywords(ppo_clip_loss, head, batch, recipe, num_items))
     clip = recipe.loss.cliprange_value
     value = value_loss(values, batch.values, batch.returns, mask, cliprange_value=clip, num_items=num_items)
     parts = {"loss/policy_avg": policy.loss, "loss/value_avg": value.loss}

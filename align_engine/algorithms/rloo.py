@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_engine.algorithms.common import call, sequences, with_mismatch
+from align_engine.algorithms.common import sequences, with_mismatch
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts
 from align_engine.recipe import RlooRecipe
 from align_engine.rollouts.advantages import BASELINES, STD_EPSILON, Experience, nanstd
-from align_engine.training.algorithm import Algorithm, Columns
+from align_engine.training.algorithm import Algorithm, Columns, keywords
 from align_kernels import LossOutput, rloo_loss
 
 
@@ -21,7 +21,7 @@ def rloo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: RlooRecipe,
     assert batch.advantages is not None
     first = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
     each = batch.advantages.gather(1, first)[:, 0]
-    out = call(rloo_loss, hidden, head, batch, recipe, num_items, advantages=each)
+    out = rloo_loss(hidden, **keywords(rloo_loss, head, batch, recipe, num_items, advantages=each))
     return with_mismatch(out, batch, batch.old_logps)
 
 

@@ -15,12 +15,12 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from align_engine import iterate
 from align_engine import recipe as recipes
 from align_engine.data.sources import load_rows
 from align_engine.demo.make import make_demo
 from align_engine.demo.task import check
 from align_engine.errors import BadInput
+from align_engine.iterate import runner
 from align_engine.models.load import load_tokenizer
 from align_engine.recipe import RECIPES, Recipe
 from align_engine.reports.evals import Score, score
@@ -166,7 +166,7 @@ def run_stage(stage: Stage, folder: Path, seed: int, quiet: bool) -> Result:
         else:
             print(f"\nseed {seed}: {stage.name}")
         recipe = demo_recipe(stage, folder, seed)
-        iterate.run(stage.command, recipe)
+        runner(stage.command)(recipe)
         if stage == REWARD_MODEL:
             accuracy = [line["eval_accuracy"] for line in read(out / "metrics.jsonl") if "eval_accuracy" in line][-1]
             return Result(100 * accuracy, [], [], time.perf_counter() - began)

@@ -1,1 +1,1 @@
-"""Training: the type of an algorithm, the engine with its verbs, the loop, and what stands around each step."""
+"""Training: the type of an algorithm, the engine with its verbs, and what stands around each step."""

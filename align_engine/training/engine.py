@@ -1,4 +1,4 @@
-"""The verbs of training: forward_backward, step, evaluate, save, restore. Loops over steps call them."""
+"""The verbs of training: learn (forward_backward, step), evaluate, save, restore. Loops over steps call them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from align_engine.models import noise, score_head
 from align_engine.models.tree_attention import reading
 from align_engine.recipe import LimitSection, Recipe, RolloutSection
 from align_engine.training import optimiser, statefile, stops
-from align_engine.training.algorithm import Algorithm
+from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import Sums, with_means
 from align_engine.training.offload import Offload
@@ -105,16 +105,17 @@ class Engine:
         if self.reference is not None:
             batch.ref_logps = self.reference(batch)
         if self.algorithm.scalar:
-            return self.algorithm.loss(score_head.batch_scores(self.model, batch), {}, batch, self.recipe, num_items)
+            scores = score_head.batch_scores(self.model, batch)
+            return self.algorithm.loss(scores, **keywords(self.algorithm.loss, {}, batch, self.recipe, num_items))
         out: Any = None
 
         def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
             nonlocal out
-            hidden = batch.predicting(hidden)
+            hidden, loss = batch.predicting(hidden), self.algorithm.loss
             more = {} if self.critic is None else {"values": self.critic(hidden, batch)}
             head |= self.head_options | self.limits
             with self.offload.apart() if self.offload else contextlib.nullcontext():
-                out = self.algorithm.loss(hidden, head, batch, self.recipe, num_items, **more)
+                out = loss(hidden, **keywords(loss, head, batch, self.recipe, num_items, **more))
             return out.loss
 
         asked = {"output_router_logits": True} if self.aux_coef else {}
@@ -149,6 +150,18 @@ class Engine:
 
         if not self.algorithm.dropout:
             noise.check(self.model, forward, self.accelerator.device)
+
+    def learn(self, window: list[Micro], clock: Callable[[str], contextlib.AbstractContextManager]) -> Sums:
+        """One optimiser step on the micro-batches of a window; what `step` returns.
+
+        The window is whole before its first loss is computed, so that its units are counted over all of it.
+        """
+        with clock("forward_backward"):
+            units = self.open(window)
+            for i, micro in enumerate(window):
+                self.forward_backward(micro, units, last=i == len(window) - 1)
+        with clock("step"):
+            return self.step()
 
     def open(self, window: list[Micro]) -> float:
         """Units of the loss in a window over all ranks: the normaliser that makes every split of it one big batch.

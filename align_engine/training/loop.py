@@ -1,4 +1,4 @@
-"""The loop, and what stands around each of its steps: accumulation, log, evaluation, checkpoints, callbacks."""
+"""What stands around the steps of a run: their windows, log, evaluation, checkpoints, callbacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from align_engine.training.metrics import Journal, Sums
 
 @dataclass
 class Training:
-    """A run under way. The loop asks it for steps and hands it windows of micro-batches to learn from."""
+    """A run under way: the windows of its steps, and what follows each of them."""
 
     engine: Engine
     evaluation: Source | None
@@ -31,13 +31,15 @@ class Training:
     def __post_init__(self) -> None:
         self.health = Health(self.engine.recipe, self.engine.progress)
 
-    def steps(self) -> Iterator[int]:
-        """Numbers (from 0) of the steps still to do. Ends with the last step, or where a callback stops the run.
+    def windows(self, source: Source) -> Iterator[list[Micro]]:
+        """The micro-batches of each step still to do. Ends with the last step, or where a callback stops the run. A
+        source whose rows the policy writes has a new rollout wherever the last one has served all its steps.
 
         Raises:
             Stopped: the process has been told to stop; a checkpoint is written.
         """
-        progress, callbacks = self.engine.progress, self.callbacks
+        progress, callbacks, clock = self.engine.progress, self.callbacks, self.journal.clock
+        alone = self.engine.accelerator.num_processes == 1  # several processes agree at the end of a step
         self.engine.model.train()
         callbacks.call("on_train_begin")
         while progress.step < self.total and not callbacks.control.should_training_stop:
@@ -48,31 +50,27 @@ class Training:
             control = callbacks.control
             control.should_log = control.should_evaluate = control.should_save = False
             callbacks.call("on_step_begin")
-            yield progress.step
+            try:
+                with stops.breakable() if alone else contextlib.nullcontext():
+                    stops.pause()
+                    source.prepare(progress.step, clock)
+            except stops.StopNow:
+                self.stop_before()
+                continue
+            with clock("data"):
+                window = source.window(progress.step)
+            yield window
         callbacks.call("on_train_end")
 
-    def learn(self, window: list[Micro]) -> None:
-        """One optimiser step on the micro-batches of a window, and all that follows it.
-
-        The window is whole before its first loss is computed, so that its units are counted over all of it.
-        """
-        engine, clock = self.engine, self.journal.clock
-        with clock("forward_backward"):
-            units = engine.open(window)
-            for i, micro in enumerate(window):
-                engine.forward_backward(micro, units, last=i == len(window) - 1)
-        with clock("step"):
-            sums = engine.step()
+    def learnt(self, sums: Sums) -> None:
+        """All that follows a step, which has left these sums."""
+        options, progress, callbacks = self.engine.recipe, self.engine.progress, self.callbacks
         tokens, _ = sums.totals.pop("num_tokens")
         self.stopping = sums.totals.pop("stop")[0] > 0
-        engine.progress.num_tokens += tokens
-        engine.progress.sums.merge(sums)
+        progress.num_tokens += tokens
+        progress.sums.merge(sums)
         self.health.step(sums)
         self.journal.advance(tokens)
-        self._after()
-
-    def _after(self) -> None:
-        options, progress, callbacks = self.engine.recipe, self.engine.progress, self.callbacks
         callbacks.call("on_step_end")
         said = []
         if progress.step % self.steps_per_epoch == 0:
@@ -123,25 +121,3 @@ class Training:
     def best(self) -> int | None:
         """The step of the best evaluation, where the recipe asks for it."""
         return self.callbacks.state.best_global_step if self.engine.recipe.eval.load_best_model_at_end else None
-
-
-def loop(training: Training, source: Source) -> None:
-    """Train from where the engine stands to the last step. A source whose rows the policy writes has a new rollout
-    wherever the last one has served all its steps.
-
-    Raises:
-        Stopped: see `Training.steps`.
-    """
-    alone = training.engine.accelerator.num_processes == 1  # several processes agree at the end of a step
-    with stops.graceful(training.journal.say):
-        for step in training.steps():
-            try:
-                with stops.breakable() if alone else contextlib.nullcontext():
-                    stops.pause()
-                    source.prepare(step, training.journal.clock)
-            except stops.StopNow:
-                training.stop_before()
-                continue
-            with training.journal.clock("data"):
-                window = source.window(step)
-            training.learn(window)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from align_kernels import ops
-from align_kernels.arguments import check_float, public
-from align_kernels.dtensor import local, local_head
+from align_kernels.arguments import check_call, check_float, public
+from align_kernels.autograd import Logprobs
 from align_kernels.eager import logprobs_eager
-from align_kernels.head import Head, LogitGradClamp, Settings, Transform, flatten
-from align_kernels.schedules.tiles import Needs
+from align_kernels.head import Head, Needs, Settings, read_head
 from align_kernels.sums import add_at
 
 
@@ -30,55 +29,6 @@ class LogProbs(NamedTuple):
     correct: Tensor  # bool: the target is the first argmax
 
 
-def read_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    grad_clamp: LogitGradClamp | None = None,
-    drop_mass: float = 0.0,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    tp_group: torch.distributed.ProcessGroup | None = None,
-    impl: str = "auto",
-    workspace: int | None = None,
-) -> tuple[Head, Settings]:
-    """Every keyword of `linear_logprobs`, checked."""
-    hidden, targets = local("hidden", hidden), local("targets", targets)
-    weight, bias, lora, tp_group = local_head(weight, bias, lora, tp_group)
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head, scalar = flatten(hidden, weight, targets, bias, local("temperature", temperature), lora, ignore_index)
-    settings = Settings(
-        Transform(float(logit_scale), None if softcap is None else float(softcap), scalar),
-        None if grad_clamp is None else LogitGradClamp(*grad_clamp),
-        1.0 if lora is None else float(lora[2]),
-        float(drop_mass),
-        int(ignore_index),
-        impl,
-        None if workspace is None else int(workspace),
-        None if tp_group is None else tp_group.group_name,
-    )
-    return head, settings.check()
-
-
-def needs_of(head: Head) -> Needs:
-    grad = torch.is_grad_enabled()
-    return Needs(
-        *(
-            grad and x is not None and x.requires_grad
-            for x in (head.hidden, head.weight, head.bias, head.lora_A, head.lora_B)
-        )
-    )
-
-
-@public(read_head)
 def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> LogProbs:
     """Log-prob, entropy and more of each target, without ever holding the logits [N, V].
 
@@ -112,17 +62,23 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; a target outside [0, V).
     """
-    tensors, settings = read_head(hidden, weight, targets, **head)
-    if settings.impl == "eager":
-        fields = logprobs_eager(tensors, settings)
-    else:
-        fields = ops.logprobs(tensors, settings, needs_of(tensors))
+    check_call(linear_logprobs, locals())
+    fields = logprobs(*read_head(hidden, weight, targets, **head))
     shape = targets.shape
     logp, entropy, *rest = (x.reshape(shape) for x in fields[:6])
     return LogProbs(logp, entropy, *(x.detach() for x in rest))
 
 
-@public()
+def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
+    """The fields [N] of `LogProbs`: by whole logits, as one operator, or by autograd, where modes see every GEMM."""
+    if settings.impl == "eager":
+        return logprobs_eager(head, settings)
+    if ops.opaque(head.hidden):
+        return ops.logprobs(head, settings, needs)
+    return Logprobs.apply(*head, settings, needs)
+
+
+@public
 def sequence_logprobs(
     logps: Tensor,
     targets: Tensor | None = None,

@@ -13,52 +13,71 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
+from align_kernels.head import read_head
+
 NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 Function = TypeVar("Function", bound=Callable)
 
 
-def public(*more: Callable, also: dict[str, Any] | None = None) -> Callable[[Function], Function]:
-    """Check the arguments of a function against its annotations before it runs.
+@cache
+def hints(function: Callable) -> dict[str, Any]:
+    """The type of each argument by name, but for `self` and `**head`."""
+    kinds, parameters = get_type_hints(function), inspect.signature(function).parameters.values()
+    return {p.name: kinds.get(p.name, Any) for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"}
 
-    Args:
-        more: functions whose keyword-only arguments its `**head` takes.
-        also: further keywords of `**head`, with their types.
 
-    The function then raises TypeError for an argument of another type and for a keyword that it does not know, and
-    ValueError for tensors that lie on several devices.
-    """
+def public(function: Function) -> Function:
+    """Check the arguments of a function without `**head` against its annotations before it runs, see `check`."""
+    names, name = tuple(inspect.signature(function).parameters), function.__qualname__.removesuffix(".apply")
 
-    def decorate(function: Function) -> Function:
-        names = tuple(inspect.signature(function).parameters)
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            check(name, hints(function), dict(zip(names, args)) | kwargs)
+        return function(*args, **kwargs)
 
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling():
-                known = hints(function, more)
-                check(function.__qualname__.removesuffix(".apply"), known | (also or {}), names, args, kwargs)
-            return function(*args, **kwargs)
+    return call  # type: ignore[return-value]
 
-        return call  # type: ignore[return-value]
 
-    return decorate
+HEAD = {name: kind for name, kind in hints(read_head).items() if name not in ("hidden", "weight", "targets")}
+OPTIONS: dict[Callable, Mapping[str, Any]] = {}  # of a function with `**head`: what that takes beside the head's
+
+
+def takes(options: Mapping[str, Any]) -> Callable[[Function], Function]:
+    """Note which keywords, name -> type, the `**head` of a function takes beside those of `read_head`. The mapping may
+    grow later."""
+
+    def note(function: Function) -> Function:
+        OPTIONS[function] = options
+        return function
+
+    return note
+
+
+def check_call(function: Callable, given: dict[str, Any]) -> None:
+    """`check` for a function with `**head`, whose first line calls this with its `locals()`."""
+    if torch.compiler.is_compiling():
+        return
+    defaults, given = _defaults(function), dict(given)
+    head = given.pop("head")
+    own = {key: value for key, value in given.items() if value is not defaults[key]}
+    check(function.__qualname__, hints(function) | HEAD | OPTIONS.get(function, {}), own | head)
 
 
 @cache
-def hints(function: Callable, more: tuple[Callable, ...]) -> dict[str, Any]:
-    """The type of each argument by name, those of `**head` included."""
-    found = {}
-    for of in (function, *more):
-        kinds, parameters = get_type_hints(of), inspect.signature(of).parameters.values()
-        for p in parameters:
-            if p.kind is not p.VAR_KEYWORD and (of is function or p.kind is p.KEYWORD_ONLY) and p.name != "self":
-                found.setdefault(p.name, kinds.get(p.name, Any))
-    return found
+def _defaults(function: Callable) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(function).parameters.items()}
 
 
-def check(name: str, known: dict[str, Any], names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
-    given = list(zip(names, args)) + list(kwargs.items())
+def check(name: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Judge the arguments of a call of `name` by the types in `known`.
+
+    Raises:
+        TypeError: an argument of another type; one that is not known.
+        ValueError: tensors that lie on several devices.
+    """
     first = None
-    for key, value in given:
+    for key, value in given.items():
         if key == "self":
             continue
         if key not in known:

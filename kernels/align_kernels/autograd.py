@@ -8,19 +8,19 @@ as `FlopCounterMode` see every GEMM; under `torch.compile` and with fake tensors
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from align_kernels.backends.state import read
-from align_kernels.head import Head, Settings, check_rows
+from align_kernels.head import Head, Needs, Settings, check_rows
+from align_kernels.schedules.base import Closed, Schedule
 from align_kernels.schedules.device_losses import on_device
 from align_kernels.schedules.plan import start
-from align_kernels.schedules.tiles import Needs
 from align_kernels.sums import float_dtype
-from align_kernels.units import LossCall, Objective, Units, keep_rows
+from align_kernels.units import LossCall, Objective, Span, Units, keep_rows
 
 TENSORS = len(Head._fields)  # of a head, None where it has none
 
@@ -66,7 +66,7 @@ def first_order(backward: Callable) -> Callable:
 
 
 def without_autocast(run: Callable) -> Callable:
-    """Autocast rounds the inputs at the door (`api.read_head`); inside, dtypes are as they are written."""
+    """Autocast rounds the inputs at the door (`head.read_head`); inside, dtypes are as they are written."""
 
     @wraps(run)
     def plain(head: Head, *args):
@@ -142,9 +142,9 @@ def loss_forward(
     """
     hidden = head.hidden
     units = Units(call.loss.unit, targets, settings.ignore_index)
-    kept = units.kept
+    kept, dhidden = units.kept, _zeros_like(hidden, needs.hidden)
     schedule = start(head, settings, needs, kept, call, side, units.largest)
-    tiled, dhidden = schedule.tiled, _zeros_like(hidden, needs.hidden)
+    tiled = schedule.tiled
     check_rows(head.targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
     objective = on_device(Objective(call, units, side, 1.0 / num_items, any(needs)), tiled.backend)
     spans = list(units.groups(*schedule.group_rows))
@@ -152,8 +152,9 @@ def loss_forward(
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(call.loss.metrics), dtype=torch.float64, device=hidden.device)
     states = []
+    closing = schedule.close or partial(close, schedule)
     for span in spans:
-        closed = schedule.close(objective, span, dhidden)
+        closed = closing(objective, span, dhidden)
         states.append(closed.state)
         total += closed.value
         sums += closed.sums
@@ -165,6 +166,26 @@ def loss_forward(
         for v, d in ((logp, dtype), (entropy, dtype), (mean_logit, dtype), (correct, torch.bool))
     )
     return (total.to(dtype), sums.to(dtype), *fields), _dense((dhidden, *tiled.grads.finish()), hidden)
+
+
+def close(schedule: Schedule, objective: Objective, span: Span, dhidden: Tensor | None) -> Closed:
+    """A group of units from its hidden states to its gradients; all that it made is freed with it."""
+    tiled, (_, _, begin, end) = schedule.tiled, span
+    schedule.begin(end - begin)
+    chunks = list(tiled.chunks(begin, end))
+    done = [schedule.forward(chunk) for chunk in chunks]
+    state = torch.cat([part for part, _ in done]) if done else tiled.new_state(0)
+    targets = tiled.head.targets[tiled.kept[begin:end]]
+    value, sums, g, g_entropy = objective.coefficients(span, state, targets, tiled.vocab)
+    dtype = float_dtype(tiled.head.hidden)
+    g, g_entropy = g.to(dtype), None if g_entropy is None else g_entropy.to(dtype)
+    begin = 0
+    for chunk, (part, saved) in zip(chunks, done) if objective.derive else ():
+        rows = slice(begin, begin + len(part))
+        h = None if g_entropy is None else g_entropy[rows].contiguous()
+        tiled.scatter(schedule.backward(chunk, part, saved, g[rows].contiguous(), h), chunk, dhidden)
+        begin = rows.stop
+    return Closed(state, value, sums)
 
 
 # -- autograd -----------------------------------------------------------------------------------------------------

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from align_kernels.api import needs_of, read_head
-from align_kernels.arguments import public
+from align_kernels.arguments import check_call
+from align_kernels.head import read_head
 from align_kernels.losses.registry import LOSSES
 from align_kernels.schedules.plan import start
 from align_kernels.schedules.request import Plan
 from align_kernels.units import LossCall, Units, keep_rows
 
 
-@public(read_head)
 def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None = None, **head) -> Plan:
     """The plan of `linear_logprobs`, or of a fused loss, for these tensors; nothing is computed.
 
@@ -30,11 +29,12 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
     Raises:
         ValueError: what the call itself would refuse; an unknown loss; impl="eager", which has no plan.
     """
-    tensors, settings = read_head(hidden, weight, targets, **head)
+    check_call(explain, locals())
+    tensors, settings, needs = read_head(hidden, weight, targets, **head)
     if loss is None:
-        return start(tensors, settings, needs_of(tensors), keep_rows(tensors.targets, settings.ignore_index)).tiled.plan
+        return start(tensors, settings, needs, keep_rows(tensors.targets, settings.ignore_index)).tiled.plan
     if loss not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     call = LossCall(LOSSES[loss])
     units = Units(call.loss.unit, targets if targets.dim() == 2 else tensors.targets, settings.ignore_index)
-    return start(tensors, settings, needs_of(tensors), units.kept, call, (), units.largest).tiled.plan
+    return start(tensors, settings, needs, units.kept, call, (), units.largest).tiled.plan

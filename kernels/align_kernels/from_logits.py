@@ -62,7 +62,7 @@ class FromLogits(torch.autograd.Function):
         return out, None, None, None
 
 
-@public()
+@public
 def logprobs_from_logits(
     logits: Tensor,
     targets: Tensor,

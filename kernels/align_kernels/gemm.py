@@ -9,23 +9,21 @@ import torch
 from torch import Tensor
 from torch.utils import flop_counter
 
-from align_kernels.head import Head
 
-
-def gemm_dtype(head: Head) -> torch.dtype:
+def gemm_dtype(hidden: torch.dtype, weight: Tensor) -> torch.dtype:
     """The dtype in which logits are made.
 
     The wider of hidden and weight. torch has no GEMM with narrow inputs and a float32 output for a CPU, so 16-bit
     storage is widened there: tile by tile, or where the backend's own product packs it.
     """
-    dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
-    return torch.promote_types(dtype, torch.float32) if head.weight.device.type == "cpu" else dtype
+    dtype = torch.promote_types(hidden, weight.dtype)
+    return torch.promote_types(dtype, torch.float32) if weight.device.type == "cpu" else dtype
 
 
-def logits_dtype(head: Head) -> torch.dtype:
+def logits_dtype(hidden: torch.dtype, weight: Tensor) -> torch.dtype:
     """The dtype in which logits are kept: float32 at least, where GEMMs of 16-bit inputs can write it."""
-    dtype = gemm_dtype(head)
-    return torch.promote_types(dtype, torch.float32) if widens(head.weight.device) else dtype
+    dtype = gemm_dtype(hidden, weight)
+    return torch.promote_types(dtype, torch.float32) if widens(weight.device) else dtype
 
 
 def widens(device: torch.device) -> bool:

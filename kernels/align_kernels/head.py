@@ -1,4 +1,4 @@
-"""The settings of an LM head, in one object, checked once.
+"""An LM head: its tensors and settings, read from a call and checked once.
 
 Shape letters: N rows (positions), V vocabulary, D hidden size, R rank of a LoRA.
 """
@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from align_kernels.dtensor import local, local_head
 
 
 class LogitGradClamp(NamedTuple):
@@ -108,6 +110,63 @@ class Head(NamedTuple):
     lora_B: Tensor | None  # (V, R)
 
 
+class Needs(NamedTuple):
+    """Which tensors of the head need a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_A: bool
+    lora_B: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias or self.lora_A or self.lora_B
+
+    @staticmethod
+    def of(head: Head) -> Needs:
+        tensors, grad = (head.hidden, head.weight, head.bias, head.lora_A, head.lora_B), torch.is_grad_enabled()
+        return Needs(*(grad and x is not None and x.requires_grad for x in tensors))
+
+
+def read_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    grad_clamp: LogitGradClamp | None = None,
+    drop_mass: float = 0.0,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    impl: str = "auto",
+    workspace: int | None = None,
+) -> tuple[Head, Settings, Needs]:
+    """Every keyword of `linear_logprobs`, checked."""
+    hidden, targets = local("hidden", hidden), local("targets", targets)
+    weight, bias, lora, tp_group = local_head(weight, bias, lora, tp_group)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    head, scalar = flatten(hidden, weight, targets, bias, local("temperature", temperature), lora)
+    settings = Settings(
+        Transform(float(logit_scale), None if softcap is None else float(softcap), scalar),
+        None if grad_clamp is None else LogitGradClamp(*grad_clamp),
+        1.0 if lora is None else float(lora[2]),
+        float(drop_mass),
+        int(ignore_index),
+        impl,
+        None if workspace is None else int(workspace),
+        None if tp_group is None else tp_group.group_name,
+    )
+    return head, settings.check(), Needs.of(head)
+
+
 def flatten(
     hidden: Tensor,
     weight: Tensor,
@@ -115,7 +174,6 @@ def flatten(
     bias: Tensor | None,
     temperature: float | Tensor,
     lora: tuple[Tensor, Tensor, float] | None,
-    ignore_index: int,
 ) -> tuple[Head, float]:
     """Check shapes and dtypes and flatten the leading dimensions.
 

@@ -16,10 +16,9 @@ from align_kernels import autograd
 from align_kernels.autograd import Saved, needed
 from align_kernels.backends.state import COLUMNS
 from align_kernels.gemm import logits_dtype
-from align_kernels.head import Head, LogitGradClamp, Settings, Transform
-from align_kernels.schedules.tiles import Needs
+from align_kernels.head import Head, LogitGradClamp, Needs, Settings, Transform
 from align_kernels.sums import float_dtype
-from align_kernels.units import LossCall, loss_late
+from align_kernels.units import LossCall
 
 # they read sizes and kept rows back from the device, which the capture of a CUDA graph forbids
 _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
@@ -70,14 +69,13 @@ def _(hidden, weight, targets, bias, temperature, lora_A, lora_B, settings):
     if any(decode_settings(settings)[1]):
         context = torch.library.get_ctx()
         kept, values, layout = (context.new_dynamic_size() for _ in range(3))
-    head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
     fields = [hidden.new_empty(targets.shape, dtype=float_dtype(hidden)) for _ in range(5)]
     return (
         *fields,
         hidden.new_empty(targets.shape, dtype=torch.bool),
         hidden.new_empty(kept, dtype=torch.int64),
         hidden.new_empty((kept, COLUMNS), dtype=torch.float64),
-        hidden.new_empty(values, dtype=logits_dtype(head)),
+        hidden.new_empty(values, dtype=logits_dtype(hidden.dtype, weight)),
         hidden.new_empty(layout, dtype=torch.int64),
     )
 
@@ -176,15 +174,15 @@ def _loss_backward(ctx, grad, *_):
 loss_op.register_autograd(_loss_backward, setup_context=_loss_context)
 
 
-# -- entry points: the eager call goes through autograd.Function, where modes see every GEMM ----------------------
-def _opaque(hidden: Tensor) -> bool:
+# -- entry points -------------------------------------------------------------------------------------------------
+def opaque(hidden: Tensor) -> bool:
+    """Whether a call must be one operator."""
     return torch.compiler.is_compiling() or is_fake(hidden)
 
 
 def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
-    if _opaque(head.hidden):
-        return logprobs_op(*head, encode_settings(settings, needs))
-    return autograd.Logprobs.apply(*head, settings, needs)
+    """What `autograd.Logprobs` returns."""
+    return logprobs_op(*head, encode_settings(settings, needs))
 
 
 def loss(
@@ -196,10 +194,6 @@ def loss(
     settings: Settings,
     needs: Needs,
 ) -> tuple[Tensor, ...]:
-    # torch.func must see the gradient made in the backward
-    if torch._C._functorch.maybe_current_level() is not None:  # pyright: ignore
-        return loss_late(logprobs(head, settings, needs), targets, side, num_items, call, settings.ignore_index)
-    if _opaque(head.hidden):
-        text, encoded = call.encode(), encode_settings(settings, needs)
-        return loss_op(*head._replace(targets=targets), side, num_items, text, encoded)[:6]
-    return autograd.FusedLoss.apply(*head, targets, num_items, call, settings, needs, *side)
+    """What `autograd.FusedLoss` returns."""
+    text, encoded = call.encode(), encode_settings(settings, needs)
+    return loss_op(*head._replace(targets=targets), side, num_items, text, encoded)[:6]

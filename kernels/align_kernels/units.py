@@ -235,7 +235,7 @@ class Objective:
 def loss_late(
     fields: Sequence[Tensor], targets: Tensor, side: list[Tensor], num_items: Tensor, call: LossCall, ignore_index: int
 ) -> tuple[Tensor, ...]:
-    """What `ops.loss` returns, from the fields of log-probs, by autograd."""
+    """What `autograd.FusedLoss` returns, from the fields of log-probs, by autograd."""
     units = Units(call.loss.unit, targets, ignore_index)
     logp, entropy, _, _, mean_logit, correct = fields[:6]
     objective = Objective(call, units, side, 1.0 / num_items, derive=True)

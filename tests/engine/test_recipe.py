@@ -14,6 +14,7 @@ from align_engine.algorithms import ALGORITHMS
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.recipe import RECIPES, DpoRecipe, SftRecipe, flat
+from align_engine.training.algorithm import keywords
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 
@@ -210,9 +211,10 @@ def test_a_setting_reaches_its_loss(name, kind, given, row):
     hidden, weight = torch.randn(4, 3, 8, generator=generator), torch.randn(11, 8, generator=generator)
     targets = torch.randint(11, (4, 3), generator=generator)
     batch = Batch(targets, torch.ones_like(targets), targets, torch.arange(4), ref_logps=torch.full((4,), -9.0))
-    got = ALGORITHMS[name].loss(hidden, {"weight": weight}, batch, made, 2.0).loss
+    loss = ALGORITHMS[name].loss
+    got = loss(hidden, **keywords(loss, {"weight": weight}, batch, made, 2.0)).loss
     own = {"ref_logps": batch.ref_logps} if name == "dpo" else {}
     shared = {key: value for key, value in vars(made.loss).items() if key in inspect.signature(row).parameters}
     assert got.equal(row(hidden, weight, targets, num_items=2.0, **own, **shared).loss)
     vars(made.loss).update({key: getattr(kind().loss, key) for key in list(given)[-1:]})
-    assert not got.equal(ALGORITHMS[name].loss(hidden, {"weight": weight}, batch, made, 2.0).loss), "it is read"
+    assert not got.equal(loss(hidden, **keywords(loss, {"weight": weight}, batch, made, 2.0)).loss), "it is read"

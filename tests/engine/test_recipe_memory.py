@@ -9,7 +9,7 @@ import tiny
 from torch.profiler import ProfilerActivity, profile
 
 from align_engine.run import train
-from align_engine.training import loop
+from align_engine.training.engine import Engine
 
 MEMORY = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "memory.py"))
 T, BATCH = 64, 8
@@ -27,25 +27,25 @@ def peak_of_a_step(name, recipe):
     """Bytes of weights, optimiser states and all that the second step allocates on top, at their peak."""
     found = []
 
-    def learn(training, window, once=loop.Training.learn):
-        if training.engine.progress.step == 0:
-            return once(training, window)
-        model = training.engine.model
+    def learn(engine, window, clock, once=Engine.learn):
+        if engine.progress.step == 0:
+            return once(engine, window, clock)
+        model = engine.model
         weights = {x.data_ptr(): x.numel() * x.element_size() for x in model.parameters()}
         gc.collect()
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            once(training, window)
+            once(engine, window, clock)
         events = profiler.profiler.kineto_results.events()
         steps = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
         level = peak = 0
         for _, size in steps:
             level += size
             peak = max(peak, level)
-        found.append(sum(weights.values()) + state_bytes(training.engine.optimizer) + peak)
+        found.append(sum(weights.values()) + state_bytes(engine.optimizer) + peak)
         raise Measured
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Measured):
-        patch.setattr(loop.Training, "learn", learn)
+        patch.setattr(Engine, "learn", learn)
         train(name, recipe)
     return found[0]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import align_kernels
 from align_kernels import compat
-from align_kernels.api import read_head
+from align_kernels.head import read_head
 
 B, T, D, V = 4, 3, 8, 11
 hidden, weight, targets = torch.zeros(B, T, D), torch.zeros(V, D), torch.zeros(B, T, dtype=torch.int64)
@@ -139,7 +139,7 @@ def test_numbers_and_options_of_another_type_are_named(name: str):
 def test_every_keyword_of_the_head_has_a_type():
     from align_kernels import arguments
 
-    kinds = arguments.hints(align_kernels.linear_logprobs, (read_head,))
+    kinds = arguments.hints(align_kernels.linear_logprobs) | arguments.HEAD
     assert kinds.keys() == set(inspect.signature(read_head).parameters) and Any not in kinds.values()
 
 

@@ -25,9 +25,8 @@ from align_kernels import (
     sequence_logprobs,
     sft_loss,
 )
-from align_kernels.head import Settings, Transform
+from align_kernels.head import Needs, Settings, Transform
 from align_kernels.losses import registry
-from align_kernels.schedules.tiles import Needs
 from align_kernels.units import LossCall
 
 from .oracle import Case, judge, loss_truth, run, truth

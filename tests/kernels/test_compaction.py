@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from align_kernels import LogitGradClamp, explain, linear_logprobs, sft_loss
-from align_kernels.api import needs_of, read_head
 from align_kernels.backends import cpu, torch_ops
-from align_kernels.head import Head
+from align_kernels.head import Head, read_head
 from align_kernels.losses import LOSSES
 from align_kernels.schedules import compaction
 from align_kernels.schedules import request as planning
+from align_kernels.schedules.dense import softmax
 from align_kernels.schedules.plan import start
 from align_kernels.schedules.request import MIB
 from align_kernels.schedules.tiles import TiledHead
@@ -175,10 +175,10 @@ def check_bound(case: Case, g: Tensor, h: Tensor | None, tau: float, **options) 
 
 def tiled_head(case: Case, tau: float, impl: str, late: bool = False, workspace: int = ROOM) -> TiledHead:
     leaves = case.leaves()
-    head, settings = read_head(leaves["hidden"], leaves["weight"], case.targets, drop_mass=tau, impl=impl,
+    head, settings, needs = read_head(leaves["hidden"], leaves["weight"], case.targets, drop_mass=tau, impl=impl,
                                workspace=workspace, **case.keywords(leaves))  # fmt: skip
     call = None if late else LossCall(LOSSES["sft"])
-    tiled = start(head, settings, needs_of(head), keep_rows(case.targets, -100), call).tiled
+    tiled = start(head, settings, needs, keep_rows(case.targets, -100), call).tiled
     tiled.head = Head(*(None if x is None else x.detach() for x in head))
     return tiled
 
@@ -200,7 +200,7 @@ def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
     for chunk in tiled.chunks(0, len(tiled.kept)):
         assert len(chunk.targets) == len(p)
         store = tiled.store(len(p))
-        state = tiled.softmax(chunk, store)
+        state = softmax(tiled, chunk, store)
         for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), entropy=entropy):
             if isinstance(block, Tensor):
                 seen.append(block)
@@ -227,7 +227,7 @@ def test_eps_is_the_largest_that_serves(impl: str):
     tiled = tiled_head(case, TAU, impl)
     (chunk,) = tiled.chunks(0, len(tiled.kept))
     store = tiled.store(len(chunk.targets))
-    state = tiled.softmax(chunk, store)
+    state = softmax(tiled, chunk, store)
     p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
     blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), entropy=False))
     levels = []
@@ -291,7 +291,7 @@ def test_who_is_compacted(shape: str, compacted: int):
     tiled = tiled_head(case, TAU, "torch")
     (chunk,) = tiled.chunks(0, N)
     store = tiled.store(N)
-    state = tiled.softmax(chunk, store)
+    state = softmax(tiled, chunk, store)
     blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), entropy=False))
     kept = sum(len(b.rows) for b in blocks if not isinstance(b, Tensor))
     assert kept >= compacted > 0 or kept == compacted == 0
@@ -428,7 +428,7 @@ def test_flops(train: tuple[str, ...], fused: bool):
     args = leaves["hidden"], leaves["weight"], case.targets
     (chunk,) = tiled.chunks(0, N)
     store = tiled.store(N)
-    state = tiled.softmax(chunk, store)
+    state = softmax(tiled, chunk, store)
     blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), entropy=not fused and len(train) > 1))
     kept = sum(len(b.rows) * len(b.columns) for b in blocks)
     assert kept < 0.1 * N * V
@@ -444,7 +444,7 @@ def test_what_waits_is_small():
     tiled = tiled_head(case, TAU, "cpu", late=True)
     (chunk,) = tiled.chunks(0, len(tiled.kept))
     store = tiled.store(len(tiled.kept))
-    saved = compaction.save(tiled, chunk, tiled.softmax(chunk, store), store, tiled.plan.saved // 4, alone=True)
+    saved = compaction.save(tiled, chunk, softmax(tiled, chunk, store), store, tiled.plan.saved // 4, alone=True)
     values, layout = compaction.pack([saved], store.own)
     whole = len(store.own)
     assert len(values) < 0.1 * whole and len(values) + len(layout) < 0.2 * whole

@@ -164,8 +164,9 @@ schedules.tiles
 schedules.aliasing schedules.sharded
 schedules.request
 units dispatch
-eager gemm
-head dtensor arguments
+eager gemm arguments
+head
+dtensor
 backends losses
 sums
 """

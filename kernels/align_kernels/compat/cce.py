@@ -12,7 +12,7 @@ from align_kernels.arguments import public
 from align_kernels.fused import sft_loss
 
 
-@public()
+@public
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,

@@ -19,7 +19,7 @@ class ChunkedLogProbFunction:
     """`trl.kernels.ChunkedLogProbFunction`: an `apply`, as on an autograd Function."""
 
     @staticmethod
-    @public()
+    @public
     def apply(
         hidden: Tensor,
         weight: Tensor,
@@ -66,7 +66,7 @@ class ChunkedLogProbFunction:
         return out.logp, entropy, log_sum_sq_probs, mean_logits, is_top1
 
 
-@public()
+@public
 def selective_log_softmax(
     logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> Tensor:
@@ -89,7 +89,7 @@ def selective_log_softmax(
     return logps if row_mask is None else logps.masked_fill(row_mask == 0, 0.0)
 
 
-@public()
+@public
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """`trl.trainer.utils.entropy_from_logits`: entropy in nats of logits [..., V], float32 at least, [...].
 

@@ -9,7 +9,7 @@ from align_kernels.api import linear_logprobs
 from align_kernels.arguments import public
 
 
-@public()
+@public
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from align_kernels import ops
-from align_kernels.api import needs_of, read_head
-from align_kernels.arguments import public
+from align_kernels.api import logprobs
+from align_kernels.arguments import takes
+from align_kernels.autograd import FusedLoss
 from align_kernels.dtensor import local
-from align_kernels.eager import logprobs_eager
+from align_kernels.head import read_head
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import Unit, find
 from align_kernels.units import LossCall, loss_late
@@ -23,7 +24,7 @@ from align_kernels.units import LossCall, loss_late
 Items = float | Tensor | None
 Count = Tensor | int  # tokens, sequences or pairs
 Measured = dict[str, tuple[Tensor, Count]]  # name -> (mean, what it is a mean over)
-of_head = public(read_head, also={"prob_gate": ProbGate | float | None})  # a fused loss and its `**head`
+of_head = takes({"prob_gate": ProbGate | float | None})  # a fused loss and its `**head`
 
 
 class LossOutput(NamedTuple):
@@ -68,23 +69,27 @@ def run_loss(
     spec = spec._replace(unit=unit or spec.unit)
     head = dict(head)
     gate = read_gate(head.pop("prob_gate", None))
-    hidden, targets = local("hidden", hidden), local("targets", targets)
+    targets = local("targets", targets)
     if spec.unit != "token" and targets.dim() != 2:
         raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
-    tensors, settings = read_head(hidden, weight, targets, **head)
+    tensors, settings, needs = read_head(hidden, weight, targets, **head)
     mask = targets != settings.ignore_index
     tokens = mask.sum()
     count = tokens if spec.per == "token" else len(targets) // (2 if spec.per == "pair" else 1)
-    counted = torch.as_tensor(count, device=hidden.device).clamp(min=1)
-    items = torch.as_tensor(counted if num_items is None else num_items, device=hidden.device).double()
+    counted = torch.as_tensor(count, device=targets.device).clamp(min=1)
+    items = torch.as_tensor(counted if num_items is None else num_items, device=targets.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
     call = LossCall(spec, hyper, gate, tuple(given)).plain()
     sides = list(given.values())
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
-    if settings.impl == "eager":
-        fields = loss_late(logprobs_eager(tensors, settings), shaped, sides, items, call, settings.ignore_index)
+    # torch.func must see the gradient made in the backward
+    transformed = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+    if settings.impl == "eager" or transformed:
+        fields = loss_late(logprobs(tensors, settings, needs), shaped, sides, items, call, settings.ignore_index)
+    elif ops.opaque(tensors.hidden):
+        fields = ops.loss(tensors, shaped, sides, items, call, settings, needs)
     else:
-        fields = ops.loss(tensors, shaped, sides, items, call, settings, needs_of(tensors))
+        fields = FusedLoss.apply(*tensors, shaped, items, call, settings, needs, *sides)
     loss, sums, logp, entropy, mean_logit, correct = fields
     measured: Measured = {name: (mean, count) for name, mean in zip(spec.metrics, sums / counted)}
     for name, x in (("entropy", entropy), ("mean_token_accuracy", correct)):

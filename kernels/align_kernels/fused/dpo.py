@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from align_kernels.arguments import check_call
 from align_kernels.fused.core import (
     Items,
     LossOutput,
@@ -56,8 +57,8 @@ def dpo_loss(
         ref_logps: [2P] log-probs of the completions under the reference, summed over tokens; with ld_alpha [2P, T].
         beta: strength of the tie to the reference, > 0. Default 0.1.
         loss_type: "sigmoid" (default), "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
-            "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop", or a list of them
-            (MPO; ["sigmoid", "sft"] is RPO). The aot types sort the pairs of one call.
+            "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop", or several in a
+            list, or with commas between (MPO; "sigmoid,sft" is RPO). The aot types sort the pairs of one call.
         label_smoothing: share of wrong labels assumed, in [0, 0.5): cDPO with "sigmoid". Default 0.0.
         loss_weights: one per loss type of a list. Default None: 1.0 each.
         average: whether "ipo" scores a completion by its mean over tokens. Default True.
@@ -81,7 +82,8 @@ def dpo_loss(
         ValueError: an odd number of sequences; an unknown name; a number out of range; an option that none of the loss
             types reads, or that one of them cannot take.
     """
-    types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    check_call(dpo_loss, locals())
+    types = tuple(loss_type.split(",") if isinstance(loss_type, str) else loss_type)
     check_pairs("dpo_loss", targets)
     for name in types or ("",):
         check_one_of("loss_type", name, LOSS_TYPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from align_kernels.arguments import check_call
 from align_kernels.fused.core import (
     Items,
     LossOutput,
@@ -126,6 +127,7 @@ def grpo_loss(
         ValueError: an unknown name, a missing ref_logps, max_completion_length or epsilon_high, an option that the loss
             type does not read, numbers out of range, shapes that do not fit.
     """
+    check_call(grpo_loss, locals())
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     term, _, counts = LOSS_TYPES[loss_type]
     check_one_of("importance_sampling_level", importance_sampling_level, LEVELS)

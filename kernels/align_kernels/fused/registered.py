@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_kernels.arguments import check_float
+from align_kernels.arguments import check_call, check_float
 from align_kernels.dtensor import local
 from align_kernels.fused.core import (
     Items,
@@ -62,6 +62,7 @@ def fused_loss(
             finite; what `linear_logprobs` refuses.
         TypeError: a tensor or an option that the loss does not take, or lacks.
     """
+    check_call(fused_loss, locals())
     check_one_of("name", name, LOSSES)
     loss, given = LOSSES[name], {key: local(key, x) for key, x in (side or {}).items() if x is not None}
     if not torch.compiler.is_compiling():

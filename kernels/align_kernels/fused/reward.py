@@ -10,7 +10,7 @@ from align_kernels.fused.core import Items, LossOutput, check_shape, output
 from align_kernels.losses.reward import reward
 
 
-@public()
+@public
 def reward_loss(
     chosen: Tensor,
     rejected: Tensor,

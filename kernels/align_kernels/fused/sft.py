@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from align_kernels.arguments import check_call
 from align_kernels.fused.core import Items, LossOutput, check_one_of, of_head, output, run_loss
 from align_kernels.losses.sft import LOSS_TYPES
 
@@ -26,6 +27,7 @@ def sft_loss(
     Raises:
         ValueError: an unknown loss_type.
     """
+    check_call(sft_loss, locals())
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     out = run_loss("sft", {"loss_type": loss_type}, hidden, weight, targets, {}, num_items, head)
     return output(out.loss, out.measured, out.logps)

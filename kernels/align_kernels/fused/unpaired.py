@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from align_kernels.arguments import check_call
 from align_kernels.fused.core import (
     Fused,
     Items,
@@ -59,6 +60,7 @@ def kto_loss(
     Raises:
         ValueError: an unknown loss_type, beta not above 0, desirable not bool, shapes that do not fit.
     """
+    check_call(kto_loss, locals())
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     check_marks(beta, targets, ref_logps, desirable)
     rows = targets.shape[:1]
@@ -102,6 +104,7 @@ def bco_loss(
     Raises:
         ValueError: beta not above 0, desirable not bool, shapes that do not fit.
     """
+    check_call(bco_loss, locals())
     check_marks(beta, targets, ref_logps, desirable)
     delta = torch.as_tensor(delta, dtype=float_dtype(hidden), device=hidden.device).detach()
     check_shape("delta", delta, torch.Size(()))

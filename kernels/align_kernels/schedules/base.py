@@ -6,16 +6,14 @@ One class a schedule. Next to its code it says which calls it does not serve (`w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from align_kernels.schedules import aliasing
 from align_kernels.schedules.request import Plan, Request
 from align_kernels.schedules.tiles import Chunk, Rows, TiledHead
-from align_kernels.sums import float_dtype
 from align_kernels.units import Objective, Span
 
 
@@ -34,6 +32,8 @@ class Schedule:
     schedule: ClassVar[str]  # as a plan says it; several classes may share it
     compact: ClassVar[bool] = False
     keeps: ClassVar[bool] = True  # the logits of a chunk, until its gradient is made
+    # (objective, span, dhidden) -> Closed of a schedule that closes a group of units by itself
+    close: Callable[[Objective, Span, Tensor | None], Closed] | None = None
 
     def __init__(self, tiled: TiledHead) -> None:
         self.tiled = tiled
@@ -106,25 +106,6 @@ class Schedule:
     def gradient(self, rows: Rows, live: Tensor | None, saved: Any) -> Tensor | None:
         """`backward` for the `live` rows [m] (None: all n): this rank's dX [m, D]."""
         raise NotImplementedError
-
-    def close(self, objective: Objective, span: Span, dhidden: Tensor | None) -> Closed:
-        """A group of units from its hidden states to its gradients; all that it made is freed with it."""
-        tiled, (_, _, begin, end) = self.tiled, span
-        self.begin(end - begin)
-        chunks = list(tiled.chunks(begin, end))
-        done = [self.forward(chunk) for chunk in chunks]
-        state = torch.cat([part for part, _ in done]) if done else tiled.new_state(0)
-        targets = tiled.head.targets[tiled.kept[begin:end]]
-        value, sums, g, g_entropy = objective.coefficients(span, state, targets, tiled.vocab)
-        dtype = float_dtype(tiled.head.hidden)
-        g, g_entropy = g.to(dtype), None if g_entropy is None else g_entropy.to(dtype)
-        begin = 0
-        for chunk, (part, saved) in zip(chunks, done) if objective.derive else ():
-            rows = slice(begin, begin + len(part))
-            h = None if g_entropy is None else g_entropy[rows].contiguous()
-            tiled.scatter(self.backward(chunk, part, saved, g[rows].contiguous(), h), chunk, dhidden)
-            begin = rows.stop
-        return Closed(state, value, sums)
 
     # -- a gradient that arrives after the call has returned -------------------------------------------------------
     def save(self, saved: Any) -> None:

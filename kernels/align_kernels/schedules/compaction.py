@@ -30,7 +30,7 @@ from align_kernels.backends.arguments import Transform
 from align_kernels.backends.state import MAX, SUM, SUM_X
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.base import Schedule
-from align_kernels.schedules.dense import Frozen, OnePass, gradient
+from align_kernels.schedules.dense import Frozen, OnePass, gradient, softmax
 from align_kernels.schedules.request import BLOCK_ROWS, MOST_COLUMNS, Plan, Request
 from align_kernels.schedules.tiles import Chunk, Piece, Rows, TiledHead
 
@@ -339,7 +339,7 @@ class Compaction(Schedule):
     def forward(self, chunk: Chunk) -> tuple[Tensor, Saved]:
         n = len(chunk.targets)
         store = self.tiled.store(n)
-        state = self.tiled.softmax(chunk, store)
+        state = softmax(self.tiled, chunk, store)
         saved = save(self.tiled, chunk, state, store, self.room, alone=n == self.rows)
         self.room -= saved.size
         return state, saved

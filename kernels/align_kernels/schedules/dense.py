@@ -16,6 +16,17 @@ from align_kernels.schedules.tiles import Chunk, Piece, Rows, TiledHead
 from align_kernels.sums import float_dtype
 
 
+def softmax(tiled: TiledHead, chunk: Chunk, store: Store | None = None) -> Tensor:
+    """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
+    n = len(chunk.targets)
+    state = tiled.new_state(n)
+    for v0, v1 in tiled.tiles(store):
+        out = tiled.scratch(n, v1 - v0, tiled.logits_dtype) if store is None else store.tile(n, v0, v1)
+        z = tiled.logits(chunk, tiled.weight(slice(v0, v1)), v0, v1, out)
+        tiled.backend.forward(z, state, chunk.targets, **tiled.common(chunk, v0, v1))
+    return tiled.merged(state)
+
+
 def gradient(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store | None, consume: bool) -> Tensor | None:
     """Every column of the `live` rows [m] (None: all n that `store` holds): `tiled.grads`, and this rank's dX [m, D].
 
@@ -71,7 +82,7 @@ class Forward(Schedule):
     def forward(self, chunk: Chunk) -> tuple[Tensor, None]:
         tiled = self.tiled
         if not tiled.plan.on_chip:
-            return tiled.softmax(chunk), None
+            return softmax(tiled, chunk), None
         chip, w, state = tiled.backend.on_chip, tiled.head.weight, tiled.new_state(len(chunk.targets))
         assert chip is not None
         chip.forward(chunk.x, w, state, chunk.targets, **tiled.common(chunk, 0, len(w)))
@@ -97,7 +108,7 @@ class Keep(Schedule):
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, Store]:
         store = self.tiled.store(len(chunk.targets))
-        return self.tiled.softmax(chunk, store), store
+        return softmax(self.tiled, chunk, store), store
 
     def gradient(self, rows: Rows, live: Tensor | None, saved: Store) -> Tensor | None:
         return gradient(self.tiled, rows, live, saved, consume=False)
@@ -129,7 +140,7 @@ class Recompute(Schedule):
         return request.itemsize + request.gradient_itemsize
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, None]:
-        return self.tiled.softmax(chunk), None
+        return softmax(self.tiled, chunk), None
 
     def gradient(self, rows: Rows, live: Tensor | None, saved: None) -> Tensor | None:
         return gradient(self.tiled, rows, live, None, consume=True)
@@ -171,7 +182,7 @@ class OnePass(Schedule):
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, Store]:
         store = self.room(len(chunk.targets))
-        return self.tiled.softmax(chunk, store), store
+        return softmax(self.tiled, chunk, store), store
 
     def gradient(self, rows: Rows, live: Tensor | None, saved: Store) -> Tensor | None:
         return gradient(self.tiled, rows, live, saved, consume=True)
@@ -236,6 +247,6 @@ class Frozen(Unscaled):
         self.store = self.tiled.store(min(self.tiled.plan.chunk_rows, rows))
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        state = self.tiled.softmax(chunk, self.store)
+        state = softmax(self.tiled, chunk, self.store)
         one = torch.ones(len(state), dtype=float_dtype(self.tiled.head.hidden), device=state.device)
         return state, Schedule.backward(self, chunk, state, self.store, one, None)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from align_kernels.head import Head, Settings
+from align_kernels.head import Head, Needs, Settings
 from align_kernels.schedules import SCHEDULES, Schedule
 from align_kernels.schedules.device_losses import serves
 from align_kernels.schedules.request import Plan, Request
-from align_kernels.schedules.tiles import Needs, TiledHead
+from align_kernels.schedules.tiles import TiledHead
 from align_kernels.sums import float_dtype
 from align_kernels.units import LossCall
 

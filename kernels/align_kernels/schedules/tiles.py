@@ -21,25 +21,11 @@ from align_kernels.backends import state as states
 from align_kernels.backends.arguments import Linear, Transform
 from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.gemm import gemm_dtype, logits_dtype
-from align_kernels.head import Head, Settings
+from align_kernels.head import Head, Needs, Settings
 from align_kernels.schedules import sharded
 from align_kernels.schedules.aliasing import Store, aliased_columns
 from align_kernels.schedules.request import Plan
 from align_kernels.sums import add_at, float_dtype
-
-
-class Needs(NamedTuple):
-    """Which tensors of the head need a gradient."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_A: bool
-    lora_B: bool
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias or self.lora_A or self.lora_B
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +187,8 @@ class TiledHead:
         self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
         # every position as it lies: rows are views, no copies (pairs are run pair by pair, in another order)
         self.as_it_lies = len(kept) == len(head.targets) and bool((kept.diff() > 0).all())
-        self.dtype, self.logits_dtype = gemm_dtype(head), logits_dtype(head)
+        dtypes = head.hidden.dtype, head.weight
+        self.dtype, self.logits_dtype = gemm_dtype(*dtypes), logits_dtype(*dtypes)
         self.group = None if settings.tp_group is None else sharded.group_of(settings.tp_group)
         self.offset, self.widest, self.vocab = sharded.shard(head.weight.shape[0], head.targets[kept], self.group)
         self.backend_name = pick(settings.impl, head.weight.device, self.logits_dtype)
@@ -325,17 +312,7 @@ class TiledHead:
             temperature=chunk.temperature,
         )
 
-    # -- to the softmax and back -----------------------------------------------------------------------------------
-    def softmax(self, chunk: Chunk, store: Store | None = None) -> Tensor:
-        """The finished softmax state [n, 8] of a chunk; its raw logits stay in `store` where one is given."""
-        n = len(chunk.targets)
-        state = self.new_state(n)
-        for v0, v1 in self.tiles(store):
-            out = self.scratch(n, v1 - v0, self.logits_dtype) if store is None else store.tile(n, v0, v1)
-            z = self.logits(chunk, self.weight(slice(v0, v1)), v0, v1, out)
-            self.backend.forward(z, state, chunk.targets, **self.common(chunk, v0, v1))
-        return self.merged(state)
-
+    # -- sums over ranks, gradients --------------------------------------------------------------------------------
     def merged(self, state: Tensor) -> Tensor:
         """The state [n, 8] over all ranks that share the vocabulary."""
         return state if self.group is None else sharded.merge(state, self.group)

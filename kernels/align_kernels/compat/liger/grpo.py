@@ -36,7 +36,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         sapo_*, vespo_*: hyper-parameters of these two losses.
     """
 
-    @public()
+    @public
     def __init__(
         self,
         beta: float = 0.04,
@@ -83,7 +83,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             "max_completion_length": max_completion_length,
         }
 
-    @public()
+    @public
     def forward(
         self,
         _input: Tensor,

@@ -87,7 +87,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         discopop_tau: temperature of "discopop", > 0. Default 0.05; raises beside another loss type.
     """
 
-    @public()
+    @public
     def __init__(
         self,
         ignore_index: int = -100,
@@ -115,7 +115,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         self.options = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
         self.options |= {"discopop_tau": discopop_tau, "average": average_log_prob}
 
-    @public()
+    @public
     def forward(
         self,
         lin_weight: Tensor,
@@ -163,7 +163,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         desirable_weight, undesirable_weight: of the two classes. Default 1.0.
     """
 
-    @public()
+    @public
     def __init__(
         self,
         ignore_index: int = -100,
@@ -184,7 +184,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
-    @public()
+    @public
     def forward(
         self,
         _input: Tensor,
