@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
+import shutil
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -356,3 +362,77 @@ def test_a_method_that_does_not_fit_is_refused():
     register(replace(DPO, name="mine"), Mine)
     register(replace(DPO, name="mine"), Mine)  # the same again
     assert ALGORITHMS["mine"].loss is DPO.loss and COMMANDS["mine"] is Mine
+
+
+# -- a preference loss inside the package -----------------------------------------------------------------------------
+INSIDE = dict(re.findall(r"```python\n# in ([\w/.]+).*?\n(.*?)```", GUIDE.read_text(), re.DOTALL))
+PLACES = {  # file -> the line before which the guide's code is put
+    "kernels/align_kernels/losses/dpo.py": "# -- the loss --",
+    "align_engine/recipe/sections.py": "\n\nclass SimpoLoss(",
+}
+CHECKS = """
+    import sys
+    import torch
+    import torch.nn.functional as F
+    from align_kernels import dpo_loss
+    from align_kernels.backends.cuda import losses as on_cuda
+    from align_kernels.losses.registry import LOSSES
+    from align_engine.cli import main
+
+    hidden, weight, targets, ref = torch.load(sys.argv[1])
+    logp = (hidden @ weight.T).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    z = 0.4 * torch.sub(*((logp * (targets != -100)).sum(1) - ref).chunk(2))
+    focal, sigmoid = -((1 - z.sigmoid()) ** 1.5) * z.sigmoid().log(), -z.sigmoid().log()
+    for loss_type, expected in (("focal", focal), ("focal,sigmoid", focal + sigmoid)):
+        for head in ({}, {"impl": "torch"}, {"impl": "eager"}, {"workspace": 1}):
+            options = {"beta": 0.4, "loss_type": loss_type, "focal_gamma": 1.5}
+            got = dpo_loss(hidden, weight, targets, ref, **options, **head).loss
+            torch.testing.assert_close(got, expected.mean(), rtol=1e-12, atol=0.0)
+            grads = (torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in (got, expected.mean()))
+            torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+    compiled = torch.compile(dpo_loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(hidden, weight, targets, ref, **options).loss, got)
+
+    def said(**options):
+        try:
+            dpo_loss(hidden, weight, targets, ref, **options)
+        except (TypeError, ValueError) as error:
+            return str(error)
+
+    assert said(loss_type="focal", focal_gamma=-1.0) == "focal_gamma must not be negative, got -1.0"
+    assert said(focal_gamma=1.0) == "focal_gamma=1.0 is read by loss_type focal, not by sigmoid"
+    assert said(loss_type="focal", focal_gamma="x") == "dpo_loss(): focal_gamma must be a number, got 'x'"
+    assert said(loss_type="focal", focal_gama=1.0).endswith("did you mean focal_gamma?")
+    assert said(loss_type="focal", f_divergence_type="forward_kl") is None
+
+    for loss_type, served in (("sigmoid", True), ("hinge", True), ("focal", False)):  # by the kernels of CUDA
+        hyper = LOSSES["dpo"].read({"loss_type": loss_type, "beta": 0.1, "focal_gamma": 2.0, "discopop_tau": 0.05})
+        assert on_cuda.serves("dpo", hyper, ["ref_logps"]) == served
+
+    assert main(["dpo", "--loss_type", "focal", *sys.argv[2:]]) == 0
+    assert main(["dpo", "--help"]) == 0
+"""
+
+
+def test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe(tmp_path: Path, model, pairs):
+    """The guide's two pieces, put into a copy of the sources, are all that such a loss needs."""
+    root, tree = GUIDE.parents[1], tmp_path / "tree"
+    for package in ("align_engine", "kernels"):
+        shutil.copytree(root / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert INSIDE.keys() == PLACES.keys()
+    for file, line in PLACES.items():
+        text = (tree / file).read_text()
+        assert text.count(line) == 1
+        (tree / file).write_text(text.replace(line, f"{INSIDE[file]}\n\n{line}"))
+    torch.save(batch(), tmp_path / "batch.pt")
+    command = flags(
+        model_name_or_path=model, dataset_name=pairs, output_dir=tmp_path / "run", max_steps=1, focal_gamma=0.0
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(tree / part) for part in (".", "kernels"))}
+    code = [sys.executable, "-c", textwrap.dedent(CHECKS), str(tmp_path / "batch.pt"), *command]
+    done = subprocess.run(code, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--focal-gamma" in done.stdout and "How much less sure pairs count with focal." in done.stdout
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["focal_gamma"] == 0.0
+    (record,) = (line for line in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in line)
+    assert record["loss"] == pytest.approx(math.log(2), abs=1e-5)  # with gamma = 0 it is sigmoid, at the reference

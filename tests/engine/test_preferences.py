@@ -9,7 +9,7 @@ from align_engine.recipe import CpoRecipe, DpoRecipe, KtoRecipe
 from align_engine.run import check_loss, train
 from align_engine.training import metrics
 from align_kernels.losses.cpo import CPO_LOSSES
-from align_kernels.losses.dpo import LOSS_TYPES
+from align_kernels.losses.dpo import PAIR_LOSSES
 
 
 def numbers(name, *paths, **settings):
@@ -17,7 +17,7 @@ def numbers(name, *paths, **settings):
     return metrics.read(train(name, tiny.offline(name, *paths, **settings)).metrics)
 
 
-@pytest.mark.parametrize("loss_type", sorted(LOSS_TYPES))
+@pytest.mark.parametrize("loss_type", sorted(PAIR_LOSSES))
 def test_every_type_of_dpo_passes_the_check(loss_type):
     recipe = DpoRecipe()
     recipe.loss.loss_type, recipe.loss.label_smoothing = loss_type, 0.1 * (loss_type == "exo_pair")

@@ -15,6 +15,7 @@ from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.recipe import RECIPES, DpoRecipe, SftRecipe, flat
 from align_engine.training.algorithm import keywords
+from align_kernels.arguments import OPTIONS, hints
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 
@@ -187,8 +188,8 @@ OTHERWISE = {  # keyword -> the setting that says it, or why there is none
 def test_every_keyword_of_a_loss_is_a_setting_or_has_a_reason(name):
     settings = flat(RECIPES[name]())
     for fused in FUSED[name]:
-        for keyword, parameter in inspect.signature(fused).parameters.items():
-            if parameter.kind is not parameter.VAR_KEYWORD and keyword not in OF_THE_BATCH | OTHERWISE.keys():
+        for keyword in (*hints(fused), *OPTIONS.get(fused, ())):
+            if keyword not in OF_THE_BATCH | OTHERWISE.keys():
                 assert keyword in settings, f"{keyword} cannot be reached"
     assert FUSED.keys() == ALGORITHMS.keys()
 

@@ -16,14 +16,14 @@ import align_kernels as ak
 from align_kernels import LogitGradClamp, ProbGate
 from align_kernels.losses.common import bounded_exp
 from align_kernels.losses.cpo import CPO_LOSSES
-from align_kernels.losses.dpo import BATCH_TYPES, LOSS_TYPES
+from align_kernels.losses.dpo import PAIR_LOSSES
 from align_kernels.losses.grpo import LOSS_TYPES as GROUP_TYPES
 from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.registry import LOSSES
 
 from .losses_table import MASK, ROWS, TARGETS, Batch, softmax, tensors
 
-PAIR: dict[str, dict[str, Any]] = {name: dict(loss_type=name) for name in LOSS_TYPES if name != "sft"}
+PAIR: dict[str, dict[str, Any]] = {name: dict(loss_type=name) for name in PAIR_LOSSES if name != "sft"}
 PAIR["exo_pair"] |= dict(label_smoothing=1e-3)
 PAIR |= {f"f {kind}": dict(f_divergence_type=kind) for kind in ("forward_kl", "js_divergence", "alpha_divergence")}
 SOLO = {"apo_down", "sppo_hard"}  # losses whose gradient does not raise the chosen answer everywhere
@@ -289,7 +289,7 @@ def test_sums_of_1e5_keep_their_difference(impl: str):
 def test_batch_losses_say_so():
     """aot sorts one call's pairs, so the planner sees one unit; the others are cut between pairs."""
     x = tensors()
-    assert {"aot", "aot_unpaired"} == BATCH_TYPES
+    assert {n for n, x in PAIR_LOSSES.items() if x.facts.unit == "batch"} == {"aot", "aot_unpaired"}
     for name, unit in (("dpo", "pair"), ("kto", "sequence"), ("grpo", "token"), ("rloo", "sequence"), ("orpo", "pair")):
         assert LOSSES[name].unit == unit
         assert ak.explain(x["hidden"], x["weight"], TARGETS, loss=name).rows == int(MASK.sum())

@@ -5,7 +5,8 @@ Shape letters: B sequences, T positions, P pairs, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from align_kernels.arguments import takes
 from align_kernels.autograd import FusedLoss
 from align_kernels.dtensor import local
 from align_kernels.head import read_head
+from align_kernels.losses.family import Family, Function
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import Unit, find
 from align_kernels.units import LossCall, loss_late
@@ -24,7 +26,20 @@ from align_kernels.units import LossCall, loss_late
 Items = float | Tensor | None
 Count = Tensor | int  # tokens, sequences or pairs
 Measured = dict[str, tuple[Tensor, Count]]  # name -> (mean, what it is a mean over)
-of_head = takes({"prob_gate": ProbGate | float | None})  # a fused loss and its `**head`
+GATE = {"prob_gate": ProbGate | float | None}
+of_head = takes(GATE)  # a fused loss and its `**head`
+
+
+def of_family(family: Family) -> Callable[[Function], Function]:
+    """A fused loss whose `**head` takes the options of a family too, those that its signature does not name."""
+    return takes(ChainMap(GATE, family.kinds))
+
+
+def options_of(family: Family, names: Iterable[str], head: dict[str, Any], **given: Any) -> dict[str, Any]:
+    """The options of a call of these members, checked: those given, and those in `head`, from where they are taken."""
+    given |= {name: head.pop(name) for name in family.kinds if name in head}
+    family.check(names, given)
+    return given
 
 
 class LossOutput(NamedTuple):
@@ -79,7 +94,7 @@ def run_loss(
     counted = torch.as_tensor(count, device=targets.device).clamp(min=1)
     items = torch.as_tensor(counted if num_items is None else num_items, device=targets.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
-    call = LossCall(spec, hyper, gate, tuple(given)).plain()
+    call = LossCall(spec, spec.read(hyper), gate, tuple(given)).plain()
     sides = list(given.values())
     shaped = targets if targets.dim() == 2 else targets.reshape(-1)
     # torch.func must see the gradient made in the backward
@@ -161,17 +176,3 @@ def check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
-
-
-def check_smoothing(value: float) -> None:
-    if not 0 <= value < 0.5:
-        raise ValueError(f"label_smoothing must lie in [0, 0.5), got {value}")
-
-
-def check_unread(loss_types: Any, options: dict[str, tuple[Any, set[str], Any]]) -> None:
-    """Options by name: (value, the loss types that read it, the value that leaves it alone)."""
-    for name, (value, readers, default) in options.items():
-        if value != default and not readers & set(loss_types):
-            raise ValueError(
-                f"{name}={value} is read by loss_type {', '.join(sorted(readers))}, not by {', '.join(loss_types)}"
-            )

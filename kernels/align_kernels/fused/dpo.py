@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,19 +15,18 @@ from align_kernels.fused.core import (
     check_pairs,
     check_positive,
     check_shape,
-    check_smoothing,
-    check_unread,
     kept,
-    of_head,
+    of_family,
+    options_of,
     pair_output,
     run_loss,
     share,
 )
 from align_kernels.losses.divergences import F_DIVERGENCES
-from align_kernels.losses.dpo import BATCH_TYPES, DIVERGENCE_TYPES, LOSS_TYPES, READERS
+from align_kernels.losses.dpo import PAIR_LOSSES
 
 
-@of_head
+@of_family(PAIR_LOSSES)
 def dpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -72,7 +70,8 @@ def dpo_loss(
         dpop_lambda: weight of "dpop"'s penalty on chosen log-probs below the reference's, >= 0. Default 50.0.
         num_items: the normaliser. Default None: the P pairs of this call.
         num_tokens: the normaliser of "sft". Default None: the chosen tokens of this call.
-        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
+        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi; further options of the
+            loss types.
 
     Returns:
         LossOutput; logps [2P]; metrics rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
@@ -86,13 +85,15 @@ def dpo_loss(
     types = tuple(loss_type.split(",") if isinstance(loss_type, str) else loss_type)
     check_pairs("dpo_loss", targets)
     for name in types or ("",):
-        check_one_of("loss_type", name, LOSS_TYPES)
+        check_one_of("loss_type", name, PAIR_LOSSES)
     check_one_of("f_divergence_type", f_divergence_type, F_DIVERGENCES)
     check_positive(beta=beta)
-    options: dict[str, Any] = {"label_smoothing": label_smoothing, "average": average}
-    options |= {"discopop_tau": discopop_tau, "dpop_lambda": dpop_lambda}
-    check_options(types, **options)
-    check_mixture(types, loss_weights, f_divergence_type, use_weighting)
+    options = options_of(
+        PAIR_LOSSES, types, head, label_smoothing=label_smoothing, average=average, discopop_tau=discopop_tau,
+        dpop_lambda=dpop_lambda,
+    )  # fmt: skip
+    by_batch = any(PAIR_LOSSES[name].facts.unit == "batch" for name in types)
+    check_mixture(types, loss_weights, f_divergence_type, use_weighting and by_batch)
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must lie in [0, 1], got {ld_alpha}")
     mask, tail = kept(targets, head), None
@@ -107,38 +108,26 @@ def dpo_loss(
     if "sft" in types:
         side["nll_weight"] = share(num_items, max(pairs, 1), mask[:pairs].sum(), num_tokens)
     hyper = options | {"beta": beta, "loss_type": types, "loss_weights": loss_weights, "ld_alpha": ld_alpha}
-    hyper |= {"f_divergence_type": f_divergence_type, "f_alpha_divergence_coef": f_alpha_divergence_coef}
-    hyper |= {"use_weighting": bool(use_weighting)}
-    unit = "batch" if BATCH_TYPES & set(types) else None
+    hyper |= {"f_divergence_type": f_divergence_type, "use_weighting": bool(use_weighting)}
+    if f_divergence_type == "alpha_divergence":
+        hyper["f_alpha_divergence_coef"] = f_alpha_divergence_coef
+    unit = "batch" if by_batch else None
     return pair_output(run_loss("dpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit))
 
 
-def check_options(types: tuple[str, ...], **options: Any) -> None:
-    """Hyper-parameters that some loss types alone read: in range, and not set in vain."""
-    check_smoothing(options["label_smoothing"])
-    check_positive(discopop_tau=options["discopop_tau"])
-    if not options.get("dpop_lambda", 0.0) >= 0:
-        raise ValueError(f"dpop_lambda must not be negative, got {options['dpop_lambda']}")
-    check_unread(types, {name: (value, *READERS[name]) for name, value in options.items()})
-    if "exo_pair" in types and not options["label_smoothing"] > 0:
-        raise ValueError(
-            f"exo_pair needs label_smoothing above 0, its paper takes 1e-3; got {options['label_smoothing']}"
-        )
-
-
 def check_mixture(
-    types: tuple[str, ...], loss_weights: Sequence[float] | None, f_divergence_type: str, use_weighting: bool
+    types: tuple[str, ...], loss_weights: Sequence[float] | None, f_divergence_type: str, weighs_sorted: bool
 ) -> None:
     """What single options of the family cannot stand beside."""
     if loss_weights is not None and len(loss_weights) != len(types):
         raise ValueError(f"loss_weights needs one per loss type: got {len(loss_weights)} for {', '.join(types)}")
-    rest = set(types) - DIVERGENCE_TYPES
+    rest = {name for name in types if not PAIR_LOSSES[name].facts.divergences}
     if f_divergence_type != "reverse_kl" and rest:
         raise ValueError(
             f"f_divergence_type={f_divergence_type!r} has no meaning for {', '.join(sorted(rest))}, which read more "
             "than the difference of two scores: use reverse_kl"
         )
-    if use_weighting and BATCH_TYPES & set(types):
+    if weighs_sorted:
         raise ValueError(f"use_weighting weights pairs, which {', '.join(types)} sorts apart: set it to False")
 
 

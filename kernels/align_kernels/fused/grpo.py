@@ -9,9 +9,7 @@ from align_kernels.fused.core import (
     Items,
     LossOutput,
     check_one_of,
-    check_positive,
     check_shape,
-    check_unread,
     kept,
     of_head,
     output,
@@ -20,13 +18,14 @@ from align_kernels.fused.core import (
 )
 from align_kernels.fused.ppo import check_epsilon, per_token
 from align_kernels.losses.corrections import IS_MODES
+from align_kernels.losses.family import check_unread
 from align_kernels.losses.grpo import LOSS_TYPES, TERMS, token_weights
 from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.registry import Unit
 
 LEVELS = ("token", "sequence")
 BY_SEQUENCE = ("vespo", "gmpo")  # terms of a whole sequence
-CLIPPED = {name for name, kind in LOSS_TYPES.items() if kind.term == "clip"}
+WITH_DELTA = [name for name, kind in LOSS_TYPES.items() if "delta" in TERMS[kind.term].options]
 
 
 @of_head
@@ -134,8 +133,13 @@ def grpo_loss(
     check_one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
     check_one_of("vllm_importance_sampling_mode", vllm_importance_sampling_mode, IS_MODES)
     high = check_epsilon(epsilon, epsilon_high)
-    check_positive(delta=delta, sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg)
-    check_unread((loss_type,), {"delta": (delta, CLIPPED, None)})
+    options = dict(
+        epsilon=epsilon, epsilon_high=high, delta=delta, sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg, vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
+    )  # fmt: skip
+    TERMS.check_ranges((term,), options)
+    check_unread("delta", delta, None, WITH_DELTA, (loss_type,))
     check_combination(loss_type, importance_sampling_level, epsilon_high, sampling_logps, vllm_importance_sampling_mode)
     if not 0 < top_entropy_quantile <= 1:
         raise ValueError(f"top_entropy_quantile must lie in (0, 1], got {top_entropy_quantile}")
@@ -156,17 +160,17 @@ def grpo_loss(
     if entropy_coef:
         tokens = mask.sum().clamp(min=1)
         side["entropy_weight"] = share(tokens if num_items is None else num_items, 1, tokens, num_tokens)
-    hyper = dict(
+    hyper = options | dict(
         term=term, level=importance_sampling_level, beta=beta, kl_estimator=kl_estimator,
         use_bias_correction_kl=bool(use_bias_correction_kl), entropy_coef=entropy_coef,
         top_entropy_quantile=top_entropy_quantile, off_policy_mask_threshold=off_policy_mask_threshold,
-        vllm_importance_sampling_mode=vllm_importance_sampling_mode,
-        vllm_importance_sampling_clip_min=vllm_importance_sampling_clip_min,
-        vllm_importance_sampling_clip_max=vllm_importance_sampling_clip_max,
-        epsilon=epsilon, epsilon_high=high, delta=delta, sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg, vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
-        vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
     )  # fmt: skip
+    if sampling_logps is not None:
+        hyper |= dict(
+            vllm_importance_sampling_mode=vllm_importance_sampling_mode,
+            vllm_importance_sampling_clip_min=vllm_importance_sampling_clip_min,
+            vllm_importance_sampling_clip_max=vllm_importance_sampling_clip_max,
+        )
     by_sequence = sampling_logps is not None and vllm_importance_sampling_mode.startswith("sequence")
     unit: Unit = "token"
     by_sequence |= (
@@ -177,7 +181,7 @@ def grpo_loss(
     if top_entropy_quantile < 1:
         unit = "batch"
     out = run_loss("grpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit)
-    unmeasured = {name for other in TERMS.values() for name in other.metrics} - set(TERMS[term].metrics)
+    unmeasured = {name for other in TERMS.values() for name in other.facts.metrics} - set(TERMS[term].facts.metrics)
     unmeasured |= set() if beta else {"kl"}
     return output(out.loss, {k: v for k, v in out.measured.items() if k not in unmeasured}, out.logps)
 

@@ -13,18 +13,18 @@ from align_kernels.fused.core import (
     check_pairs,
     check_positive,
     check_shape,
-    check_smoothing,
-    check_unread,
     kept,
+    of_family,
     of_head,
+    options_of,
     pair_output,
     run_loss,
     share,
 )
-from align_kernels.losses.cpo import CPO_LOSSES, SMOOTHED
+from align_kernels.losses.cpo import CPO_LOSSES
 
 
-@of_head
+@of_family(CPO_LOSSES)
 def cpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -52,7 +52,8 @@ def cpo_loss(
         alpha: shape of AlphaPO's reward; TRL's loss_type "alphapo" is "simpo" with it and cpo_alpha=0. Default 0.0.
         num_items: the normaliser. Default None: the P pairs of this call.
         num_tokens: the normaliser of the likelihood. Default None: the chosen tokens of this call.
-        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
+        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi; further options of the
+            loss type.
 
     Returns:
         LossOutput; logps [2P] sums; metrics as `dpo_loss`, and nll_loss.
@@ -65,13 +66,8 @@ def cpo_loss(
     check_pairs("cpo_loss", targets)
     check_one_of("loss_type", loss_type, CPO_LOSSES)
     check_positive(beta=beta)
-    check_smoothing(label_smoothing)
-    check_unread(
-        (loss_type,),
-        {"label_smoothing": (label_smoothing, SMOOTHED, 0.0), "simpo_gamma": (simpo_gamma, {"simpo"}, 0.5)},
-    )
-    hyper = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
-    hyper |= {"simpo_gamma": simpo_gamma, "alpha": alpha}
+    hyper = options_of(CPO_LOSSES, (loss_type,), head, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma)
+    hyper |= {"beta": beta, "loss_type": loss_type, "alpha": alpha}
     return with_nll("cpo", hyper, hidden, weight, targets, {}, cpo_alpha, num_items, num_tokens, head)
 
 

@@ -21,7 +21,7 @@ from align_kernels.fused.core import (
     pair_output,
     run_loss,
 )
-from align_kernels.losses.registry import LOSSES, Loss, keywords
+from align_kernels.losses.registry import LOSSES, Loss
 
 
 @of_head
@@ -83,7 +83,7 @@ def fused_loss(
 
 def check_arguments(loss: Loss, side: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
     """Refuse tensors and options that a loss does not take, and the lack of those that it has no default for."""
-    known, rest = keywords(loss.fn)
+    known, rest = loss.keywords
     own = [key for key in known if key not in loss.side and key not in loss.needs]
     more = [key for key in options if key not in known] if rest else []
     for what, given, names in (("tensor", side, list(loss.side)), ("option", options, own + more)):

@@ -5,35 +5,62 @@ Each adds the negative log-likelihood of the chosen tokens, `nll_weight` times i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from align_kernels.losses.common import REWARDS, bounded_exp, bradley_terry, log1mexp, rewards_of
+from align_kernels.losses.family import Family, Smoothing
 from align_kernels.losses.registry import register_loss
 
 LIMIT = 80.0  # of an exponent: see divergences
 CERTAIN = -1e-12  # a mean log-prob that ORPO's odds treat as a certainty
 
-# z = beta (r_w - r_l) -> (P,)
-CPO_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "sigmoid": lambda z, beta, e, gamma: bradley_terry(z, e),
-    "hinge": lambda z, beta, e, gamma: torch.relu(1 - z),
-    "ipo": lambda z, beta, e, gamma: (z / beta - 1 / (2 * beta)) ** 2,
-    "simpo": lambda z, beta, e, gamma: bradley_terry(z - gamma, e),
-}
-AVERAGED = {"ipo", "simpo"}  # score a completion by its mean log-prob, the others by the sum
-SMOOTHED = {"sigmoid", "simpo"}
-PAIR: dict = dict(side={"nll_weight": "batch"}, needs=("lengths",))
+
+class Facts(NamedTuple):
+    """What is to be known of a member of CPO's family beside its options."""
+
+    averaged: bool = False  # it scores a completion by its mean log-prob, not by the sum
+
+
+CPO_LOSSES = Family(Facts)
+
+
+# -- of z = beta (r_w - r_l), (P,) -> (P,) -------------------------------------------------------------------------
+@CPO_LOSSES.add()
+def sigmoid(z: Tensor, *, label_smoothing: Smoothing = 0.0) -> Tensor:
+    """-log sigma(z), arXiv:2401.08417 eq. 3."""
+    return bradley_terry(z, label_smoothing)
+
+
+@CPO_LOSSES.add()
+def hinge(z: Tensor) -> Tensor:
+    """max(0, 1 - z), arXiv:2305.10425 section 2."""
+    return torch.relu(1 - z)
+
+
+@CPO_LOSSES.add(averaged=True)
+def ipo(z: Tensor, *, beta: float) -> Tensor:
+    """(r_w - r_l - 1 / (2 beta))^2, arXiv:2310.12036 eq. 17."""
+    return (z / beta - 1 / (2 * beta)) ** 2
+
+
+@CPO_LOSSES.add(averaged=True)
+def simpo(z: Tensor, *, label_smoothing: Smoothing = 0.0, simpo_gamma: float = 0.5) -> Tensor:
+    """-log sigma(z - gamma), arXiv:2405.14734 eq. 6."""
+    return bradley_terry(z - simpo_gamma, label_smoothing)
+
+
+# -- the losses ---------------------------------------------------------------------------------------------------
 
 
 def nll(logps: Tensor, weight: Tensor | None) -> Tensor | float:
     return 0.0 if weight is None else -weight * logps.chunk(2)[0]
 
 
-@register_loss("pair", metrics=REWARDS, **PAIR)
+@register_loss("pair", side={"nll_weight": "batch"}, metrics=REWARDS, needs=("lengths",), family=CPO_LOSSES)
 def cpo(
     logps: Tensor,  # (2P,) chosen, then rejected
     *,
@@ -41,24 +68,19 @@ def cpo(
     nll_weight: Tensor | None = None,  # ()
     beta: float = 0.1,
     loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    simpo_gamma: float = 0.5,
     alpha: float = 0.0,
+    **options,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (P,)
-    """DPO with a uniform reference: Bradley-Terry on log-probs. With z = beta (r_w - r_l):
-
-    sigmoid  -log sigma(z)                                r = log pi(y|x)            arXiv:2401.08417 eq. 3
-    simpo    -log sigma(z - gamma)                        r = log pi(y|x) / |y|      arXiv:2405.14734 eq. 6
-    hinge    max(0, 1 - z)                                r = log pi(y|x)            arXiv:2305.10425 section 2
-    ipo      (r_w - r_l - 1 / (2 beta))^2                 r = log pi(y|x) / |y|      arXiv:2310.12036 eq. 17
+    """DPO with a uniform reference: a member of `CPO_LOSSES` on z = beta (r_w - r_l) with r = log pi(y|x), or
+    log pi(y|x) / |y| of those that are averaged.
 
     alpha is not 0: r = (1 - exp(-alpha r)) / alpha in its place, AlphaPO (arXiv:2501.03884).
     """
-    score = logps / lengths.clamp(min=1) if loss_type in AVERAGED else logps
+    score = logps / lengths.clamp(min=1) if CPO_LOSSES[loss_type].facts.averaged else logps
     if alpha:
         score = (1 - bounded_exp(-alpha * score, LIMIT)) / alpha
     z = beta * torch.sub(*score.chunk(2))
-    value = CPO_LOSSES[loss_type](z, beta, label_smoothing, simpo_gamma)
+    value = CPO_LOSSES(loss_type, z, beta=beta, **options)
     return value + nll(logps, nll_weight), rewards_of(beta * score)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from align_kernels.losses.common import REWARDS, bradley_terry, rewards_of
 from align_kernels.losses.divergences import F_DIVERGENCES
+from align_kernels.losses.family import Family, Limit, NotNegative, Positive, Smoothing
 from align_kernels.losses.registry import register_loss
 
 
@@ -32,133 +33,135 @@ class Pairs(NamedTuple):
         return self.score_w - self.score_l
 
 
-class Options(NamedTuple):
-    """Hyper-parameters that some of them read."""
+class Facts(NamedTuple):
+    """What is to be known of one of them beside its options."""
 
-    beta: float
-    label_smoothing: float
-    average: bool
-    discopop_tau: float
-    dpop_lambda: float
+    unit: Literal["pair", "batch"] = "pair"  # at which its values are closed
+    # it reads the difference of two scores alone, in which f-DPO's term beta log Z(x) cancels
+    divergences: bool = False
+
+
+PAIR_LOSSES = Family(Facts)
+EXO = Limit(lambda x: 0 < x < 0.5, "exo_pair needs {name} above 0, its paper takes 1e-3; got {value}")
 
 
 # -- the losses, (P,) -> (P,) ---------------------------------------------------------------------------------------
-def sigmoid(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def sigmoid(x: Pairs, *, beta: float, label_smoothing: Smoothing = 0.0) -> Tensor:
     """Bradley-Terry on log-ratios, arXiv:2305.18290 eq. 7; with label_smoothing cDPO (Mitchell 2023)."""
-    return bradley_terry(o.beta * x.delta, o.label_smoothing)
+    return bradley_terry(beta * x.delta, label_smoothing)
 
 
-def sigmoid_norm(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def sigmoid_norm(x: Pairs, *, beta: float, label_smoothing: Smoothing = 0.0) -> Tensor:
     """Bradley-Terry on log-ratios per token: length-normalised DPO, arXiv:2411.15124 section 5.1 (Tulu 3)."""
-    return bradley_terry(o.beta * (x.mean_w - x.mean_l), o.label_smoothing)
+    return bradley_terry(beta * (x.mean_w - x.mean_l), label_smoothing)
 
 
-def robust(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def robust(x: Pairs, *, beta: float, label_smoothing: Smoothing = 0.0) -> Tensor:
     """[-(1 - e) log sigma(beta delta) + e log sigma(-beta delta)] / (1 - 2e), arXiv:2403.00409 section 3.1."""
-    z, e = o.beta * x.delta, o.label_smoothing
+    z, e = beta * x.delta, label_smoothing
     return (-(1 - e) * F.logsigmoid(z) + e * F.logsigmoid(-z)) / (1 - 2 * e)
 
 
-def hinge(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def hinge(x: Pairs, *, beta: float) -> Tensor:
     """max(0, 1 - beta delta): SLiC's hinge (arXiv:2305.10425 section 2) on log-ratios, arXiv:2309.06657."""
-    return torch.relu(1 - o.beta * x.delta)
+    return torch.relu(1 - beta * x.delta)
 
 
-def ipo(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def ipo(x: Pairs, *, beta: float, average: bool = True) -> Tensor:
     """(delta - 1 / (2 beta))^2, arXiv:2310.12036 eq. 17; scores are per token, sums with average=False."""
-    delta = x.mean_w - x.mean_l if o.average else x.delta
-    return (delta - 1 / (2 * o.beta)) ** 2
+    delta = x.mean_w - x.mean_l if average else x.delta
+    return (delta - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def exo_pair(x: Pairs, *, beta: float, label_smoothing: Annotated[float, EXO] = 0.0) -> Tensor:
     """KL((sigma(z), sigma(-z)) || (1 - e, e)), z = beta delta, e = label_smoothing > 0, arXiv:2402.00856 eq. 16."""
-    z, e = o.beta * x.delta, torch.tensor(o.label_smoothing, dtype=x.w.dtype, device=x.w.device)
+    z, e = beta * x.delta, torch.tensor(label_smoothing, dtype=x.w.dtype, device=x.w.device)
     return z.sigmoid() * (F.logsigmoid(z) - torch.log1p(-e)) + (-z).sigmoid() * (F.logsigmoid(-z) - e.log())
 
 
-def nca_pair(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add()
+def nca_pair(x: Pairs, *, beta: float) -> Tensor:
     """-log sigma(beta D_w) - log sigma(-beta D_w) / 2 - log sigma(-beta D_l) / 2, arXiv:2402.05369 section 4.1."""
-    w, l = o.beta * x.w, o.beta * x.l
+    w, l = beta * x.w, beta * x.l
     return -F.logsigmoid(w) - 0.5 * F.logsigmoid(-w) - 0.5 * F.logsigmoid(-l)
 
 
-def bco_pair(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add()
+def bco_pair(x: Pairs, *, beta: float) -> Tensor:
     """-log sigma(beta D_w) - log sigma(-beta D_l), arXiv:2404.04656 section 4 without its shift of the rewards."""
-    return -F.logsigmoid(o.beta * x.w) - F.logsigmoid(-o.beta * x.l)
+    return -F.logsigmoid(beta * x.w) - F.logsigmoid(-beta * x.l)
 
 
-def sppo_hard(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add()
+def sppo_hard(x: Pairs, *, beta: float) -> Tensor:
     """(D_w - 1 / (2 beta))^2 + (D_l + 1 / (2 beta))^2, arXiv:2405.00675 eq. 4.7 with hard probabilities."""
-    return (x.w - 0.5 / o.beta) ** 2 + (x.l + 0.5 / o.beta) ** 2
+    return (x.w - 0.5 / beta) ** 2 + (x.l + 0.5 / beta) ** 2
 
 
-def aot(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(unit="batch")
+def aot(x: Pairs, *, beta: float, label_smoothing: Smoothing = 0.0) -> Tensor:
     """Bradley-Terry on the quantiles of the policy's margins over the reference's, arXiv:2406.05882 section 3.
 
     Values belong to ranks, not to pairs, and sort the pairs of one call: a window of micro-batches is not one batch.
     """
-    return bradley_terry(o.beta * (x.logps.sort().values - x.ref.sort().values), o.label_smoothing)
+    return bradley_terry(beta * (x.logps.sort().values - x.ref.sort().values), label_smoothing)
 
 
-def aot_unpaired(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(unit="batch")
+def aot_unpaired(x: Pairs, *, beta: float, label_smoothing: Smoothing = 0.0) -> Tensor:
     """The same on the quantiles of D_w over those of D_l: which completions are paired plays no part."""
-    return bradley_terry(o.beta * (x.w.sort().values - x.l.sort().values), o.label_smoothing)
+    return bradley_terry(beta * (x.w.sort().values - x.l.sort().values), label_smoothing)
 
 
-def apo_zero(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add()
+def apo_zero(x: Pairs, *, beta: float) -> Tensor:
     """1 - sigma(beta D_w) + sigma(beta D_l), arXiv:2408.06266 eq. 7: for answers better than the model's."""
-    return (-o.beta * x.w).sigmoid() + (o.beta * x.l).sigmoid()
+    return (-beta * x.w).sigmoid() + (beta * x.l).sigmoid()
 
 
-def apo_down(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add()
+def apo_down(x: Pairs, *, beta: float) -> Tensor:
     """sigma(beta D_w) + 1 - sigma(beta (D_w - D_l)), arXiv:2408.06266 eq. 8: for answers worse than the model's."""
-    return (o.beta * x.w).sigmoid() + (-o.beta * (x.w - x.l)).sigmoid()
+    return (beta * x.w).sigmoid() + (-beta * (x.w - x.l)).sigmoid()
 
 
-def discopop(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def discopop(x: Pairs, *, beta: float, discopop_tau: Positive = 0.05) -> Tensor:
     """(1 - m)(-log sigma(z)) + m exp(-z) with z = beta delta and m = sigma(z / tau), arXiv:2406.08414 eq. 5.
 
     m exp(-z) is taken as exp(log m - z): as written it is 0 * inf where z is far below 0.
     """
-    z = o.beta * x.delta
-    mix = z / o.discopop_tau
+    z = beta * x.delta
+    mix = z / discopop_tau
     return -(-mix).sigmoid() * F.logsigmoid(z) + (F.logsigmoid(mix) - z).exp()
 
 
-def dpop(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def dpop(x: Pairs, *, beta: float, label_smoothing: Smoothing = 0.0, dpop_lambda: NotNegative = 50.0) -> Tensor:
     """-log sigma(beta (delta - lambda max(0, -D_w))), arXiv:2402.13228 (Smaug): chosen log-probs must not fall."""
-    return bradley_terry(o.beta * (x.delta - o.dpop_lambda * torch.relu(-x.w)), o.label_smoothing)
+    return bradley_terry(beta * (x.delta - dpop_lambda * torch.relu(-x.w)), label_smoothing)
 
 
-def sft(x: Pairs, o: Options) -> Tensor:
+@PAIR_LOSSES.add(divergences=True)
+def sft(x: Pairs) -> Tensor:
     """Cross-entropy of the chosen tokens, a mean over tokens. Beside sigmoid: RPO (arXiv:2404.19733)."""
     assert x.nll is not None
     return x.nll
 
 
-Term = Callable[[Pairs, Options], Tensor]
-TERMS: tuple[Term, ...] = (
-    sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, aot, aot_unpaired, apo_zero, apo_down,
-    discopop, sft, sigmoid_norm, dpop,
-)  # fmt: skip
-PAIR_LOSSES: dict[str, Term] = {term.__name__: term for term in TERMS}
-LOSS_TYPES = tuple(PAIR_LOSSES)
-BATCH_TYPES = {"aot", "aot_unpaired"}  # closed over a whole batch; the others over a pair
-# f-DPO leaves a term beta log Z(x), which cancels in the difference of two scores alone
-DIVERGENCE_TYPES = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "dpop"}
-READERS = {  # who reads what, and the value that leaves it alone
-    "label_smoothing": ({"sigmoid", "sigmoid_norm", "robust", "exo_pair", "dpop", *BATCH_TYPES}, 0.0),
-    "average": ({"ipo"}, True),
-    "discopop_tau": ({"discopop"}, 0.05),
-    "dpop_lambda": ({"dpop"}, 50.0),
-}
-
-
+# -- the loss ---------------------------------------------------------------------------------------------------------
 @register_loss(
     "pair",
     side={"ref_logps": "sequence", "tail": "sum", "nll_weight": "batch"},
     metrics=REWARDS,
     needs=("lengths", "log_sum_sq_probs"),
+    family=PAIR_LOSSES,
 )
 def dpo(
     logps: Tensor,  # (2P,) chosen, then rejected
@@ -171,14 +174,11 @@ def dpo(
     beta: float = 0.1,
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
-    label_smoothing: float = 0.0,
-    average: bool = True,
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 0.5,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
-    discopop_tau: float = 0.05,
-    dpop_lambda: float = 50.0,
+    **options,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (P,)
     """The weighted sum (MPO, arXiv:2411.10442) of the losses that `loss_type` names, see `PAIR_LOSSES`.
 
@@ -193,10 +193,9 @@ def dpo(
     nll = None if nll_weight is None else -nll_weight * logps.chunk(2)[0]
     (w, l), (score_w, score_l), (mean_w, mean_l) = (x.chunk(2) for x in (ratio, score, score / length))
     pairs = Pairs(w, l, score_w, score_l, mean_w, mean_l, margin(scored), margin(ref_logps), nll)
-    options = Options(beta, label_smoothing, average, discopop_tau, dpop_lambda)
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
     weights = loss_weights or (1.0,) * len(names)
-    value = sum(w * PAIR_LOSSES[name](pairs, options) for name, w in zip(names, weights, strict=True))
+    value = sum(w * PAIR_LOSSES(name, pairs, beta=beta, **options) for name, w in zip(names, weights, strict=True))
     assert isinstance(value, Tensor)
     if use_weighting:
         assert log_sum_sq_probs is not None

@@ -7,7 +7,6 @@ A loss type is a policy term and an average over tokens. The average is a weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from align_kernels.losses.common import bounded_exp
 from align_kernels.losses.corrections import Sums, off_policy_keep, sampler_ratio, top_entropy
+from align_kernels.losses.family import Family, Positive
 from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.ppo import RATIO_LIMIT, clip_surrogate
 from align_kernels.losses.registry import register_loss
@@ -37,18 +37,13 @@ class Policy(NamedTuple):
     keep: Tensor | None  # 0 at tokens that the term leaves out
 
 
-class Options(NamedTuple):
-    """Hyper-parameters that some of the terms read."""
+class Facts(NamedTuple):
+    """What is to be known of a term beside its options."""
 
-    epsilon: float = 0.2
-    epsilon_high: float = 0.2
-    delta: float | None = None
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
+    metrics: tuple[str, ...] = ()
+
+
+TERMS = Family(Facts)
 
 
 def either(condition: Tensor, yes: float, no: float) -> Tensor:
@@ -57,10 +52,11 @@ def either(condition: Tensor, yes: float, no: float) -> Tensor:
 
 
 # -- policy terms ---------------------------------------------------------------------------------------------------
-def clip(p: Policy, o: Options) -> Value:
+@TERMS.add(metrics=CLIPPED)
+def clip(p: Policy, *, epsilon: float = 0.2, epsilon_high: float = 0.2, delta: Positive | None = None) -> Value:
     """PPO-clip, arXiv:2402.03300 eq. 3; with a ratio per sequence GSPO, arXiv:2507.18071 eq. 5 and 7."""
-    value = clip_surrogate(p.ratio, p.advantages, o.epsilon, o.epsilon_high, o.delta)
-    return value, clipped(p, p.ratio < 1 - o.epsilon, p.ratio > 1 + o.epsilon_high)
+    value = clip_surrogate(p.ratio, p.advantages, epsilon, epsilon_high, delta)
+    return value, clipped(p, p.ratio < 1 - epsilon, p.ratio > 1 + epsilon_high)
 
 
 def clipped(p: Policy, low: Tensor, high: Tensor) -> dict[str, Tensor]:
@@ -68,56 +64,53 @@ def clipped(p: Policy, low: Tensor, high: Tensor) -> dict[str, Tensor]:
     return {name: x.to(p.logps.dtype) for name, x in zip(CLIPPED, (low, high, low | high))}
 
 
-def cispo(p: Policy, o: Options) -> Value:
+@TERMS.add(metrics=("cispo_clip_ratio",))
+def cispo(p: Policy, *, epsilon_high: float = 0.2) -> Value:
     """-sg(min(r, epsilon_high)) A log pi, arXiv:2506.13585: every token keeps its gradient."""
-    value = -p.ratio.detach().clamp(max=o.epsilon_high) * p.advantages * p.logps
-    clipped = (p.ratio > o.epsilon_high) & (p.advantages > 0)
+    value = -p.ratio.detach().clamp(max=epsilon_high) * p.advantages * p.logps
+    clipped = (p.ratio > epsilon_high) & (p.advantages > 0)
     return value, {"cispo_clip_ratio": clipped.to(value.dtype)}
 
 
-def sapo(p: Policy, o: Options) -> Value:
+@TERMS.add()
+def sapo(p: Policy, *, sapo_temperature_pos: Positive = 1.0, sapo_temperature_neg: Positive = 1.05) -> Value:
     """-(4 / tau) sigma(tau (r - 1)) A with tau by the sign of A: a soft gate for the clip, arXiv:2511.20347."""
-    tau = either(p.advantages > 0, o.sapo_temperature_pos, o.sapo_temperature_neg)
+    tau = either(p.advantages > 0, sapo_temperature_pos, sapo_temperature_neg)
     return -(tau * (p.ratio - 1)).sigmoid() * 4 / tau * p.advantages, {}
 
 
-def vespo(p: Policy, o: Options) -> Value:
+@TERMS.add(metrics=("vespo/phi_seq_mean",))
+def vespo(
+    p: Policy,
+    *,
+    vespo_k_pos: float = 2.0,  # k and lambda where A >= 0
+    vespo_lambda_pos: float = 3.0,
+    vespo_k_neg: float = 3.0,  # elsewhere
+    vespo_lambda_neg: float = 2.0,
+) -> Value:
     """-sg(phi(w)) A log pi, phi(w) = exp(lambda) w^k exp(-lambda w) of the sequence's ratio w, arXiv:2602.10693.
 
-    k and lambda by the sign of A; the correction for a foreign sampler is part of w.
+    The correction for a foreign sampler is part of w.
     """
     log_w = p.total(p.log_ratio.detach().clamp(-RATIO_LIMIT, RATIO_LIMIT))
     if p.sampler is not None:
         log_w = log_w + p.total(p.sampler.log().clamp(LEAST_RATIO, RATIO_LIMIT))
     log_w, good = log_w.clamp(LEAST_RATIO, RATIO_LIMIT), p.advantages >= 0
-    k, rate = either(good, o.vespo_k_pos, o.vespo_k_neg), either(good, o.vespo_lambda_pos, o.vespo_lambda_neg)
+    k, rate = either(good, vespo_k_pos, vespo_k_neg), either(good, vespo_lambda_pos, vespo_lambda_neg)
     rate = rate.clamp(min=1e-4)
     phi = (rate + k * log_w - rate * log_w.exp()).exp()
     return -phi * p.advantages * p.logps, {"vespo/phi_seq_mean": phi}
 
 
-def gmpo(p: Policy, o: Options) -> Value:
+@TERMS.add(metrics=CLIPPED)
+def gmpo(p: Policy, *, epsilon: float = 0.2, epsilon_high: float = 0.2) -> Value:
     """-A exp(mean_t c) of a sequence, c = min(log r, epsilon_high) where A > 0, else max(log r, -epsilon): the clipped
     ratios' geometric mean, arXiv:2507.20673. The tokens of a sequence are those that `keep` leaves."""
-    bounded = torch.where(p.advantages > 0, p.log_ratio.clamp(max=o.epsilon_high), p.log_ratio.clamp(min=-o.epsilon))
+    bounded = torch.where(p.advantages > 0, p.log_ratio.clamp(max=epsilon_high), p.log_ratio.clamp(min=-epsilon))
     keep = torch.ones_like(bounded) if p.keep is None else p.keep
     mean = p.total(bounded * keep) / p.total(keep).clamp(min=1)
-    flags = clipped(p, p.log_ratio < -o.epsilon, p.log_ratio > o.epsilon_high)
+    flags = clipped(p, p.log_ratio < -epsilon, p.log_ratio > epsilon_high)
     return -bounded_exp(mean, RATIO_LIMIT) * p.advantages, flags
-
-
-class Term(NamedTuple):
-    value: Callable[[Policy, Options], Value]
-    metrics: tuple[str, ...] = ()
-
-
-TERMS = {
-    "clip": Term(clip, CLIPPED),
-    "cispo": Term(cispo, ("cispo_clip_ratio",)),
-    "sapo": Term(sapo),
-    "vespo": Term(vespo, ("vespo/phi_seq_mean",)),
-    "gmpo": Term(gmpo, CLIPPED),
-}
 
 
 class LossType(NamedTuple):
@@ -165,9 +158,11 @@ def token_weights(loss_type: str, mask: Tensor, max_completion_length: int | Non
         "weights": "token",
         "entropy_weight": "batch",
     },
-    metrics=tuple(dict.fromkeys(("kl", *(name for term in TERMS.values() for name in term.metrics)))),
+    metrics=tuple(dict.fromkeys(("kl", *(name for term in TERMS.values() for name in term.facts.metrics)))),
     needs=("entropy", "sequence", "lengths"),
     sparse=True,
+    family=TERMS,
+    by="term",
 )
 def grpo(
     logps: Tensor,  # (n,)
@@ -215,7 +210,7 @@ def grpo(
         bounds = vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max
         sampler = sampler_ratio(old, sampling_logps, vllm_importance_sampling_mode, *bounds, total)
     policy = Policy(logps, log_ratio, ratio, advantages, total, sampler, keep)
-    value, metrics = TERMS[term].value(policy, Options(**options))
+    value, metrics = TERMS(term, policy, **options)
     if off_policy_mask_threshold is not None:
         behaviour = old if sampling_logps is None else sampling_logps
         value = value * off_policy_keep(logps, behaviour, advantages, off_policy_mask_threshold, length(), total)

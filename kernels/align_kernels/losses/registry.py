@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from torch import Tensor
 
+from align_kernels.losses.family import Family, check_taken
+
 Unit = Literal["token", "sequence", "pair", "batch"]
 Level = Literal["token", "sum", "sequence", "batch"]
 LOSSES: dict[str, Loss] = {}
@@ -48,6 +50,22 @@ class Loss(NamedTuple):
     #     log_sum_sq_probs  at the level of logps, log sum p^2, without gradient
     needs: tuple[str, ...] = ()
     sparse: bool = False  # many tokens may have a derivative of exactly zero
+    # what it chooses among: its `**options` are those of the members that its option `by` names
+    family: Family | None = None
+    by: str = "loss_type"
+
+    @property
+    def keywords(self) -> tuple[dict[str, Any], bool]:
+        """As `keywords` of its function, with the options of its family."""
+        known, rest = keywords(self.fn)
+        return (known, rest) if self.family is None else (known | self.family.options, False)
+
+    def read(self, hyper: Mapping[str, Any]) -> dict[str, Any]:
+        """The hyper-parameters of a call, without the options of its family that this call does not read."""
+        if self.family is None or self.by not in hyper:
+            return dict(hyper)
+        names = hyper[self.by]
+        return self.family.read((names,) if isinstance(names, str) else names, hyper)
 
 
 def register_loss(
@@ -59,6 +77,8 @@ def register_loss(
     needs: Sequence[str] = (),
     sparse: bool = False,
     listed: bool = True,
+    family: Family | None = None,
+    by: str = "loss_type",
 ) -> Callable[[Function], Function]:
     """Register a pure function of log-probs as the loss of its name, for `fused_loss` and `explain`.
 
@@ -80,6 +100,9 @@ def register_loss(
             "log_sum_sq_probs".
         sparse: many tokens may have a derivative of exactly zero: their rows skip the backward. Default False.
         listed: False for a loss that is called by a function of this package alone. Default True.
+        family: functions of `align_kernels.losses.family` that it chooses among, and whose options its `**options`
+            takes. Default None.
+        by: the option that names one or several of them. Default "loss_type".
 
     Returns:
         the decorator; the function's keyword-only arguments beside `side` and `needs` are its options.
@@ -99,19 +122,16 @@ def register_loss(
         _one_of("needs", name, NEEDS)
 
     def register(fn: Function) -> Function:
-        name, place = fn.__name__, ".".join(_place(fn))
+        name, place = fn.__name__, f"{fn.__module__}.{fn.__qualname__}"
         taken = LOSSES.get(name) or UNLISTED.get(name)
-        if taken is not None and _place(taken.fn) != _place(fn):
-            raise ValueError(
-                f"the loss name {name!r} is taken by {'.'.join(_place(taken.fn))}: give {place} another name"
-            )
+        check_taken(fn, None if taken is None else taken.fn)
         known, rest = keywords(fn)
         if strange := [one for one in (*side, *needs) if one not in known and not rest]:
             raise ValueError(f"the loss {place} takes no argument {strange[0]!r}, which side or needs names")
         if unit == "token" and (lost := [x for x in needs if x in WHOLE and known.get(x) is inspect.Parameter.empty]):
             raise ValueError(f"the loss {place} needs {lost[0]!r} of whole sequences: say unit='sequence'")
         table = LOSSES if listed else UNLISTED
-        table[name] = Loss(name, fn, per, unit, side, tuple(metrics), tuple(needs), sparse)
+        table[name] = Loss(name, fn, per, unit, side, tuple(metrics), tuple(needs), sparse, family, by)
         return fn
 
     return register
@@ -133,7 +153,3 @@ def keywords(fn: Callable) -> tuple[dict[str, Any], bool]:
 def _one_of(what: str, value: str, known: Iterable[str]) -> None:
     if value not in known:
         raise ValueError(f"{what} must be one of {', '.join(known)}, got {value!r}")
-
-
-def _place(fn: Callable) -> tuple[str, str]:
-    return fn.__module__, fn.__qualname__

@@ -1,7 +1,8 @@
 """Coefficients of some losses on the GPU (csrc/cuda/coefficients.h), found by the loss's name and hyper-parameters.
 
 An accelerator: what a loss is stands in `align_kernels.losses` alone. A name or an option that is not known here is not
-served, and the loss's own definition is differentiated instead.
+served, and the loss's own definition is differentiated instead. Options that a call does not read do not come here
+(`Loss.read`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ class Known(NamedTuple):
     taken: Mapping[str, Any] = {}  # options that the kernel takes, and their defaults
     # options that must be as they are here, which leaves them alone
     neutral: Mapping[str, Any] = {}
-    unread: frozenset[str] = frozenset()  # options that only other forms of the loss read
 
 
 TOKEN = {
@@ -47,10 +47,6 @@ TOKEN = {
             term="clip", level="token", kl_estimator="k3", entropy_coef=0.0,
             top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         ),
-        unread=frozenset(
-            "sapo_temperature_pos sapo_temperature_neg vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg "
-            "vllm_importance_sampling_mode vllm_importance_sampling_clip_min vllm_importance_sampling_clip_max".split()
-        ),
     ),
 }  # fmt: skip
 UNIT = {
@@ -61,7 +57,6 @@ UNIT = {
         neutral=dict(
             loss_weights=None, average=True, f_divergence_type="reverse_kl", ld_alpha=None, use_weighting=False
         ),
-        unread=frozenset({"f_alpha_divergence_coef", "discopop_tau", "dpop_lambda"}),
     ),
     "kto": Known(
         4,
@@ -78,7 +73,7 @@ def serves(name: str, hyper: Mapping[str, Any], given: Iterable[str]) -> bool:
     known, given = LOSSES.get(name), set(given)
     if known is None or not known.side <= given <= known.side | known.optional:
         return False
-    rest = {key: value for key, value in hyper.items() if key not in known.taken and key not in known.unread}
+    rest = {key: value for key, value in hyper.items() if key not in known.taken}
     if any(key not in known.neutral or known.neutral[key] != value for key, value in rest.items()):
         return False
     if name == "grpo" and hyper.get("beta") and "ref_logps" not in given:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from align_kernels.arguments import public
 from align_kernels.compat.liger.common import reference_logps, refuse
 from align_kernels.fused.core import check_positive, check_shape, run_loss
-from align_kernels.fused.dpo import check_options
-from align_kernels.losses.dpo import dpo
+from align_kernels.losses.dpo import PAIR_LOSSES, dpo
 from align_kernels.losses.kto import kto
 from align_kernels.losses.registry import register_loss
 
@@ -108,12 +107,12 @@ class LigerFusedLinearDPOLoss(nn.Module):
             raise ValueError(f"loss_type={loss_type!r} is not served; one of {', '.join(PAIR_TYPES)} is")
         if loss_type == "ipo":
             refuse("ipo averages by itself", average_log_prob=(average_log_prob, False))
-        check_options((loss_type,), label_smoothing=label_smoothing, discopop_tau=discopop_tau)
+        options = {"label_smoothing": label_smoothing, "discopop_tau": discopop_tau}
+        PAIR_LOSSES.check((loss_type,), options)
         check_positive(beta=beta)
         self.ignore_index, self.beta, self.alpha, self.compute_nll_loss = ignore_index, beta, alpha, compute_nll_loss
         self.use_ref_model, self.average_log_prob = use_ref_model, average_log_prob
-        self.options = {"beta": beta, "loss_type": loss_type, "label_smoothing": label_smoothing}
-        self.options |= {"discopop_tau": discopop_tau, "average": average_log_prob}
+        self.options = options | {"beta": beta, "loss_type": loss_type, "average": average_log_prob}
 
     @public
     def forward(
