@@ -120,10 +120,10 @@ def shares(
         store = tiled.store(len(chunk.targets))
         state = softmax(tiled, chunk, store)
         height = entropy_of(state)
-        for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(state)), entropy=entropy):
-            dense = isinstance(block, Tensor)
-            index = block if dense else block.rows
-            share = 1.0 if dense else len(block.columns) / len(weight)
+        dense: list[Tensor] = []
+        blocks = compaction.cut(tiled, chunk, state, store, torch.arange(len(state)), dense, entropy=entropy)
+        parts = [(block.rows, len(block.columns) / len(weight)) for block in blocks]
+        for index, share in parts + [(index, 1.0) for index in dense]:
             found.append(
                 (len(index), float(height[index].mean()), share, float(height[index].exp().sum()) / len(weight))
             )

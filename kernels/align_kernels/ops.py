@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from align_kernels import autograd
-from align_kernels.autograd import Saved, needed
+from align_kernels.autograd import TENSORS, Saved, needed
 from align_kernels.backends.state import COLUMNS
 from align_kernels.gemm import logits_dtype
 from align_kernels.head import Head, LogitGradClamp, Needs, Settings, Transform
@@ -91,14 +91,11 @@ def logprobs_backward_op(
     temperature: Tensor | None,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
-    kept: Tensor,
-    state: Tensor,
-    values: Tensor,
-    layout: Tensor,
+    saved: list[Tensor],
     settings: str,
 ) -> list[Tensor]:
-    head, saved = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B), Saved(kept, state, values, layout)
-    return autograd.logprobs_backward(head, saved, g_logp, g_entropy, *decode_settings(settings))
+    head = Head(hidden, weight, targets, bias, temperature, lora_A, lora_B)
+    return autograd.logprobs_backward(head, Saved(*saved), g_logp, g_entropy, *decode_settings(settings))
 
 
 def _fake_grads(hidden, weight, bias, lora_A, lora_B, settings: str) -> list[Tensor]:
@@ -111,13 +108,16 @@ def _fake_grads(hidden, weight, bias, lora_A, lora_B, settings: str) -> list[Ten
 
 
 @logprobs_backward_op.register_fake
-def _(g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B, *rest):
-    return _fake_grads(hidden, weight, bias, lora_A, lora_B, rest[-1])
+def _(g_logp, g_entropy, hidden, weight, targets, bias, temperature, lora_A, lora_B, saved, settings):
+    return _fake_grads(hidden, weight, bias, lora_A, lora_B, settings)
 
 
 def _logprobs_backward(ctx, g_logp, g_entropy, *_):
-    needs = decode_settings(*ctx.settings)[1]
-    return autograd.late_backward(ctx, logprobs_backward_op, needs, g_logp, g_entropy)
+    def run(g_logp, g_entropy, *args):
+        head, saved, settings = args[:TENSORS], args[TENSORS:-1], args[-1]
+        return logprobs_backward_op(g_logp, g_entropy, *head, list(saved), settings)
+
+    return autograd.late_backward(ctx, run, decode_settings(*ctx.settings)[1], g_logp, g_entropy)
 
 
 logprobs_op.register_autograd(_logprobs_backward, setup_context=autograd.Logprobs.setup_context)

@@ -201,10 +201,7 @@ def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
         assert len(chunk.targets) == len(p)
         store = tiled.store(len(p))
         state = softmax(tiled, chunk, store)
-        for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), entropy=entropy):
-            if isinstance(block, Tensor):
-                seen.append(block)
-                continue
+        for block in compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), seen, entropy=entropy):
             seen.append(block.rows)
             blocks += 1
             dropped = torch.ones(V, dtype=torch.bool)
@@ -229,10 +226,10 @@ def test_eps_is_the_largest_that_serves(impl: str):
     store = tiled.store(len(chunk.targets))
     state = softmax(tiled, chunk, store)
     p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
-    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), entropy=False))
+    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), dense := [], entropy=False))
     levels = []
+    assert not dense
     for block in blocks:
-        assert not isinstance(block, Tensor)
         q = p[block.rows]
         peak = q.amax(0)
         peak[chunk.targets[block.rows]] = 1.0
@@ -292,8 +289,7 @@ def test_who_is_compacted(shape: str, compacted: int):
     (chunk,) = tiled.chunks(0, N)
     store = tiled.store(N)
     state = softmax(tiled, chunk, store)
-    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), entropy=False))
-    kept = sum(len(b.rows) for b in blocks if not isinstance(b, Tensor))
+    kept = sum(len(b.rows) for b in compaction.cut(tiled, chunk, state, store, torch.arange(N), [], entropy=False))
     assert kept >= compacted > 0 or kept == compacted == 0
 
 
@@ -429,7 +425,9 @@ def test_flops(train: tuple[str, ...], fused: bool):
     (chunk,) = tiled.chunks(0, N)
     store = tiled.store(N)
     state = softmax(tiled, chunk, store)
-    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), entropy=not fused and len(train) > 1))
+    entropy = not fused and len(train) > 1
+    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(N), dense := [], entropy=entropy))
+    assert not dense
     kept = sum(len(b.rows) * len(b.columns) for b in blocks)
     assert kept < 0.1 * N * V
     options = dict(drop_mass=TAU, workspace=ROOM)

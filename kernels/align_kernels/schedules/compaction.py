@@ -65,9 +65,10 @@ class Saved(NamedTuple):
 
 # -- which columns ------------------------------------------------------------------------------------------------
 def cut(
-    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, *, entropy: bool
-) -> Iterator[Block | Tensor]:
-    """Some rows [m] of a chunk, whose raw logits are in `store`: blocks, or only the rows of a block that runs dense.
+    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, dense: list[Tensor], *, entropy: bool
+) -> Iterator[Block]:
+    """The blocks of some rows [m] of a chunk, whose raw logits are in `store`. The rows of those that run dense are
+    added to `dense`.
 
     `entropy` bounds the error of the entropy's gradient as well.
     """
@@ -78,7 +79,10 @@ def cut(
     support = torch.stack([h.exp().sum() for h in heights.tensor_split(count)])
     for piece, size in zip(rows[order].tensor_split(count), support.tolist()):
         block = _select(tiled, chunk, state, store, piece, entropy) if size < FLAT * tiled.vocab else None
-        yield piece if block is None else block
+        if block is None:
+            dense.append(piece)
+        else:
+            yield block
 
 
 def _select(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, entropy: bool) -> Block | None:
@@ -167,21 +171,23 @@ def _common(tiled: TiledHead, part: Chunk, columns: Tensor, begin: int, end: int
 def compacted(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store) -> Tensor | None:
     """`dense.gradient`, each block over its own columns: `tiled.grads`, and this rank's dX [m, D]."""
     index = torch.arange(len(rows.g), device=rows.g.device) if live is None else live
-    blocks = cut(tiled, rows.chunk, rows.state, store, index, entropy=rows.g_entropy is not None)
-    dx, dense = _sparse(tiled, rows, blocks)
-    if len(dense) == len(index):
+    dense = [index[:0]]
+    blocks = cut(tiled, rows.chunk, rows.state, store, index, dense, entropy=rows.g_entropy is not None)
+    dx = _sparse(tiled, rows, blocks)
+    rest = torch.cat(dense).sort().values
+    if len(rest) == len(index):
         return gradient(tiled, rows, live, store, consume=True)
-    part = gradient(tiled, rows, dense, store, consume=True)
+    part = gradient(tiled, rows, rest, store, consume=True)
     if dx is None or part is None:
         return None
-    dx.index_copy_(0, dense, part)
+    dx.index_copy_(0, rest, part)
     return dx if live is None else dx[live]
 
 
 def from_saved(tiled: TiledHead, rows: Rows, saved: Saved) -> Tensor | None:
     """The same from what `save` kept, for the rows that have a coefficient: this rank's dX [n, D]."""
     active = rows.active()
-    dx, _ = _sparse(tiled, rows, _active_blocks(saved, active))
+    dx = _sparse(tiled, rows, _active_blocks(saved, active))
     mask = active[saved.dense]
     live = None if bool(mask.all()) else mask.nonzero()[:, 0]
     part = gradient(tiled, rows.select(saved.dense), live, saved.logits, consume=False)
@@ -196,17 +202,15 @@ def _active_blocks(saved: Saved, active: Tensor) -> Iterator[Block]:
         yield block if bool(mask.all()) else Block(block.rows[mask], block.columns, block.z[mask])
 
 
-def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block | Tensor]) -> tuple[Tensor | None, Tensor]:
-    """This rank's dX [n, D], zero but in compacted blocks, and the rows that are left, ascending."""
-    dx, dense = None, [rows.chunk.targets.new_empty(0)]
+def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block]) -> Tensor | None:
+    """This rank's dX [n, D], zero but in compacted blocks."""
+    dx = None
     if tiled.needs.hidden:
         dx = torch.zeros(
             rows.chunk.x.shape, dtype=torch.promote_types(tiled.dtype, torch.float32), device=rows.g.device
         )
     for block in blocks:
-        if isinstance(block, Tensor):
-            dense.append(block)
-        elif len(block.rows):
+        if len(block.rows):
             tiled.grads.zero()
             part = rows.select(block.rows)
             targets = _places(part.chunk.targets - tiled.offset, block.columns, tiled.head.weight.shape[0])
@@ -214,7 +218,7 @@ def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block | Tensor]) -> t
             block_dx = tiled.products(part, _pieces(tiled, part.chunk, block))
             if dx is not None and block_dx is not None:
                 dx.index_copy_(0, block.rows, block_dx)
-    return dx, torch.cat(dense).sort().values
+    return dx
 
 
 def _pieces(tiled: TiledHead, part: Chunk, block: Block) -> Iterator[Piece]:
@@ -245,10 +249,8 @@ def save(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, room: int,
     n, V = len(chunk.targets), tiled.head.weight.shape[0]
     every = torch.arange(n, device=state.device)
     blocks, dense, used = [], [every[:0]], 0
-    for block in cut(tiled, chunk, state, store, every, entropy=True):
-        if isinstance(block, Tensor):
-            dense.append(block)
-        elif used + block.z.numel() > room:
+    for block in cut(tiled, chunk, state, store, every, dense, entropy=True):
+        if used + block.z.numel() > room:
             dense.append(block.rows)
         else:
             blocks.append(block)
