@@ -5,9 +5,8 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     # kernels: log-probs, losses, schedules, compaction, compiled CPU code
     "kernels/test_logprobs.py": ("test_options", "test_clamp"),
     "kernels/test_from_logits.py": ("test_against_the_oracle",),
-    "kernels/test_loss_formulas.py": ("test_value_and_gradients",),
+    "kernels/test_loss_formulas.py": ("test_value_gradients_and_metrics", "test_refuses"),
     "kernels/test_loss_trl.py": ("test_kto", "test_cpo", "test_reward"),
-    "kernels/test_unpaired_losses.py": ALL,
     "kernels/test_plan.py": ALL,
     "kernels/test_aliasing.py": ALL,
     "kernels/test_compaction.py": ("test_dropped_mass",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from align_kernels.losses.grpo import LOSS_TYPES as GROUP_TYPES
 from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.registry import LOSSES
 
-from .losses_table import MASK, ROWS, TARGETS, Batch, softmax, tensors
+from .formulas import Batch
+from .losses_table import MASK, ROWS, TARGETS, batch, tensors
 
 PAIR: dict[str, dict[str, Any]] = {name: dict(loss_type=name) for name in PAIR_LOSSES if name != "sft"}
 PAIR["exo_pair"] |= dict(label_smoothing=1e-3)
@@ -102,7 +104,7 @@ def test_kl_estimators_estimate(kind: str):
 def test_groups_at_the_limits(shift: float, loss_type: str):
     """A policy however far from the one that sampled: finite loss and gradients, in float32 as well."""
     leaves = {name: x.requires_grad_() for name, x in tensors().items()}
-    near = softmax(tensors())[0].detach()
+    near = batch(tensors()).logp
     options: dict[str, Any] = dict(loss_type=loss_type, max_completion_length=9, epsilon_high=5.0, beta=0.1)
     for old, ref in ((near - shift, near), (near, near + shift)):
         out = ak.grpo_loss(
@@ -190,9 +192,9 @@ class Gated(torch.autograd.Function):
 
 def gated_truth(formula: Callable[[Batch], Tensor], gate: ProbGate) -> tuple[Tensor, list[Tensor]]:
     leaves = {name: x.double().requires_grad_() for name, x in tensors().items()}
-    logp, entropy, lssp = softmax(leaves)
-    plain = formula(Batch(logp, entropy, lssp)).detach()
-    value = formula(Batch(Gated.apply(logp, *gate) * MASK, entropy, lssp))
+    true = batch(leaves)
+    plain = formula(true).detach()
+    value = formula(replace(true, logp=Gated.apply(true.logp, *gate) * MASK))
     return plain, list(torch.autograd.grad(value, list(leaves.values())))
 
 
@@ -201,9 +203,9 @@ def gated_truth(formula: Callable[[Batch], Tensor], gate: ProbGate) -> tuple[Ten
 @pytest.mark.parametrize("name", ROWS)
 def test_gate(name: str, head: dict[str, Any], gate: ProbGate):
     """The value is the plain one; the gradient is that of gated log-probs."""
-    p = softmax(tensors())[0].exp()[MASK]
+    p = batch(tensors()).logp.exp()[MASK]
     assert 0.1 < float((p > gate.p_hi).float().mean()) < 0.9
-    call, formula = ROWS[name]
+    call, formula, _ = ROWS[name]
     leaves = {key: x.requires_grad_() for key, x in tensors().items()}
     out = call(leaves["hidden"], leaves["weight"], TARGETS, prob_gate=gate, **head)
     plain, grads = gated_truth(formula, gate)
@@ -247,16 +249,16 @@ class Clamped(torch.autograd.Function):
         return g[..., None] * r * MASK[..., None], None, None
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if "entropy_coef" not in name and name != "ppo entropy"])
+@pytest.mark.parametrize("name", [name for name in ROWS if "entropy_coef" not in name])
 def test_clamp(name: str):
     """`grad_clamp` bounds the residual of every logit, in every fused loss."""
-    call, formula = ROWS[name]
+    call, formula, _ = ROWS[name]
     leaves = {key: x.requires_grad_() for key, x in tensors().items()}
     out = call(leaves["hidden"], leaves["weight"], TARGETS, grad_clamp=LogitGradClamp(0.05))
     twins = {key: x.double().requires_grad_() for key, x in tensors().items()}
-    fields = softmax(twins)
-    logp = fields[0].detach().requires_grad_()
-    value = formula(Batch(logp, *fields[1:]))
+    true = batch(twins)
+    logp = true.logp.detach().requires_grad_()
+    value = formula(replace(true, logp=logp))
     (g,) = torch.autograd.grad(value, logp)
     logits = twins["hidden"] @ twins["weight"].T
     grads = torch.autograd.grad(Clamped.apply(logits, g, 0.05).sum(), list(twins.values()))
