@@ -11,7 +11,8 @@ from align_kernels.fused.core import (
     check_one_of,
     check_shape,
     kept,
-    of_head,
+    of_family,
+    options_of,
     output,
     run_loss,
     share,
@@ -28,7 +29,7 @@ BY_SEQUENCE = ("vespo", "gmpo")  # terms of a whole sequence
 WITH_DELTA = [name for name, kind in LOSS_TYPES.items() if "delta" in TERMS[kind.term].options]
 
 
-@of_head
+@of_family(TERMS)
 def grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -116,7 +117,8 @@ def grpo_loss(
         vllm_importance_sampling_clip_min, vllm_importance_sampling_clip_max: defaults None and 3.0.
         num_items: the normaliser, one for all micro-batches of a window. Default None: see above.
         num_tokens: the normaliser of the entropy bonus. Default None: the kept tokens of this call.
-        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
+        **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi; further options of the
+            term.
 
     Returns:
         LossOutput; logps [B, T]; metrics entropy, mean_token_accuracy, kl (beta > 0), and by term clip_ratio/low_mean,
@@ -133,7 +135,7 @@ def grpo_loss(
     check_one_of("kl_estimator", kl_estimator, KL_ESTIMATORS)
     check_one_of("vllm_importance_sampling_mode", vllm_importance_sampling_mode, IS_MODES)
     high = check_epsilon(epsilon, epsilon_high)
-    options = dict(
+    options = options_of(TERMS, (term,), head) | dict(
         epsilon=epsilon, epsilon_high=high, delta=delta, sapo_temperature_pos=sapo_temperature_pos,
         sapo_temperature_neg=sapo_temperature_neg, vespo_k_pos=vespo_k_pos, vespo_lambda_pos=vespo_lambda_pos,
         vespo_k_neg=vespo_k_neg, vespo_lambda_neg=vespo_lambda_neg,
