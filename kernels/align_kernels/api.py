@@ -62,7 +62,7 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; a target outside [0, V).
     """
-    check_call(linear_logprobs, locals())
+    check_call(linear_logprobs)
     fields = logprobs(*read_head(hidden, weight, targets, **head))
     shape = targets.shape
     logp, entropy, *rest = (x.reshape(shape) for x in fields[:6])

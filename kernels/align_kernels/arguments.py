@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import numbers
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, wraps
 from types import NoneType, UnionType
@@ -54,11 +55,11 @@ def takes(options: Mapping[str, Any]) -> Callable[[Function], Function]:
     return note
 
 
-def check_call(function: Callable, given: dict[str, Any]) -> None:
-    """`check` for a function with `**head`, whose first line calls this with its `locals()`."""
+def check_call(function: Callable) -> None:
+    """`check` for a function with `**head`, whose first line calls this: it stands not between that and its caller."""
     if torch.compiler.is_compiling():
         return
-    defaults, given = _defaults(function), dict(given)
+    defaults, given = _defaults(function), dict(sys._getframe(1).f_locals)
     head = given.pop("head")
     own = {key: value for key, value in given.items() if value is not defaults[key]}
     check(function.__qualname__, hints(function) | HEAD | OPTIONS.get(function, {}), own | head)

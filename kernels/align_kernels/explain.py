@@ -29,7 +29,7 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
     Raises:
         ValueError: what the call itself would refuse; an unknown loss; impl="eager", which has no plan.
     """
-    check_call(explain, locals())
+    check_call(explain)
     tensors, settings, needs = read_head(hidden, weight, targets, **head)
     if loss is None:
         return start(tensors, settings, needs, keep_rows(tensors.targets, settings.ignore_index)).tiled.plan

@@ -81,7 +81,7 @@ def dpo_loss(
         ValueError: an odd number of sequences; an unknown name; a number out of range; an option that none of the loss
             types reads, or that one of them cannot take.
     """
-    check_call(dpo_loss, locals())
+    check_call(dpo_loss)
     types = tuple(loss_type.split(",") if isinstance(loss_type, str) else loss_type)
     check_pairs("dpo_loss", targets)
     for name in types or ("",):

@@ -128,7 +128,7 @@ def grpo_loss(
         ValueError: an unknown name, a missing ref_logps, max_completion_length or epsilon_high, an option that the loss
             type does not read, numbers out of range, shapes that do not fit.
     """
-    check_call(grpo_loss, locals())
+    check_call(grpo_loss)
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     term, _, counts = LOSS_TYPES[loss_type]
     check_one_of("importance_sampling_level", importance_sampling_level, LEVELS)

@@ -43,7 +43,7 @@ def ppo_clip_loss(
     Raises:
         ValueError: cliprange not above 0, dual_clip not above 1, shapes that do not fit.
     """
-    check_call(ppo_clip_loss, locals())
+    check_call(ppo_clip_loss)
     check_positive(cliprange=cliprange)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1 or None, got {dual_clip}")
@@ -113,7 +113,7 @@ def reinforce_loss(
     Raises:
         ValueError: shapes that do not fit.
     """
-    check_call(reinforce_loss, locals())
+    check_call(reinforce_loss)
     side: dict[str, Tensor | None] = {"advantages": per_token("advantages", advantages, targets)}
     out = run_loss("reinforce", {}, hidden, weight, targets, side, num_items, head)
     return output(out.loss, out.measured, out.logps)
@@ -149,7 +149,7 @@ def rloo_loss(
     Raises:
         ValueError: a negative epsilon, shapes that do not fit.
     """
-    check_call(rloo_loss, locals())
+    check_call(rloo_loss)
     high = check_epsilon(epsilon, epsilon_high)
     check_shape("advantages", advantages, targets.shape[:1])
     if old_logps is not None:

@@ -62,7 +62,7 @@ def cpo_loss(
         ValueError: an odd number of sequences, an unknown loss_type, a number out of range, an option that the loss
             type does not read.
     """
-    check_call(cpo_loss, locals())
+    check_call(cpo_loss)
     check_pairs("cpo_loss", targets)
     check_one_of("loss_type", loss_type, CPO_LOSSES)
     check_positive(beta=beta)
@@ -91,7 +91,7 @@ def simpo_loss(
         simpo_gamma: the margin. Default 0.5.
         Everything else as in `cpo_loss`.
     """
-    check_call(simpo_loss, locals())
+    check_call(simpo_loss)
     return cpo_loss(
         hidden, weight, targets, beta=beta, loss_type="simpo", label_smoothing=label_smoothing, cpo_alpha=0.0,
         simpo_gamma=simpo_gamma, alpha=alpha, num_items=num_items, **head,
@@ -128,7 +128,7 @@ def orpo_loss(
     Raises:
         ValueError: an odd number of sequences, beta not above 0, nll_targets that differ from a completion.
     """
-    check_call(orpo_loss, locals())
+    check_call(orpo_loss)
     check_pairs("orpo_loss", targets)
     check_positive(beta=beta)
     completion, pairs = kept(targets, head), len(targets) // 2
@@ -172,7 +172,7 @@ def slic_loss(
     Raises:
         ValueError: an odd number of sequences, delta not above 0.
     """
-    check_call(slic_loss, locals())
+    check_call(slic_loss)
     check_pairs("slic_loss", targets)
     check_positive(delta=delta)
     return with_nll("slic", {"delta": delta}, hidden, weight, targets, {}, nll_coef, num_items, num_tokens, head)

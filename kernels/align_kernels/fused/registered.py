@@ -62,7 +62,7 @@ def fused_loss(
             finite; what `linear_logprobs` refuses.
         TypeError: a tensor or an option that the loss does not take, or lacks.
     """
-    check_call(fused_loss, locals())
+    check_call(fused_loss)
     check_one_of("name", name, LOSSES)
     loss, given = LOSSES[name], {key: local(key, x) for key, x in (side or {}).items() if x is not None}
     if not torch.compiler.is_compiling():

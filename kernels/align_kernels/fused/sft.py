@@ -27,7 +27,7 @@ def sft_loss(
     Raises:
         ValueError: an unknown loss_type.
     """
-    check_call(sft_loss, locals())
+    check_call(sft_loss)
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     out = run_loss("sft", {"loss_type": loss_type}, hidden, weight, targets, {}, num_items, head)
     return output(out.loss, out.measured, out.logps)

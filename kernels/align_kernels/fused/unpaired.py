@@ -60,7 +60,7 @@ def kto_loss(
     Raises:
         ValueError: an unknown loss_type, beta not above 0, desirable not bool, shapes that do not fit.
     """
-    check_call(kto_loss, locals())
+    check_call(kto_loss)
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     check_marks(beta, targets, ref_logps, desirable)
     rows = targets.shape[:1]
@@ -104,7 +104,7 @@ def bco_loss(
     Raises:
         ValueError: beta not above 0, desirable not bool, shapes that do not fit.
     """
-    check_call(bco_loss, locals())
+    check_call(bco_loss)
     check_marks(beta, targets, ref_logps, desirable)
     delta = torch.as_tensor(delta, dtype=float_dtype(hidden), device=hidden.device).detach()
     check_shape("delta", delta, torch.Size(()))
