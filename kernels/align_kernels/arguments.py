@@ -62,7 +62,8 @@ def check_call(function: Callable) -> None:
     defaults, given = _defaults(function), dict(sys._getframe(1).f_locals)
     head = given.pop("head")
     own = {key: value for key, value in given.items() if value is not defaults[key]}
-    check(function.__qualname__, hints(function) | HEAD | OPTIONS.get(function, {}), own | head)
+    known = {**hints(function), **HEAD, **OPTIONS.get(function, {})}
+    check(function.__qualname__, known, own | head)
 
 
 @cache
