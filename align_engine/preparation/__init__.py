@@ -11,9 +11,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from align_engine.preparation.sections import Preparation
+from align_engine.errors import BadInput
+from align_engine.preparation.sections import GenerateRecipe, Preparation
 
-PREPARATION: dict[str, type[Preparation]] = {}
+EXTRA = {  # packages of the extra `data`, by the name of their module
+    "openai": "openai", "semhash": "semhash", "sentence_transformers": "sentence-transformers",
+    "sklearn": "scikit-learn",
+}  # fmt: skip
+PREPARATION: dict[str, type[Preparation]] = {"generate": GenerateRecipe}
 
 
 def run(name: str, settings: Any) -> None:
@@ -27,4 +32,9 @@ def run(name: str, settings: Any) -> None:
 
     settings = check(settings)
     check_outputs(settings)
-    importlib.import_module(f"align_engine.preparation.{name}").run(settings)
+    try:
+        importlib.import_module(f"align_engine.preparation.{name}").run(settings)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise BadInput(f"align {name} needs {EXTRA[error.name]}: pip install 'align-engine[data]'") from error

@@ -28,8 +28,9 @@ from align_engine.training import stops
 from align_engine.training.checkpoint import RunFolder
 
 ROWS, JOURNAL = "rows.jsonl", "_journal.jsonl"
+STANDING = "the same command goes on from there"
 SHOWN = 3  # rows of a dry run
-FREE = ("dry_run", "server_concurrency")  # settings that do not change the result
+FREE = ("dry_run", "bad_rows", "server_concurrency", "request_timeout")  # settings that do not change whole results
 
 
 def read(section: InputSection) -> datasets.Dataset:
@@ -47,10 +48,10 @@ def dry(rows: Iterable[dict[str, Any]], count: int = SHOWN) -> None:
 class ResultFolder(RunFolder):
     """The folder of one command's result."""
 
-    product = ROWS
+    product, extent = ROWS, ("models",)
 
     def standing(self) -> str:
-        return "the same command goes on from there"
+        return STANDING
 
     def _standing_quietly(self) -> str:
         return self.standing()
@@ -101,7 +102,10 @@ class Journal:
         except OSError as error:
             raise self.folder._failure(self.path, error) from error
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         """Flush it to the disk."""
         os.fsync(self.file.fileno())
         self.file.close()
@@ -112,15 +116,20 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def opened(name: str, settings: Preparation, rows: datasets.Dataset) -> Iterator[ResultFolder | None]:
+def opened(
+    name: str, settings: Preparation, rows: datasets.Dataset, facts: dict[str, Any] | None = None
+) -> Iterator[ResultFolder | None]:
     """The folder of a command's result, inside the block this process's alone; None where it holds the result already,
     which is said. At the block's end the result is finished.
 
+    Args:
+        rows: what the command reads, and
+        facts: what else decides its result, beside the settings.
     Raises:
         BadInput: the folder holds something else, or is in use. Stopped: a KeyboardInterrupt ended the block.
     """
     chosen = {field: value for field, value in recipes.identity(settings).items() if field not in FREE}
-    identity = {"command": name, **chosen, "rows": content_hash(rows)}
+    identity = {"command": name, **chosen, "rows": content_hash(rows)} | (facts or {})
     folder = ResultFolder(settings.output.output_dir, identity)
     overwrite = settings.output.overwrite
     with folder.locked():

@@ -54,6 +54,7 @@ class RunFolder:
     """
 
     product = "final"  # the file or folder that a finished run has made
+    extent = EXTENT  # parts of the identity that a later call may change, to go on from there
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
         # other people's code may change the current folder while the run goes on
@@ -113,13 +114,13 @@ class RunFolder:
             self._check_deletable()
             return False
         self._check_identity(held["identity"])
-        now = {name: self.identity[name] for name in EXTENT if name in self.identity}
+        now = {name: self.identity[name] for name in self.extent if name in self.identity}
         extended = any(held["identity"].get(name) != value for name, value in now.items())
         return held["finished"] and not extended and not self._damaged(self.product)
 
     def _check_identity(self, held: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.identity))
-        there = {name: value for name, value in held.items() if name in mine and name not in EXTENT}
+        there = {name: value for name, value in held.items() if name in mine and name not in self.extent}
         if "algorithm" in there:
             there["algorithm"] = ALIASES.get(there["algorithm"], there["algorithm"])
         changed = [f"{name}: {was!r} there, {mine[name]!r} now" for name, was in there.items() if was != mine[name]]

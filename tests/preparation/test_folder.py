@@ -102,10 +102,9 @@ def test_a_journal_loses_no_line_but_one_that_was_cut(tmp_path):
     path = tmp_path / folder.JOURNAL
     place = folder.ResultFolder(tmp_path, {})
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": "\xc3')
-    journal = folder.Journal(path, place)
-    assert journal.rows == [{"a": 1}, {"a": 2}]
-    journal.add([{"a": "é"}, {"a": 4}])
-    journal.close()
+    with folder.Journal(path, place) as journal:
+        assert journal.rows == [{"a": 1}, {"a": 2}]
+        journal.add([{"a": "é"}, {"a": 4}])
     assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == [
         {"a": 1}, {"a": 2}, {"a": "é"}, {"a": 4}
     ]  # fmt: skip
