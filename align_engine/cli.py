@@ -20,7 +20,7 @@ from align_engine.preparation import PREPARATION
 from align_engine.recipe import ALIASES, RECIPES, Settings
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import NO, NOTHING, YES
-from align_engine.training import stops
+from align_engine.training import allocator, stops
 
 USAGE = """usage: align COMMAND [--flags]
 
@@ -125,6 +125,8 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
         preparation.run(name, recipe)
         return
     recipe = recipes.check(recipe)
+    if recipe.train.tune_malloc:
+        allocator.ask_for_huge_pages()
     from accelerate import PartialState
 
     from align_engine.iterate import runner

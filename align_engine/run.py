@@ -34,7 +34,7 @@ from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
-from align_engine.training import optimiser, packing, ranks, stops
+from align_engine.training import allocator, optimiser, packing, ranks, stops
 from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.callbacks import Callbacks, from_recipe
@@ -72,6 +72,8 @@ def fit(
 ) -> None:
     """Load, train, save and report, in a folder that is ours."""
     section = recipe.model
+    if recipe.train.tune_malloc and accelerator.device.type == "cpu":
+        accelerator.print(allocator.tune())
     tokenizer = load.load_tokenizer(section.model_name_or_path, algorithm.scalar, section.trust_remote_code)
     if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
         accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")

@@ -18,7 +18,7 @@ PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_pa
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
          "server_weights"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
-                       "dataset_num_proc")  # fmt: skip
+                       "dataset_num_proc", "tune_malloc")  # fmt: skip
 R = TypeVar("R", bound=Settings)
 
 

@@ -408,6 +408,8 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False
     """Keep what the backward pass needs in the CPU's memory meanwhile: less memory of a GPU, for time on the bus."""
+    tune_malloc: bool = True
+    """On a CPU: have glibc's malloc give large blocks back as soon as they are free, and lay them in huge pages."""
     seed: Annotated[int, Range("[0, 4294967295]")] = 42
     """Seed of the order of the rows, of new weights and of dropout."""
 

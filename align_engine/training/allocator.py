@@ -1,0 +1,44 @@
+"""A CPU's memory: blocks that are free go back to the system, and large ones lie in huge pages.
+
+glibc keeps freed blocks, and raises the size from which it maps a block apart to 32 MiB: activations of rows of many
+lengths leave holes that nothing fits into, several times what a step needs. Mapped apart from 4 MiB on, they are given
+back at once; what that costs in page faults, huge pages save several times over (benches/bench_cpu_memory.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+MAPPED, TRIMMED = 4 << 20, 64 << 20  # bytes
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it once, when it gives out the first memory
+
+
+def ask_for_huge_pages() -> None:
+    """Before torch's first tensor: have it lay blocks from 2 MiB on in huge pages, where the system gives any. What the
+    environment says already stays."""
+    os.environ.setdefault(HUGE_PAGES, "1")
+
+
+def tune() -> str:
+    """Set the thresholds of glibc's malloc, for the whole process.
+
+    Returns:
+        what was done, and what was not.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "memory is given back as this system's malloc does: tune_malloc is for glibc's"
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, MAPPED)
+    libc.mallopt(M_TRIM_THRESHOLD, TRIMMED)
+    said = f"malloc maps blocks from {MAPPED >> 20} MiB on apart and gives them back when they are free"
+    return f"{said}, {'in huge pages' if _huge() else f'without huge pages: {HUGE_PAGES}=1 was not set before torch'}"
+
+
+def _huge() -> bool:
+    """Whether torch lays a large block at the begin of a page."""
+    import torch
+
+    return torch.empty(MAPPED, dtype=torch.uint8).data_ptr() % 4096 == 0
