@@ -14,6 +14,7 @@ from torch import nn
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
+from align_engine.models import lora
 from align_engine.models.modelfiles import adapter_base, check_files, check_path, check_report, listed
 from align_engine.models.noise import disable_dropout as disable_dropout
 
@@ -167,6 +168,7 @@ def _load_adapter(
     }
     if wrong := [f"{what} {listed(names)}" for what, names in parts.items() if names]:
         raise BadInput(f"the adapter {path!r} does not fit its base model {base!r}: it {' and '.join(wrong)}")
+    lora.fuse(adapted)
     return adapted, fresh
 
 
@@ -243,6 +245,7 @@ def add_adapters(
     reached = [f".{name}" for name in adapted.base_model.targeted_module_names]
     if lost := [one for one in section.lora_target_modules or () if not any(r.endswith(f".{one}") for r in reached)]:
         raise BadInput(f"{asked}: {type(causal_model(adapted)).__name__} has no module {lost[0]!r}")
+    lora.fuse(adapted)
     return adapted
 
 
