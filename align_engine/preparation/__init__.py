@@ -12,13 +12,13 @@ import importlib
 from typing import Any
 
 from align_engine.errors import BadInput
-from align_engine.preparation.sections import GenerateRecipe, Preparation
+from align_engine.preparation.sections import GenerateRecipe, PairsRecipe, Preparation
 
 EXTRA = {  # packages of the extra `data`, by the name of their module
     "openai": "openai", "semhash": "semhash", "sentence_transformers": "sentence-transformers",
     "sklearn": "scikit-learn",
 }  # fmt: skip
-PREPARATION: dict[str, type[Preparation]] = {"generate": GenerateRecipe}
+PREPARATION: dict[str, type[Preparation]] = {"generate": GenerateRecipe, "pairs": PairsRecipe}
 
 
 def run(name: str, settings: Any) -> None:

@@ -38,7 +38,7 @@ def run(settings: GenerateRecipe) -> None:
         if spec.column and spec.column not in {*rows.column_names, "completion"}:
             known = ", ".join(rows.column_names)
             raise BadInput(f"model {spec.name!r}: there is no column {spec.column!r}, but {known}")
-    prompts = dict(layouts.converted(rows, settings.data.bad_rows))
+    prompts = dict(layouts.converted(rows, settings.data.bad_rows, dict))
     if settings.data.dry_run:
         folder.dry(asked(specs, prompts, settings.ask.seed))
         return

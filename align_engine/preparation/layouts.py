@@ -14,16 +14,17 @@ messages. Other columns stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import datasets
 
-from align_engine.data.formats import BadRow, Messages, is_conversational
+from align_engine.data.formats import BadRow, Messages, Text, is_conversational
 from align_engine.errors import BadInput
 from align_engine.preparation import folder
 from align_engine.preparation.sections import MappedInput
 
 Row = dict[str, Any]
+T = TypeVar("T")
 ROLES = {  # of ShareGPT's kin
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bot": "assistant", "model": "assistant", "system": "system", "tool": "tool", "observation": "tool",
@@ -61,11 +62,13 @@ def layout(columns: Iterable[str]) -> Callable[[Row], Row]:
     )
 
 
-def converted(rows: datasets.Dataset, bad_rows: Literal["error", "drop"]) -> Iterator[tuple[int, Row]]:
-    """(number, row) of each row in TRL's layout.
+def converted(
+    rows: datasets.Dataset, bad_rows: Literal["error", "drop"], use: Callable[[Row], T]
+) -> Iterator[tuple[int, T]]:
+    """(number, what `use` makes of it) of each row in TRL's layout.
 
     Raises:
-        BadInput: a row that cannot be used, by its number, unless they are dropped.
+        BadInput: a row that cannot be used, by its number, unless they are dropped: of those `use` raises BadRow.
     """
     convert = layout(rows.column_names)
     row: Any
@@ -73,16 +76,34 @@ def converted(rows: datasets.Dataset, bad_rows: Literal["error", "drop"]) -> Ite
         try:
             made = convert(row)
             _check(made)
+            found = use(made)
         except BadRow as error:
             if bad_rows == "error":
                 raise BadInput(f"row {index}: {error} (--bad_rows drop leaves such rows out)") from None
             continue
-        yield index, made
+        yield index, found
 
 
 def as_messages(prompt: str | Messages) -> Messages:
     """A prompt as messages: a text is what the user says."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def checked(value: Any, column: str, prompt: Text) -> Text:
+    """An answer as its prompt is: a text, or messages. Raises BadRow for one that is missing, empty or of no kind."""
+    if value is None:
+        raise BadRow(f"'{column}' is missing")
+    if isinstance(value, str) and isinstance(prompt, list):
+        value = answer(value, column)
+    if not isinstance(value, str | list):
+        raise BadRow(f"'{column}' is of type {type(value).__name__}, expected a text or a list of messages")
+    if isinstance(value, list):
+        value = [_message(one, column) for one in value]
+        if isinstance(prompt, str):
+            raise BadRow(f"'prompt' and '{column}' mix strings and lists of messages")
+    if not value or (isinstance(value, list) and not (value[-1]["content"] or value[-1].get("tool_calls"))):
+        raise BadRow(f"'{column}' is empty")
+    return value
 
 
 def _check(row: Row) -> None:

@@ -3,13 +3,14 @@ tree, and nothing here imports torch or datasets."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import field
 from typing import Literal
 
 from align_engine.preparation.models import read_models
 from align_engine.recipe.recipes import Settings
 from align_engine.recipe.sections import Section
-from align_engine.recipe.values import Count, Positive
+from align_engine.recipe.values import Count, Finite, NotNegative, Positive
 
 
 class InputSection(Section):
@@ -72,3 +73,43 @@ class GenerateRecipe(Preparation):
 
     def models(self) -> dict[str, str]:
         return {f"models ({one.name})": one.path for one in read_models(self.ask.models) if one.path}
+
+
+class PairsSection(Section):
+    """Pairs."""
+
+    by: Literal["auto", "rank", "score", "label"] = "auto"
+    """Column that orders the answers to one prompt: a rank (1 is the best), a score (more is better) or a mark (true or
+    false). auto: the first of them that is there; rows that hold chosen and rejected are pairs as they stand."""
+    layout: Literal["preference", "several", "unpaired"] = "preference"
+    """preference: one row for each pair. several: one row for each tier and all that are worse, with lists of chosen
+    and rejected answers, which train as one tree. unpaired: one row for each answer, with its mark."""
+    min_gap: NotNegative = 0.0
+    """Least difference between the ranks or scores of a pair."""
+    margin: NotNegative = 0.0
+    """Column `margin`: so much per step between ranks, or per point between scores (0: no column)."""
+    max_pairs: Count | None = None
+    """Pairs of one prompt at most, drawn at random (None: all)."""
+    max_answers: Count | None = None
+    """Answers of each tier of a prompt at most, drawn at random (None: all)."""
+    desirable: Finite | None = None
+    """unpaired: answers up to this rank, or from this score on, are good (None: those of the best tier of prompts that
+    have two)."""
+    seed: int = 0
+    """Of what is drawn."""
+
+
+class PairsRecipe(Preparation):
+    """Pairs of better and worse answers, by the cartesian product of ranked, scored or marked ones."""
+
+    data: MappedInput = field(default_factory=MappedInput)
+    pairs: PairsSection = field(default_factory=PairsSection)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        own = self.pairs
+        if own.max_pairs and own.layout != "preference":
+            yield "max_pairs", f"is not for layout = {own.layout!r}, which holds no single pairs: give max_answers"
+        if own.desirable is not None and own.layout != "unpaired":
+            yield "desirable", "is for layout = 'unpaired'"
+        if own.margin and own.layout == "unpaired":
+            yield "margin", "is not for layout = 'unpaired', which has no pairs"
