@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import inspect
 import os
 import sys
 import traceback
@@ -111,14 +112,15 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         raise BadInput(f"no command {name!r}; " + (f"did you mean {close[0]!r}?" if close else "see align --help"))
+    if name == "plan":
+        plan(arguments, path)
+        return
     if name not in RECIPES and name not in PREPARATION:
         import tyro
 
         tyro.cli(COMMANDS[name], args=arguments, prog=f"align {name}")
         return
-    kind: Any = RECIPES[name] if name in RECIPES else PREPARATION[name]
-    changes, others = flags(kind, arguments)
-    recipe = recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags")
+    recipe, others = read(name, arguments, path)
     if others:
         explain(name, recipe, others)
     if name in PREPARATION:
@@ -139,6 +141,46 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
         raise RunFailed(f"the run was left by sys.exit({error.code!r})") from error
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+
+
+def plan(arguments: list[str], path: str | None = None) -> None:
+    """What a run will take: memory by part, tokens, FLOPs, and the recipe that fits; only config.json is read.
+
+    align plan METHOD takes the flags of align METHOD, and
+      --memory 24GB | A100    what it has to fit into: a size, or a card by its name (default: this machine's)
+      --prompt_length N       tokens of a row's prompt (default: max_prompt_length, or half of max_length)
+      --json                  JSON in place of the table
+    """
+    own = argparse.ArgumentParser(prog="align plan", add_help=False, allow_abbrev=False)
+    own.add_argument("--memory")
+    own.add_argument("--prompt_length", "--prompt-length", type=int)
+    own.add_argument("--json", action="store_true")
+    options, arguments = own.parse_known_args(arguments)
+    if not arguments or arguments[0].startswith("-"):
+        print(inspect.getdoc(plan))
+        if arguments and arguments[0] in ("-h", "--help"):
+            return
+        raise BadInput(f"align plan needs a method: one of {', '.join(RECIPES)}")
+    name = ALIASES.get(arguments[0], arguments[0])
+    if name not in RECIPES:
+        raise BadInput(f"align plan: no method {name!r}; one of {', '.join(RECIPES)}")
+    recipe, others = read(name, arguments[1:], path)
+    if others:
+        explain(name, recipe, others)
+    from align_engine.iterate import planned
+    from align_engine.planning import show
+    from align_engine.run import quiet_libraries
+
+    quiet_libraries()
+    said = planned(name, recipe, options.memory, options.prompt_length)
+    print(show.as_json(said)) if options.json else show.show(said)
+
+
+def read(name: str, arguments: list[str], path: str | None) -> tuple[Any, list[str]]:
+    """The recipe of a file and of flags, and the arguments that are none of these."""
+    kind: Any = RECIPES[name] if name in RECIPES else PREPARATION[name]
+    changes, others = flags(kind, arguments)
+    return recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags"), others
 
 
 def explain(name: str, recipe: Settings, others: Sequence[str]) -> None:
@@ -227,7 +269,9 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
     run(output_dir, seeds, workers)
 
 
-COMMANDS = ChainMap[str, Any]({"env": env, "demo": demo}, PREPARATION, RECIPES)  # with those that a plugin registers
+COMMANDS = ChainMap[str, Any](
+    {"plan": plan, "env": env, "demo": demo}, PREPARATION, RECIPES
+)  # with those that a plugin registers
 
 if __name__ == "__main__":
     sys.exit(main())

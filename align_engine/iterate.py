@@ -30,6 +30,9 @@ from align_engine.algorithms import ALGORITHMS
 from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models import load
+from align_engine.planning import cards
+from align_engine.planning.rehearse import lengths
+from align_engine.planning.show import plan
 from align_engine.recipe import IterateRecipe, ModelSection, Recipe, ReferenceFields
 from align_engine.rollouts.advantages import best_versus_worst
 from align_engine.rollouts.generate import Completion, Sampler
@@ -60,6 +63,21 @@ SHARED = ("model", "data", "train", "eval", "output", "kernels", "limits")  # se
 def runner(command: str) -> Callable[[Any], RunFolder]:
     """What a command does with its recipe: the rounds of `iterate`, or one training run."""
     return iterate if command == "iterate" else partial(train, command)
+
+
+def planned(command: str, recipe: Recipe, memory: str | None = None, prompt: int | None = None) -> dict[str, Any]:
+    """What `align plan` says of a command: of `iterate` it is a round.
+
+    Args:
+        memory: what it has to fit into, as `planning.cards.card` takes it. prompt: tokens of a row's prompt.
+    Raises:
+        BadInput: from the recipe and the model's configuration; no such card.
+    """
+    recipe, rollout = recipes.check(recipe, required=("model_name_or_path",)), None
+    if isinstance(recipe, IterateRecipe):
+        rollout, command = recipe.rollout, recipe.iteration.method
+        recipe = round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1)
+    return plan(command, recipe, cards.card(memory), lengths(recipe, prompt), rollout)
 
 
 def iterate(recipe: IterateRecipe) -> RunFolder:

@@ -27,9 +27,10 @@ from align_engine.data.windows import Source, total_steps
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
 from align_engine.models import load
-from align_engine.models.modelfiles import adapter_base, check_path
-from align_engine.models.noise import disable_dropout
-from align_engine.models.score_head import load_scalar_model
+from align_engine.models.modelfiles import check_path
+from align_engine.planning import cards
+from align_engine.planning.cards import size
+from align_engine.planning.fit import fitted
 from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection, SftLoss
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
@@ -42,6 +43,7 @@ from align_engine.training.checkpoint import RunFolder
 from align_engine.training.engine import Engine
 from align_engine.training.loop import Training
 from align_engine.training.metrics import Journal
+from align_engine.training.policy import make_policy
 
 
 def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder:
@@ -60,11 +62,37 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     accelerator = make_accelerator(recipe)
     check_choices(recipe, accelerator)
     check_loss(algorithm, recipe)
+    recipe = settle_memory(name, recipe, accelerator)
     callbacks = [*from_recipe(recipe), *callbacks]
     with open_folder(name, recipe, accelerator) as (folder, finished):
         if not finished:
             fit(algorithm, recipe, accelerator, folder, callbacks)
     return folder
+
+
+def settle_memory(name: str, recipe: Recipe, accelerator: Accelerator) -> Recipe:
+    """The recipe that fits where `fit` asks for it, what was changed said: it is the run's from here on.
+
+    Raises:
+        BadInput: it cannot fit; no such memory; a model in shards.
+    """
+    if recipe.train.fit is None:
+        return recipe
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise BadInput(f"fit = {recipe.train.fit!r} plans for whole models on each device, not for shards of "
+                       f"{accelerator.distributed_type}: leave it out")  # fmt: skip
+    card = cards.card(recipe.train.fit, "fit")
+    if card.gpu != (accelerator.device.type == "cuda"):
+        raise BadInput(f"fit = {recipe.train.fit!r} is a GPU, and this run is on {accelerator.device}: give a size, or "
+                       f"ask align plan {name} --memory {recipe.train.fit}")  # fmt: skip
+    if not card.gpu:  # processes share a machine's memory
+        card = card._replace(size=card.size // accelerator.num_processes)
+    made = fitted(name, recipe, card)
+    accelerator.print(f"fit {recipe.train.fit}: {made.rehearsed.peak.name} takes {size(made.rehearsed.peak.peak)} of "
+                      f"{size(card.usable)}")  # fmt: skip
+    for change in made.changes:
+        accelerator.print(f"  {change}")
+    return made.recipe
 
 
 def fit(
@@ -397,35 +425,10 @@ def check_room(folder: RunFolder, model: Any, recipe: Recipe, state: float) -> N
         raise BadInput(f"output_dir = {str(folder.path)!r}: {said}; choose another disk, or a lower save_total_limit")
 
 
-def size(count: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"
-
-
 def load_policy(recipe: Recipe, algorithm: Algorithm, tokenizer: Any) -> Any:
-    """The model to train: head, adapters, checkpointing and dropout as the recipe and the algorithm say."""
-    path, section, pad = recipe.model.model_name_or_path, recipe.model, tokenizer.pad_token_id
-    if adapter_base(path) is not None and not section.use_peft:
-        raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
-    if algorithm.scalar:
-        model = load_scalar_model(path, section, pad, fresh_head=True)
-    else:
-        model = load.load_model(path, section)
-    if section.use_peft and adapter_base(path) is None:
-        task = "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM"
-        model = load.add_adapters(model, section, task, section.lora_dropout if algorithm.dropout else 0.0)
-    if algorithm.refers(recipe):
-        references.extend_model(model, recipe)
-    algorithm.extend_model(model, recipe, pad)
-    if recipe.train.gradient_checkpointing:
-        load.checkpoint_activations(model)
-    if not algorithm.dropout:
-        disable_dropout(model)
-    if said := load.hold_in_float32(model):
+    """The model to train, as what it is saved as will be read with this tokenizer."""
+    model, said = make_policy(recipe, algorithm, tokenizer.pad_token_id)
+    if said:
         PartialState().print(said)
     # what is saved ends where its tokenizer ends, as with transformers' Trainer; further EOS ids stay
     align_special_tokens(hook.causal_model(model), tokenizer)

@@ -14,7 +14,7 @@ from torch import nn
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
-from align_engine.models import lora
+from align_engine.models import blank, lora
 from align_engine.models.modelfiles import adapter_base, check_files, check_path, check_report, listed
 from align_engine.models.noise import disable_dropout as disable_dropout
 
@@ -73,7 +73,7 @@ def load_model(path: str, section: ModelSection, kind: Any = None, fresh_head: b
             have to be run.
     """
     model, fresh = _load(path, section, kind, fresh_head, options)
-    if section.use_liger_kernel:
+    if section.use_liger_kernel and not blank.wanted():  # its kernels need numbers
         apply_liger(path, model)
     if fresh:
         PartialState().print(f"{path}: its weights hold no {listed(fresh)}; a fresh head is made")
@@ -123,12 +123,14 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     check_path(path)
+    if section.attn_implementation is not None:
+        options = options | {"attn_implementation": section.attn_implementation}
+    if blank.wanted():
+        return _blank(path, section, kind, options), set()
     if Path(path).is_dir():
         check_files(Path(path))
     if (base := adapter_base(path)) is not None:
         return _load_adapter(path, base, section, kind, fresh_head, options)
-    if section.attn_implementation is not None:
-        options = options | {"attn_implementation": section.attn_implementation}
     if section.load_in_4bit or section.load_in_8bit:
         options = options | _quantised(section)
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused by name
@@ -140,6 +142,17 @@ def _load(
         raise BadInput(f"cannot load the model {path!r}: {_reason(error)}") from error
     model, report = loaded
     return model, check_report(path, model, report, fresh_head)
+
+
+def _blank(path: str, section: ModelSection, kind: Any, options: dict[str, Any]) -> Any:
+    """As `_load`, from the configuration alone."""
+    base = adapter_base(path)
+    if base is not None:
+        check_path(base, f"{path}: base_model_name_or_path")
+    try:
+        return blank.build(path, base, section, kind, options)
+    except Exception as error:
+        raise BadInput(f"cannot build the model {path!r} from its configuration: {_reason(error)}") from error
 
 
 def _load_adapter(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from align_engine.errors import BadInput
@@ -18,13 +18,15 @@ PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_pa
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
          "server_weights"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
-                       "dataset_num_proc", "tune_malloc")  # fmt: skip
+                       "dataset_num_proc", "tune_malloc", "fit")  # fmt: skip
 R = TypeVar("R", bound=Settings)
 
 
-def check(recipe: R) -> R:
+def check(recipe: R, required: Sequence[str] = REQUIRED) -> R:
     """Refuse values that no run can use, all of them in one message.
 
+    Args:
+        required: fields that must be given.
     Returns:
         the recipe with every value as its field's type has it, and a home in place of each `~`.
     Raises:
@@ -37,7 +39,7 @@ def check(recipe: R) -> R:
                 home = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
                 setattr(section, name, home)
     values = flat(recipe)
-    broken = [f"{name} = {values[name]!r} is required" for name in REQUIRED if not values.get(name, True)]
+    broken = [f"{name} = {values[name]!r} is required" for name in required if not values.get(name, True)]
     for name, (_, taken) in fields(type(recipe)).items():
         if taken.range is not None and any(number not in taken.range for number in numbers(values[name])):
             broken.append(f"{name} = {values[name]!r} {taken.range}")

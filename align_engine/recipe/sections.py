@@ -410,6 +410,10 @@ class TrainSection(Section):
     """Keep what the backward pass needs in the CPU's memory meanwhile: less memory of a GPU, for time on the bus."""
     tune_malloc: bool = True
     """On a CPU: have glibc's malloc give large blocks back as soon as they are free, and lay them in huge pages."""
+    fit: str | None = None
+    """Change the recipe so that the run fits into this memory, and say why: a size (24GB), a card by its name, or auto:
+    what this machine has. Smaller forward passes of the same step, recomputed activations, a reference elsewhere, LoRA.
+    What does not fit at all is refused before weights are loaded (docs/plan.md)."""
     seed: Annotated[int, Range("[0, 4294967295]")] = 42
     """Seed of the order of the rows, of new weights and of dropout."""
 

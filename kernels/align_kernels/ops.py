@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from align_kernels import autograd
+from align_kernels import autograd, rehearsal
 from align_kernels.autograd import TENSORS, Saved, needed
 from align_kernels.backends.state import COLUMNS
 from align_kernels.gemm import logits_dtype
@@ -180,8 +180,14 @@ def opaque(hidden: Tensor) -> bool:
     return torch.compiler.is_compiling() or is_fake(hidden)
 
 
+def _acting() -> rehearsal.Rehearsal | None:
+    return None if torch.compiler.is_compiling() else rehearsal.acting()
+
+
 def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
     """What `autograd.Logprobs` returns."""
+    if (rehearsed := _acting()) is not None:
+        return rehearsed.logprobs(head, settings, needs)
     return logprobs_op(*head, encode_settings(settings, needs))
 
 
@@ -195,5 +201,7 @@ def loss(
     needs: Needs,
 ) -> tuple[Tensor, ...]:
     """What `autograd.FusedLoss` returns."""
+    if (rehearsed := _acting()) is not None:
+        return rehearsed.loss(head, targets, side, call, settings, needs)
     text, encoded = call.encode(), encode_settings(settings, needs)
     return loss_op(*head._replace(targets=targets), side, num_items, text, encoded)[:6]

@@ -19,6 +19,7 @@ ORDER = (  # each imports from those to its right alone; of rooms in one line no
     ("demo",),
     ("iterate",),
     ("run", "preparation"),
+    ("planning",),
     ("inputs", "reports", "algorithms"),
     ("rollouts",),
     ("training",),

@@ -154,7 +154,7 @@ __init__
 explain fused from_logits
 api
 ops
-autograd
+autograd rehearsal
 schedules.plan
 schedules
 schedules.compaction schedules.device_losses schedules.exponentials
