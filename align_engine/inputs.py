@@ -13,9 +13,9 @@ from align_engine.recipe import flat
 from align_engine.training.checkpoint import RECORD
 
 if TYPE_CHECKING:
-    from align_engine.recipe import Recipe
+    from align_engine.recipe import Settings
 
-DATA = ("dataset_name", "eval_dataset_name")
+DATA = ("dataset_name", "eval_dataset_name", "pairs_name")
 CODE = (
     "reward_funcs",
     "eval_reward_funcs",
@@ -25,7 +25,7 @@ REWARDS = ("reward_funcs", "eval_reward_funcs")
 OUTPUTS = ("output_dir", "server_weights")
 
 
-def local_inputs(recipe: Recipe) -> list[tuple[str, Path]]:
+def local_inputs(recipe: Settings) -> list[tuple[str, Path]]:
     """(field, path) of each file and folder of this machine that the recipe reads: base models of adapters, and what
     the hub's cache holds of a name, are among them."""
     from align_engine.rollouts.rewards import is_model
@@ -71,7 +71,7 @@ def _places(model: str) -> list[Path]:
     return found
 
 
-def check_outputs(recipe: Recipe) -> None:
+def check_outputs(recipe: Settings) -> None:
     """Refuse a folder to write to that is, or holds, something that the run reads; changes nothing.
 
     Raises:
@@ -107,7 +107,7 @@ def _holds(folder: Path, path: Path) -> bool:
     return folder == path or folder in path.parents
 
 
-def facts(recipe: Recipe) -> dict[str, Any]:
+def facts(recipe: Settings) -> dict[str, Any]:
     """Fingerprints of the models and of the code that the run reads, by field: what makes it the same run later."""
     from align_engine.rollouts import rewards
     from align_engine.training import importing

@@ -12,13 +12,24 @@ import importlib
 from typing import Any
 
 from align_engine.errors import BadInput
-from align_engine.preparation.sections import GenerateRecipe, PairsRecipe, Preparation
+from align_engine.preparation.sections import (
+    BalanceRecipe,
+    GenerateRecipe,
+    PairsRecipe,
+    Preparation,
+    TokensRecipe,
+)
 
 EXTRA = {  # packages of the extra `data`, by the name of their module
     "openai": "openai", "semhash": "semhash", "sentence_transformers": "sentence-transformers",
-    "sklearn": "scikit-learn",
+    "sklearn": "scikit-learn", "scipy": "scipy",
 }  # fmt: skip
-PREPARATION: dict[str, type[Preparation]] = {"generate": GenerateRecipe, "pairs": PairsRecipe}
+PREPARATION: dict[str, type[Preparation]] = {
+    "generate": GenerateRecipe,
+    "pairs": PairsRecipe,
+    "balance": BalanceRecipe,
+    "tokens": TokensRecipe,
+}
 
 
 def run(name: str, settings: Any) -> None:

@@ -63,8 +63,12 @@ class ResultFolder(RunFolder):
 
     def journal(self) -> Journal:
         """What has been done so far; more can be added."""
-        self._list({JOURNAL: 0})
-        return Journal(self.path / JOURNAL, self)
+        return Journal(self.growing(JOURNAL), self)
+
+    def growing(self, name: str) -> Path:
+        """A file of the result that its command writes bit by bit, and knows how to go on with."""
+        self._list({name: 0})
+        return self.path / name
 
 
 class Journal:
@@ -117,7 +121,11 @@ def _line(row: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def opened(
-    name: str, settings: Preparation, rows: datasets.Dataset, facts: dict[str, Any] | None = None
+    name: str,
+    settings: Preparation,
+    rows: datasets.Dataset,
+    facts: dict[str, Any] | None = None,
+    product: str = ROWS,
 ) -> Iterator[ResultFolder | None]:
     """The folder of a command's result, inside the block this process's alone; None where it holds the result already,
     which is said. At the block's end the result is finished.
@@ -125,12 +133,14 @@ def opened(
     Args:
         rows: what the command reads, and
         facts: what else decides its result, beside the settings.
+        product: the file or folder without which the result is made again.
     Raises:
         BadInput: the folder holds something else, or is in use. Stopped: a KeyboardInterrupt ended the block.
     """
     chosen = {field: value for field, value in recipes.identity(settings).items() if field not in FREE}
     identity = {"command": name, **chosen, "rows": content_hash(rows)} | (facts or {})
     folder = ResultFolder(settings.output.output_dir, identity)
+    folder.product = product
     overwrite = settings.output.overwrite
     with folder.locked():
         if folder.finished(overwrite):

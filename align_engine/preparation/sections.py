@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 from align_engine.preparation.models import read_models
 from align_engine.recipe.recipes import Settings
 from align_engine.recipe.sections import Section
-from align_engine.recipe.values import Count, Finite, NotNegative, Positive
+from align_engine.recipe.values import Count, Finite, NotNegative, Positive, Range, Share
 
 
 class InputSection(Section):
@@ -113,3 +113,88 @@ class PairsRecipe(Preparation):
             yield "desirable", "is for layout = 'unpaired'"
         if own.margin and own.layout == "unpaired":
             yield "margin", "is not for layout = 'unpaired', which has no pairs"
+
+
+class TokensSection(Section):
+    """Tokens."""
+
+    source_column: list[str] = field(default_factory=list)
+    """Column with the source of an answer; with chosen and rejected one column for each (none: these are the
+    sources)."""
+    max_words: Count = 3
+    """Words of the longest phrase and n-gram."""
+    min_count: Count = 5
+    """Answers that must hold a phrase, over all sources."""
+    min_share: Share = 0.01
+    """Share of a source's answers that must hold a phrase before the reward model is asked about it."""
+    top: Count = 50
+    """Phrases that the reward model is asked about, those that stand out most; also lines of the tables."""
+
+
+class SwaySection(Section):
+    """Reward model."""
+
+    reward_model: str | None = None
+    """Folder or hub name of a reward model, or any scorer that reward_funcs takes (None: count alone)."""
+    pairs_name: str | None = None
+    """Preference pairs to ask it about, as dataset_name (None: those of dataset_name)."""
+    num_pairs: Count = 200
+    """Pairs that are drawn from them."""
+    markers: list[str] = field(default_factory=list)
+    """Further openings to ask about."""
+    seed: int = 0
+    """Of what is drawn."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside a model. Read it before."""
+
+
+class TokensRecipe(Preparation):
+    """Find words that give a source of answers away, and those that sway a reward model."""
+
+    tokens: TokensSection = field(default_factory=TokensSection)
+    sway: SwaySection = field(default_factory=SwaySection)
+
+    def models(self) -> dict[str, str]:
+        path = self.sway.reward_model
+        return {"reward_model": path} if path and ":" not in path else {}
+
+
+class BalanceSection(Section):
+    """Balance."""
+
+    column: str = "prompt"
+    """Column of the prompts: texts, or messages, whose user turns count."""
+    encoder: str = ""
+    """What gives embeddings: a model of sentence-transformers, any encoder of transformers (say
+    Tochka-AI/ruRoPEBert-e5-base-2k), a function as module:name or file.py:name, or an earlier output_dir of this
+    command on the same rows, whose embeddings are taken."""
+    cap: Count = 100
+    """Most rows of a cluster that are kept."""
+    floor: Count = 10
+    """Fewest rows of a cluster; smaller clusters are repeated."""
+    threshold: Positive = 0.5
+    """Radius of a subcluster of BIRCH, with embeddings of length 1."""
+    distance: Annotated[float, Range("(0, 2)")] = 0.75
+    """Subclusters of a smaller distance, 1 - cosine, are one cluster."""
+    n_clusters: Count | None = None
+    """Join the nearest subclusters until so many are left, instead of by distance."""
+    seed: int = 0
+    """Of the rows that are drawn."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside an encoder. Read it before."""
+
+
+class BalanceRecipe(Preparation):
+    """Cluster prompts by meaning and keep something of each cluster: 100, 1 and 100500 become 100, 10 and 100."""
+
+    balance: BalanceSection = field(default_factory=BalanceSection)
+
+    def models(self) -> dict[str, str]:
+        path = self.balance.encoder
+        return {"encoder": path} if path and ":" not in path else {}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not self.balance.encoder:
+            yield "encoder", "is required"
+        if self.balance.floor > self.balance.cap:
+            yield "floor", f"must be at most cap = {self.balance.cap}"

@@ -105,6 +105,29 @@ def bar_chart(title: str, bars: dict[str, tuple[float, float]], y_label: str) ->
     return Figure(title, _png(canvas))
 
 
+def scatter_chart(title: str, x: Sequence[float], y: Sequence[float], groups: Sequence[int]) -> Figure:
+    """Points in a plane, without scales. Groups 0, 1, ... have a colour each as long as there are some, the rest are
+    grey."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(5.6, 4.6), dpi=144, layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.add_subplot()
+    for group, colour in [(None, "#aab4c0"), *enumerate(COLOURS)]:
+        own = [g >= len(COLOURS) if group is None else g == group for g in groups]
+        if any(own):
+            points = [(a, b) for a, b, mine in zip(x, y, own) if mine]
+            axes.scatter(*zip(*points), s=9, color=colour, alpha=0.6, linewidths=0,
+                         label="others" if group is None else str(group))  # fmt: skip
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_color("#aab4c0")
+    axes.legend(frameon=False, fontsize=9, markerscale=2)
+    return Figure(title, _png(canvas))
+
+
 def _png(canvas: Any) -> bytes:
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,16 @@ from align_engine.recipe import (
 WORDS = [f"w{i}" for i in range(60)]
 
 
-def write_model(path: Path, seed: int = 0, vocab: int = 64, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def write_model(
+    path: Path,
+    seed: int = 0,
+    vocab: int = 64,
+    dtype: torch.dtype = torch.float32,
+    words: Sequence[str] = WORDS,
+    **config: Any,
+) -> Path:
     """A Llama of 64 tokens with its tokenizer; pad equals eos, as many tokenizers have it."""
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *WORDS])}, "<unk>"))
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", "<eos>", *words])}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
