@@ -25,12 +25,14 @@ from align_kernels.fused import (
 from align_kernels.head import LogitGradClamp
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import register_loss
+from align_kernels.sample import Samples, linear_sample
 
 __all__ = [
     "LogProbs",
     "LogitGradClamp",
     "LossOutput",
     "ProbGate",
+    "Samples",
     "backends_report",
     "bco_loss",
     "cpo_loss",
@@ -40,6 +42,7 @@ __all__ = [
     "grpo_loss",
     "kto_loss",
     "linear_logprobs",
+    "linear_sample",
     "logprobs_from_logits",
     "orpo_loss",
     "ppo_clip_loss",

@@ -29,6 +29,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "grpo_loss": HEAD | dict(old_logps=TOKENS, advantages=ROWS, ref_logps=TOKENS, sampling_logps=TOKENS, beta=0.1),
     "kto_loss": HEAD | dict(ref_logps=ROWS, desirable=MARKS, kl=0.0),
     "linear_logprobs": HEAD,
+    "linear_sample": dict(hidden=hidden, weight=weight, uniforms=TOKENS),
     "logprobs_from_logits": dict(logits=torch.zeros(B, T, V), targets=targets),
     "orpo_loss": HEAD | dict(nll_targets=targets[:2]),
     "ppo_clip_loss": HEAD | dict(old_logps=TOKENS, advantages=TOKENS),
@@ -41,7 +42,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "slic_loss": HEAD,
     "value_loss": dict(values=TOKENS, old_values=TOKENS, returns=TOKENS, mask=TOKENS.bool()),
 }
-FLOATING = {"hidden", "weight", "logits", "logps", "chosen", "values"}  # what a gradient flows to
+FLOATING = {"hidden", "weight", "logits", "logps", "chosen", "values", "uniforms"}  # what a gradient flows to
 OF_HEAD = {
     k: "x" for k in ("bias", "lora", "grad_clamp", "tp_group", "workspace", "softcap", "drop_mass", "temperature")
 }

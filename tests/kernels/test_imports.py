@@ -152,7 +152,7 @@ ROOMS = """
 compat
 __init__
 explain fused from_logits
-api
+api sample
 ops
 autograd rehearsal
 schedules.plan
