@@ -27,7 +27,7 @@ MOVED = {
     "reference": ["training.reference", "models.logps"],
     "report": ["reports.report"],
     "rewards": ["rollouts.rewards"],
-    "rollout": ["rollouts.generate"],
+    "rollout": ["rollouts.generate", "rollouts.completion"],
     "server": ["rollouts.server"],
     "source": ["data.windows"],
     "watch": ["training.health"],

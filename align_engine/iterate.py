@@ -35,7 +35,7 @@ from align_engine.planning.rehearse import lengths
 from align_engine.planning.show import plan
 from align_engine.recipe import IterateRecipe, ModelSection, Recipe, ReferenceFields
 from align_engine.rollouts.advantages import best_versus_worst
-from align_engine.rollouts.generate import Completion, Sampler
+from align_engine.rollouts.completion import Completion, Sampler
 from align_engine.rollouts.server import reload_weights
 from align_engine.rollouts.source import Prompts
 from align_engine.run import (
@@ -167,7 +167,7 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
         RunFailed: all completions of every prompt tie.
     """
     accelerator, folder, size = prompts.accelerator, prompts.folder, prompts.settings.num_generations
-    asked = prompts.asked(number - 1, count)
+    asked = prompts.asked((number - 1) * count, count)
     sampler = kept(sampler_of(prompts, model), folder, f"round-{number}/answers")
     stopped = stops.Stopped(f"stopped in round {number}; the same command goes on inside it")
     with stops.graceful(accelerator.print):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from align_engine.algorithms.common import with_mismatch
+from align_engine.algorithms.common import with_ratios
 from align_engine.data.batches import Batch, collate_rollouts
 from align_engine.recipe import GrpoRecipe
 from align_engine.rollouts.advantages import Experience, group_normalised
@@ -26,7 +26,7 @@ def grpo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: GrpoRecipe,
         "loss_type": "dapo" if options.loss_type == "bnpo" else options.loss_type,
     }
     out = grpo_loss(hidden, **keywords(grpo_loss, head, batch, recipe, num_items, **more))
-    return with_mismatch(out, batch, out.logps)
+    return with_ratios(out, batch, out.logps, options if options.vllm_importance_sampling_correction else None)
 
 
 def units(batch: Batch, recipe: GrpoRecipe) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_engine.algorithms.common import tokens, with_mismatch
+from align_engine.algorithms.common import tokens, with_ratios
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts
 from align_engine.integrations import hook
 from align_engine.models.score_head import ValueHead, load_scalar_model
@@ -31,7 +31,7 @@ def ppo(
     parts = {"loss/policy_avg": policy.loss, "loss/value_avg": value.loss}
     means = {name: loss.detach() * num_items / max(count, 1) for name, loss in parts.items()}
     out = policy._replace(metrics=policy.metrics | value.metrics, counts=policy.counts | value.counts)
-    out = with_mismatch(with_means(out, means, count), batch, policy.logps)
+    out = with_ratios(with_means(out, means, count), batch, policy.logps)
     return out._replace(loss=policy.loss + recipe.loss.vf_coef * value.loss)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from align_engine.algorithms.common import sequences, with_mismatch
+from align_engine.algorithms.common import sequences, with_ratios
 from align_engine.data.batches import IGNORE, Batch, collate_rollouts
 from align_engine.recipe import RlooRecipe
 from align_engine.rollouts.advantages import BASELINES, STD_EPSILON, Experience, nanstd
@@ -22,7 +22,7 @@ def rloo(hidden: Tensor, head: dict[str, Any], batch: Batch, recipe: RlooRecipe,
     first = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
     each = batch.advantages.gather(1, first)[:, 0]
     out = rloo_loss(hidden, **keywords(rloo_loss, head, batch, recipe, num_items, advantages=each))
-    return with_mismatch(out, batch, batch.old_logps)
+    return with_ratios(out, batch, batch.old_logps)
 
 
 def advantages(found: Experience, recipe: RlooRecipe, state: dict[str, Any]) -> tuple[Columns, dict[str, Any]]:

@@ -116,7 +116,12 @@ def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if values[name] and not values["server_base_url"]:
             yield name, "needs server_base_url"
     if values["server_weights"] and values["use_peft"]:
-        yield "server_weights", "needs use_peft: false"
+        if "rounds" in values:
+            yield "server_weights", "needs use_peft: false, as each round of iterate merges its adapter"
+        if values["server_model"]:
+            yield "server_model", "is not read with server_weights and use_peft: each adapter gets a name of its own"
+    if values["dynamic_sample"]:
+        yield from (("dynamic_sample", text) for text in _never_resampled(values))
     passes, accumulation = values["steps_per_generation"], values["gradient_accumulation_steps"]
     if passes and accumulation >= 1 and passes % accumulation:
         yield "steps_per_generation", f"must be a multiple of gradient_accumulation_steps = {accumulation}"
@@ -124,6 +129,20 @@ def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, unset in {"top_p": 1.0, "top_k": 0, "stop_strings": None, "server_base_url": None}.items():
             if values[name] != unset:
                 yield name, f"must be {unset} with {paged}"
+
+
+def _never_resampled(values: dict[str, Any]) -> Iterator[str]:
+    """Why a prompt whose completions have the same reward is not to be replaced."""
+    if "rounds" in values:
+        yield "is for grpo and rloo: iterate leaves out prompts whose completions tie"
+    elif "num_ppo_epochs" in values:
+        yield "is for grpo and rloo: ppo learns from equal rewards too"
+    elif values.get("baseline", "leave_one_out") != "leave_one_out":
+        yield f"needs baseline leave_one_out: with {values['baseline']} equal rewards are learnt from too"
+    if values["num_generations"] == 1:
+        yield "needs num_generations above 1"
+    if values["reward_funcs"] == ["human"]:
+        yield "needs a scorer, not people"
 
 
 def identity(recipe: Settings) -> dict[str, Any]:

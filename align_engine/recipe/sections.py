@@ -217,6 +217,10 @@ class RolloutSection(Section):
     """Sample by transformers' continuous batching: rows that have ended leave the batch. It pays with a
     flash attn_implementation and completions of very different lengths. Not for models with layers of several kinds of
     attention, attn_logit_softcapping, or shards."""
+    dynamic_sample: bool = False
+    """Replace prompts whose completions all have the same reward by further ones (DAPO)."""
+    max_resample_times: Count = 3
+    """Most rounds of them in one rollout; then such prompts stay."""
     missing_eos_penalty: NotNegative | None = None
     """Taken off the reward of completions that were cut off."""
     mask_truncated_completions: bool = False
@@ -230,7 +234,7 @@ class RolloutSection(Section):
     again)."""
     server_weights: str | None = None
     """Folder that the server (vLLM, `transformers serve`) reads its weights from: the policy is written there before
-    each rollout."""
+    each rollout; with use_peft its adapter alone, which vLLM loads."""
 
 
 class KlReference(ReferenceFields):

@@ -1,5 +1,5 @@
-"""Completions of prompts by transformers' generate, or its continuous batching: token for token what the policy chose,
-with its log-probs.
+"""Completions of prompts by the decode loop of `decode`, by transformers' generate, or its continuous batching: token
+for token what the policy chose, with its log-probs.
 
 Which completions come out is a function of (weights, prompts, seed) alone: batches are cut from the list of prompts
 whatever the number of processes, and each has a seed of its own. So nothing about the sampler needs saving.
@@ -7,11 +7,11 @@ whatever the number of processes, and each has a seed of its own. So nothing abo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -19,6 +19,9 @@ from transformers import GenerationConfig, StoppingCriteria, StopStringCriteria
 
 from align_engine.data.batches import collate_prompts, split_order
 from align_engine.errors import BadInput, RunFailed
+from align_engine.integrations.hook import causal_model
+from align_engine.rollouts import decode
+from align_engine.rollouts.completion import Completion, Sampler, derived_seed
 from align_engine.training import stops
 
 if TYPE_CHECKING:
@@ -27,17 +30,7 @@ if TYPE_CHECKING:
     from align_engine.recipe import RolloutSection
 
 
-@dataclass
-class Completion:
-    """What the policy answered."""
-
-    ids: list[int]  # up to and with the EOS token, or the token that completes a stop string
-    logps: Tensor  # [len(ids)] float32: the sampler's own log-probs at its temperature; NaN where it gave none
-    ended: bool  # False: cut at max_completion_length
-
-
 PAGED, PAGE = "use_transformers_continuous_batching", 256  # tokens of a page
-Sampler = Callable[[Sequence[list[int]], int], list[Completion]]  # (prompts' ids, seed) -> one completion for each
 
 
 class Watch(StoppingCriteria):
@@ -65,17 +58,21 @@ class Watch(StoppingCriteria):
         return done
 
 
-def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -> Sampler:
-    """A sampler that runs the policy itself, with its KV cache.
+def transformers_sampler(
+    model: Any, tokenizer: Any, settings: RolloutSection, say: Callable[[str], object] | None = None
+) -> Sampler:
+    """A sampler that runs the policy itself, with its KV cache: by the loop of `decode`, where that serves, else by
+    transformers' `generate`, or its continuous batching.
 
     Args:
         model: a causal LM of transformers, bare or inside accelerate's wrappers; put in eval mode for the call, which
             leaves training's random numbers untouched.
         tokenizer: its tokenizer; the pad token may be the EOS token.
         settings: max_completion_length, temperature, top_p, top_k, stop_strings, use_transformers_continuous_batching.
+        say: is told which of the ways it is, and why. Default None: nobody.
     Raises:
         BadInput: a tokenizer in which transformers cannot find stop strings (of whole words, for one); a policy that
-            continuous batching cannot run.
+            continuous batching cannot run. By the sampler, RunFailed: the policy's logits are not numbers.
     """
     from accelerate.utils import extract_model_from_parallel
 
@@ -93,42 +90,65 @@ def transformers_sampler(model: Any, tokenizer: Any, settings: RolloutSection) -
         stop = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
     except ValueError as error:
         raise BadInput(f"stop_strings = {settings.stop_strings}: not to be found in the tokens: {error}") from error
-
-    paged = settings.use_transformers_continuous_batching
     shards = any(isinstance(weight, DTensor) or hasattr(weight, "ds_id") for weight in inner.parameters())
-    mixed = hasattr(inner, "_original_forward") and inner.dtype == torch.float32  # by accelerate
-    text = inner.config.get_text_config()
-    capped, kinds = getattr(text, "attn_logit_softcapping", None), set(getattr(text, "layer_types", None) or ())
-    for holds, why in ((shards, "is in shards"), (not inner._supports_attention_backend, "has attention without pages"),
-                       (capped, f"has attn_logit_softcapping = {capped}"),  # pages leave it out
-                       (len(kinds) > 1, "has layers of several kinds of attention"),  # its pages are of one kind
-                       (mixed, "has float32 weights but bf16 keys (set dtype: bfloat16, or bf16: false)")):  # fmt: skip
-        if paged and holds:
-            raise BadInput(f"{PAGED}: {type(inner).__name__} {why}")
+    with prepared(inner, config):
+        reason = decode.why_not(inner, settings)
+    if settings.use_transformers_continuous_batching:
+        check_pages(inner, shards)
+        run, way = continuous_batching, "by transformers' continuous batching"
+    elif reason is not None:
+        run, way = partial(batched_generate, stop=stop), f"by transformers' generate: {reason}"
+    else:
+        inner, way = causal_model(inner), "in the pass of the LM head, each prompt read once"
+        run = partial(decode.decode, stop=stop, in_shards=shards)
+    if say is not None:
+        say(f"completions are drawn {way}")
 
     @torch.no_grad()
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         device = next(inner.parameters()).device
-        training, before, attention = inner.training, inner.generation_config, inner.config._attn_implementation
-        routers = getattr(text, "output_router_logits", False)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), prepared(inner, config):
             torch.manual_seed(seed)
-            try:
-                inner.eval().generation_config = config  # in place of the model's own, which may hold penalties
-                if routers:  # the loss of experts cannot be computed where earlier tokens lie in a cache
-                    text.output_router_logits = False
-                return continuous_batching(inner, prompts, seed) if paged else batched_generate(inner, prompts, stop)
-            finally:
-                inner.train(training).generation_config = before
-                if routers:
-                    text.output_router_logits = routers
-                if inner.config._attn_implementation != attention:  # transformers has failed half-way
-                    inner.set_attn_implementation(attention)
+            return run(inner, prompts, seed)
 
     return sample
 
 
-def batched_generate(model: Any, prompts: Sequence[list[int]], stop: StopStringCriteria | None) -> list[Completion]:
+def check_pages(model: Any, shards: bool) -> None:
+    """Refuse what continuous batching cannot run."""
+    mixed = hasattr(model, "_original_forward") and model.dtype == torch.float32  # by accelerate
+    text = model.config.get_text_config()
+    capped, kinds = getattr(text, "attn_logit_softcapping", None), set(getattr(text, "layer_types", None) or ())
+    for holds, why in ((shards, "is in shards"), (not model._supports_attention_backend, "has attention without pages"),
+                       (capped, f"has attn_logit_softcapping = {capped}"),  # pages leave it out
+                       (len(kinds) > 1, "has layers of several kinds of attention"),  # its pages are of one kind
+                       (mixed, "has float32 weights but bf16 keys (set dtype: bfloat16, or bf16: false)")):  # fmt: skip
+        if holds:
+            raise BadInput(f"{PAGED}: {type(model).__name__} {why}")
+
+
+@contextlib.contextmanager
+def prepared(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Inside the block the model generates by `config` alone, in eval mode; afterwards it is as it was."""
+    training, before, attention = model.training, model.generation_config, model.config._attn_implementation
+    text = model.config.get_text_config()
+    routers = getattr(text, "output_router_logits", False)
+    try:
+        model.eval().generation_config = config  # in place of the model's own, which may hold penalties
+        if routers:  # the loss of experts cannot be computed where earlier tokens lie in a cache
+            text.output_router_logits = False
+        yield
+    finally:
+        model.train(training).generation_config = before
+        if routers:
+            text.output_router_logits = routers
+        if model.config._attn_implementation != attention:  # transformers has failed half-way
+            model.set_attn_implementation(attention)
+
+
+def batched_generate(
+    model: Any, prompts: Sequence[list[int]], seed: int, stop: StopStringCriteria | None
+) -> list[Completion]:
     """Completions by `generate`: a batch that goes on until its last row has ended."""
     config, device = model.generation_config, next(model.parameters()).device
     input_ids, mask = (x.to(device) for x in collate_prompts(prompts, config.pad_token_id))
@@ -200,8 +220,3 @@ def sample_all(
         mine += [(number, answers)] if number < len(batches) else []
     found = sorted(gather_object(mine), key=lambda part: part[0])
     return [completion for _, part in found for completion in part]
-
-
-def derived_seed(*numbers: int) -> int:
-    """A seed that is a function of the numbers alone."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -13,6 +13,9 @@ started on a copy of the model there, vLLM with VLLM_SERVER_DEV_MODE=1, `transfo
 folder and the server told to read it again. `transformers serve` may also be started without a model: it loads what
 the requests name, which is that folder.
 
+Where adapters are trained, vLLM is started on the model below them, with --enable-lora, --max-lora-rank and
+VLLM_ALLOW_RUNTIME_LORA_UPDATING=True: the folder then holds the adapter alone, which vLLM is told to load.
+
 The environment variable ALIGN_SERVER_API_KEY, where it is set, is the bearer token of all requests to the server.
 """
 
@@ -20,11 +23,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -36,7 +41,7 @@ from align_engine.data.encoder import Encoder
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import RolloutSection
 from align_engine.recipe.secrets import check_address, key_header, masked
-from align_engine.rollouts.generate import Completion, Sampler, derived_seed
+from align_engine.rollouts.completion import Completion, Sampler, derived_seed, truncated
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # a later try may succeed
 ATTEMPTS, LONGEST_WAIT = 6, 30.0
@@ -55,12 +60,15 @@ def retried(call: Any) -> Any:
     return retry(retry=retry_if_exception(passing), stop=stop_after_attempt(ATTEMPTS), wait=wait, reraise=True)(call)
 
 
-async def post_all(url: str, payloads: Sequence[Any], key: str, patience: float, concurrency: int = 16) -> list[Any]:
+async def post_all(
+    url: str, payloads: Sequence[Any], key: str, patience: float, concurrency: int = 16, reads: bool = True
+) -> list[Any]:
     """POST each payload as JSON, `concurrency` of them at a time, each tried again where that may help.
 
     Args:
         key: variable of the environment that may hold a bearer token.
         patience: seconds that one request may take from its first byte to its answer's last.
+        reads: False: the answer is of no interest, None stands for it.
     Returns:
         the JSON answers, in the payloads' order.
     Raises:
@@ -75,7 +83,7 @@ async def post_all(url: str, payloads: Sequence[Any], key: str, patience: float,
         async def post(payload: Any) -> Any:
             async with free:
                 answer = (await asyncio.wait_for(client.post(url, json=payload), patience)).raise_for_status()
-            return answer.json() if answer.content else None
+            return answer.json() if reads and answer.content else None
 
         try:
             return await asyncio.gather(*map(post, payloads))
@@ -155,8 +163,9 @@ class Exchange:
 
 
 def server_sampler(
-    tokenizer: Any, settings: RolloutSection, model: str, kind: str, vocab_size: int | None = None
-) -> Sampler:
+    tokenizer: Any, settings: RolloutSection, model: str, kind: str, vocab_size: int | None = None,
+    adapter: Adapter | None = None,
+) -> Sampler:  # fmt: skip
     """A sampler that asks the server at `server_base_url`.
 
     Args:
@@ -165,6 +174,7 @@ def server_sampler(
         model: its name there, unless server_model says, or `transformers serve` is to load server_weights.
         kind: of the server, as kind_of_server says.
         vocab_size: of the policy; a server's ids must lie below it (None: anywhere from 0).
+        adapter: that answers in the model's place, by the name that it has there at the time.
     Raises:
         BadInput: the settings ask for what OpenAI's API has not, and the server is no other. RunFailed: by the sampler:
             the server refuses, or fails again and again; it answers with what is no completion; no text gives a
@@ -180,7 +190,10 @@ def server_sampler(
 
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         sent = prompts if kind == "vllm" else map(exchange.as_text, prompts)
-        payloads = [{**shared, "prompt": one, "seed": derived_seed(seed, i) % 2**31} for i, one in enumerate(sent)]
+        named = {} if adapter is None else {"model": adapter.name}
+        payloads = [
+            {**shared, **named, "prompt": one, "seed": derived_seed(seed, i) % 2**31} for i, one in enumerate(sent)
+        ]
         asked = post_all(url, payloads, KEY, PATIENCE, settings.server_concurrency)
         return list(map(exchange.read, asyncio.run(asked)))
 
@@ -201,11 +214,6 @@ def _shared(settings: RolloutSection, model: str, kind: str) -> dict[str, Any]:
         shared["generation_config"] = json.dumps(own)
         shared["model"] = settings.server_model or settings.server_weights or model
     return shared
-
-
-def truncated(settings: RolloutSection) -> bool:
-    """Whether completions are drawn from a part of the vocabulary only."""
-    return settings.top_p < 1 or settings.top_k > 0
 
 
 def check_correction(settings: RolloutSection, kind: str) -> None:
@@ -258,3 +266,46 @@ def reload_weights(settings: RolloutSection, kind: str) -> None:
     vllm = {"collective_rpc": {"method": "reload_weights"}, "reset_prefix_cache": {}}
     for path, payload in (vllm if kind == "vllm" else {"reset": {}}).items():
         asyncio.run(post_all(below(settings.server_base_url or "", path), [payload], KEY, PATIENCE))
+
+
+class Adapter:
+    """The policy's LoRA on a vLLM server, where its name is made of its weights: no server takes what it has cached
+    under other weights for these, and a run that is begun again finds its own."""
+
+    def __init__(self, settings: RolloutSection) -> None:
+        self.base, self.name = settings.server_base_url or "", ""
+
+    def load(self, folder: Path) -> None:
+        """Have the server load the adapter in a folder that it sees, in place of the one before.
+
+        Raises:
+            RunFailed: with what the server says, and how it must have been started.
+        """
+        found = hashlib.sha256()
+        for path in sorted(folder.glob("adapter_*")):
+            found.update(path.read_bytes())
+        name, there = f"align-{found.hexdigest()[:16]}", self.loaded()
+        for old in {self.name, name} & there:
+            self.post("unload_lora_adapter", lora_name=old)
+        self.post("load_lora_adapter", lora_name=name, lora_path=str(folder))
+        self.name = name
+
+    def loaded(self) -> set[str]:
+        """Names of what the server has loaded."""
+        url = below(self.base, "v1/models")
+
+        @retried
+        def get() -> Any:
+            return httpx2.get(url, timeout=30, headers=key_header(KEY)).raise_for_status().json()
+
+        try:
+            return {one["id"] for one in get()["data"]}
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise RunFailed(f"{masked(url)}: {type(error).__name__} {masked(str(error))}") from error
+
+    def post(self, what: str, **payload: str) -> None:
+        try:
+            asyncio.run(post_all(below(self.base, f"v1/{what}"), [payload], KEY, PATIENCE, reads=False))
+        except RunFailed as error:
+            how = "--enable-lora, a --max-lora-rank of lora_r at least, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+            raise RunFailed(f"{error}: vLLM must run with {how}, and see the folder server_weights") from error

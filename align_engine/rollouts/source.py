@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.compute
@@ -28,10 +29,12 @@ from align_engine.recipe import GrpoLoss, IterateRecipe, OnlineEval, OnlineRecip
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards as scoring
 from align_engine.rollouts.advantages import Experience
-from align_engine.rollouts.generate import Completion, Sampler, sample_all, transformers_sampler
-from align_engine.rollouts.server import check_correction, kind_of_server, reload_weights, server_sampler
+from align_engine.rollouts.completion import Completion, Sampler
+from align_engine.rollouts.generate import sample_all, transformers_sampler
+from align_engine.rollouts.server import Adapter, check_correction, kind_of_server, reload_weights, server_sampler
 from align_engine.rollouts.server_weights import ServerWeights
 from align_engine.training.checkpoint import RunFolder
+from align_engine.training.metrics import Sums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +44,28 @@ if TYPE_CHECKING:
 
 
 pc: Any = pyarrow.compute
+
+
+AGAIN = 1 << 31  # in the seeds of prompts that take others' place: no number of a rollout
+
+
+class Answer(NamedTuple):
+    """A completion that is scored."""
+
+    asked: int  # row of the prompts
+    completion: Completion
+    reward: float  # NaN where nobody could score
+
+
+class Group(NamedTuple):
+    """All completions of a prompt."""
+
+    answers: list[Answer]
+
+    @property
+    def spread(self) -> bool:
+        """Whether they have more than one reward."""
+        return len({one.reward for one in self.answers if not math.isnan(one.reward)}) > 1
 
 
 class Judged(NamedTuple):
@@ -75,18 +100,13 @@ class Prompts:
 
     def __post_init__(self) -> None:
         self.settings, self.seed, self.server = self.recipe.rollout, self.recipe.train.seed, None
-        if url := self.settings.server_base_url:
-            self.kind, name = kind_of_server(url), self.recipe.model.model_name_or_path
-            self.accelerator.print(f"completions come from {masked(url)}, which shows itself as {self.kind}")
-            loss = self.recipe.section(GrpoLoss)
-            if loss is not None and loss.vllm_importance_sampling_correction:
-                check_correction(self.settings, self.kind)
-            size = vocab_size(name, self.recipe.model.trust_remote_code)
-            self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, size)
         self.server_weights: ServerWeights | None = None
+        self.adapter: Adapter | None = None
         if self.settings.server_weights:
             self.server_weights = ServerWeights(self.settings.server_weights, self.recipe.model.model_name_or_path)
             self.server_weights.check()
+        if url := self.settings.server_base_url:
+            self.ask(url)
         if "prompt" not in self.columns.column_names:  # rows of ids: scorers read their text
             texts, ids = [""] * len(self.columns), self.rows["prompt_ids"]
             for index, text in zip(self.rows["index"], self.tokenizer.batch_decode(ids[:], skip_special_tokens=True)):
@@ -102,17 +122,43 @@ class Prompts:
                 asked: Any = self.columns.select(self.rows["index"][:]).select_columns("prompt").iter(1000)
                 scorer.check(prompt for part in asked for prompt in part["prompt"])
 
+    def ask(self, url: str) -> None:
+        """Know the server there, and sample from it."""
+        self.kind, name = kind_of_server(url), self.recipe.model.model_name_or_path
+        self.accelerator.print(f"completions come from {masked(url)}, which shows itself as {self.kind}")
+        loss = self.recipe.section(GrpoLoss)
+        if loss is not None and loss.vllm_importance_sampling_correction:
+            check_correction(self.settings, self.kind)
+        if self.server_weights is not None and self.recipe.model.use_peft:
+            if self.kind != "vllm":
+                raise BadInput(
+                    f"server_weights = {self.settings.server_weights!r} with use_peft: true needs vLLM, which loads "
+                    f"adapters, and {masked(url)} shows itself as {self.kind}: set use_peft to false"
+                )
+            self.adapter = Adapter(self.settings)
+        size = vocab_size(name, self.recipe.model.trust_remote_code)
+        self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, size, self.adapter)
+
+    def refresh(self, path: Path) -> None:
+        """Have the server read the policy that was put into the folder at `path`."""
+        if self.accelerator.is_main_process:
+            self.adapter.load(path) if self.adapter is not None else reload_weights(self.settings, self.kind)
+        if self.adapter is not None:
+            self.adapter.name = gather_object([self.adapter.name])[0]
+        self.accelerator.wait_for_everyone()
+
     def fingerprint(self) -> str:
         """Hash of the prompts' token ids, and of every column that scorers may read."""
         return f"{content_hash(self.rows)}-{content_hash(self.columns)}"
 
-    def sampler(self, model: Any) -> Sampler:
-        """Of this model, or of the server that the recipe names."""
-        return self.server or transformers_sampler(model, self.tokenizer, self.settings)
+    def sampler(self, model: Any, says: bool = True) -> Sampler:
+        """Of this model, or of the server that the recipe names. `says`: which way it takes."""
+        say = self.accelerator.print if says else None
+        return self.server or transformers_sampler(model, self.tokenizer, self.settings, say)
 
-    def asked(self, number: int, count: int) -> list[int]:
-        """The rows that time `number` asks: `count` of an endless shuffled order, each num_generations times."""
-        chosen = [endless_order(len(self.rows), self.seed, number * count + i) for i in range(count)]
+    def asked(self, place: int, count: int) -> list[int]:
+        """The rows from `place` on in an endless shuffled order: `count` of them, each num_generations times."""
+        chosen = [endless_order(len(self.rows), self.seed, place + i) for i in range(count)]
         return [row for row in chosen for _ in range(self.settings.num_generations)]
 
     def answers(self, sampler: Sampler, asked: list[int], *seeds: int) -> list[Completion]:
@@ -162,11 +208,12 @@ class Rollouts(Source):
             )
         self.steps_per_epoch = math.ceil(len(self.rows) / self.prompts_per_rollout) * self.steps_per_rollout
         self.number, self.experience, self.state = -1, [], {}
+        self.extra = 0  # prompts asked so far in others' place
 
     def start(self, engine: Engine, learns: bool) -> None:
         """Sample from the engine's model. What it learns from becomes part of the checkpoints, and takes over
         `engine.reference`, if any: the rows carry its log-probs."""
-        self.engine, self.sampler = engine, self.prompts.sampler(engine.model)
+        self.engine, self.sampler = engine, self.prompts.sampler(engine.model, says=learns)
         if learns:
             self.reference, engine.reference = engine.reference, None
             engine.kept["rollouts"] = self
@@ -199,21 +246,16 @@ class Rollouts(Source):
 
     def collect(self, number: int, clock: Clock) -> None:
         """Sample rollout `number` from the present policy, score it, and give its tokens their advantages."""
-        settings, engine, prompts = self.settings, self.engine, self.prompts
-        asked = prompts.asked(number, self.prompts_per_rollout)
+        settings, engine = self.settings, self.engine
         with clock("generate"):
             self.refresh_server()
-            completions = prompts.answers(self.sampler, asked, number)
+        answers, metrics, extra = self.answered(number, clock)
+        asked, completions, rewards = ([getattr(one, name) for one in answers] for name in Answer._fields)
         self.experience = [
             {"index": i, "prompt_ids": ids, "completion_ids": one.ids, "sampling_logps": one.logps}
             for i, (ids, one) in enumerate(zip(self.rows[asked]["prompt_ids"], completions))
         ]
-        with clock("score"):
-            place = prompts.folder.checkpoint(engine.progress.step)
-            if settings.reward_funcs == [scoring.HUMAN] and not place.exists():
-                engine.save(prompts.folder)  # people take their time: the same completions must come again
-            judged = prompts.judge(asked, completions, settings.num_generations, number)
-        if judged.rewards.isnan().all():
+        if all(map(math.isnan, rewards)):
             raise RunFailed(f"rollout {number}: none of its {len(asked)} completions could be scored")
         with clock("measure"):
             measured = self.measure()
@@ -221,22 +263,63 @@ class Rollouts(Source):
         lengths = torch.tensor([len(one.ids) for one in completions])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]) & ~masked[:, None]
         assert engine.algorithm.advantages is not None, "the table says how rollouts get their advantages"
-        found = Experience(judged.rewards, settings.num_generations, mask, **measured)
-        given, metrics = engine.algorithm.advantages(found, self.recipe, self.state)
+        found = Experience(torch.tensor(rewards, dtype=torch.float64), settings.num_generations, mask, **measured)
+        given, more = engine.algorithm.advantages(found, self.recipe, self.state)
         for i, row in enumerate(self.experience):
             tokens = {name: table[i, : lengths[i]].float().clone() for name, table in (measured | given).items()}
             row |= {**tokens, "masked": bool(masked[i])}
-        self.number = number
-        for name, value in (metrics | judged.metrics).items():
-            engine.progress.sums.add(name, float(value), 1)
+        self.number, self.extra = number, self.extra + extra
+        for name, value in more.items():
+            metrics.add(name, float(value), 1)
+        engine.progress.sums.merge(metrics)
+
+    def answered(self, number: int, clock: Clock) -> tuple[list[Answer], Sums, int]:
+        """The completions that rollout `number` learns from, the metrics of all that were sampled, and how many prompts
+        were asked in others' place.
+
+        With dynamic_sample, prompts whose completions have one reward give way to the next ones of the order, as often
+        as max_resample_times allows; while none is left to take their place they stay. So each rollout begins where
+        the one before it has ended in the order, and as many rollouts as ever make an epoch.
+        """
+        settings, prompts, most = self.settings, self.prompts, self.prompts_per_rollout
+        found, metrics = list[Group](), Sums()
+        for again in range(1 + settings.max_resample_times * settings.dynamic_sample):
+            room = most - sum(group.spread for group in found)
+            if not room:
+                break
+            asked = prompts.asked(number * most + self.extra + len(found), room)
+            seeds = (AGAIN + again, number) if again else (number,)
+            with clock("generate"):
+                completions = prompts.answers(self.sampler, asked, *seeds)
+            with clock("score"):
+                self.save_for_people()
+                judged = prompts.judge(asked, completions, settings.num_generations, number)
+            answers = [Answer(*one) for one in zip(asked, completions, judged.rewards.tolist())]
+            size = settings.num_generations
+            found += [Group(answers[i : i + size]) for i in range(0, len(answers), size)]
+            for name, value in judged.metrics.items() if not judged.rewards.isnan().all() else ():
+                metrics.add(name, value, room / most)
+        room, kept = most - sum(group.spread for group in found), list[Answer]()
+        if settings.dynamic_sample:
+            for name, value in (("prompts", len(found) - most), ("left", room)):
+                metrics.add(f"dynamic_sample/{name}", value, 1)
+        for group in found:
+            if group.spread or room:
+                kept += group.answers
+                room -= not group.spread
+        return kept, metrics, len(found) - most
+
+    def save_for_people(self) -> None:
+        """A checkpoint, where people mark completions: they take their time, and the same ones must come again."""
+        folder = self.prompts.folder
+        if self.settings.reward_funcs == [scoring.HUMAN] and not folder.checkpoint(self.engine.progress.step).exists():
+            self.engine.save(folder)
 
     def refresh_server(self) -> None:
         """Hand a server that samples the present policy."""
         if (weights := self.prompts.server_weights) is not None:
             self.engine.write_model(weights.written, self.prompts.tokenizer)
-            if self.engine.accelerator.is_main_process:
-                reload_weights(self.settings, self.prompts.kind)
-            self.engine.accelerator.wait_for_everyone()
+            self.prompts.refresh(weights.path.resolve())
 
     def measure(self) -> dict[str, Tensor]:
         """Log-probs of the rollout under policy and reference, and values, where they are needed: name -> [R, T]."""
@@ -275,10 +358,10 @@ class Rollouts(Source):
         return {f"eval_{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollout, where steps on it are left, and the state of the advantages."""
+        """The rollout, where steps on it are left, the state of the advantages, and the place in the prompts' order."""
         left = self.engine.progress.step % self.steps_per_rollout
         number, experience = (self.number, self.experience) if left else (-1, [])
-        return {"number": number, "experience": experience, "state": self.state}
+        return {"number": number, "experience": experience, "state": self.state, "extra": self.extra}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

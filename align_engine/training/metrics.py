@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from align_engine.data.json_text import loads
@@ -22,14 +24,24 @@ if TYPE_CHECKING:
     from align_kernels import LossOutput
 
 
+QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99}
+
+
 class Sums:
     """Weighted means in the making. Every rank must add the same names (weight 0 where it has no data)."""
 
     def __init__(self, totals: dict[str, tuple[float, float]] | None = None) -> None:
         self.totals: dict[str, Any] = dict(totals or {})  # name -> (sum, count)
+        self.samples: dict[str, list[Tensor]] = {}  # name -> numbers whose spread is asked for
 
     def add(self, name: str, value: Tensor | float, weight: Tensor | float) -> None:
-        """Add a mean `value` over `weight` units. Weight 0 adds nothing, whatever the value. Waits for no device."""
+        """Add a mean `value` over `weight` units. Weight 0 adds nothing, whatever the value. Waits for no device.
+
+        Of a `value` of several numbers `reduced` makes name/min, /mean, /max and QUANTILES, NaN left out.
+        """
+        if isinstance(value, Tensor) and value.dim():
+            self.samples.setdefault(name, []).append(value.detach().flatten() if weight else value.new_empty(0))
+            return
         total, count = self.totals.get(name, (0.0, 0.0))
         value = value.detach().double() if isinstance(value, Tensor) else value
         if isinstance(weight, Tensor):
@@ -45,13 +57,16 @@ class Sums:
             self.totals[name] = (mine[0] + total, mine[1] + count)
 
     def reduced(self, accelerator: Any) -> Sums:
-        """The same over all ranks, as floats: one collective."""
-        if not self.totals:
+        """The same over all ranks, as floats: one collective, and one for each name of which the spread is asked."""
+        totals = dict(self.totals)
+        for name, parts in self.samples.items():
+            totals |= spread(name, torch.cat(gather_object([torch.cat(parts).cpu()])))
+        if not totals:
             return Sums()
         device = accelerator.device
-        flat = [torch.as_tensor(x, dtype=torch.float64, device=device) for pair in self.totals.values() for x in pair]
+        flat = [torch.as_tensor(x, dtype=torch.float64, device=device) for pair in totals.values() for x in pair]
         pairs = accelerator.reduce(torch.stack(flat), "sum").view(-1, 2).tolist()
-        return Sums({name: (pair[0], pair[1]) for name, pair in zip(self.totals, pairs)})
+        return Sums({name: (pair[0], pair[1]) for name, pair in zip(totals, pairs)})
 
     def means(self) -> dict[str, float]:
         """name -> sum / count; names without units are left out. A margin of rewards is that of their means."""
@@ -61,8 +76,19 @@ class Sums:
         return found
 
 
+def spread(name: str, values: Tensor) -> dict[str, tuple[float, float]]:
+    """Least, mean, largest and QUANTILES of numbers on the CPU, as a mean over one unit each: 0 units without any."""
+    kept = values[~values.isnan()].double().numpy()
+    if not len(kept):
+        return dict.fromkeys((f"{name}/{what}" for what in ("min", "mean", "max", *QUANTILES)), (0.0, 0.0))
+    found = {"min": kept.min(), "mean": kept.mean(), "max": kept.max()}
+    found |= zip(QUANTILES, np.quantile(kept, list(QUANTILES.values())))
+    return {f"{name}/{what}": (float(value), 1.0) for what, value in found.items()}
+
+
 def with_means(out: LossOutput, means: dict[str, Tensor], count: Tensor | int) -> LossOutput:
-    """What a loss returned, with further metrics: means over `count` tokens, sequences or pairs."""
+    """What a loss returned, with further metrics: means over `count` tokens, sequences or pairs, or `count` numbers
+    whose spread is asked for."""
     return out._replace(metrics=out.metrics | means, counts=out.counts | dict.fromkeys(means, count))
 
 

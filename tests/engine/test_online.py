@@ -17,7 +17,7 @@ from align_engine.iterate import iterate, kept
 from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.recipe.sections import PpoLoss
 from align_engine.rollouts import source
-from align_engine.rollouts.generate import Completion
+from align_engine.rollouts.completion import Completion
 from align_engine.run import train
 from align_engine.training import metrics
 from align_engine.training.checkpoint import RunFolder

@@ -19,10 +19,11 @@ from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.run import train
 from align_engine.training import metrics
 
-KINDS = {"rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}
+KINDS = {"rloo": RlooRecipe, "grpo": GrpoRecipe, "dapo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe}
 SETTINGS = {  # a rollout serves four steps, checkpoints fall inside it
     "rloo": dict(beta=0.1, num_iterations=2, steps_per_generation=2),
     "grpo": dict(beta=0.1, num_iterations=2, steps_per_generation=2, loss_type="grpo"),
+    "dapo": dict(dynamic_sample=True, reward_funcs=["tiny:coarse_reward"], num_iterations=2, steps_per_generation=2),
     "ppo": dict(kl_target=0.5, kl_horizon=20.0, num_ppo_epochs=2, steps_per_generation=2),
     "iterate": dict(rounds=2, max_steps=20, per_device_train_batch_size=2, method_settings=["beta=0.3"]),
 }
@@ -37,7 +38,7 @@ if "RANK" in os.environ:
 
 def run(name, model, prompts, out, **settings):
     recipe = tiny.online(KINDS[name], model, prompts, out, **SETTINGS[name] | settings)
-    return iterate(recipe) if name == "iterate" else train(name, recipe)
+    return iterate(recipe) if name == "iterate" else train("grpo" if name == "dapo" else name, recipe)
 
 
 @pytest.fixture
@@ -67,7 +68,8 @@ def weights(folder):
     return load_file(Path(folder) / "final" / "model.safetensors")
 
 
-STEADY = ("step", "loss", "reward", "grad_norm", "kl", "objective/kl", "kl_coef", "loss/value_avg", "pairs")
+STEADY = ("step", "loss", "reward", "grad_norm", "dynamic_sample/prompts", "ratio/p99", "kl", "objective/kl", "kl_coef",
+          "loss/value_avg", "pairs")  # fmt: skip
 
 
 def steady(path):
@@ -99,7 +101,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, star
 
 def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start, tmp_path):
     """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
-    names = ("rloo", "grpo", "ppo", "iterate")
+    names = ("rloo", "grpo", "dapo", "ppo", "iterate")
     shared = dict(max_steps=6, learning_rate=1e-4, num_generations=4, dtype="auto")
 
     def split(batch, steps, passes):

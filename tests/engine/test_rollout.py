@@ -7,11 +7,14 @@ import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from processes import run_on_two
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -31,7 +34,7 @@ from align_engine.cli import main
 from align_engine.demo.make import make_model, make_tokenizer
 from align_engine.errors import BadInput, RunFailed
 from align_engine.recipe import GrpoRecipe, RlooRecipe, RolloutSection
-from align_engine.rollouts import rewards, source
+from align_engine.rollouts import decode, rewards, source
 from align_engine.rollouts.generate import Watch, sample_all, transformers_sampler
 from align_engine.rollouts.server import kind_of_server, server_sampler
 from align_engine.run import train
@@ -59,8 +62,15 @@ def full_logps(model, prompt, completion, temperature):
     return (logits / temperature).log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
+@pytest.fixture(params=["decode", "generate"])
+def way(request, monkeypatch):
+    """Through which loop a sampler goes."""
+    if request.param == "generate":
+        monkeypatch.setattr(decode, "why_not", lambda *_: "the test asks for it")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_ends_and_cuts(temperature, loaded):
+def test_log_probs_ends_and_cuts(temperature, way, loaded):
     """Pad is EOS: what follows an end must not count, and the end itself must."""
     model, tokenizer = loaded
     settings = RolloutSection(max_completion_length=30, temperature=temperature)
@@ -75,7 +85,7 @@ def test_log_probs_ends_and_cuts(temperature, loaded):
     assert model.training is False and model.generation_config.max_new_tokens is None
 
 
-def test_stop_strings_end_at_the_token_that_completes_them(loaded):
+def test_stop_strings_end_at_the_token_that_completes_them(way, loaded):
     tokenizer = make_tokenizer(["some words that people use, and some that they do not"] * 3, vocab_size=300)
     model = make_model(tokenizer, hidden=32, layers=1).eval()
     settings = RolloutSection(max_completion_length=40, stop_strings=["e", "ou"], temperature=2.0)
@@ -123,7 +133,7 @@ def test_completions_masked_as_cut_off_are_not_trained_on(model, prompts, tmp_pa
     assert learnt == ended and set(ended.values()) == {True, False}
 
 
-def test_sampling_is_a_function_of_weights_prompts_and_seed(loaded):
+def test_sampling_is_a_function_of_weights_prompts_and_seed(way, loaded):
     model, tokenizer = loaded
     sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=8))
     prompts, accelerator = ids_of(tokenizer, 9), Accelerator(cpu=True)
@@ -240,7 +250,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from align_engine.errors import BadInput
 from align_engine.recipe import RolloutSection
-from align_engine.rollouts.generate import derived_seed, sample_all, transformers_sampler
+from align_engine.rollouts.completion import derived_seed
+from align_engine.rollouts.generate import sample_all, transformers_sampler
 
 accelerator = Accelerator(cpu=True)
 model, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
@@ -249,10 +260,10 @@ prompts, paged = [[5 + i, 7] for i in range(9)], dict(use_transformers_continuou
 
 def sample(size=1, **settings):
     sampler = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=40, **settings))
-    return sample_all(sampler, prompts, size, (1, 2), accelerator)
+    return sample_all(sampler, prompts, size, (1, 4), accelerator)
 
 alone = transformers_sampler(model, tokenizer, RolloutSection(max_completion_length=40, **paged))
-second = alone(prompts[5:], derived_seed(1, 2, 1))  # by the first rank too
+second = alone(prompts[5:], derived_seed(1, 4, 1))  # by the first rank too
 assert [one.ids for one in sample(5, **paged)[5:]] == [one.ids for one in second], "whatever the rank"
 
 want, mesh = sample(), init_device_mesh("cpu", (2,))
@@ -517,6 +528,92 @@ def test_grpo_with_a_server_and_importance_sampling(serve, model, prompts, tmp_p
     asked = ["/openapi.json"] * 2 + ["/v1/models"] * 2  # by the source of training, and again where that failed
     assert server.gets == [*asked, "/openapi.json", "/v1/models"], "and by the source of evaluation"
     assert AutoModelForCausalLM.from_pretrained(served).num_parameters() > 0
+
+
+class WithAdapters(Handler):
+    """vLLM with --enable-lora: it samples from the adapter that a request names, answers in plain text, and refuses
+    names that it has, or has not."""
+
+    loaded: ClassVar[dict[str, object]] = {}
+    runtime = True
+
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": name, "owned_by": "vllm"} for name in ("base", *self.loaded)]})
+
+    def reply(self, code, content):
+        if isinstance(content, str):
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content.encode())
+        else:
+            super().reply(code, content)
+
+    def answer(self, body):
+        here, path = self.server, self.path.removeprefix("/v1/")
+        if path == "completions":
+            settings = RolloutSection(max_completion_length=body["max_tokens"])
+            with here.lock:
+                model = self.loaded[body["model"]]
+                (one,) = transformers_sampler(model, here.tokenizer, settings)([body["prompt"]], body["seed"])
+            choice = {"token_ids": one.ids, "logprobs": {"token_logprobs": one.logps.tolist()}}
+            return 200, {"choices": [choice | {"finish_reason": "stop" if one.ended else "length"}]}
+        if not self.runtime or path not in ("load_lora_adapter", "unload_lora_adapter"):
+            return 404, {"detail": "Not Found"}
+        name = body["lora_name"]
+        if (name in self.loaded) == (path == "load_lora_adapter"):
+            return 400, {"message": f"The lora adapter '{name}' is{' not' * (name not in self.loaded)} loaded"}
+        if path == "load_lora_adapter":
+            assert not list(Path(body["lora_path"]).glob("model*.safetensors")), "the adapter alone"
+            base = AutoModelForCausalLM.from_pretrained(here.model.name_or_path)
+            self.loaded[name] = PeftModel.from_pretrained(base, body["lora_path"]).eval()
+        else:
+            del self.loaded[name]
+        return 200, f"Success: {path} {name}"
+
+
+@pytest.fixture
+def serve_adapters(serve, monkeypatch):
+    monkeypatch.setattr(WithAdapters, "loaded", {})
+    server = serve()
+    server.RequestHandlerClass = WithAdapters
+    return server
+
+
+def with_adapters(server, model, prompts, out, served, **settings):
+    return tiny.online(GrpoRecipe, model, prompts, out, server_base_url=server.url, server_weights=str(served),
+                       **dict(use_peft=True, learning_rate=1e-2, max_steps=3) | settings)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+def test_a_vllm_server_loads_the_adapter_alone_before_each_rollout(serve_adapters, model, prompts, tmp_path):
+    """It samples from what the policy is: log-probs agree at every step. One adapter is loaded at a time."""
+    server, served = serve_adapters, tmp_path / "served"
+    recipe = with_adapters(server, model, prompts, tmp_path / "run", served, eval_dataset_name=str(prompts),
+                           eval_steps=2)  # fmt: skip
+    folder = train("grpo", recipe)
+    steps = [record for record in metrics.read(folder.metrics) if "reward" in record]
+    assert all(record["sampling/sampling_logp_difference/mean"] < 1e-5 for record in steps) and len(steps) == 3
+    done = [(path.rpartition("/")[2], body["lora_name"]) for path, body in server.posts if "lora" in path]
+    done = [one for i, one in enumerate(done) if done[i - 1 : i] != [one]]  # less what was answered 503
+    loads = [name for what, name in done if what == "load_lora_adapter"]
+    assert len(loads) == 5 and len(set(loads)) >= 4, "three rollouts and two evaluations, each of new weights"
+    assert {body["model"] for path, body in server.posts if path == "/v1/completions"} == set(loads)
+    assert len(WithAdapters.loaded) <= 2, "of training, and of evaluation"
+    assert (served / "adapter_model.safetensors").exists() and not (served / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+def test_a_server_that_loads_no_adapters_is_named(serve_adapters, serve, model, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(WithAdapters, "runtime", False)
+    run = tmp_path / "run"
+    with pytest.raises(RunFailed, match=r"v1/load_lora_adapter: 404 .*must run with --enable-lora.*RUNTIME_LORA"):
+        train("grpo", with_adapters(serve_adapters, model, prompts, run, tmp_path / "served"))
+    other = serve(token_ids=False)
+    with pytest.raises(BadInput, match=r"with use_peft: true needs vLLM, which loads adapters, and .* as openai"):
+        train("grpo", with_adapters(other, model, prompts, tmp_path / "other", tmp_path / "served"))
+    with pytest.raises(BadInput, match="server_model = 'x' is not read with server_weights and use_peft"):
+        train("grpo", with_adapters(serve_adapters, model, prompts, run, tmp_path / "served", server_model="x"))
 
 
 def test_importance_sampling_needs_a_server_with_log_probs(serve, model, prompts, tmp_path):

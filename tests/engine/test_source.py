@@ -14,7 +14,7 @@ from align_engine.data.tokenize import prepare
 from align_engine.data.windows import Source, endless_order, rows_seen, total_steps
 from align_engine.iterate import write_pairs
 from align_engine.recipe import IterateRecipe
-from align_engine.rollouts.generate import Completion
+from align_engine.rollouts.completion import Completion
 from align_engine.rollouts.rewards import Reward
 from align_engine.rollouts.source import Prompts
 from align_engine.training import metrics

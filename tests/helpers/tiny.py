@@ -116,6 +116,12 @@ def word_reward(prompts: list[str], completions: list[str], wanted: list[str], *
     return found
 
 
+def coarse_reward(prompts: list[str], completions: list[str], wanted: list[str], **_: Any) -> list[float]:
+    """Whether the completion's first word is near the wanted one: of few completions, often all or none."""
+    first = [(text.split() or ["w-100"])[0] for text in completions]
+    return [float(one[0] == "w" and abs(int(one[1:]) - int(word[1:])) < 8) for one, word in zip(first, wanted)]
+
+
 ONLINE = {"reward_funcs": ["tiny:word_reward"], "max_completion_length": 6, "num_generations": 4, "temperature": 1.0,
           "per_device_generation_batch_size": 6, "gradient_checkpointing": False}  # fmt: skip
 
