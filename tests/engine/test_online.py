@@ -28,7 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 KINDS = {"rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe}
 
 
-HOW = ("use_peft", "lora_target_modules", "bf16", "value_model_name_or_path", "gradient_accumulation_steps")
+HOW = (
+    "max_completion_length",
+    "use_peft",
+    "lora_target_modules",
+    "bf16",
+    "value_model_name_or_path",
+    "gradient_accumulation_steps",
+)
 PLAIN = {}  # gradient norms of each method with its defaults, by the settings of HOW
 
 
@@ -48,9 +55,9 @@ def test_the_reward_rises(name, model, prompts, tmp_path):
 
 
 def test_evaluation_samples_held_out_prompts(model, prompts, tmp_path):
-    held_out = tiny.write_rows(tmp_path / "held_out.jsonl", tiny.prompt_rows(7, seed=9))
-    settings = dict(eval_dataset_name=str(held_out), eval_steps=10, max_steps=20, learning_rate=3e-3,
-                    per_device_train_batch_size=32)  # fmt: skip
+    held_out = tiny.write_rows(tmp_path / "held_out.jsonl", tiny.prompt_rows(60, seed=9))
+    settings = dict(eval_dataset_name=str(held_out), eval_steps=10, max_steps=20, learning_rate=5e-4,
+                    lr_scheduler_type="constant", per_device_train_batch_size=32)  # fmt: skip
     with_it = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings))
     found = [record for record in metrics.read(with_it.metrics) if "eval_reward" in record]
     assert [record["step"] for record in found] == [10, 20]
@@ -95,7 +102,10 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
     ("name", "settings"),
     [
         ("grpo", dict(loss_type="cispo", epsilon_high=5.0, entropy_coef=0.01, grad_clamp=0.5, prob_gate=0.9)),
-        ("grpo", dict(loss_type="sapo", mask_truncated_completions=True, scale_rewards="none")),
+        (
+            "grpo",
+            dict(loss_type="sapo", mask_truncated_completions=True, max_completion_length=40, scale_rewards="none"),
+        ),
         ("grpo", dict(loss_type="vespo", off_policy_mask_threshold=0.1, num_iterations=2)),
         ("grpo", dict(loss_type="gmpo", epsilon=0.4, num_iterations=2)),
         ("grpo", dict(loss_type="dr_grpo", importance_sampling_level="sequence", top_entropy_quantile=0.5)),
@@ -103,7 +113,14 @@ def test_continuous_batching_stopped_and_run_again_ends_with_the_same_bits(
         ("rloo", dict(baseline="batch_mean", normalize_advantages=True, beta=0.0, gradient_accumulation_steps=2)),
         (
             "rloo",
-            dict(mask_truncated_completions=True, num_iterations=2, beta=0.1, learning_rate=1e-5, prob_gate=0.9),
+            dict(
+                mask_truncated_completions=True,
+                max_completion_length=40,
+                num_iterations=2,
+                beta=0.1,
+                learning_rate=1e-5,
+                prob_gate=0.9,
+            ),
         ),
         ("ppo", dict(whiten_rewards=True, kl_estimator="k3", dual_clip=3.0, entropy_coef=0.01, use_peft=True)),
         (
@@ -153,7 +170,8 @@ def iterate_recipe(model, prompts, out, **settings):
 
 @pytest.mark.parametrize("reference", ["initial", "previous"])
 def test_iterate_keeps_each_rounds_data_scores_and_model(reference, model, prompts, tmp_path):
-    settings = dict(reference=reference, method_settings=["beta=0.3", "loss_type=ipo"], grad_clamp=0.5)
+    settings = dict(reference=reference, method_settings=["beta=0.3", "loss_type=ipo"], grad_clamp=0.5,
+                    learning_rate=5e-3)  # fmt: skip
     folder = iterate(iterate_recipe(model, prompts, tmp_path / "run", **settings))
     for number in (1, 2):
         here = folder.path / f"round-{number}"
