@@ -16,6 +16,7 @@ LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
 TREES = f"{ENGINE}test_trees.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 EXTENDING = f"{CLI}test_extending.py"
+ONE_FILE = f"{EXTENDING}::test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
 
 # Those of an audit that the tests of 2026-11-28 did not see. Two of the 29 were not described; the last two stand for
@@ -134,6 +135,9 @@ NEW = (
            "last = progress.step == self.total or", "last = False or", f"{LOOPS} {FOLDER}"),
     Mutant("best is worst", f"{E}training/callbacks.py", "(now > best if self.args.greater_is_better else now < best)",
            "(now < best if self.args.greater_is_better else now > best)", LOOPS),
+    Mutant("a callback's stop is not heard", f"{E}training/loop.py",
+           "while progress.step < self.total and not callbacks.control.should_training_stop:",
+           "while progress.step < self.total:", LOOPS),
     Mutant("a signal is forgotten", f"{E}training/loop.py", 'self.stopping = sums.totals.pop("stop")[0] > 0',
            'sums.totals.pop("stop")', f"{ENGINE}test_stops.py {ENGINE}test_processes.py {ENGINE}test_ranks.py"),
     # source
@@ -246,6 +250,19 @@ NEW = (
            EXTENDING),
     Mutant("a drop-in's loss is a public name", f"{K}losses/registry.py",
            "table = LOSSES if listed else UNLISTED", "table = LOSSES", EXTENDING),
+    Mutant("guide: focal without its option", "docs/extending.md", "((-z).sigmoid() ** focal_gamma)", "(-z).sigmoid()",
+           ONE_FILE),
+    Mutant("further options of a loss stay in the recipe", f"{E}training/algorithm.py",
+           "for name in (*names, *OPTIONS.get(loss, ()))", "for name in names", ONE_FILE),
+    Mutant("options that a call does not read reach the backends", f"{K}losses/registry.py",
+           "return self.family.read((names,) if isinstance(names, str) else names, hyper)", "return dict(hyper)",
+           f"{KERNELS}test_cuda_losses.py {ONE_FILE}"),
+    Mutant("options of any range", f"{K}losses/family.py", "value is not None and not limit.holds(value)", "False",
+           f"{KERNELS}test_family.py"),
+    Mutant("an option in vain", f"{K}losses/family.py", "if value != default and not set(readers)",
+           "if False and not set(readers)", f"{KERNELS}test_family.py"),
+    Mutant("aot sorts pieces of a batch", f"{K}losses/dpo.py", '@PAIR_LOSSES.add(unit="batch")\ndef aot(',
+           "@PAIR_LOSSES.add()\ndef aot(", f"{KERNELS}test_loss_formulas.py {KERNELS}test_loss_properties.py"),
     Mutant("powers of a backend unchecked", f"{K}dispatch.py", "for power, protocol in POWERS.items():",
            "for power, protocol in ():", EXTENDING),
     Mutant("a side tensor of any shape", f"{K}fused/registered.py", 'if level != "batch":', "if False:", EXTENDING),

@@ -11,20 +11,12 @@ from torch import Tensor
 
 from align_kernels.backends import cuda, torch_ops
 
+from .tiles import OPTIONS, WRONG_OPTIONS, empty_state, enlarge
+
 pytestmark = pytest.mark.usefixtures("emulator")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
-OPTIONS: dict[str, dict] = {
-    "plain": {},
-    "bias": dict(bias=True),
-    "scale": dict(scale=0.25),
-    "negative scale": dict(scale=-1.5),
-    "softcap": dict(softcap=3.0),
-    "temperature": dict(temperature=0.7),
-    "temperature per row": dict(temperature="rows"),
-    "all": dict(bias=True, scale=2.0, softcap=30.0, temperature="rows"),
-}
 
 
 class Case:
@@ -91,10 +83,6 @@ def inside(x: Tensor, dtype: torch.dtype, shift: int) -> Tensor:
 def untouched(view: Tensor) -> None:
     buffer, shift = view._base, view.storage_offset()
     assert buffer is not None and buffer[:, :shift].isnan().all() and buffer[:, shift + view.shape[1] :].isnan().all()
-
-
-def empty_state(n: int) -> Tensor:
-    return torch.tensor([-torch.inf, 0, 0, 0, 0, 0, -1, 0], dtype=torch.float64).repeat(n, 1)
 
 
 def check_state(case: Case, state: Tensor, tolerance: float = 1e-6) -> None:
@@ -236,9 +224,7 @@ def test_minus_infinity_is_an_absent_column():
 @pytest.mark.parametrize("c", [3, 123, 4100])
 def test_large_logits(c: int):
     case = Case(8, c)
-    case.z.mul_(1e4 / case.z.abs().amax(1, keepdim=True))
-    case.z[1] = -1e4
-    case.z[2] = 1e4
+    enlarge(case.z)
     check_state(case, case.state())
     check_gradient(case, case.gradient(entropy=True), case.true_gradient(entropy=True))
 
@@ -270,14 +256,7 @@ def test_peaks(options: dict, dtype: torch.dtype):
 
 
 ERRORS = [
-    (dict(offset=-1), "offset -1"),
-    (dict(vocab=6), "vocab 6"),
-    (dict(scale=math.nan), "scale must be finite, got nan"),
-    (dict(softcap=0.0), "softcap must be finite and > 0 or None, got 0"),
-    (dict(softcap=math.inf), "softcap .* got inf"),
-    (dict(temperature=0.0), "temperature must be finite and > 0, got 0"),
-    (dict(temperature=torch.ones(2)), r"temperature .*got .*\(2,\)"),
-    (dict(bias=torch.ones(7, dtype=torch.bfloat16)), "bias .*bfloat16"),
+    *WRONG_OPTIONS,
     (dict(z=torch.zeros(3, 7).double()), "z must be float32, bfloat16 or float16"),
     (dict(z=torch.zeros(7, 3).T), "z .*unit column stride"),
     (dict(z=torch.zeros(1, 7).expand(3, 7)), "z must have a row stride >= its 7 columns, got 0"),

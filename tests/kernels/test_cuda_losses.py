@@ -9,7 +9,8 @@ from torch import Tensor
 from align_kernels.backends.cuda import losses as fused
 from align_kernels.losses import LOSSES
 
-from .test_cuda_kernels import Case, check_gradient, check_state, empty_state, inside, untouched
+from .test_cuda_kernels import Case, check_gradient, check_state, inside, untouched
+from .tiles import empty_state
 
 pytestmark = pytest.mark.usefixtures("emulator")
 

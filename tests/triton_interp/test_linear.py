@@ -10,8 +10,8 @@ from align_kernels import explain, linear_logprobs
 from align_kernels.backends import triton
 
 from ..kernels.oracle import Case, judge, truth
-from ..kernels.test_cpu_extension import OPTIONS, empty_state
 from ..kernels.test_logprobs import make, with_rows
+from ..kernels.tiles import OPTIONS, empty_state
 
 ARCHITECTURES = {"tensor descriptors": 90, "pointers": 80, "AMD": "gfx942"}
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from align_kernels.backends import torch_ops, triton
 
-from ..kernels.test_cpu_extension import OPTIONS, Clamp, empty_state, strided
+from ..kernels.test_cpu_extension import Clamp, strided
+from ..kernels.tiles import OPTIONS, empty_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from align_kernels.arguments import check_call
@@ -25,7 +28,6 @@ from align_kernels.losses.kl import KL_ESTIMATORS
 from align_kernels.losses.registry import Unit
 
 LEVELS = ("token", "sequence")
-BY_SEQUENCE = ("vespo", "gmpo")  # terms of a whole sequence
 WITH_DELTA = [name for name, kind in LOSS_TYPES.items() if "delta" in TERMS[kind.term].options]
 
 
@@ -173,19 +175,20 @@ def grpo_loss(
             vllm_importance_sampling_clip_min=vllm_importance_sampling_clip_min,
             vllm_importance_sampling_clip_max=vllm_importance_sampling_clip_max,
         )
-    by_sequence = sampling_logps is not None and vllm_importance_sampling_mode.startswith("sequence")
-    unit: Unit = "token"
-    by_sequence |= (
-        importance_sampling_level == "sequence" or term in BY_SEQUENCE or off_policy_mask_threshold is not None
-    )
-    if by_sequence:
-        unit = "sequence"
-    if top_entropy_quantile < 1:
-        unit = "batch"
-    out = run_loss("grpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit)
+    out = run_loss("grpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit_of(hyper))
     unmeasured = {name for other in TERMS.values() for name in other.facts.metrics} - set(TERMS[term].facts.metrics)
     unmeasured |= set() if beta else {"kl"}
     return output(out.loss, {k: v for k, v in out.measured.items() if k not in unmeasured}, out.logps)
+
+
+def unit_of(hyper: Mapping[str, Any]) -> Unit:
+    """The smallest piece of a batch at which a call with these hyper-parameters is closed."""
+    if hyper["top_entropy_quantile"] < 1:
+        return "batch"
+    whole = hyper["level"] == "sequence" or TERMS[hyper["term"]].facts.by_sequence
+    whole |= hyper["off_policy_mask_threshold"] is not None
+    whole |= hyper.get("vllm_importance_sampling_mode", "token").startswith("sequence")
+    return "sequence" if whole else "token"
 
 
 def check_combination(
@@ -194,7 +197,7 @@ def check_combination(
     """What single options of the family cannot stand beside."""
     if loss_type == "cispo" and epsilon_high is None:
         raise ValueError("cispo limits the ratio itself to epsilon_high: pass it, ScaleRL takes 5.0")
-    if loss_type in BY_SEQUENCE and level == "sequence":
+    if TERMS[LOSS_TYPES[loss_type].term].facts.by_sequence and level == "sequence":
         raise ValueError(f'{loss_type} weighs sequences by itself: pass importance_sampling_level="token"')
     if loss_type == "vespo" and sampling_logps is not None and mode.startswith("sequence"):
         raise ValueError(

@@ -41,6 +41,7 @@ class Facts(NamedTuple):
     """What is to be known of a term beside its options."""
 
     metrics: tuple[str, ...] = ()
+    by_sequence: bool = False  # it is one of whole sequences
 
 
 TERMS = Family(Facts)
@@ -79,7 +80,7 @@ def sapo(p: Policy, *, sapo_temperature_pos: Positive = 1.0, sapo_temperature_ne
     return -(tau * (p.ratio - 1)).sigmoid() * 4 / tau * p.advantages, {}
 
 
-@TERMS.add(metrics=("vespo/phi_seq_mean",))
+@TERMS.add(metrics=("vespo/phi_seq_mean",), by_sequence=True)
 def vespo(
     p: Policy,
     *,
@@ -102,7 +103,7 @@ def vespo(
     return -phi * p.advantages * p.logps, {"vespo/phi_seq_mean": phi}
 
 
-@TERMS.add(metrics=CLIPPED)
+@TERMS.add(metrics=CLIPPED, by_sequence=True)
 def gmpo(p: Policy, *, epsilon: float = 0.2, epsilon_high: float = 0.2) -> Value:
     """-A exp(mean_t c) of a sequence, c = min(log r, epsilon_high) where A > 0, else max(log r, -epsilon): the clipped
     ratios' geometric mean, arXiv:2507.20673. The tokens of a sequence are those that `keep` leaves."""
