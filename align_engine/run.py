@@ -35,7 +35,7 @@ from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
-from align_engine.training import allocator, optimiser, packing, ranks, stops
+from align_engine.training import allocator, optimiser, packing, ranks, stops, tensor_parallel
 from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.callbacks import Callbacks, from_recipe
@@ -61,6 +61,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
     check_choices(recipe, accelerator)
+    tensor_parallel.check(recipe, algorithm.scalar)
     check_loss(algorithm, recipe)
     recipe = settle_memory(name, recipe, accelerator)
     callbacks = [*from_recipe(recipe), *callbacks]
@@ -168,9 +169,10 @@ def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Iterator
     Raises:
         Stopped: a KeyboardInterrupt ended the block.
     """
-    identity = {"algorithm": name, "processes": accelerator.num_processes, **recipes.identity(recipe)}
-    folder = RunFolder(recipe.output.output_dir, identity)
-    overwrite = recipe.output.overwrite
+    processes, overwrite = accelerator.num_processes, recipe.output.overwrite
+    folder = RunFolder(recipe.output.output_dir, {"algorithm": name, **recipes.identity(recipe, processes)})
+    if not overwrite:
+        check_share(folder, recipe, processes)
     if folder.finished(overwrite):
         accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
         yield folder, True
@@ -180,6 +182,33 @@ def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Iterator
             yield folder, folder.finished(overwrite)
         except KeyboardInterrupt as error:
             raise stops.Stopped(f"stopped; {folder.standing()}") from error
+
+
+def check_share(folder: RunFolder, recipe: Recipe, processes: int) -> None:
+    """Refuse settings that make other steps of the folder's run than it was begun with.
+
+    Raises:
+        BadInput: with the settings that make the same ones.
+    """
+    identity, train = folder.record()["identity"], recipe.train
+    rows, size = identity.get("rows_per_step"), train.per_device_train_batch_size
+    now = recipes.rows_per_step(recipe, processes)
+    if rows is None or rows == now:
+        return
+    held = f"output_dir = {str(folder.path)!r} holds a run with {rows} rows per step"
+    if rows % processes:
+        known = [str(count) for count in range(1, rows + 1) if rows % count == 0]
+        raise BadInput(f"{held}, which {processes} processes cannot share: start {' or '.join(known[:8])}")
+    fits = max(one for one in range(1, size + 1) if rows // processes % one == 0)
+    settings = [f"per_device_train_batch_size = {fits}"] * (fits != size)
+    settings.append(f"gradient_accumulation_steps = {(accumulation := rows // processes // fits)}")
+    if isinstance(recipe, OnlineRecipe) and (windows := identity.get("steps_per_rollout", 1)) > 1:
+        settings.append(f"steps_per_generation = {windows * accumulation}")
+    product = f"{size} x {train.gradient_accumulation_steps} x {processes} = {now}"
+    raise BadInput(
+        f"{held}, and per_device_train_batch_size x gradient_accumulation_steps x processes is {product}: go on with "
+        f"{', '.join(settings)}, or give another folder"
+    )
 
 
 def check_extent(folder: RunFolder, recipe: Recipe, steps: int) -> None:
@@ -359,11 +388,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if bf16 is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    ranks.check_launcher()
     ranks.choose_device()
     # an earlier run in this process may have had another precision, and FSDP's settings are only read with the devices
     AcceleratorState._reset_state(reset_partial_state=fsdp)
     options: Any = {"log_with": recipe.output.report_to or None, "project_dir": recipe.output.output_dir}
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", **options)
+    kind = tensor_parallel.kind_of_accelerator()
+    accelerator = kind(mixed_precision="bf16" if bf16 else "no", **options)
     ranks.check(accelerator)
     if fsdp and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
         raise BadInput(f"FSDP is asked for; accelerate takes {accelerator.distributed_type} on {accelerator.device}")

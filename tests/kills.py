@@ -1,8 +1,9 @@
 """Runs of every method, killed at random moments and gone on with: do they end with the same bits?
 
-    python tests/kills.py [--kills 30] [--seed 0]
+    python tests/kills.py [--kills 30] [--seed 0] [--signals SIGKILL,SIGTERM,SIGINT] [--set packing=on ...]
 
-Run by hand: some ten minutes. A third of the runs is ended by SIGKILL, a third by SIGTERM, a third by SIGINT.
+Run by hand: some ten minutes. The runs are ended by the signals in turn. --set gives every run further fields of its
+recipe: packing=on for batches in trees, optim=NAME for another optimiser.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / part) for part in (".", "kernels", "tests/helpers")]
 
@@ -26,13 +28,14 @@ from runs import same_bits  # noqa: E402
 from align_engine.training.checkpoint import SIDE  # noqa: E402
 
 ONLINE = ("rloo", "grpo", "ppo", "iterate")
-METHODS = ("sft", "dpo", "kto", "rm", *ONLINE)
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+METHODS = (*tiny.OFFLINE, *ONLINE)
+SIGNALS = "SIGKILL,SIGTERM,SIGINT"
 
 
-def job(method: str, model: Path, rows: Path, out: Path) -> str:
+def job(method: str, model: Path, rows: Path, out: Path, more: dict[str, str]) -> str:
     """Python that runs a method, for the nursery."""
-    common = dict(save_steps=3, logging_steps=1, per_device_train_batch_size=4, lr_scheduler_type="cosine")
+    common: dict[str, Any] = dict(save_steps=3, logging_steps=1, per_device_train_batch_size=4,
+                                  lr_scheduler_type="cosine", **more)  # fmt: skip
     paths = [str(model), str(rows), str(out)]
     if method not in ONLINE:
         settings = common | {"max_steps": 20}
@@ -49,7 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", default=SIGNALS)
+    parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
+    more = dict(one.split("=", 1) for one in options.set)
+    signals = [signal.Signals[name] for name in options.signals.split(",")]
     rng, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="kills-"))
     model, nursery, kills, ends, wrong = tiny.write_model(folder / "model"), Nursery(), 0, Counter(), []
     seconds = {}
@@ -57,10 +64,10 @@ def main() -> None:
         rows = tiny.prompt_rows(8) if method in ONLINE else tiny.OFFLINE[method][1](16)
         tiny.write_rows(folder / f"{method}.jsonl", rows)
         if not seconds:  # the first run of all imports what the others find
-            nursery.start(job(method, model, folder / f"{method}.jsonl", folder / "first"))
+            nursery.start(job(method, model, folder / f"{method}.jsonl", folder / "first", more))
             assert nursery.end() == 0, method
         began = time.monotonic()
-        nursery.start(job(method, model, folder / f"{method}.jsonl", folder / f"{method}-whole"))
+        nursery.start(job(method, model, folder / f"{method}.jsonl", folder / f"{method}-whole", more))
         assert nursery.end() == 0, method
         seconds[method] = time.monotonic() - began
     number = 0
@@ -68,8 +75,8 @@ def main() -> None:
         method, out = METHODS[number % len(METHODS)], folder / f"{number}"
         number += 1
         for again in range(rng.randint(1, 3)):
-            how = SIGNALS[kills % len(SIGNALS)]
-            child = nursery.start(job(method, model, folder / f"{method}.jsonl", out))
+            how = signals[kills % len(signals)]
+            child = nursery.start(job(method, model, folder / f"{method}.jsonl", out, more))
             moment = time.monotonic() + rng.uniform(0.1, 1.0) * seconds[method] / (1 + again)
             while time.monotonic() < moment and Path(f"/proc/{child}").exists():
                 time.sleep(0.002)
@@ -80,7 +87,7 @@ def main() -> None:
                 break
             kills += 1
             ends[f"{method} {how.name}"] += 1
-        nursery.start(job(method, model, folder / f"{method}.jsonl", out))
+        nursery.start(job(method, model, folder / f"{method}.jsonl", out, more))
         assert nursery.end() == 0, f"{method} does not go on in {out}"
         left = [str(path) for path in out.rglob(f"*{SIDE}")]
         same = same_bits(folder / f"{method}-whole" / "final", out / "final")

@@ -7,7 +7,7 @@ the epoch's permutation. It does not depend on how those three, or tokens_per_ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
 from itertools import zip_longest
@@ -18,13 +18,14 @@ import pyarrow.compute
 
 from align_engine.data.batches import Batch, epoch_order, split_order
 from align_engine.data.fingerprint import content_hash
+from align_engine.data.shares import Weight, balanced, cut
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 pc: Any = pyarrow.compute
 TRIED = 8  # rows that a layout is tried on
-READ = 1000  # rows whose lengths are read at a time
+READ = 1000  # rows that are shared out at a time
 READ_TOGETHER = (("completion", "chosen", "rejected"), ("kl_completion",))  # completions of a row in one forward pass
 Clock = Callable[[str], AbstractContextManager[None]]  # of a phase's seconds
 
@@ -81,31 +82,33 @@ class Source:
 
     def share(self, rows: list[int]) -> Iterator[Micro]:
         """This rank's forward passes over `rows`; every rank yields equally many."""
-        if self.tokens_per_batch is None:
-            pieces = split_order(rows, self.batch_size * self.world)
-            turns = ([part.tolist() for part in np.array_split(piece, self.world)] for piece in pieces)
-        else:
-            turns = zip_longest(*[self.cut(rows, self.tokens_per_batch)] * self.world, fillvalue=list[int]())
-        for parts in turns:
-            mine = parts[self.rank]
-            yield Micro(self.batch(mine or parts[0][:1]), bool(mine))
+        turn = self.batch_size * self.world
+        by_tokens = self.tokens_per_batch is not None or (self.packed and self.world > 1)
+        for piece in split_order(rows, max(READ // turn, 1) * turn if by_tokens else turn):
+            for parts in self.by_tokens(piece) if by_tokens else [np.array_split(piece, self.world)]:
+                mine = [int(row) for row in parts[self.rank]]
+                other = next(part for part in parts if len(part))
+                yield Micro(self.batch(mine or [int(other[0])]), bool(mine))
 
-    def cut(self, rows: list[int], most: int) -> Iterator[list[int]]:
-        """Consecutive pieces of `rows` that have at most so many tokens, packed. A row that has more is alone."""
-        piece: list[int] = []
-        tokens, prompts = 0, set[tuple[int, ...]]()
-        for part in split_order(rows, READ):
-            for row, record in zip(part, self.records(part)):
-                prompt = tuple(record["prompt_ids"])
-                own = max(sum(len(record.get(f"{side}_ids", ())) for side in sides) for sides in READ_TOGETHER)
-                if piece and tokens + own + len(prompt) * (prompt not in prompts) > most:
-                    yield piece
-                    piece, tokens, prompts = [], 0, set()
-                tokens += own + len(prompt) * (prompt not in prompts)
-                prompts.add(prompt)
-                piece.append(row)
-        if piece:
-            yield piece
+    def by_tokens(self, rows: list[int]) -> Iterator[Sequence[list[int]]]:
+        """Packed forward passes over `rows`, one of each rank at a time; the ranks read about equally many tokens."""
+        weights, most = self.weights(rows), self.tokens_per_batch
+        room = len(rows) if most else math.ceil(len(rows) / (self.batch_size * self.world)) * self.batch_size
+        passes: list[list[list[int]]] = []
+        for share in balanced(weights, self.world, room):
+            pieces = cut([weights[i] for i in share], most) if most else split_order(range(len(share)), self.batch_size)
+            passes.append([[rows[share[i]] for i in piece] for piece in pieces])
+        return zip_longest(*passes, fillvalue=list[int]())
+
+    def weights(self, rows: list[int]) -> list[Weight]:
+        """What each of the rows has to read."""
+        table: Any = self.rows.with_format("arrow")[rows]
+        names = [f"{side}_ids" for sides in READ_TOGETHER for side in sides]
+        own = {name: pc.list_value_length(table[name]).to_numpy() for name in names if name in table.column_names}
+        together = [sum(own[f"{side}_ids"] for side in sides if f"{side}_ids" in own) for sides in READ_TOGETHER]
+        prompts = [np.asarray(prompt.values) for prompt in table["prompt_ids"]]
+        most = np.maximum(*np.broadcast_arrays(*together))
+        return [Weight(prompt.tobytes(), len(prompt), int(size)) for prompt, size in zip(prompts, most)]
 
     def batch(self, rows: list[int]) -> Batch:
         """The rows of these numbers, collated."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
@@ -104,6 +106,11 @@ def apply_liger(path: str, model: Any) -> None:
         raise BadInput(f"{asked}: {_reason(error)}") from error
 
 
+def tensor_parallel_size() -> int:
+    """Ranks that cut each layer among themselves: as accelerate's launcher hands on what its configuration says."""
+    return int(os.environ.get("PARALLELISM_CONFIG_TP_SIZE", "1"))
+
+
 @torch.no_grad()
 def check_numbers(path: str, model: nn.Module) -> None:
     """Refuse weights that are infinite or not a number, naming tensors."""
@@ -111,6 +118,7 @@ def check_numbers(path: str, model: nn.Module) -> None:
         (name, weight) for name, weight in model.named_parameters() if weight.is_floating_point() and weight.numel()
     ]
     held = [(name, weight) for name, weight in held if not weight.is_meta and weight.dtype.itemsize > 1]
+    held = [(name, weight.to_local() if isinstance(weight, DTensor) else weight) for name, weight in held]
     broken = [name for name, weight in held if not all(map(torch.isfinite, weight.aminmax()))]
     if broken:
         raise BadInput(f"the weights of {path!r} are infinite or not a number in {listed(broken)}")
@@ -133,6 +141,10 @@ def _load(
         return _load_adapter(path, base, section, kind, fresh_head, options)
     if section.load_in_4bit or section.load_in_8bit:
         options = options | _quantised(section)
+    if (size := tensor_parallel_size()) > 1:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        options = options | {"distributed_config": DistributedConfig(tp_size=size)}
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused by name
     try:
         loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(

@@ -37,6 +37,7 @@ from align_engine.recipe.rules import (
     REQUIRED,
     check,
     identity,
+    rows_per_step,
 )
 from align_engine.recipe.sections import (
     ClippedRatio,
@@ -115,6 +116,7 @@ __all__ = [
     "flat",
     "identity",
     "load",
+    "rows_per_step",
     "save",
     "typed",
     "unknown",

@@ -130,6 +130,12 @@ class OnlineRecipe(GentleRecipe):
     kl: KlReference = field(default_factory=KlReference)
 
     @property
+    def windows(self) -> int:
+        """Steps that one pass over a rollout takes."""
+        accumulation = self.train.gradient_accumulation_steps
+        return (self.rollout.steps_per_generation or accumulation) // accumulation
+
+    @property
     def passes(self) -> int:
         """Times that each rollout is learnt from."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from align_engine.errors import BadInput
 from align_engine.recipe.files import typed
-from align_engine.recipe.recipes import Recipe, Settings, fields, flat
+from align_engine.recipe.recipes import OnlineRecipe, Recipe, Settings, fields, flat
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.sections import RolloutSection
 from align_engine.recipe.values import numbers
@@ -145,7 +145,31 @@ def _never_resampled(values: dict[str, Any]) -> Iterator[str]:
         yield "needs a scorer, not people"
 
 
-def identity(recipe: Settings) -> dict[str, Any]:
-    """The fields that decide what a run computes: two runs that agree on them (and on data) end with equal weights.
-    Secrets of addresses are masked."""
-    return {name: masked(value) for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}
+def identity(recipe: Settings, processes: int = 1) -> dict[str, Any]:
+    """What decides what a run computes: two runs that agree on it (and on data) end with equal weights, up to rounding.
+
+    Fields stand by their names. Of those that share a step out among processes and forward passes what they come to is
+    enough, unless the loss is one of a whole forward pass. Secrets of addresses are masked.
+    """
+    found = {name: masked(value) for name, value in flat(recipe).items() if name not in NOT_PART_OF_THE_RUN}
+    if not isinstance(recipe, Recipe):
+        return found
+    if of_forward_passes(found):
+        return found | {"processes": processes}
+    shared_out = {"rows_per_step": rows_per_step(recipe, processes)}
+    if isinstance(recipe, OnlineRecipe):
+        shared_out["steps_per_rollout"] = recipe.windows
+        del found["steps_per_generation"]
+    del found["per_device_train_batch_size"], found["gradient_accumulation_steps"]
+    return found | shared_out
+
+
+def rows_per_step(recipe: Recipe, processes: int) -> int:
+    """Rows that one optimiser step sees, over all processes."""
+    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps * processes
+
+
+def of_forward_passes(values: dict[str, Any]) -> bool:
+    """Whether the loss depends on which rows share a forward pass."""
+    kinds = str(values.get("loss_type")).split(",")
+    return any(kind.startswith("aot") for kind in kinds) or values.get("top_entropy_quantile", 1.0) < 1

@@ -23,6 +23,7 @@ from align_engine.integrations.hook import causal_model
 from align_engine.rollouts import decode
 from align_engine.rollouts.completion import Completion, Sampler, derived_seed
 from align_engine.training import stops
+from align_engine.training.ranks import gathered
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -209,8 +210,6 @@ def sample_all(
         batch_size: prompts of one batch; ranks take batches in turn.
         seeds: of the run, the rollout, ...; each batch adds its number.
     """
-    from accelerate.utils import gather_object
-
     batches, world = split_order(range(len(prompts)), batch_size), accelerator.num_processes
     mine = []
     for number in range(accelerator.process_index, -(-len(batches) // world) * world, world):
@@ -218,5 +217,5 @@ def sample_all(
         batch = batches[min(number, len(batches) - 1)]  # equally many for each rank: a sharded policy needs all of them
         answers = sampler([prompts[i] for i in batch], derived_seed(*seeds, number))
         mine += [(number, answers)] if number < len(batches) else []
-    found = sorted(gather_object(mine), key=lambda part: part[0])
+    found = sorted(gathered(mine, accelerator), key=lambda part: part[0])
     return [completion for _, part in found for completion in part]

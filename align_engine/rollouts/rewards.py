@@ -240,7 +240,8 @@ def score_over_ranks(
     from accelerate.utils import gather_object
 
     starts = range(0, len(answers["completions"]), group_size)
-    mine = np.array_split(starts, accelerator.num_processes)[accelerator.process_index].tolist()
+    state = accelerator.state  # all ranks, those too that are one process of the run
+    mine = np.array_split(starts, state.num_processes)[state.process_index].tolist()
     scores = score(rewards, part(answers, mine[0], mine[-1] + group_size)).tolist() if mine else []
     return torch.tensor(gather_object(scores), dtype=torch.float64)
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow.compute
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from align_engine.data.batches import IGNORE, collate_rollouts, epoch_order
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
+from align_engine.data.shares import Weight
 from align_engine.data.windows import TRIED, Clock, Source, endless_order
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models.load import vocab_size
@@ -35,6 +35,7 @@ from align_engine.rollouts.server import Adapter, check_correction, kind_of_serv
 from align_engine.rollouts.server_weights import ServerWeights
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import Sums
+from align_engine.training.ranks import gathered
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,7 +145,7 @@ class Prompts:
         if self.accelerator.is_main_process:
             self.adapter.load(path) if self.adapter is not None else reload_weights(self.settings, self.kind)
         if self.adapter is not None:
-            self.adapter.name = gather_object([self.adapter.name])[0]
+            self.adapter.name = gathered([self.adapter.name], self.accelerator)[0]
         self.accelerator.wait_for_everyone()
 
     def fingerprint(self) -> str:
@@ -198,7 +199,7 @@ class Rollouts(Source):
             prompts.rows, collate_rollouts, prompts.tokenizer.pad_token_id, train.per_device_train_batch_size,
             accumulation, accelerator.process_index, accelerator.num_processes, train.seed,
         )  # fmt: skip
-        self.windows = (self.settings.steps_per_generation or accumulation) // accumulation
+        self.windows = recipe.windows
         self.steps_per_rollout = self.windows * recipe.passes
         self.prompts_per_rollout, left = divmod(self.window_size * self.windows, group_size)
         if left:
@@ -232,6 +233,11 @@ class Rollouts(Source):
     def records(self, rows: list[int]) -> list[dict[str, Any]]:
         """Completions of these numbers, with their prompts."""
         return [self.experience[i] for i in rows]
+
+    def weights(self, rows: list[int]) -> list[Weight]:
+        """What each of the completions, with its prompt, has to read."""
+        held = self.records(rows)
+        return [Weight(tuple(row["prompt_ids"]), len(row["prompt_ids"]), len(row["completion_ids"])) for row in held]
 
     def trial(self) -> list[dict[str, Any]]:
         """The first prompts, answered by other prompts: nobody has sampled yet."""
@@ -339,7 +345,7 @@ class Rollouts(Source):
                 mine += [(row, name, values[kept].cpu()) for row, values, kept in parts]
         engine.model.train(training)
         columns: dict[str, list[Tensor]] = {}
-        for _, name, values in sorted(gather_object(mine), key=lambda part: part[0]):
+        for _, name, values in sorted(gathered(mine, engine.accelerator), key=lambda part: part[0]):
             columns.setdefault(name, []).append(values)
         return {name: pad_sequence(parts, batch_first=True) for name, parts in columns.items()}
 

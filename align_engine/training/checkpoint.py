@@ -1,7 +1,7 @@
 """The folder of a run: what lies in it, and how nothing in it is ever half written, and nothing of anybody else's lost.
 
-    run.json              what the run is (algorithm, recipe, models, data, processes), whether it has finished, and the
-                          list of all files that it has written
+    run.json              what the run is (algorithm, recipe, models, data), whether it has finished, and the list of
+                          all files that it has written
     recipe.yaml           the whole recipe, as `--recipe` reads it
     metrics.jsonl         one line per logged step
     reference-*.safetensors   log-probs of a precomputed reference
@@ -294,13 +294,13 @@ class RunFolder:
     def check_whole(self, path: Path) -> None:
         """Raise BadInput where a checkpoint lacks something, naming the file and the way out."""
         if damage := self._damaged(path.name):
-            raise BadInput(self.without(path, damage))
+            raise BadInput(self.without(path, f"is damaged: {damage}"))
 
-    def without(self, path: Path, damage: str) -> str:
-        """The sentence for a damaged checkpoint."""
+    def without(self, path: Path, what: str) -> str:
+        """The sentence for a checkpoint that cannot be read, and what is the matter with it."""
         others = [one.name for one in self.checkpoints() if one != path]
         then = f"goes on from {others[-1]}" if others else "starts afresh"
-        return f"{path} is damaged: {damage}. Delete that folder, and the same command {then}"
+        return f"{path} {what}. Delete that folder, and the same command {then}"
 
     def standing(self) -> str:
         """Where a later call would go on, as the end of a sentence."""

@@ -22,7 +22,7 @@ from align_engine.integrations.hook import causal_model, fused_head
 from align_engine.models import noise, score_head
 from align_engine.models.tree_attention import reading
 from align_engine.recipe import LimitSection, Recipe, RolloutSection
-from align_engine.training import optimiser, statefile, stops
+from align_engine.training import optimiser, shards, statefile, stops, tensor_parallel
 from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import Sums, with_means
@@ -90,7 +90,6 @@ class Engine:
         )
         # objects with state_dict and load_state_dict that go into checkpoints beside model and optimiser
         self.kept: dict[str, Any] = {"scheduler": self.scheduler, "progress": self.progress}
-        accelerator.register_save_state_pre_hook(drop_frozen)
         self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model
         self.readers: list[nn.Module] = []  # models that read its batches too
         self._sums = Sums()
@@ -277,11 +276,11 @@ class Engine:
         rank = accelerator.process_index
         with folder.written(name) if accelerator.is_main_process else contextlib.nullcontext(folder.side(name)) as path:
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(path))
-            # accelerate goes on without these where they cannot be read, and they are pickles
-            (path / f"random_states_{rank}.pkl").unlink()
-            statefile.write(path / f"random-{rank}", statefile.random_states())
+            numbers = shards.write(path / "tensors", self.model, self.optimizer.optimizer)
+            if accelerator.is_main_process or accelerator.num_processes > 1:  # ranks that are one process draw alike
+                statefile.write(path / f"random-{rank}", statefile.random_states())
             state = {name: one.state_dict() for name, one in self.kept.items()}  # on all ranks: shards are put together
+            state |= {"optimizer": numbers, "processes": accelerator.num_processes}
             if accelerator.is_main_process:
                 statefile.write(path / "state", state)
             accelerator.wait_for_everyone()
@@ -294,15 +293,22 @@ class Engine:
             BadInput: something in it is missing or cannot be read.
         """
         folder.check_whole(path)
+        if not (path / "tensors").exists():
+            raise BadInput(folder.without(path, "was written by an earlier version, whose checkpoints are not read"))
+        accelerator = self.accelerator
         try:
-            self.accelerator.load_state(str(path), strict=False)  # frozen weights are not in it
             state = statefile.read(path / "state")
+            shards.read(path / "tensors", self.model, self.optimizer.optimizer, state["optimizer"])
             for name, one in self.kept.items():
                 one.load_state_dict(state[name])
-            statefile.set_random_states(statefile.read(path / f"random-{self.accelerator.process_index}"))
+            if (processes := state["processes"]) == accelerator.num_processes:
+                statefile.set_random_states(statefile.read(path / f"random-{accelerator.process_index}"))
+            else:
+                accelerator.print(f"{path.name} is of another number of processes ({processes}): dropout is drawn anew")
+                statefile.seed_random_states(self.recipe.train.seed, self.progress.step, accelerator.process_index)
         except Exception as error:
             first_line = (str(error).strip() or "no message").splitlines()[0]
-            raise BadInput(folder.without(path, f"{type(error).__name__}: {first_line}")) from error
+            raise BadInput(folder.without(path, f"is damaged: {type(error).__name__}: {first_line}")) from error
 
     def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
         """Write the trained model (or its adapter) and the tokenizer to `final`, for transformers (or peft) to load."""
@@ -316,14 +322,14 @@ class Engine:
         """
         self.check_finite()
         state: Any = self.accelerator.get_state_dict(self.model)
-        state = {name: value for name, value in state.items() if "value_head." not in name}
+        state = {name: shards.whole(value) for name, value in state.items() if "value_head." not in name}
         # peft would put the whole embedding into an adapter of the head; the vocabulary never grows here
         options: dict[str, Any] = {}
         model: Any = self.accelerator.unwrap_model(self.model)
         if self.recipe.model.use_peft:
             options = {"save_embedding_layers": False, "selected_adapters": [model.active_adapter]}
         if self.accelerator.is_main_process:
-            with written() as path, noise.restored(model):
+            with written() as path, noise.restored(model), tensor_parallel.saved_whole(model):
                 model.save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
         self.accelerator.wait_for_everyone()
@@ -352,12 +358,3 @@ def router_aux_loss_coef(causal: Any, asked: float | None) -> float:
     held = (getattr(config, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
     own = next((coef for coef in held if coef is not None), 0.0)
     return float(own if asked is None else asked) if served else 0.0
-
-
-def drop_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], path: str) -> None:
-    """Checkpoints hold each trained weight once: no frozen ones (with LoRA they are read from the model's own folder
-    again), and of tied ones the first name."""
-    for model, state in zip(models, weights):
-        kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name in state.keys() - kept - dict(model.named_buffers()).keys():
-            del state[name]

@@ -13,6 +13,7 @@ from align_engine.training.checkpoint import RunFolder
 from align_engine.training.engine import Engine
 from align_engine.training.health import Health
 from align_engine.training.metrics import Journal, Sums
+from align_engine.training.ranks import launched
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Training:
             Stopped: the process has been told to stop; a checkpoint is written.
         """
         progress, callbacks, clock = self.engine.progress, self.callbacks, self.journal.clock
-        alone = self.engine.accelerator.num_processes == 1  # several processes agree at the end of a step
+        alone = launched() == 1  # several processes agree at the end of a step
         self.engine.model.train()
         callbacks.call("on_train_begin")
         while progress.step < self.total and not callbacks.control.should_training_stop:

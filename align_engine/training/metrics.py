@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from align_engine.data.json_text import loads
 from align_engine.errors import RunFailed
+from align_engine.training.ranks import gathered
 
 if TYPE_CHECKING:
     from align_kernels import LossOutput
@@ -60,7 +60,7 @@ class Sums:
         """The same over all ranks, as floats: one collective, and one for each name of which the spread is asked."""
         totals = dict(self.totals)
         for name, parts in self.samples.items():
-            totals |= spread(name, torch.cat(gather_object([torch.cat(parts).cpu()])))
+            totals |= spread(name, torch.cat(gathered([torch.cat(parts).cpu()], accelerator)))
         if not totals:
             return Sums()
         device = accelerator.device

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from align_engine.errors import BadInput
@@ -98,10 +99,11 @@ def make(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
     kind, options = class_and_options(train, device)
     if kind is MuonAndAdamW:
         groups = list(_split(groups, _body(model)))
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        options |= {"foreach": False, "fused": False}  # tensor parallelism has cut some: no call takes both kinds
     optimizer = kind(groups, **options)
     if options.get("optim_bits") == 8:
         _embeddings_in_32_bits(optimizer, model)
-    _loads_exactly(optimizer)
     return optimizer
 
 
@@ -217,26 +219,6 @@ def _embeddings_in_32_bits(optimizer: Any, model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, nn.Embedding):
             manager.register_module_override(part, "weight", {"optim_bits": 32})
-
-
-def _loads_exactly(optimizer: Optimizer) -> None:
-    """torch casts what it loads to the type of the weight: a state that is kept in another one is put back."""
-    saved: dict[str, Any] = {}
-
-    def note(_: Optimizer, state: dict[str, Any]) -> None:
-        saved.update(state)
-
-    def put_back(optimizer: Optimizer) -> None:
-        numbers = [number for group in saved["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters):
-            for name, value in saved["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and value.dtype != (held := optimizer.state[parameter][name]).dtype:
-                    optimizer.state[parameter][name] = value.to(held.device)
-        saved.clear()
-
-    optimizer.register_load_state_dict_pre_hook(note)
-    optimizer.register_load_state_dict_post_hook(put_back)
 
 
 def state_per_weight(train: TrainSection, device: torch.device) -> float:

@@ -21,7 +21,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
@@ -59,14 +59,37 @@ def choose_device() -> None:
         )
 
 
+def check_launcher() -> None:
+    """Refuse ways to share a model that accelerate has and this engine has not.
+
+    Raises:
+        BadInput: with what does the same.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    like = "FSDP2 cuts weights, gradients and the optimiser's state as ZeRO-3 does (recipes/accelerate/fsdp2.yaml)"
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise BadInput(f"accelerate's configuration asks for {name}, which is not served: {like}")
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise BadInput("accelerate's configuration asks for FSDP 1, which is not served: set fsdp_version: 2")
+
+
 def check(accelerator: Accelerator) -> None:
     """Refuse processes that accelerate has not joined: each would be a run of its own in the same folder."""
-    if accelerator.num_processes != launched():
+    if (joined := accelerator.state.num_processes) != launched():
         raise BadInput(
-            f"{launched()} processes were launched, and accelerate joins {accelerator.num_processes} on "
+            f"{launched()} processes were launched, and accelerate joins {joined} on "
             f"{accelerator.device}: start one process, `align ...`, or set ACCELERATE_USE_CPU=true for "
             f"`torchrun --nproc_per_node {launched()} -m align_engine ...`"
         )
+
+
+def gathered(items: list[Any], accelerator: Accelerator) -> list[Any]:
+    """The items of all processes, one process's behind the other's."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items) if accelerator.num_processes > 1 else items
 
 
 class Watch:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,3 +70,8 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
     torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def seed_random_states(*numbers: int) -> None:
+    """Begin anew, as a function of the numbers alone."""
+    set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))

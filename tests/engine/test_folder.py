@@ -195,7 +195,7 @@ DAMAGE = {
     "a record of something else": (RECORD, b'{"mine": 1}', r"run\.json is not a record of a run"),
     "metrics that are no JSON": ("metrics.jsonl", b"nonsense\n{}\n", r"metrics\.jsonl line 1 is no record of a step"),
     "metrics that are no text": ("metrics.jsonl", b"\xff\xfe\n\n", r"metrics\.jsonl line 1 is no record of a step"),
-    "a checkpoint cut short": ("checkpoint-000002/model.safetensors", b"x", r"Delete .*goes on from checkpoint-000001"),
+    "a checkpoint cut short": ("checkpoint-000002/state.safetensors", b"x", r"Delete .*goes on from checkpoint-000001"),
     "a cut file that still reads": ("checkpoint-000002/state.json", b"{}", r"state\.json has 2 bytes, but \d+ were"),
     "a checkpoint of other bytes": ("checkpoint-000002/state.json", None, r"000002 is damaged: .*Delete that folder"),
     "no random states": ("checkpoint-000002/random-0.json", "gone", r"random-0\.json is missing\. Delete that folder"),
@@ -238,9 +238,6 @@ def test_no_checkpoint_holds_a_pickle_that_is_run(stopped, model, tmp_path):
     for name in ("custom_checkpoint_0.pkl", "random_states_0.pkl", "scheduler.bin", "sampler.bin"):
         (place / name).write_bytes(bomb)
     recipe = tiny.sft(model, stopped / "rows.jsonl", tmp_path / "run", save_steps=1)
-    with pytest.raises(BadInput, match=r"checkpoint-000002 is damaged: .*custom checkpoints"):
-        train("sft", recipe)
-    (place / "custom_checkpoint_0.pkl").unlink()
     train("sft", recipe)
     assert not (tmp_path / "ran").exists()
 

@@ -1,20 +1,17 @@
-"""accelerate's FSDP2, as `accelerate launch --use_fsdp --fsdp_version 2` switches it on, ends where one process ends.
+"""accelerate's FSDP2 ends where one process ends."""
 
-accelerate shards over accelerators alone and takes DDP on CPUs (which is refused): the ranks here say that theirs are
-no CPUs.
-"""
-
+import fsdp2
 import pytest
 import tiny
-from processes import FSDP, NO_CPUS, run_on_two
+from processes import run_on_two
 from runs import same_bits
 from transformers import AutoModelForCausalLM
 
 from align_engine.run import train
 from align_engine.training import metrics
 
-RANK = f"""
-import tiny
+RANK = """
+import fsdp2, tiny
 from align_engine import run
 from align_engine.errors import BadInput
 from align_engine.recipe import DpoRecipe
@@ -25,7 +22,8 @@ except BadInput as error:
     assert "FSDP is asked for; accelerate takes DistributedType.MULTI_CPU on cpu" in str(error), error
 else:
     raise AssertionError("DDP in place of FSDP")
-{NO_CPUS}
+fsdp2.on()
+
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -65,7 +63,7 @@ def runs(model64, tmp_path_factory):
         for how in ("whole", "cut"):
             jobs.append(f"{how}('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / how / name)!r}, {settings!r})")
     jobs.append(f"refused('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / 'refused')!r})")
-    run_on_two(RANK + "\n".join(jobs), **FSDP)
+    run_on_two(RANK + "\n".join(jobs), **fsdp2.LAUNCHED)
     return out
 
 

@@ -521,8 +521,7 @@ def test_the_critic_has_its_own_learning_rate(model, tmp_path):
 @pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
 def test_on_a_gpu_adamw_takes_no_copy_of_the_weights(device, fused, model):
     """Of all accelerators this one has but what an engine asks of it before the first step."""
-    accelerator = SimpleNamespace(device=torch.device(device), prepare=lambda *parts: parts,
-                                  register_save_state_pre_hook=lambda hook: None)  # fmt: skip
+    accelerator = SimpleNamespace(device=torch.device(device), prepare=lambda *parts: parts)
     made = engine.Engine(load.load_model(str(model), PLAIN), ALGORITHMS["sft"], SftRecipe(), 4, accelerator)
     assert made.optimizer.defaults["fused"] is fused
 

@@ -2,7 +2,8 @@
 
 import pytest
 import tiny
-from processes import FSDP, NO_CPUS, run_on_two
+from fsdp2 import LAUNCHED
+from processes import run_on_two
 from runs import same_bits
 from transformers import AutoModelForCausalLM
 
@@ -28,13 +29,13 @@ def runs(folder, model, rows, names, more, **environment):
             made = f"tiny.sft({str(model)!r}, {str(rows)!r}, {str(folder / how / name)!r}, **{settings!r})"
             jobs.append(f"recipe = {made}")
             jobs += ["cut_off('sft', recipe)"] * (how == "cut") + ["run.train('sft', recipe)"]
-    run_on_two("\n".join([NO_CPUS * bool(environment), *jobs]), **environment)
+    run_on_two("\n".join(["import fsdp2; fsdp2.on()" * bool(environment), *jobs]), **environment)
 
 
 @pytest.fixture(scope="module")
 def sharded(model64, tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
-    runs(out, model64, tiny.write_rows(out / "rows.jsonl", tiny.sft_rows(9)), SHARDED, {}, **FSDP)
+    runs(out, model64, tiny.write_rows(out / "rows.jsonl", tiny.sft_rows(9)), SHARDED, {}, **LAUNCHED)
     return out
 
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from runs import cut_off, same_bits
+from runs import cut_off, in_checkpoint, same_bits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
@@ -108,7 +108,7 @@ def test_cut_off_and_run_again_ends_with_the_same_bits(wide, pairs, tmp_path):
     unbroken = train("dpo", tiny.dpo(wide, pairs, tmp_path / "unbroken", **settings))
     recipe = tiny.dpo(wide, pairs, tmp_path / "cut", **settings)
     cut_off("dpo", recipe)
-    held = load_file(recipe.output.output_dir + "/checkpoint-000002/model.safetensors")
+    held = in_checkpoint(tmp_path / "cut" / "checkpoint-000002")
     assert held and all("lora_" in key for key in held), "the frozen weights lie in the model's own folder"
     cut = train("dpo", recipe)
     assert same_bits(unbroken.final, cut.final, "adapter_model.safetensors")

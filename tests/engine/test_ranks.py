@@ -60,7 +60,7 @@ def test_ranks_that_a_launcher_starts_on_a_cpu_are_one_run_and_long_work_of_one_
     codes, said, complaint = pair.run(tmp_path, *command, TROUBLE="busy 1", ALIGN_RANKS_TIMEOUT="2")
     assert codes == [0, 0], complaint
     assert said.count("3 steps of 8 rows (2 processes, cpu") == 1
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["processes"] == 2
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["rows_per_step"] == 8
 
 
 @pytest.mark.parametrize(("rank", "codes"), [(0, [-9, 1]), (1, [1, -9])])

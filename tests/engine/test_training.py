@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from runs import cut_off
+from runs import cut_off, in_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,7 +164,7 @@ def test_lora_trains_the_adapter_alone(modules, model, pairs, tmp_path):
     assert numbers(off) == pytest.approx(numbers(stored), abs=1e-6)
     assert numbers(off)[-1] < 0.6
     assert all("lora_" in name for name in weights(off, "adapter_model.safetensors"))
-    assert all("lora_" in name for name in load_file(off.checkpoints()[-1] / "model.safetensors"))
+    assert all("lora_" in name for name in in_checkpoint(off.checkpoints()[-1]))
 
     from peft import AutoPeftModelForCausalLM
 
@@ -213,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(model, pairs, tmp_path)
     with pytest.raises(RunFailed, match=r"step 2: the loss is .*nan.*learning_rate"):
         train("dpo", recipe)
     folder = tmp_path / "run"
-    assert (folder / "checkpoint-000001" / "model.safetensors").exists()
+    assert (folder / "checkpoint-000001" / "tensors").exists()
     assert not json.loads((folder / "run.json").read_text())["finished"]
     assert not (folder / "final").exists()
 

@@ -12,20 +12,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PATHS = [str(ROOT / part) for part in (".", "kernels", "tests/helpers")]  # of every Python that a test starts
-# what `accelerate launch --use_fsdp --fsdp_version 2` sets, and ranks that say that theirs are no CPUs, on which
-# accelerate takes DDP
-FSDP = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
-            FSDP_CPU_RAM_EFFICIENT_LOADING="true", FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT",
-            ACCELERATE_USE_CPU="true")  # fmt: skip
-NO_CPUS = """
-import os, torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-PartialState(cpu=True)  # they meet
-os.environ["ACCELERATE_USE_CPU"] = "false"
-PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
-PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-"""
 AROUND = "import pictures, processes\npictures.leave_out()\nexec({code!r})\nprocesses.leave()"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from align_engine.recipe import Recipe
 from align_engine.run import train
@@ -25,6 +26,12 @@ def cut_off(name: str, recipe: Recipe, step: int | None = None) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(loop.Engine, "save", save_then_stop)
         train(name, recipe)
+
+
+def in_checkpoint(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a model and its optimiser in a checkpoint that one process wrote."""
+    files = sorted((folder / "tensors").iterdir())
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def same_bits(a: Path, b: Path, file: str = "model.safetensors") -> bool:
