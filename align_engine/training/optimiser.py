@@ -233,5 +233,12 @@ def state_per_weight(train: TrainSection, device: torch.device) -> float:
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise BadInput(f"optim = {name_of(train, device)!r} does not run on {device}: {said}") from error
-    held = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor)]
-    return sum(value.untyped_storage().nbytes() for value in held) / weight.numel()
+    return (
+        sum(_bytes(value) for value in optimizer.state[weight].values() if isinstance(value, Tensor)) / weight.numel()
+    )
+
+
+def _bytes(value: Any) -> int:
+    """Of a tensor's storage; of those that torchao's tensors are made of."""
+    inner = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else ()
+    return sum(_bytes(getattr(value, name)) for name in inner) if inner else value.untyped_storage().nbytes()

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from runs import cut_off, same_bits
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from align_engine.errors import BadInput
@@ -176,3 +177,4 @@ def test_the_room_on_disk_is_that_of_the_optimisers_state():
     for name, expected in bytes_per_weight.items():
         found = optimiser.state_per_weight(TrainSection(optim=name), CPU)
         assert found == pytest.approx(expected, abs=0.2), name
+    assert optimiser._bytes(TwoTensor(torch.ones(8), torch.ones(8))) == 64, "as torchao's states are made of tensors"
