@@ -52,6 +52,8 @@ def run(settings: PairsRecipe) -> None:
     rows, counts = layouts.read(settings.data), Counter[str]()
     by, groups = grouped(rows, settings, counts)
     groups = [cleaned(group, settings, counts) for group in groups]
+    if settings.pairs.encoder:
+        groups = list(apart_in_meaning(groups, settings.pairs, counts))
     groups = [limited(group, settings.pairs) for group in groups]
     made = list(LAYOUTS[settings.pairs.layout](groups, by, settings.pairs))
     if not made:
@@ -135,6 +137,22 @@ def cleaned(group: Group, settings: PairsRecipe, counts: Counter[str]) -> Group:
         counts["answers that stood twice"] += len(same) - 1
         kept.append(same[0])
     return Group(group.prompt, kept)
+
+
+def apart_in_meaning(groups: list[Group], section: PairsSection, counts: Counter[str]) -> Iterator[Group]:
+    """Each group without answers that say nearly what a better or an earlier one says.
+
+    Raises:
+        BadInput: an encoder that cannot be used.
+    """
+    from align_engine.preparation.embeddings import load_encoder
+    from align_engine.preparation.near import distinct
+
+    encode = load_encoder(section.encoder or "", section.trust_remote_code)
+    texts = [[words(one.text) for one in group.answers] for group in groups]
+    for group, places in zip(groups, distinct(texts, encode, section.near_threshold)):
+        counts["answers nearly the same, left out"] += len(group.answers) - len(places)
+        yield Group(group.prompt, [group.answers[i] for i in places])
 
 
 def limited(group: Group, section: PairsSection) -> Group:
@@ -244,9 +262,8 @@ def tell(
     shown = between.most_common(20)
     names = {pair: f"{pair[0]:g} above {pair[1]:g}" for pair, _ in shown}
     tables = [
-        Table("Counts", ("what", "how many"), list(counts.items())),
+        Table("Counts", ("what", "how many"), [*counts.items(), ("share whose chosen is longer", longer)]),
         Table(f"Pairs by {suffix(by)}", ("chosen above rejected", "pairs"), [(names[p], n) for p, n in shown]),
-        Table("Length", ("what", "share"), [("pairs whose chosen answer is the longer one", longer)]),
         Table("First pairs", ("prompt", *SIDES), [[short(part) for part in one] for one in first(groups, settings)]),
     ]
     facts = {"by": by, **counts, "chosen_is_longer": longer}

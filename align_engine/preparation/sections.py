@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from align_engine.preparation.models import read_models
 from align_engine.recipe.recipes import Settings
 from align_engine.recipe.sections import Section
-from align_engine.recipe.values import Count, Finite, NotNegative, Positive, Range, Share
+from align_engine.recipe.values import Count, Finite, NotNegative, Part, Positive, Range, Share
 
 
 class InputSection(Section):
@@ -95,6 +95,13 @@ class PairsSection(Section):
     desirable: Finite | None = None
     """unpaired: answers up to this rank, or from this score on, are good (None: those of the best tier of prompts that
     have two)."""
+    encoder: str | None = None
+    """Leave out answers that say nearly the same as a better or an earlier one to their prompt, by the embeddings of
+    this model of sentence-transformers, encoder of transformers, or function as module:name or file.py:name."""
+    near_threshold: Part = 0.9
+    """Cosine from which two answers say nearly the same."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside an encoder. Read it before."""
     seed: int = 0
     """Of what is drawn."""
 
@@ -104,6 +111,10 @@ class PairsRecipe(Preparation):
 
     data: MappedInput = field(default_factory=MappedInput)
     pairs: PairsSection = field(default_factory=PairsSection)
+
+    def models(self) -> dict[str, str]:
+        path = self.pairs.encoder
+        return {"encoder": path} if path and ":" not in path else {}
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         own = self.pairs

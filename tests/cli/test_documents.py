@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from align_engine.cli import COMMANDS
+from align_engine.preparation import PREPARATION
 from align_engine.recipe import RECIPES, flat
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +42,19 @@ def test_targets_that_documents_name_are_in_the_makefile():
         assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets, path
 
 
-def test_commands_of_the_readme_take_their_flags():
-    lines = [line.split("#")[0] for line in README.splitlines() if line.startswith("align ")]
-    assert len(lines) >= 10
+@pytest.mark.parametrize(("path", "least"), [("README.md", 10), ("docs/data.md", 5)])
+def test_commands_take_their_flags(path, least):
+    text = (ROOT / path).read_text().replace("\\\n", " ")
+    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("align ")]
+    assert len(lines) >= least
+    kinds = PREPARATION | RECIPES
     for line in lines:
         _, command, *arguments = shlex.split(line)
         assert command in COMMANDS, line
         own = {"recipe"}
         if command == "plan":  # takes a method's flags besides its own
             (command, *arguments), own = arguments, own | {"memory", "prompt_length", "json"}
-        known = flat(RECIPES[command]()).keys() | own if command in RECIPES else set()
+        known = flat(kinds[command]()).keys() | own if command in kinds else set()
         flags = {part.removeprefix("--") for part in arguments if part.startswith("--")}
         assert flags <= known, line
         for path in (part for part in arguments if part.endswith(".yaml")):

