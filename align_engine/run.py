@@ -136,6 +136,15 @@ def fit(
         references.precompute_all(engine, asked_before, source, evaluation, steps, folder)
     for part in parts:
         part.start(engine, learns=part is source)
+    learn(engine, source, evaluation, tokenizer, folder, steps, callbacks)
+
+
+def learn(
+    engine: Engine, source: Source, evaluation: Source | None, tokenizer: Any, folder: RunFolder, steps: int,
+    callbacks: Sequence[Any],
+) -> None:  # fmt: skip
+    """Train from where the folder stands to the last step, save and report."""
+    recipe, accelerator, name = engine.recipe, engine.accelerator, engine.algorithm.name
     if checkpoints := folder.checkpoints():
         engine.restore(checkpoints[-1], folder)
         accelerator.print(f"going on from {checkpoints[-1]}")
@@ -143,9 +152,9 @@ def fit(
     if accelerator.is_main_process:
         logged = folder.truncate_metrics(engine.progress.step)
     settings = masked(recipes.flat(recipe))
-    accelerator.init_trackers("align", config={name: str(value) for name, value in settings.items()})
+    accelerator.init_trackers("align", config={key: str(value) for key, value in settings.items()})
     accelerator.print(summary(engine, source, steps))
-    journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, algorithm.name)
+    journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, name)
     with journal.bar:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         around.state.log_history += logged
@@ -157,7 +166,7 @@ def fit(
         accelerator.print(f"the model is that of step {best}, the best evaluation")
         engine.restore(folder.checkpoint(best), folder)
     engine.save_model(folder, tokenizer)
-    finish(folder, algorithm.name, recipe, accelerator)
+    finish(folder, name, recipe, accelerator)
     for tracker in accelerator.trackers:  # not end_training: the processes stay together for a further run
         tracker.finish()
 
