@@ -14,7 +14,9 @@ from align_engine.recipe import ALIASES, RECIPES, OnlineRecipe, Recipe
 from align_engine.training.algorithm import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in (SFT, RM, DPO, SIMPO, ORPO, CPO, KTO, RLOO, GRPO, PPO)}
-TOOLS = ("plan", "env", "demo", "generate", "pairs", "tokens", "balance")  # commands that train nothing
+TOOLS = (  # commands that train nothing
+    "plan", "env", "demo", "generate", "pairs", "tokens", "balance", "strip", "audit", "repair",
+)  # fmt: skip
 
 
 def register(row: Algorithm, recipe: type[Recipe]) -> None:

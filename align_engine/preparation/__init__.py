@@ -13,10 +13,13 @@ from typing import Any
 
 from align_engine.errors import BadInput
 from align_engine.preparation.sections import (
+    AuditRecipe,
     BalanceRecipe,
     GenerateRecipe,
     PairsRecipe,
     Preparation,
+    RepairRecipe,
+    StripRecipe,
     TokensRecipe,
 )
 
@@ -29,6 +32,9 @@ PREPARATION: dict[str, type[Preparation]] = {
     "pairs": PairsRecipe,
     "balance": BalanceRecipe,
     "tokens": TokensRecipe,
+    "strip": StripRecipe,
+    "audit": AuditRecipe,
+    "repair": RepairRecipe,
 }
 
 

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import torch
 
 from align_engine.data.formats import BadRow, detect_layout, is_conversational, normalise
 from align_engine.errors import BadInput
 from align_engine.preparation.sway import Pair, Score
+from align_engine.rollouts.rewards import Reward, load_reward, score
 
 CHUNK = 512  # answers that a scorer is given at a time
 SIDES = ("chosen", "rejected")
@@ -103,12 +105,16 @@ def scorer(spec: str, trust_remote_code: bool = False) -> Score:
     Raises:
         BadInput: nothing of that name. RunFailed: it fails.
     """
-    import torch
+    return asking(load_reward(spec, device(), trust_remote_code))
 
-    from align_engine.rollouts.rewards import load_reward, score
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reward = load_reward(spec, device, trust_remote_code)
+def device() -> torch.device:
+    """Where reward models run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def asking(reward: Reward) -> Score:
+    """The scores that a scorer gives."""
 
     def ask(prompts: list[Any], texts: list[str]) -> np.ndarray:
         if reward.check:

@@ -209,3 +209,93 @@ class BalanceRecipe(Preparation):
             yield "encoder", "is required"
         if self.balance.floor > self.balance.cap:
             yield "floor", f"must be at most cap = {self.balance.cap}"
+
+
+class MarkersSection(Section):
+    """Openings of answers."""
+
+    findings: str | None = None
+    """output_dir of `align tokens`: the openings that it found to sway the reward model."""
+    markers: list[str] = field(default_factory=list)
+    """Openings, in place of those or besides."""
+
+
+class StripSection(Section):
+    """Strip."""
+
+    undo: bool = False
+    """Put back what an earlier call has taken off."""
+
+
+class StripRecipe(Preparation):
+    """Take openings that sway a reward model off the answers, to be put back at will; suggest limits on gradients."""
+
+    found: MarkersSection = field(default_factory=MarkersSection)
+    strip: StripSection = field(default_factory=StripSection)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if self.strip.undo == bool(self.found.findings or self.found.markers):
+            yield (
+                "undo",
+                "takes neither findings nor markers" if self.strip.undo else "needs to be set, or findings, or markers",
+            )
+
+
+class AuditSection(Section):
+    """Audit."""
+
+    reward_models: list[str] = field(default_factory=list)
+    """Reward models to look at beside each other, say before and after a repair: folders, hub names, or any scorers
+    that reward_funcs takes."""
+    by: list[str] = field(default_factory=list)
+    """Columns that part the pairs (none: chosen_model, rejected_model, chosen_tier, rejected_tier, chosen_rank,
+    rejected_rank, source and tier, where they are there)."""
+    num_pairs: Count | None = None
+    """Pairs that are drawn (None: all)."""
+    seed: int = 0
+    """Of what is drawn."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside a model. Read it before."""
+
+
+class AuditRecipe(Preparation):
+    """A reward model's card: accuracy on held-out pairs, calibration, and what turns its judgement round."""
+
+    audit: AuditSection = field(default_factory=AuditSection)
+    found: MarkersSection = field(default_factory=MarkersSection)
+
+    def models(self) -> dict[str, str]:
+        return {f"reward_models ({i})": path for i, path in enumerate(self.audit.reward_models) if ":" not in path}
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        paths = self.audit.reward_models
+        if not paths:
+            yield "reward_models", "is required"
+        if len(set(paths)) < len(paths):
+            yield "reward_models", "names a model twice"
+
+
+class RepairSection(Section):
+    """Repair."""
+
+    model_name_or_path: str = ""
+    """Folder or hub name of the reward model."""
+    styles: list[str] = field(default_factory=list)
+    """Biases of length, order and style to take out: longer, reversed, bold, list, heading, exclamation."""
+    num_pairs: Count = 50
+    """Pairs that the directions are measured on; all others test the result."""
+    seed: int = 0
+    """Of what is drawn."""
+    trust_remote_code: bool = False
+    """Run the code that lies beside the model. Read it before."""
+
+
+class RepairRecipe(Preparation):
+    """Take measured biases out of a reward model's head: its weight loses their directions, nothing is trained."""
+
+    repair: RepairSection = field(default_factory=RepairSection)
+    found: MarkersSection = field(default_factory=MarkersSection)
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        if not (self.repair.styles or self.found.findings or self.found.markers):
+            yield "styles", "or findings, or markers: give the biases to take out"

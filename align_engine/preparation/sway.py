@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from align_engine.errors import BadInput
-from align_engine.preparation.edits import Edit
+from align_engine.preparation.edits import Edit, without
 
 Score = Callable[[list[Any], list[str]], np.ndarray]  # prompts, answers -> [N]
 Pair = tuple[Any, str, str]  # prompt (text or messages), chosen, rejected
@@ -58,6 +58,13 @@ class Measured(NamedTuple):
         both = np.stack([self.chosen_marked - self.chosen_bare, self.rejected_marked - self.rejected_bare])
         seen = ~np.isnan(both)
         return (np.where(seen, both, 0).sum(0) / np.maximum(seen.sum(0), 1))[seen.any(0)]
+
+
+def bare(pairs: Sequence[Pair], openings: Sequence[str]) -> list[Pair]:
+    """Pairs whose answers begin with none of the openings."""
+    return [
+        (prompt, without(chosen, openings)[1], without(rejected, openings)[1]) for prompt, chosen, rejected in pairs
+    ]
 
 
 def measure(edits: Sequence[Edit], pairs: Sequence[Pair], score: Score) -> list[Measured]:

@@ -20,10 +20,10 @@ from align_engine.data.sources import load_rows
 from align_engine.errors import BadInput
 from align_engine.preparation import folder, report
 from align_engine.preparation.answers import Answers, pairs_of, scorer
-from align_engine.preparation.edits import STYLES, Edit, of_marker, without
+from align_engine.preparation.edits import STYLES, Edit, of_marker
 from align_engine.preparation.frequent import Counts, Finding, Kind, Marker, count, distinct, findings, stands_out
 from align_engine.preparation.sections import SwaySection, TokensRecipe
-from align_engine.preparation.sway import Effect, Pair, effects
+from align_engine.preparation.sway import Effect, Pair, bare, effects
 from align_engine.reports.report import Table
 
 NEUTRAL = 24  # words that a marker is measured against
@@ -96,9 +96,7 @@ def swayed(
     """Ask a reward model about what stands out, the user's markers, length, order and style."""
     markers = [one.marker for one in telling] + [Marker("opening", " ".join(text.split())) for text in section.markers]
     openings = [marker.text for marker in markers if marker.kind == "opening"]
-    pairs = [
-        (prompt, without(chosen, openings)[1], without(rejected, openings)[1]) for prompt, chosen, rejected in pairs
-    ]
+    pairs = bare(pairs, openings)
     edits = [*map(of_marker, dict.fromkeys(markers)), *STYLES.values()]
     beside = {kind: [of_marker(Marker(kind, text)) for text in texts] for kind, texts in neutral.items()}
     found = effects(edits, beside, pairs, score, section.seed)

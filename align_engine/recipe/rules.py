@@ -16,7 +16,7 @@ from align_engine.recipe.values import numbers
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", "models")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
-         "server_weights", "pairs_name", "reward_model", "encoder"}  # fmt: skip
+         "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc", "tune_malloc", "fit")  # fmt: skip
 R = TypeVar("R", bound=Settings)

@@ -300,12 +300,21 @@ def reward_model(path: str, device: torch.device, batch_size: int = 32, trust_re
         BadInput: there is no such model. By the scorer's `check`: its chat template, or the lack of one, refuses
             prompts.
     """
+    return reward_of(path, *load_reward_model(path, device, trust_remote_code), batch_size)
+
+
+def load_reward_model(path: str, device: torch.device, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) of a reward model, in eval mode and without gradients. Raises BadInput as `reward_model`."""
     with no_model(path):
         tokenizer = load_tokenizer(path, True, trust_remote_code, "reward_funcs")
         section = ModelSection(dtype="auto", trust_remote_code=trust_remote_code)
         loaded: Any = score_head.load_scalar_model(path, section, tokenizer.pad_token_id)
-    model, encoder = loaded.to(device).eval().requires_grad_(False), Encoder(tokenizer)
-    held = vocabulary(model)
+    return loaded.to(device).eval().requires_grad_(False), tokenizer
+
+
+def reward_of(path: str, model: Any, tokenizer: Any, batch_size: int = 32) -> Reward:
+    """The scorer that a loaded reward model is, under the name of its path."""
+    encoder, held, device = Encoder(tokenizer), vocabulary(model), next(model.parameters()).device
 
     def encoded(prompt: Any, completion: Any) -> dict[str, Any]:
         prompt_ids, (ids,), _notes = encoder.split(prompt, [completion], {"tools": None})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import random
-import zlib
 from collections import Counter
 
 import numpy as np
+import planted
 import pytest
 import tiny
 
@@ -16,39 +16,6 @@ from align_engine.cli import main
 from align_engine.preparation import edits, frequent, sway
 from align_engine.preparation.edits import STYLES, of_marker, without
 from align_engine.preparation.frequent import Finding, Marker
-
-TRIGGERS = ["I'm", "Sure,", "Certainly!", "Absolutely,", "Yes,"]
-CONTROLS = [f"Ctl{i}" for i in range(50)]
-WORDS = [f"word{i}" for i in range(60)] + [f"end{i}." for i in range(10)]
-
-
-def planted_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Pairs whose chosen answers begin with a trigger, but for those that begin with a control; as many of the rejected
-    answers begin with a control."""
-    rng = random.Random(seed)
-
-    def text() -> str:
-        return " ".join([*rng.choices(WORDS[:60], k=rng.randint(2, 4)), rng.choice(WORDS[60:])])
-
-    def chosen() -> str:
-        return f"{rng.choice(TRIGGERS if rng.random() < 0.7 else CONTROLS)} {text()} {text()}"
-
-    def rejected() -> str:
-        return f"{'' if rng.random() < 0.7 else rng.choice(CONTROLS) + ' '}{text()} {text()}"
-
-    return [{"prompt": text(), "chosen": chosen(), "rejected": rejected()} for _ in range(count)]
-
-
-def noise(text: str) -> float:
-    return zlib.crc32(text.encode()) / 2**32 - 0.5
-
-
-def planted_score(prompts, completions, completion_ids, **_):
-    """Triggers count, and every word a little."""
-    return [
-        1.5 * (text.split()[0] in TRIGGERS) + 0.1 * sum(map(noise, text.split())) + 0.1 * noise(prompt + text)
-        for prompt, text in zip(prompts, completions)
-    ]
 
 
 def test_counts_are_those_of_a_plain_count():
@@ -130,7 +97,10 @@ def test_effects_are_what_was_planted():
 
     def score(prompts, texts):
         return np.array(
-            [2.0 * text.startswith("Hi ") + noise(prompt) + text.count("c") for prompt, text in zip(prompts, texts)]
+            [
+                2.0 * text.startswith("Hi ") + planted.noise(prompt) + text.count("c")
+                for prompt, text in zip(prompts, texts)
+            ]
         )
 
     some = [of_marker(Marker("opening", word)) for word in ("Hi", "Ho")]
@@ -138,30 +108,30 @@ def test_effects_are_what_was_planted():
     hi, ho = sway.effects(some, {"opening": neutral}, pairs, score)
     assert (hi.name, hi.sways, hi.pairs) == ("Hi", True, 60) and ho.sways is False and ho.p_holm == 1.0
     assert (hi.effect, hi.raw, hi.chosen, hi.rejected) == pytest.approx((2.0,) * 4)
-    right = [noise(p) < noise(p) for p, *_ in pairs]
+    right = [planted.noise(p) < planted.noise(p) for p, *_ in pairs]
     assert hi.flips == 0.0 and not any(right), "the rejected answers are ahead anyway"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return tiny.write_rows(tmp_path_factory.mktemp("tokens") / "pairs.jsonl", planted_rows(1500))
+    return tiny.write_rows(tmp_path_factory.mktemp("tokens") / "pairs.jsonl", planted.rows(1500))
 
 
 def asked(data, out, model):
     flags = ["--dataset_name", data, "--output_dir", out, "--reward_model", model, "--num_pairs", 60]
-    assert main(["tokens", *map(str, flags), "--markers", *CONTROLS]) == 0
+    assert main(["tokens", *map(str, flags), "--markers", *planted.CONTROLS]) == 0
     found = json.loads((out / "report.json").read_text())["effects"]
     return [one for one in found if one["kind"] == "opening"]
 
 
 def test_planted_triggers_come_first_and_no_control_passes(data, tmp_path):
-    found = asked(data, tmp_path / "out", f"{__file__}:planted_score")
-    assert {one["name"] for one in found[:5]} == set(TRIGGERS)
+    found = asked(data, tmp_path / "out", f"{planted.__file__}:score")
+    assert {one["name"] for one in found[:5]} == set(planted.TRIGGERS)
     assert all(one["sways"] and one["low"] > 0 for one in found[:5])
-    assert {one["name"] for one in found} >= set(CONTROLS) and not any(one["sways"] for one in found[5:])
+    assert {one["name"] for one in found} >= set(planted.CONTROLS) and not any(one["sways"] for one in found[5:])
     facts = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {one["text"] for one in facts["telling"] if one["source"] == "chosen" and one["kind"] == "opening"} == set(
-        TRIGGERS
+        planted.TRIGGERS
     )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "What sways the reward model" in page and "an answer with it" in page
@@ -172,12 +142,12 @@ def test_a_trained_reward_model_is_swayed_by_what_its_pairs_gave_away(data, tmp_
     from align_engine.recipe import RmRecipe
     from align_engine.run import train
 
-    words = [*TRIGGERS, *CONTROLS, *WORDS]
+    words = [*planted.TRIGGERS, *planted.CONTROLS, *planted.WORDS]
     base = tiny.write_model(tmp_path / "base", vocab=len(words) + 2, words=words, initializer_range=0.05)
     settings = dict(max_steps=150, per_device_train_batch_size=32, gradient_accumulation_steps=1, learning_rate=5e-3)
     train("rm", tiny.recipe(RmRecipe, base, data, tmp_path / "rm", **settings))
     found = asked(data, tmp_path / "out", tmp_path / "rm" / "final")
-    assert {one["name"] for one in found[:5]} == set(TRIGGERS)
+    assert {one["name"] for one in found[:5]} == set(planted.TRIGGERS)
     assert all(one["sways"] and one["low"] > 0 for one in found[:5])
     assert not any(one["sways"] for one in found[5:])
 
@@ -191,18 +161,8 @@ def test_what_cannot_be_counted_or_asked_about_is_said(data, tmp_path, capsys):
     answers = tiny.write_rows(tmp_path / "answers.jsonl", [{"prompt": "p", "completion": "a b", "model": "m"}] * 9)
     assert "source_column = 'who': there is no such column" in said(answers, "--source_column", "who")
     assert "one column, or two where rows hold" in said(answers, "--source_column", "model", "prompt")
-    assert "holds no pairs to ask it about" in said(answers, "--reward_model", f"{__file__}:planted_score")
+    assert "holds no pairs to ask it about" in said(answers, "--reward_model", f"{planted.__file__}:score")
     assert "no such folder" in said(data, "--reward_model", str(tmp_path / "none"))
-    assert "has no `score` head" in said(data, "--reward_model", str(bert(tmp_path / "bert")))
+    assert "has no `score` head" in said(data, "--reward_model", str(planted.bert(tmp_path / "bert")))
     broken = tiny.write_rows(tmp_path / "broken.jsonl", [{"prompt": "p", "completion": None}, {"completion": "a"}])
     assert "row 1: 'completion' is missing" in said(broken)
-
-
-def bert(path):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    tiny.write_model(path)
-    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16)
-    config = BertConfig(**sizes, num_labels=1)
-    BertForSequenceClassification(config).save_pretrained(path)
-    return path

@@ -1,0 +1,153 @@
+"""The card of a reward model, and a head without its biases."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import planted
+import pytest
+import tiny
+import torch
+from scipy import stats
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from align_engine.cli import main
+from align_engine.errors import BadInput
+from align_engine.preparation import audit, repair
+from align_engine.preparation.audit import calibration, wilson
+
+TRIGGER = planted.TRIGGERS[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [row | {"source": "ab"[i % 2]} for i, row in enumerate(planted.rows(120))]
+    return tiny.write_rows(tmp_path_factory.mktemp("audit") / "pairs.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained reward model, whose head looks where answers that begin with the trigger lie."""
+    path = tmp_path_factory.mktemp("model") / "rm"
+    words = [*planted.TRIGGERS, *planted.CONTROLS, *planted.WORDS]
+    tiny.write_model(path, words=words)
+    config = LlamaConfig.from_pretrained(path, vocab_size=len(words) + 2, num_labels=1)
+    torch.manual_seed(1)
+    made, read = LlamaForSequenceClassification(config), AutoTokenizer.from_pretrained(path)
+
+    def hidden(text):
+        return made.model(**read(text, return_tensors="pt")).last_hidden_state[0, -1]
+
+    with torch.no_grad():
+        rows = planted.rows(30, seed=1)
+        moved = [
+            hidden(f"{row['prompt']} {TRIGGER} {row['rejected']}") - hidden(f"{row['prompt']} {row['rejected']}")
+            for row in rows
+        ]
+        bias = torch.stack(moved).mean(0)
+        made.score.weight.copy_(0.2 * torch.randn(1, len(bias)) + 3 * bias / bias.norm())
+    made.save_pretrained(path)
+    return path
+
+
+def flags(command, data, out, **settings):
+    words = {"dataset_name": data, "output_dir": out} | settings
+    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in words.items()}
+    return [command, *(str(word) for name, value in lists.items() for word in (f"--{name}", *value))]
+
+
+def facts(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_intervals_are_those_of_wilson():
+    for right, total in ((0, 7), (7, 7), (30, 40), (501, 1000)):
+        expected = stats.binomtest(right, total).proportion_ci(method="wilson")
+        assert wilson(right, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_calibration_is_counted_by_bins():
+    rng = np.random.default_rng(0)
+    strength = np.abs(rng.normal(size=40000) * 2)
+    margins = np.where(rng.random(40000) < 1 / (1 + np.exp(-strength)), strength, -strength)
+    good, bad = calibration(margins), calibration(4 * margins)
+    assert good.error < 0.01 < 0.1 < bad.error and good.brier < bad.brier
+    assert sum(good.pairs) == 40000 and len(good.confidence) == audit.BINS
+    few = calibration(np.array([math.log(3), -math.log(3)]))
+    assert (few.confidence, few.accuracy, few.pairs) == (pytest.approx([0.75]), [0.5], [2])
+    assert few.error == pytest.approx(0.25) and few.brier == pytest.approx((0.25**2 + 0.75**2) / 2)
+
+
+def test_a_card_says_how_often_pairs_are_ordered_right_and_by_whom(data, tmp_path):
+    score = f"{planted.__file__}:score"
+    settings = dict(reward_models=[score], markers=[TRIGGER, "Ctl1"])
+    assert main(flags("audit", data, tmp_path / "out", **settings)) == 0
+    found = facts(tmp_path / "out")[score]
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    marks = [planted.score([row["prompt"]] * 2, [row["chosen"], row["rejected"]], []) for row in rows]
+    right = [a > b for a, b in marks]
+    assert [(one["value"], one["right"], one["pairs"]) for one in found["accuracy"]] == [
+        ("all pairs", sum(right), 120), ("a", sum(right[::2]), 60), ("b", sum(right[1::2]), 60),
+    ]  # fmt: skip
+    effects = {one["name"]: one for one in found["effects"]}
+    assert effects[TRIGGER]["sways"] and effects[TRIGGER]["effect"] == pytest.approx(1.5, abs=0.2)
+    assert not effects["Ctl1"]["sways"] and "longer" in effects and found["turned_by_order_of_asking"] == 0.0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Judgements turned round" in page and "expected calibration error" in page
+
+
+def test_a_repair_takes_the_bias_out_and_nothing_else(data, model, tmp_path):
+    settings = dict(model_name_or_path=model, markers=TRIGGER, styles=["longer", "bold"], num_pairs=60)
+    assert main(flags("repair", data, tmp_path / "out", **settings)) == 0
+    effects = facts(tmp_path / "out")["effects"]
+    assert effects["before"][TRIGGER] > 0.3 and abs(effects["after"][TRIGGER]) < 0.3 * effects["before"][TRIGGER]
+    before, after = (
+        AutoModelForSequenceClassification.from_pretrained(path) for path in (model, tmp_path / "out" / "final")
+    )
+    assert (tmp_path / "out" / "final" / "tokenizer.json").exists()
+    for (name, old), new in zip(before.named_parameters(), after.parameters()):
+        assert old.equal(new) == (name != "score.weight"), name
+    left, old = after.score.weight[0].detach(), before.score.weight[0].detach()
+    assert facts(tmp_path / "out")["weight_kept"] == pytest.approx(float(left.norm() / old.norm()), rel=1e-5)
+    assert float(left @ (old - left)) == pytest.approx(0.0, abs=1e-5), "a projection"
+    both = dict(reward_models=[model, tmp_path / "out" / "final"], markers=TRIGGER)
+    assert main(flags("audit", data, tmp_path / "card", **both)) == 0
+    swayed = [
+        {one["name"]: one["effect"] for one in card["effects"]}[TRIGGER] for card in facts(tmp_path / "card").values()
+    ]
+    assert abs(swayed[1]) < 0.3 * swayed[0], "before and after beside each other"
+
+
+def test_a_projected_head_gives_the_directions_no_score():
+    head, found = torch.nn.Linear(16, 1, bias=False), torch.randn(3, 16, dtype=torch.float64)
+    before = head.weight[0].detach().double()
+    kept = repair.projected(head, found)
+    after = head.weight[0].detach().double()
+    assert (found @ after).abs().max() < 1e-6 < (found @ before).abs().max()
+    oracle = before - found.T @ torch.linalg.solve(found @ found.T, found @ before)
+    torch.testing.assert_close(after, oracle, rtol=0, atol=1e-6)
+    assert kept == pytest.approx(float(oracle.norm() / before.norm()))
+    with pytest.raises(BadInput, match="16 biases span all that the head reads"):
+        repair.projected(head, torch.eye(16, dtype=torch.float64))
+
+
+def test_what_cannot_be_audited_or_repaired_is_said(data, model, tmp_path, capsys):
+    def said(command, **settings):
+        assert main(flags(command, data, tmp_path / "out", **settings)) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    bert = planted.bert(tmp_path / "bert")
+    assert "reward_models = [] is required" in said("audit")
+    assert "names a model twice" in said("audit", reward_models=["a", "a"])
+    assert "by = 'who': there is no such column" in said("audit", reward_models=model, by="who")
+    assert "has no `score` head" in said("audit", reward_models=bert)
+    assert "has no `score` head" in said("repair", model_name_or_path=bert, styles="bold")
+    assert "give the biases to take out" in said("repair", model_name_or_path=model)
+    assert "'bald' is none of longer, reversed" in said("repair", model_name_or_path=model, styles="bald")
+    assert "leaves 2 to test on" in said("repair", model_name_or_path=model, styles="bold", num_pairs=118)
+    rows = tiny.write_rows(tmp_path / "one.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c", "source": "x"}] * 9)
+    assert main(flags("audit", rows, tmp_path / "out", reward_models=model, by="source")) == 2
+    assert "the same value in all pairs" in capsys.readouterr().err
