@@ -47,7 +47,11 @@ def sampled(case: Case, u: Tensor, impl: str, **options) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("name", CASES | MORE)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_token_is_the_inverse_of_the_distribution(name: str, impl: str):
-    case = all_kept((CASES | MORE)[name]())
+    verify(all_kept((CASES | MORE)[name]()), impl)
+
+
+def verify(case: Case, impl: str) -> None:
+    """Tokens, log-probs and entropies of every row of a case."""
     u = uniform(case.targets.shape)
     tokens, logp, entropy = sampled(case, u, impl)
     assert tokens.shape == logp.shape == entropy.shape == u.shape and tokens.dtype == torch.int64

@@ -9,6 +9,7 @@ from accuracy import check
 from align_kernels import LogitGradClamp, dpo_loss, explain, grpo_loss, linear_logprobs, logprobs_from_logits
 
 from ..kernels import test_compaction as columns
+from ..kernels import test_sample as samples
 from ..kernels.test_compaction import small_blocks  # noqa: F401 (a fixture)
 from ..kernels.test_logprobs import CASES, TINY, make, verify
 
@@ -40,6 +41,11 @@ def test_clamp(clamp: LogitGradClamp):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)])
 def test_dtypes(dtypes: tuple):
     verify(make((29,), 207, 32, dtype=dtypes[0], weight_dtype=dtypes[1], bias=True), "triton", "both")
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "strided", "one column", "no rows", "2049 columns"])
+def test_samples(name: str):
+    samples.verify(samples.all_kept(CASES[name]()), "triton")
 
 
 def test_auto_does_not_take_the_interpreter():
