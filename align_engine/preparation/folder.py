@@ -95,16 +95,22 @@ class Journal:
             except ValueError as error:
                 raise BadInput(f"{path} line {number} is damaged: delete that line, and the rest stays") from error
             whole += len(text)
-        self.file = open(path, "ab")
+        self.file, self.size = open(path, "ab", buffering=0), whole
         self.file.truncate(whole)
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write rows at its end. Raises RunFailed where the disk is full or refuses."""
+        data = b"".join(map(_line, rows))
         try:
-            self.file.write(b"".join(_line(row) for row in rows))
-            self.file.flush()
-        except OSError as error:
-            raise self.folder._failure(self.path, error) from error
+            written = 0
+            while written < len(data):
+                written += self.file.write(data[written:]) or 0
+        except BaseException as error:
+            self.file.truncate(self.size)  # half a line must not come before others
+            if isinstance(error, OSError):
+                raise self.folder._failure(self.path, error) from error
+            raise
+        self.size += len(data)
 
     def __enter__(self) -> Journal:
         return self

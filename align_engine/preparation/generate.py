@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from align_engine.data.formats import Messages
 from align_engine.errors import BadInput, RunFailed
@@ -20,10 +20,20 @@ from align_engine.preparation.endpoints import Endpoint, ask_all
 from align_engine.preparation.models import ModelSpec, Question, Reply, read_models
 from align_engine.preparation.sections import GenerateRecipe
 
-Prompts = dict[int, dict[str, Any]]  # rows in TRL's layout by their number
 Place = tuple[str | None, str | None]  # of an endpoint: its address, and the variable that holds its key
 SETTINGS = ("temperature", "top_p", "max_tokens")
 OURS = ("prompt", "completion", "model", "tier", "rank", "index", "choice", "seed", *SETTINGS, "finish_reason")
+
+
+class Prompt(NamedTuple):
+    """What is asked."""
+
+    messages: Messages
+    more: dict[str, Any]  # its row's other columns
+    held: dict[str, Messages]  # answers that the row holds already, by column
+
+
+Prompts = dict[int, Prompt]  # by the number of their row
 
 
 def run(settings: GenerateRecipe) -> None:
@@ -38,7 +48,8 @@ def run(settings: GenerateRecipe) -> None:
         if spec.column and spec.column not in {*rows.column_names, "completion"}:
             known = ", ".join(rows.column_names)
             raise BadInput(f"model {spec.name!r}: there is no column {spec.column!r}, but {known}")
-    prompts = dict(layouts.converted(rows, settings.data.bad_rows, dict))
+    columns = [one.column for one in specs if one.column]
+    prompts = dict(layouts.converted(rows, settings.data.bad_rows, lambda row: read(row, columns)))
     if settings.data.dry_run:
         folder.dry(asked(specs, prompts, settings.ask.seed))
         return
@@ -59,6 +70,14 @@ def run(settings: GenerateRecipe) -> None:
         finish(place, work)
 
 
+def read(row: layouts.Row, columns: Iterable[str]) -> Prompt:
+    """The prompt of a row, with the answers that stand in some columns. Raises BadRow for one that is no answer."""
+    more = {name: value for name, value in row.items() if name not in (*OURS, *layouts.ANSWERS)}
+    messages = layouts.as_messages(row["prompt"])
+    held = {name: layouts.checked(row[name], name, messages) for name in columns if row.get(name)}
+    return Prompt(messages, more, {name: layouts.answer(text, name) for name, text in held.items()})
+
+
 def endpoints_of(specs: Iterable[ModelSpec], settings: GenerateRecipe) -> dict[Place, Endpoint]:
     """The endpoints that are asked. Raises BadInput where a key is missing."""
     own = settings.ask
@@ -73,9 +92,9 @@ def seed_of(spec: ModelSpec, row: int, seed: int) -> int:
 
 def asked(specs: list[ModelSpec], prompts: Prompts, seed: int) -> Iterator[dict[str, Any]]:
     """What a dry run shows of each prompt."""
-    for index, row in prompts.items():
-        models = [{"model": one.name, "tier": one.tier, "n": one.n, "seed": seed_of(one, index, seed)} for one in specs]
-        yield {"prompt": layouts.as_messages(row["prompt"]), "asked": models}
+    for row, prompt in prompts.items():
+        models = [{"model": one.name, "tier": one.tier, "n": one.n, "seed": seed_of(one, row, seed)} for one in specs]
+        yield {"prompt": prompt.messages, "asked": models}
 
 
 class Work:
@@ -106,11 +125,11 @@ class Work:
         """What is to be asked, by endpoint; models at the same one take turns, row by row."""
 
         def waiting(specs: list[ModelSpec]) -> Iterator[Question]:
-            for row, content in self.prompts.items():
+            for row, prompt in self.prompts.items():
                 for spec in specs:
                     if row not in self.replies[spec.name]:
                         seed = seed_of(spec, row, self.settings.ask.seed)
-                        yield Question(spec, row, layouts.as_messages(content["prompt"]), seed)
+                        yield Question(spec, row, prompt.messages, seed)
 
         at = {place: [one for one in self.specs if (one.base_url, one.api_key_env) == place] for place in endpoints}
         return [(endpoint, waiting(at[place])) for place, endpoint in endpoints.items()]
@@ -132,23 +151,22 @@ class Work:
     def answers(self, spec: ModelSpec, row: int) -> list[tuple[Messages, str]]:
         """Those of a model to a row, as messages, and why each ended."""
         if spec.column:
-            held = self.prompts[row].get(spec.column)
-            return [(layouts.answer(held, spec.column), "")] if held else []
+            held = self.prompts[row].held.get(spec.column)
+            return [(held, "")] if held else []
         found = self.replies[spec.name][row]
         return [(layouts.answer(text, spec.name), ended) for text, ended in found.answers]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row for each answer, in the order of the prompts, the models and the answers."""
-        for index, row in self.prompts.items():
-            more = {name: value for name, value in row.items() if name not in (*OURS, "chosen", "rejected")}
+        for index, prompt in self.prompts.items():
             for spec in self.specs:
                 reply = self.replies[spec.name].get(index)
                 settings = {name: getattr(spec, name) if reply else None for name in SETTINGS}
                 for choice, (answer, ended) in enumerate(self.answers(spec, index)):
                     yield {
-                        "prompt": layouts.as_messages(row["prompt"]), "completion": answer, "model": spec.name,
-                        "tier": spec.tier, "rank": spec.rank, "index": index, "choice": choice,
-                        "seed": reply.seed if reply else None, **settings, "finish_reason": ended or None, **more,
+                        "prompt": prompt.messages, "completion": answer, "model": spec.name, "tier": spec.tier,
+                        "rank": spec.rank, "index": index, "choice": choice, "seed": reply.seed if reply else None,
+                        **settings, "finish_reason": ended or None, **prompt.more,
                     }  # fmt: skip
 
 
@@ -167,7 +185,7 @@ def checkpoint(spec: ModelSpec, work: Work, waiting: set[int]) -> None:
     been in an unbroken run."""
     from align_engine.preparation.local import Local
 
-    local = Local(spec, {row: layouts.as_messages(one["prompt"]) for row, one in work.prompts.items()})
+    local = Local(spec, {row: prompt.messages for row, prompt in work.prompts.items()})
     for batch in local.batches(work.settings.ask.batch_size):
         if not waiting.isdisjoint(batch):
             for row, reply in zip(batch, local.sample(batch, seed_of(spec, batch[0], work.settings.ask.seed))):
@@ -189,7 +207,7 @@ def finish(place: folder.ResultFolder, work: Work) -> None:
         found.append(totals.total(spec, answers, list(work.replies[spec.name].values())))
     place.write_rows(folder.ROWS, work.rows())
     examples = list(work.prompts)[: totals.SHOWN]
-    texts = [[layouts.as_messages(work.prompts[row]["prompt"])[-1]["content"],
+    texts = [[work.prompts[row].messages[-1]["content"],
               *("\n\n".join(one[-1]["content"] for one, _ in work.answers(spec, row)) for spec in work.specs)]
              for row in examples]  # fmt: skip
     totals.tell(place, found, len(work.prompts), texts)

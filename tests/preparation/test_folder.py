@@ -1,5 +1,6 @@
 """The folder of a prepared data set: written whole or not at all, and never in place of something else."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import tiny
 
 from align_engine.cli import main
 from align_engine.data.sources import load_rows
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, RunFailed
 from align_engine.preparation import PREPARATION, folder, report
 from align_engine.preparation.sections import Preparation
 from align_engine.recipe.sections import Section
@@ -112,6 +113,33 @@ def test_a_journal_loses_no_line_but_one_that_was_cut(tmp_path):
     with pytest.raises(BadInput, match="line 2 is damaged"):
         folder.Journal(path, place)
     assert path.read_bytes().count(b"\n") == 3
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path):
+    class Full:
+        """A file that takes ten bytes of what it should."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 10
+
+        def write(self, data):
+            if not self.left:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.left = 0
+            return self.file.write(data[:10])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with folder.Journal(tmp_path / folder.JOURNAL, folder.ResultFolder(tmp_path, {})) as journal:
+        journal.add([{"a": 1}])
+        file = journal.file
+        journal.file = Full(file)
+        with pytest.raises(RunFailed, match=r"No space left on device\. .*the same command goes on from there"):
+            journal.add([{"a": "much more than that"}])
+        journal.file = file
+        journal.add([{"a": 2}])
+    assert (tmp_path / folder.JOURNAL).read_text() == '{"a": 1}\n{"a": 2}\n'
 
 
 @pytest.mark.parametrize("name", [name for name in PREPARATION if name != "echo"])

@@ -257,6 +257,12 @@ def test_models_that_cannot_be_asked(case, rows, tmp_path, align):
     assert SECRET not in said + complaint and not (tmp_path / "out").exists()
 
 
+def test_a_column_that_holds_no_answers(rows, tmp_path, align):
+    people = spec("people", "truth", column="topic")
+    code, _, complaint = align(*flags(rows, tmp_path / "out", people))
+    assert code == 2 and "row 1: 'topic' is of type int, expected a text or a list of messages" in complaint
+
+
 def test_a_dry_run_asks_nobody(rows, tmp_path, align):
     code, said, _ = align(
         *flags(rows, tmp_path / "out", spec("a", "best", base_url="http://nowhere", n=4)), "--dry_run"
