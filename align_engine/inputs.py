@@ -28,11 +28,12 @@ OUTPUTS = ("output_dir", "server_weights")
 def local_inputs(recipe: Settings) -> list[tuple[str, Path]]:
     """(field, path) of each file and folder of this machine that the recipe reads: base models of adapters, and what
     the hub's cache holds of a name, are among them."""
-    from align_engine.rollouts.rewards import is_model
-
     values = flat(recipe)
     models = list(recipe.models().items())
-    models += [(name, spec) for name in REWARDS for spec in values.get(name) or () if is_model(spec)]
+    if scorers := [(name, spec) for name in REWARDS for spec in values.get(name) or ()]:
+        from align_engine.rollouts.rewards import is_model
+
+        models += [(name, spec) for name, spec in scorers if is_model(spec)]
     named = [(name, str(place)) for name, model in models for place in _places(model)]
     named += [(name, values[name]) for name in DATA if values.get(name)]
     files = [(name, spec.partition(".py:")) for name in CODE for spec in values.get(name) or ()]
