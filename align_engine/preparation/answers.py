@@ -16,6 +16,7 @@ from align_engine.rollouts.rewards import Reward, load_reward, score
 
 CHUNK = 512  # answers that a scorer is given at a time
 SIDES = ("chosen", "rejected")
+SOURCES = {False: ("model",), True: ("chosen_model", "rejected_model")}  # columns of answers, and of pairs
 
 
 class Answer(NamedTuple):
@@ -30,8 +31,8 @@ class Answers:
 
     Args:
         rows: with the columns prompt and completion, messages or text; or chosen and rejected, which give two answers.
-        source_column: columns with an answer's source: one, or with chosen and rejected one of each. Empty: there is
-            one source, or with chosen and rejected these two.
+        source_column: columns with an answer's source: one, or with chosen and rejected one of each. Empty: those of
+            SOURCES, where they are there; else there is one source, or with chosen and rejected these two.
         bad_rows: "drop" leaves out rows that cannot be used, which "error" refuses.
     Raises:
         BadInput: columns that are not there.
@@ -46,6 +47,8 @@ class Answers:
         if len(source_column) not in ({0, 1, 2} if self.paired else {0, 1}):
             wanted = "one column, or two where rows hold chosen and rejected"
             raise BadInput(f"source_column = {list(source_column)}: give {wanted}")
+        usual = SOURCES[self.paired]
+        source_column = source_column or (usual if set(usual) <= set(rows.column_names) else ())
         self.sources = list(source_column) * (2 if len(source_column) == 1 else 1)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:

@@ -130,8 +130,8 @@ class TokensSection(Section):
     """Tokens."""
 
     source_column: list[str] = field(default_factory=list)
-    """Column with the source of an answer; with chosen and rejected one column for each (none: these are the
-    sources)."""
+    """Column with the source of an answer; with chosen and rejected one column for each (none: model, or chosen_model
+    and rejected_model, where they are there; else chosen and rejected are the sources)."""
     max_words: Count = 3
     """Words of the longest phrase and n-gram."""
     min_count: Count = 5

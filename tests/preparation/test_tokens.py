@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 
+import datasets
 import numpy as np
 import planted
 import pytest
@@ -14,6 +15,7 @@ import tiny
 
 from align_engine.cli import main
 from align_engine.preparation import edits, frequent, sway
+from align_engine.preparation.answers import Answers
 from align_engine.preparation.edits import STYLES, of_marker, without
 from align_engine.preparation.frequent import Finding, Marker
 
@@ -50,6 +52,18 @@ def test_log_odds_are_those_of_the_paper():
             odds = math.log((y + prior) / (n + 500.0 - y - prior))
             delta = odds - math.log((other + prior) / (rest + 500.0 - other - prior))
             assert found[w, s] == pytest.approx(delta / math.sqrt(1 / (y + prior) + 1 / (other + prior)), rel=1e-12)
+
+
+@pytest.mark.parametrize("columns, given, expected", [
+    ({"completion": "a"}, [], ["completion"]),
+    ({"completion": "a", "model": "m"}, [], ["m"]),
+    ({"chosen": "a", "rejected": "b"}, [], ["chosen", "rejected"]),
+    ({"chosen": "a", "rejected": "b", "chosen_model": "m", "rejected_model": "n"}, [], ["m", "n"]),
+    ({"chosen": "a", "rejected": "b", "topic": "t"}, ["topic"], ["t", "t"]),
+])  # fmt: skip
+def test_sources_are_the_models_where_rows_name_them(columns, given, expected):
+    rows = datasets.Dataset.from_list([{"prompt": "p", **columns}])
+    assert [source for source, _ in Answers(rows, given, "error")] == expected
 
 
 def test_one_thing_said_is_one_finding():
