@@ -22,7 +22,7 @@ from align_engine import recipe as recipes
 from align_engine.algorithms import ALGORITHMS
 from align_engine.data.exact import media_columns
 from align_engine.data.sources import cache_errors, load_rows
-from align_engine.data.tokenize import check_vocab, describe, prepare, processes
+from align_engine.data.tokenize import check_vocab, describe, has_several_answers, prepare, processes
 from align_engine.data.windows import Source, total_steps
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
@@ -35,7 +35,7 @@ from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
-from align_engine.training import allocator, optimiser, packing, ranks, stops, tensor_parallel
+from align_engine.training import allocator, optimiser, packing, precomputed, ranks, stops, tensor_parallel
 from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.callbacks import Callbacks, from_recipe
@@ -133,7 +133,7 @@ def fit(
     packing.settle(engine, *parts)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | facts)
     if asked_before is not None:
-        references.precompute_all(engine, asked_before, source, evaluation, steps, folder)
+        precomputed.precompute_all(engine, asked_before, source, evaluation, steps, folder)
     for part in parts:
         part.start(engine, learns=part is source)
     learn(engine, source, evaluation, tokenizer, folder, steps, callbacks)
@@ -440,6 +440,9 @@ def load_source(
     train, (rows, found) = recipe.train, load_prepared(where, split, algorithm.kind, recipe, tokenizer, accelerator)
     if isinstance(recipe, OnlineRecipe):
         return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder), recipe)
+    if has_several_answers(rows) and not algorithm.named_pairs:
+        why = f"rows have several chosen or rejected answers, and {algorithm.name} learns from one of each"
+        raise BadInput(f"{where}: {why}: make a row of each pair")
     with cache_errors(where):
         rows = algorithm.rows(rows, recipe)
     sizes = (train.per_device_train_batch_size, train.gradient_accumulation_steps)

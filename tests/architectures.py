@@ -68,6 +68,7 @@ OWN: dict[str, dict[str, Any]] = {
     "Gemma4UnifiedAssistantForCausalLM": dict(num_kv_shared_layers=2),
     "GraniteMoeHybridForCausalLM": dict(mamba_n_heads=8),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"]),
+    "Llama4ForCausalLM": dict(no_rope_layers=[1, 0], attention_chunk_size=4, floor_scale=3),
     "Mamba2ForCausalLM": dict(num_heads=8, head_dim=8),
     "ReformerModelWithLMHead": dict(is_decoder=True, axial_pos_embds=False, attn_layers=["local", "lsh"]),
     "XmodForCausalLM": dict(default_language="en_XX"),

@@ -1,3 +1,4 @@
+import itertools
 import sys
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import quick
 import tiny
 import torch
 
-HERE = Path(__file__).parent
+HERE, NUMBERS = Path(__file__).parent, itertools.count()
 
 
 def pytest_configure(config):
@@ -47,6 +48,12 @@ def modules_are_found_where_they_were():
     sys.path[:] = before
 
 
+@pytest.fixture(autouse=True)
+def references_are_computed_anew(monkeypatch, tmp_path_factory):
+    """No test finds another's log-probs."""
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{next(NUMBERS)}"))
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """Folder of a tiny model with its tokenizer."""
@@ -63,6 +70,12 @@ def model64(tmp_path_factory):
 def other_model(tmp_path_factory):
     """Another tiny model, for a reference that is not the policy."""
     return tiny.write_model(tmp_path_factory.mktemp("other"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def experts(model, tmp_path_factory):
+    """A tiny mixture of experts."""
+    return tiny.write_experts(tmp_path_factory.mktemp("experts"), model)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ def tokens(batch: Batch, recipe: Any) -> int:
 
 
 def pairs(batch: Batch, recipe: Any) -> int:
-    return len(batch.targets) // 2
+    return batch.ends.shape[1]
 
 
 def sequences(batch: Batch, recipe: Any) -> int:

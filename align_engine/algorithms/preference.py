@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 
 def count_chosen(engine: Engine, window: list[Micro]) -> None:
-    """Give the batches of a window the tokens of its chosen completions, as a likelihood beside the loss of pairs is a
-    mean over them: this rank's share of those of all ranks."""
+    """Give the batches of a window the tokens of its pairs' chosen completions, as a likelihood beside the loss of
+    pairs is a mean over them: this rank's share of those of all ranks."""
     total = engine.total(sum(_chosen(batch) for batch, real in window if real))
     for batch, _ in window:
         batch.shared = {"num_tokens": max(total, 1.0) / engine.accelerator.num_processes}
 
 
 def _chosen(batch: Batch) -> int:
-    return int((batch.targets[: len(batch.targets) // 2] != IGNORE).sum())
+    return int((batch.targets != IGNORE).sum(1)[batch.ends[0]].sum())
 
 
-of_pairs: Callable[..., Algorithm] = partial(Algorithm, kind="preference", collate=collate_pairs, count=pairs)
+of_pairs: Callable[..., Algorithm] = partial(
+    Algorithm, kind="preference", collate=collate_pairs, count=pairs, named_pairs=True
+)
 with_likelihood: Callable[..., Algorithm] = partial(of_pairs, prepare=count_chosen, made_up={"num_tokens": 2.0})
 
 DPO = with_likelihood("dpo", loss=dpo_loss, refers=always)

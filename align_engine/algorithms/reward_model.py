@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from align_engine.algorithms.common import pairs
 from align_engine.data.batches import Batch, collate_pairs
+from align_engine.data.tokenize import has_several_answers
 from align_engine.errors import BadInput
 from align_engine.recipe import RmRecipe
 from align_engine.training.algorithm import Algorithm
 from align_kernels import LossOutput, reward_loss
+from align_kernels.sums import take_at
 
 
 def bradley_terry(scores: Tensor, head: dict[str, Any], batch: Batch, recipe: RmRecipe, num_items: float) -> LossOutput:
-    """The loss of scores [2P], those of the chosen before those of the rejected."""
-    chosen, rejected = scores.chunk(2)
+    """The loss of scores [B], over the pairs of the batch."""
+    chosen, rejected = (take_at(scores, rows) for rows in batch.ends)
     center = recipe.loss.center_rewards_coefficient
     return reward_loss(chosen, rejected, margin=batch.margin, center_coef=center, num_items=num_items)
 
@@ -30,8 +31,13 @@ def with_margins(rows: Any, recipe: RmRecipe) -> Any:
         raise BadInput(f"rank_margin = {per_rank}: the rows have no column {' and no '.join(sorted(missing))}")
     if "margin" in rows.column_names:
         raise BadInput(f"rank_margin = {per_rank}, and the rows have a column `margin` too: leave one of them out")
-    ranks = np.asarray(rows["rejected_rank"][:]) - np.asarray(rows["chosen_rank"][:])
-    return rows.add_column("margin", per_rank * ranks.astype(np.float64))
+    ranks = zip(rows["rejected_rank"][:], rows["chosen_rank"][:])
+    if not has_several_answers(rows):
+        return rows.add_column("margin", [per_rank * (below - above) for below, above in ranks])
+    each = [[per_rank * (b - a) for a in above for b in below] for below, above in ranks]
+    return rows.add_column("margin", each)
 
 
-RM = Algorithm("rm", "preference", collate_pairs, pairs, bradley_terry, scalar=True, rows=with_margins)
+RM = Algorithm(
+    "rm", "preference", collate_pairs, pairs, bradley_terry, scalar=True, rows=with_margins, named_pairs=True
+)

@@ -9,8 +9,10 @@
 | unpaired | prompt, completion, label (true, false) | strings | lists of messages |
 | unpaired | those of preference: each row becomes two | | |
 | preference | chosen, rejected (they share a beginning: the prompt) | strings | lists of messages |
+| preference, several answers | those of preference | lists of strings | lists of lists of messages |
 | prompt | prompt | string | list of messages |
 
+Of n answers in `chosen` and m in `rejected` (as reward-bench-2 has them) each of the n is preferred to each of the m.
 A message is a dict with `role` and `content`. Columns that are not named here are ignored, but for `tools` and
 `chat_template_kwargs`, which reach the chat template.
 """
@@ -76,28 +78,43 @@ def is_conversational(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict) and "role" in value[0]
 
 
-def normalise(row: dict[str, Any], layout: tuple[str, ...], unit: regex.Pattern[str] = UNIT) -> dict[str, Text]:
-    """The row's text by layout column, checked, with the prompt of an implicit preference row taken out: what both
-    texts begin with, up to the end of a `unit`.
+def answers(ids: list[Any]) -> list[list[int]]:
+    """The ids of each answer on one side of a tokenised row, which holds those of one, or lists of several."""
+    return ids if ids and isinstance(ids[0], list) else [ids]
 
-    Raises BadRow for a missing value, a wrong type, an empty completion, and chosen equal to rejected.
+
+def has_several(value: Any) -> bool:
+    """Whether the `chosen` or the `rejected` of a row is a list of answers (and not one list of messages)."""
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], str | list)
+
+
+def normalise(row: dict[str, Any], layout: tuple[str, ...], unit: regex.Pattern[str] = UNIT) -> dict[str, list[Text]]:
+    """The row's texts by layout column, checked: one each, or all answers of `chosen` and of `rejected`. The prompt of
+    an implicit preference row is taken out: what all texts begin with, up to the end of a `unit`.
+
+    Raises BadRow for a missing value, a wrong type, an empty completion, and a chosen answer that is rejected too.
     """
-    parts = {key: _checked(row.get(key), key) for key in layout}
-    chosen, asked = parts.get("chosen"), parts.get("prompt")
+    held = {key: row.get(key) for key in layout}
+    several: dict[str, list[Any]] = {
+        key: value or [] for key, value in held.items() if key in ("chosen", "rejected") and has_several(value)
+    }
+    parts = {key: [_checked(x, key) for x in several.get(key, [value])] for key, value in held.items()}
+    chosen, asked = parts.get("chosen", []), parts.get("prompt")
     # the second case: a string prompt beside whole conversations, as in ultrafeedback_binarized
-    implicit = chosen is not None and (asked is None or (is_conversational(chosen) and isinstance(asked, str)))
+    implicit = bool(chosen) and (asked is None or (is_conversational(chosen[0]) and isinstance(asked[0], str)))
     if implicit:
         parts.pop("prompt", None)
-    if chosen is not None and chosen == parts["rejected"]:
-        raise BadRow("'chosen' equals 'rejected'")
-    if len({isinstance(value, str) for value in parts.values()}) > 1:
+    if any(answer in parts["rejected"] for answer in chosen):
+        raise BadRow("'chosen' and 'rejected' have an answer in common" if several else "'chosen' equals 'rejected'")
+    texts = [(key, text) for key, texts in parts.items() for text in texts]
+    if len({isinstance(text, str) for _, text in texts}) > 1:
         raise BadRow(f"{' and '.join(repr(key) for key in parts)} mix strings and lists of messages")
-    for key, value in parts.items():
-        if not value and key != "prompt":
-            raise BadRow(f"'{key}' is empty")
+    for key, text in texts:
+        if not text and key != "prompt":
+            raise BadRow(f"'{key}' {'holds an empty answer' if key in several else 'is empty'}")
     if implicit:
-        parts = _extract_prompt(parts["chosen"], parts["rejected"], unit)
-    prompt = parts.get("prompt")
+        parts = _with_prompt(parts, unit)
+    prompt = parts["prompt"][0] if "prompt" in parts else ""
     if isinstance(prompt, list) and prompt[-1]["role"] == "system":
         raise BadRow("'prompt' ends with a system message, expected 'user', 'tool' or 'assistant'")
     return parts
@@ -148,17 +165,18 @@ def _message(message: Any, key: str) -> dict[str, Any]:
     return message
 
 
-def _extract_prompt(chosen: Text, rejected: Text, unit: regex.Pattern[str]) -> dict[str, Text]:
-    shared, most = 0, min(len(chosen), len(rejected)) - 1  # something must stay on both sides
-    while shared < most and chosen[shared] == rejected[shared]:
+def _with_prompt(parts: dict[str, list[Text]], unit: regex.Pattern[str]) -> dict[str, list[Text]]:
+    texts = [text for answers in parts.values() for text in answers]
+    first, shared, most = texts[0], 0, min(map(len, texts)) - 1  # something must stay of each
+    while shared < most and all(text[shared] == first[shared] for text in texts):
         shared += 1
-    if isinstance(chosen, str):
-        shared = last_cut([chosen, str(rejected)], shared, unit)
-        if shared > 1 and chosen[shared - 1] == " ":  # the space in front of an answer goes with it
+    if isinstance(first, str):
+        shared = last_cut([str(text) for text in texts], shared, unit)
+        if shared > 1 and first[shared - 1] == " ":  # the space in front of an answer goes with it
             shared -= 1
     if shared <= 0:
         raise BadRow("'chosen' and 'rejected' share no beginning that could be the prompt, and there is no 'prompt'")
-    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return {"prompt": [first[:shared]], **{key: [text[shared:] for text in answers] for key, answers in parts.items()}}
 
 
 def last_cut(texts: Sequence[str], most: int, unit: regex.Pattern[str] = UNIT) -> int:

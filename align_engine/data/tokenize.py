@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute
 from datasets import config
 from datasets.fingerprint import Hasher
 
 from align_engine.data.encoder import Encoder, Written
 from align_engine.data.exact import as_written
-from align_engine.data.formats import BadRow, Kind, detect_layout, normalise, template_arguments
+from align_engine.data.formats import BadRow, Kind, answers, detect_layout, normalise, template_arguments
 from align_engine.data.limits import fit
 from align_engine.errors import BadInput
 
@@ -52,10 +53,12 @@ def prepare(
     """Tokenise `rows` for `kind` of training: "sft", "preference", "unpaired" or "prompt" (prompts to generate from).
 
     Returns the data set and a report (see `describe`). Columns of the data set, ids as lists of int:
-      sft: index, prompt_ids, completion_ids         preference: index, prompt_ids, chosen_ids, rejected_ids
-      prompt: index, prompt_ids
-      unpaired: index, prompt_ids, completion_ids, label; rows of preference data become two, 2 x index and the next
-    and those of `CARRIED` that the rows have: margin, chosen_rank, rejected_rank of preference data.
+      sft: index, prompt_ids, completion_ids         preference: index, prompt_ids, chosen_ids, rejected_ids, the
+      prompt: index, prompt_ids                      latter lists of ids each where a row has several answers
+      unpaired: index, prompt_ids, completion_ids, label; a row of preference data becomes one of each answer, its
+        index with the answer's number behind it: 2 x index and the next of pairs
+    and those of `CARRIED` that the rows have: margin, chosen_rank, rejected_rank of preference data, lists of numbers
+    where a row has several answers: n x m margins, those of the first chosen answer first, n and m ranks.
     Rows that hold these ids already are taken as they stand.
     `index` is the row's number in `rows`, whatever was dropped. Texts without a prompt ("text", "messages") have an
     empty `prompt_ids`: every token is trained on.
@@ -75,7 +78,7 @@ def prepare(
     if kind == "unpaired" and "label" not in rows.column_names and "rejected" in rows.column_names:
         more: Any = {"overlong": overlong, "bad_rows": bad_rows, "num_proc": num_proc}
         kept, report = prepare(rows, tokenizer, "preference", **settings, **more)
-        report["changed"]["pairs, each split into a desirable and an undesirable row"] = len(kept)
+        report["changed"]["pairs, each split into desirable and undesirable rows"] = len(kept)
         return _split_pairs(kept), report
     names = ("prompt_ids", *(f"{side}_ids" for side in sides))
     carried = tuple(name for name in CARRIED.get(kind, ()) if name in rows.column_names)
@@ -86,9 +89,10 @@ def prepare(
     read = [name for name in (*(names if ready else layout), *carried, *BESIDE) if name in rows.column_names]
     features = {name: rows.features[name] for name in read}
     limits = {**settings, "truncate": overlong == "truncate"}
+    several = any(_several(rows, name) for name in (names[1:] if ready else layout) if kind == "preference")
     done = _mapped(
         rows.select_columns(read),
-        Work(Encoder(tokenizer, assistant_only), names, carried, layout, sides, limits, features),
+        Work(Encoder(tokenizer, assistant_only), names, carried, layout, sides, limits, features, several),
         processes(len(rows), num_proc),
         f"Tokenising {kind} data",
     )
@@ -117,15 +121,21 @@ def describe(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"changed {count}: {note}" for note, count in report["changed"].items())])
 
 
+def has_several_answers(rows: datasets.Dataset) -> bool:
+    """Whether the tokenised rows of preference data are lists of answers on each side."""
+    return hasattr(getattr(rows.features.get("chosen_ids"), "feature", None), "feature")
+
+
 def check_vocab(dataset: datasets.Dataset, vocab_size: int, model: str = "the model") -> None:
     """Raise BadInput, naming the id and the row, where a token id does not fit a `model` with `vocab_size` tokens."""
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
     table: Any
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
         for name in columns:
-            largest = pc.max(pc.list_flatten(table[name])).as_py()
+            largest = pc.max(pc.list_flatten(table[name], recursive=True)).as_py()
             if largest is not None and largest >= vocab_size:
-                row = next(i for i, ids in enumerate(table[name].to_pylist()) if largest in ids)
+                rows = table[name].combine_chunks()
+                row = next(i for i in range(len(rows)) if any(largest in ids for ids in answers(rows[i].as_py())))
                 what = f"token id {largest} in '{name}' of row {table['index'][row]}"
                 why = "the tokenizer belongs to another model, or the embeddings were not resized"
                 raise BadInput(f"{what} is outside {model}'s vocabulary of {vocab_size}: {why}")
@@ -141,6 +151,7 @@ class Work(NamedTuple):
     sides: tuple[str, ...]
     limits: dict[str, Any]
     features: dict[str, Any]
+    several: bool  # rows have lists of answers on each side
 
 
 @dataclass(slots=True)
@@ -148,8 +159,9 @@ class Row:
     """A row on its way to ids, or the reason why it gets none."""
 
     beside: dict[str, Any]
+    many: list[int] = field(default_factory=list)  # answers on each side
     written: Written | None = None
-    ids: list[list[int]] | None = None
+    ids: list[list[int]] | None = None  # of the prompt, of each answer
     assistant_mask: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bad: BadRow | None = None
@@ -161,7 +173,9 @@ def _mapped(rows: datasets.Dataset, work: Work, num_proc: int | None, said: str)
     The cache of rows that `save_to_disk` wrote would lie among them; here it lies with the others.
     """
     ids, text, number = datasets.List(datasets.Value("int32")), datasets.Value("string"), datasets.Value("int64")
-    features = dict.fromkeys(work.names, ids) | {name: CARRIED_TYPES[name] for name in work.carried}
+    many: Any = datasets.List if work.several else lambda feature: feature
+    features = {"prompt_ids": ids} | {name: many(ids) for name in work.names[1:]}
+    features |= {name: many(CARRIED_TYPES[name]) for name in work.carried}
     if work.encoder.assistant_only:
         features["assistant_masks"] = datasets.List(datasets.Value("int8"))
     features |= {"index": number, "length": number, "status": text, "notes": datasets.List(text)}
@@ -203,8 +217,10 @@ def _encode_rows(batch: Mapping[str, list[Any]], indices: list[int], work: Work)
         _read(row, work)
     work.encoder.known = {}
     out: dict[str, list[Any]] = {"index": indices, "notes": [row.notes for row in rows]}
-    for i, name in enumerate(work.names):
-        out[name] = [row.ids[i] if row.ids else [] for row in rows]
+    out["prompt_ids"] = [row.ids[0] if row.ids else [] for row in rows]
+    for i, name in enumerate(work.names[1:]):
+        side = [row.ids[1 + sum(row.many[:i]) :][: row.many[i]] if row.ids else [[]] for row in rows]
+        out[name] = side if work.several else [ids for (ids,) in side]
     if work.encoder.assistant_only:
         out["assistant_masks"] = [row.assistant_mask for row in rows]
     for name in work.carried:
@@ -218,22 +234,54 @@ def _written(row: dict[str, Any], work: Work) -> Row:
     """The row's texts, or the ids that it holds."""
     beside: dict[str, Any] = {}
     try:
-        beside = {name: _number(name, row[name]) for name in work.carried}
+        if not work.several:
+            beside = {name: _number(name, row[name]) for name in work.carried}
+        prompts, sides = _texts(row, work) if work.layout else _ids(row, work)
+        many = [len(side) for side in sides]
+        if work.several:
+            beside = {name: _numbers(name, row[name], *many) for name in work.carried}
+        flat = [answer for side in sides for answer in side]
         if not work.layout:
-            return Row(beside, ids=[_checked_ids(name, row[name]) for name in work.names])
-        parts, arguments = normalise(row, work.layout, work.encoder.unit), template_arguments(row)
-        texts = [parts[side] for side in work.sides if side in parts] or (
-            [] if "prompt" in parts else [*parts.values()]
-        )
-        written = work.encoder.write(parts.get("prompt"), texts, arguments)
+            return Row(beside, many, ids=[*prompts, *flat])
+        prompt, arguments = prompts[0] if prompts else None, template_arguments(row)
+        written = work.encoder.write(prompt, flat, arguments)
         if work.encoder.assistant_only:
-            conversation: Any = [message for part in parts.values() for message in part]
             if not written.rendered:
                 raise BadRow("assistant_only_loss needs conversations, and this row is text")
-            written = work.encoder.located(written, conversation, arguments)
-        return Row(beside, written)
+            written = work.encoder.located(written, [*(prompt or []), *flat[0]], arguments)
+        return Row(beside, many, written)
     except BadRow as error:
         return Row(beside, bad=error)
+
+
+def _texts(row: dict[str, Any], work: Work) -> tuple[list[Any], list[list[Any]]]:
+    """The prompt of a row, where it has one, and its answers on each side."""
+    parts = normalise(row, work.layout, work.encoder.unit)
+    prompts = parts.pop("prompt", [])
+    return prompts, [parts[side] for side in work.sides if side in parts] or [*parts.values()]
+
+
+def _ids(row: dict[str, Any], work: Work) -> tuple[list[Any], list[list[Any]]]:
+    """The same of the ids that a row holds."""
+    prompt, *sides = (row[name] for name in work.names)
+    several = [answers(side) if work.several and isinstance(side, list) else [side] for side in sides]
+    checked = [[_checked_ids(name, ids) for ids in side] for name, side in zip(work.names[1:], several)]
+    return [_checked_ids("prompt_ids", prompt)], checked
+
+
+def _several(rows: datasets.Dataset, name: str) -> bool:
+    """Whether a column has lists of answers, or of their ids, in any row."""
+    if name == "prompt":
+        return False
+    feature: Any = rows.features[name]
+    if isinstance(feature, datasets.Json):  # a text per row
+        texts: Any = rows.with_format("arrow").select_columns(name)
+        return any(
+            pc.any(pc.match_substring_regex(part[name].cast(pa.string()), r'^\[["\[]')).as_py()
+            for part in texts.iter(batch_size=10_000)
+        )
+    inner = getattr(feature, "feature", None)
+    return hasattr(inner, "feature") or (not name.endswith("_ids") and isinstance(inner, datasets.Value))
 
 
 def _read(row: Row, work: Work) -> None:
@@ -253,7 +301,7 @@ def _read(row: Row, work: Work) -> None:
                 raise BadRow("no token of the assistant's is left to learn from", "drop")
         if any(len(completion) < 2 - bool(ids[0]) for completion in ids[1:]):
             raise BadRow("no completion token is left to predict", "drop")
-        if len(ids) == 3 and ids[1] == ids[2]:
+        if row.many and any(answer in ids[1 + row.many[0] :] for answer in ids[1 : 1 + row.many[0]]):
             raise BadRow("chosen and rejected are the same tokens" + (" after truncation" if cuts else ""), "drop")
         if len(ids) == 1 and not ids[0]:
             raise BadRow("'prompt' is empty")
@@ -273,6 +321,20 @@ def _number(name: str, value: Any) -> bool | float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadRow(f"'{name}' is {value!r:.60}, which is not a number to reckon with")
     return float(value)
+
+
+def _numbers(name: str, value: Any, chosen: int, rejected: int) -> list[float]:
+    """What stands beside several answers: a number of each pair, or of each answer of the side that `name` begins
+    with."""
+    sizes = {"chosen_rank": [chosen], "rejected_rank": [rejected]}.get(name, [chosen, rejected])
+    value = value if isinstance(value, list) else [value]
+    if len(sizes) == 2 and value and all(isinstance(one, list) for one in value):
+        if [len(value), *{len(one) for one in value}] != sizes:
+            raise BadRow(f"'{name}' is {value!r:.60}, expected {chosen} lists of {rejected} numbers, one of each pair")
+        value = [one for inner in value for one in inner]
+    if len(value) != math.prod(sizes):
+        raise BadRow(f"'{name}' holds {value!r:.60}, expected {' x '.join(map(str, sizes))} numbers")
+    return [float(_number(name, one)) for one in value]
 
 
 def _checked_ids(name: str, ids: Any) -> list[int]:
@@ -319,13 +381,19 @@ def _trained(rows: datasets.Dataset) -> tuple[int, int, str]:
 
 
 def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
+    many = 2  # answers of a row at most
+    if has_several_answers(pairs):
+        table: Any = pairs.with_format("arrow")[:]
+        many = pc.max(pc.add(*(pc.list_value_length(table[f"{side}_ids"]) for side in SIDES["preference"]))).as_py()
+
     def split(pair: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {
-            "index": [2 * i + side for i in pair["index"] for side in (0, 1)],
-            "prompt_ids": [ids for ids in pair["prompt_ids"] for _ in (0, 1)],
-            "completion_ids": [ids for both in zip(pair["chosen_ids"], pair["rejected_ids"]) for ids in both],
-            "label": [label for _ in pair["index"] for label in (True, False)],
-        }
+        out: dict[str, list[Any]] = {name: [] for name in ("index", "prompt_ids", "completion_ids", "label")}
+        for i, prompt, *sides in zip(*(pair[name] for name in ("index", "prompt_ids", "chosen_ids", "rejected_ids"))):
+            marked = [(ids, label) for side, label in zip(sides, (True, False)) for ids in answers(side)]
+            for place, (ids, label) in enumerate(marked):
+                for name, value in zip(out, (many * i + place, prompt, ids, label)):
+                    out[name].append(value)
+        return out
 
     return pairs.map(split, batched=True, remove_columns=pairs.column_names, desc="Splitting pairs")
 

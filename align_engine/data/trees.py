@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from align_kernels.sums import take_at
+
 IGNORE = -100  # the target of a position that predicts nothing
 Ids = Sequence[int]
 
@@ -47,6 +49,7 @@ class Trees:
     position_ids: Tensor  # [1, S] int64, counted from the root
     index: Tensor  # [B, T] int64, the position whose hidden state predicts a target (any position where there is none)
     last: Tensor  # [B] int64, the position of each sequence's last token
+    reads: Tensor  # [1, S] int64, how many sequences a token is part of
     # for attention over sequences of several lengths in one call: each segment's queries, and the keys that they see
     cu_queries: Tensor  # [K + 1] int32
     cu_keys: Tensor  # [K + 1] int32
@@ -65,11 +68,18 @@ class Trees:
         steps = torch.arange(max(int((end - first).max()), 1))
         index = (first[:, None] - 1 + steps).clamp(max=size - 1)
         index[:, 0] = before
+        last = torch.where(end > first, end - 1, before)
+        begins = torch.tensor([segment.begin for segment in segments])
+        reads = torch.bincount(torch.searchsorted(begins, last, right=True) - 1, minlength=len(segments))
+        for number, segment in reversed(list(enumerate(segments))):
+            if segment.parent >= 0:
+                reads[segment.parent] += reads[number]
         return cls(
             tuple(segments),
             torch.cat([torch.arange(len(seen) - n, len(seen)) for seen, n in zip(keys, lengths)])[None],
             index,
-            torch.where(end > first, end - 1, before),
+            last,
+            reads.repeat_interleave(torch.tensor(lengths))[None],
             _cumulated(lengths),
             _cumulated([len(seen) for seen in keys]),
             torch.cat(keys),
@@ -100,11 +110,9 @@ class Trees:
 
 
 def rows_at(hidden: Tensor, index: Tensor) -> Tensor:
-    """Rows of hidden [1, S, D] at positions [...]: [..., D]. A row that is taken twice gets its gradients in one order:
-    on a CPU's threads those of indexing race, on a GPU those of index_select."""
-    flat = index.flatten()
-    found = hidden[0].index_select(0, flat) if hidden.device.type == "cpu" else hidden[0][flat]
-    return found.view(*index.shape, -1)
+    """Rows of hidden [1, S, D] at positions [...]: [..., D]. A row that is taken twice gets its gradients in one
+    order."""
+    return take_at(hidden[0], index.flatten()).view(*index.shape, -1)
 
 
 class Packed(NamedTuple):

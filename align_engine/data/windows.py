@@ -104,7 +104,7 @@ class Source:
         """What each of the rows has to read."""
         table: Any = self.rows.with_format("arrow")[rows]
         names = [f"{side}_ids" for sides in READ_TOGETHER for side in sides]
-        own = {name: pc.list_value_length(table[name]).to_numpy() for name in names if name in table.column_names}
+        own = {name: _lengths(table[name], np.add) for name in names if name in table.column_names}
         together = [sum(own[f"{side}_ids"] for side in sides if f"{side}_ids" in own) for sides in READ_TOGETHER]
         prompts = [np.asarray(prompt.values) for prompt in table["prompt_ids"]]
         most = np.maximum(*np.broadcast_arrays(*together))
@@ -136,14 +136,24 @@ class Source:
         return max(pc.max(pc.add(prompts, lengths)).as_py() for lengths in completions)
 
     def lengths(self) -> list[Any]:
-        """Tokens in each row's prompt, and in each of its completions."""
+        """Tokens in each row's prompt, and in each of its completions; of several answers in the longest."""
         table: Any = self.rows.with_format("arrow")[:]
         names = sorted((name for name in table.column_names if name.endswith("_ids")), key=lambda x: x != "prompt_ids")
-        return [pc.list_value_length(table[name]) for name in names]
+        return [pyarrow.array(_lengths(table[name], np.maximum)) for name in names]
 
     def fingerprint(self) -> str:
         """Hash of what is learnt from: the token ids of all rows, and the numbers that they carry."""
         return content_hash(self.rows.remove_columns("index"))
+
+
+def _lengths(column: Any, of_several: np.ufunc) -> np.ndarray:
+    """Tokens of each row's ids; of several answers their sum, or whatever else is made of them."""
+    ids = column.combine_chunks()
+    counts = np.asarray(pc.list_value_length(ids))
+    if not pyarrow.types.is_list(ids.type.value_type):
+        return counts
+    inner = np.asarray(pc.list_value_length(pc.list_flatten(ids)))
+    return of_several.reduceat(inner, np.cumsum(counts) - counts)
 
 
 def endless_order(n: int, seed: int, place: int) -> int:

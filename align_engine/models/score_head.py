@@ -78,11 +78,10 @@ def values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tenso
 
 def batch_values(model: nn.Module, batch: Batch) -> Tensor:
     """One number per position that predicts a target: [B, T] float32 (float64 from a float64 model)."""
-    if (trees := batch.trees) is None:
+    if batch.trees is None:
         return values(model, batch.input_ids, batch.attention_mask)
     with reading(model, batch) as inputs:
-        found = _through(model, inputs, lambda hidden: rows_at(hidden, trees.index.flatten()[None]))
-    return found.view(trees.index.shape)
+        return batch.spread(_through(model, inputs, lambda hidden: batch.predicting(hidden)[None])[0])
 
 
 def _through(model: nn.Module, inputs: dict[str, Any], select: Callable[[Tensor], Tensor]) -> Tensor:
@@ -119,8 +118,9 @@ class ValueHead(nn.Module):
             nn.init.zeros_(self.score.bias)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[B, T, D] -> [B, T] float32: what position i is worth before its target is chosen."""
+        """What `batch.predicting` gives -> [B, T] float32: what position i is worth before its target is chosen."""
         if self.model is not None:
             return batch_values(self.model, batch)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.score(hidden.float()).squeeze(-1)
+            found = self.score(hidden.float()).squeeze(-1)
+        return found if batch.trees is None else batch.spread(found)

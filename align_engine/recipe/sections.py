@@ -95,7 +95,8 @@ class ReferenceFields(Section):
     """Where the reference's log-probs come from. none: a uniform one. frozen: a second copy of the model, evaluated at
     every step. cpu-offload: the same, its layers in CPU memory until their turn. adapter-off: the model itself without
     its LoRA adapters. adapter-copy: the model with a copy of its adapters as they were before the first step.
-    precomputed: one pass over the data before the first step, kept on disk beside the run; no second copy in memory.
+    precomputed: one pass over the data before the first step, kept on disk for this run and, in a cache, for others; no
+    second copy in memory.
     ema: a copy (of the adapters, with LoRA) that follows the model. auto: with LoRA adapter-off, or adapter-copy where
     training goes on with saved adapters; else precomputed."""
     ref_model_name_or_path: str | None = None
@@ -383,7 +384,7 @@ class TrainSection(Section):
     adam_epsilon: NotNegative = 1e-8
     """What keeps its division from one by zero."""
     per_device_train_batch_size: Count = 8
-    """Rows (pairs, for dpo) in one forward pass on one device."""
+    """Rows (pairs, for dpo, or prompts with several answers) in one forward pass on one device."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimiser step; 8 x 1 and 1 x 8 take the same step."""
     packing: Literal["auto", "on", "off"] = "off"

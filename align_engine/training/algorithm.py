@@ -42,7 +42,8 @@ class Algorithm:
     kind: Kind
     collate: Callable[..., Batch]  # (rows, pad id)
     count: Callable[[Batch, Any], int]  # (batch, recipe) -> units in a batch, which the loss is a mean over
-    loss: Callable[..., LossOutput]  # (hidden [B, T, D], the rest by name: see `keywords`)
+    loss: Callable[..., LossOutput]  # (hidden [B, T, D] or [N, D], the rest by name: see `keywords`)
+    named_pairs: bool = False  # of preferences: the loss reads `pairs`, so that a row may have several answers
     # of the rows, once they are tokenised
     rows: Callable[[Any, Any], Any] = _as_they_are  # (rows, recipe) -> rows with what else the loss needs of them
     settle: Callable[[Any, Any], tuple[Any, str]] = _as_it_is  # (rows, recipe) -> recipe that suits them, what to say

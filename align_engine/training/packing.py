@@ -10,9 +10,10 @@ from torch import Tensor
 from align_engine.data.batches import IGNORE, Batch
 from align_engine.data.windows import Source
 from align_engine.errors import BadInput, RunFailed
+from align_engine.integrations.hook import causal_model
 from align_engine.models.logps import token_logps
 from align_engine.models.score_head import batch_scores
-from align_engine.models.tree_attention import why_not
+from align_engine.models.tree_attention import balancing_loss, why_not
 
 if TYPE_CHECKING:
     from align_engine.training.engine import Engine
@@ -43,10 +44,10 @@ def settle(engine: Engine, *sources: Source) -> None:
 
 def why_not_here(engine: Engine) -> str | None:
     """Why this run's batches cannot be packed, as far as its settings and models tell."""
-    if engine.aux_coef:
+    if engine.aux_coef and balancing_loss(causal_model(engine.model)) is None:
         return (
-            f"a load-balancing loss of experts (router_aux_loss_coef = {engine.aux_coef}) is a mean over all tokens, "
-            "and a shared prompt's would count once"
+            f"the model's load-balancing loss of experts (router_aux_loss_coef = {engine.aux_coef}) takes no weights "
+            "of tokens, and a shared prompt's would count once"
         )
     own = getattr(engine.critic, "model", None)
     models = [engine.model, *engine.readers, *([] if own is None else [own])]

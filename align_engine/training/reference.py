@@ -6,44 +6,34 @@ cpu-offload   the same with its decoder in CPU memory, brought over layer by lay
 adapter-off   the policy itself with its LoRA adapters turned off: no memory, one more forward per step.
 adapter-copy  the policy with a frozen copy of its adapters as they were: a few MiB, one more forward per step.
 ema           frozen, or adapter-copy, that follows the policy every ref_model_sync_steps steps (TR-DPO).
-precomputed   one pass over the rows that the run will see, before the first step, kept on disk beside the run: no
-              memory while training, one forward per row however many epochs. The default where there is no adapter.
+precomputed   one pass over the rows that the run will see, before the first step, kept on disk for this run and others:
+              no memory while training, one forward per row however many epochs and runs. The default without adapters.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from align_engine.data.batches import Batch
-from align_engine.data.windows import Source, rows_seen
 from align_engine.errors import BadInput
 from align_engine.integrations import hook
 from align_engine.models import load
 from align_engine.models.logps import reference_logps
 from align_engine.models.modelfiles import adapter_base
 from align_engine.recipe import LossReference, Recipe, ReferenceFields, RolloutSection
-from align_engine.training.checkpoint import RunFolder
+from align_engine.training.precomputed import unsharded
 
 if TYPE_CHECKING:
     from align_engine.training.engine import Engine
 
-SPOT_ROWS = 4
-SPOT_TOLERANCE = 1e-2  # of a summed log-prob, relative: far above what batch shapes change, far below another model
 COPY = "reference"  # name of the adapter that an adapter-copy lives in
-COLUMNS = ({"chosen_ids": "ref_chosen_logps", "rejected_ids": "ref_rejected_logps"},
-           {"completion_ids": "ref_logps", "kl_completion_ids": "ref_KL_logps"})  # fmt: skip
 
 
 def of(recipe: Recipe) -> tuple[str, str]:
@@ -77,8 +67,8 @@ def attach(engine: Engine) -> nn.Module | None:
     """Give batches their `ref_logps`, in the way the recipe names.
 
     Returns:
-        the model that `precompute_all` is to ask once the run's folder is there, prepared by accelerate; None for every
-        other kind of reference.
+        the model that `precomputed.precompute_all` is to ask once the run's folder is there, prepared by accelerate;
+        None for every other kind of reference.
     Raises:
         BadInput: the reference cannot be loaded.
     """
@@ -188,20 +178,6 @@ def checked(engine: Engine, model: Any) -> Any:
     return model
 
 
-def precompute_all(
-    engine: Engine, model: nn.Module, source: Source, evaluation: Source | None, steps: int, folder: RunFolder
-) -> None:
-    """Add the reference's columns to the rows that a run of so many steps sees, and to those of its evaluation."""
-    accelerator, training = engine.accelerator, model.training
-    model.eval()
-    for name, part in (("train", source), ("eval", evaluation)):
-        if part is not None:
-            rows = rows_seen(part, steps) if part is source else list(range(len(part)))
-            how_come = "read again" if precompute(engine, model, part, rows, name, folder) else "computed"
-            accelerator.print(f"reference log-probs of {len(rows)} {name} rows {how_come}")
-    model.train(training)
-
-
 def check_bias(model: Any, kind: str) -> None:
     """Refuse adapters that train biases of the base model: these are neither turned off with them nor kept twice."""
     if (bias := getattr(model.active_peft_config, "bias", "none")) != "none":
@@ -262,69 +238,3 @@ def follow(pairs: Callable[[], list[tuple[Tensor, Tensor]]], alpha: float, every
     if step % every == 0:
         for reference, own in pairs():
             reference.lerp_(unsharded(own).to(reference.dtype), alpha)
-
-
-def unsharded(tensor: Any) -> Tensor:
-    """The tensor, put together from all ranks where FSDP2 has cut it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash of every tensor's name, shape, sum and first values."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        values = unsharded(tensor.detach()).flatten()
-        part = [values.double().sum().item(), *values[:8].double().tolist()]
-        digest.update(f"{name}{tuple(tensor.shape)}{part}".encode())
-    return digest.hexdigest()[:16]
-
-
-def precompute(engine: Engine, model: nn.Module, source: Source, rows: list[int], name: str, folder: RunFolder) -> bool:
-    """Add the reference's columns (TRL's names) to the source, from the folder's file where it fits.
-
-    Args:
-        engine: its device, processes and settings of the head.
-        model: the reference, prepared by accelerate, in eval mode.
-        source: rows of pairs or of labelled completions.
-        rows: which of them are needed; the others read NaN.
-        name: of the file in the run folder, "reference-<name>.safetensors".
-    Returns:
-        whether an earlier file served.
-    Raises:
-        BadInput: the file bears the right fingerprint but its values are not this model's.
-    """
-    accelerator, head_options = engine.accelerator, engine.head_options
-    stamp = f"{weights_fingerprint(accelerator.unwrap_model(model))}-{source.fingerprint()}-{len(rows)}"
-    path = folder.path / f"reference-{name}.safetensors"
-    stored = _read(path, stamp)
-    asked = rows if stored is None else rows[:SPOT_ROWS]
-    position = {int(index): row for row, index in enumerate(source.rows["index"])}
-    table = torch.zeros(len(source), 2, dtype=torch.float64, device=accelerator.device)
-    for batch, real in source.share(asked):
-        parts = [part.to(accelerator.device) for part in (batch, batch.other) if part is not None]
-        logps = torch.cat([reference_logps(model, part, head_options) for part in parts]).double()
-        if real:
-            table[[position[int(index)] for index in batch.index]] = logps.view(2, -1).T
-    summed: Any = accelerator.reduce(table, "sum")
-    found = torch.full(table.shape, torch.nan, dtype=torch.float64)
-    found[asked] = summed.cpu()[asked]
-    if stored is None and accelerator.is_main_process:
-        with folder.written(path.name) as side:
-            save_file({"logps": found}, side, metadata={"fingerprint": stamp})
-    elif stored is not None:
-        if not torch.allclose(stored[asked], found[asked], rtol=SPOT_TOLERANCE, atol=SPOT_TOLERANCE):
-            raise BadInput(f"{path} does not hold this model's log-probs (rows {asked} differ); delete it")
-        found = stored
-    names = next(names for names in COLUMNS if names.keys() <= set(source.rows.column_names))
-    for i, column in enumerate(names.values()):
-        source.rows = source.rows.add_column(column, found[:, i].numpy())
-    return stored is not None
-
-
-def _read(path: Path, stamp: str) -> Tensor | None:
-    """The table that a file holds; None where it is not there, of something else, or damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("logps") if (file.metadata() or {}).get("fingerprint") == stamp else None
-    except (OSError, SafetensorError):
-        return None

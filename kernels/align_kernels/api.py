@@ -16,6 +16,7 @@ from align_kernels.autograd import Logprobs
 from align_kernels.eager import logprobs_eager
 from align_kernels.head import Head, Needs, Settings, read_head
 from align_kernels.sums import add_at
+from align_kernels.units import spread
 
 
 class LogProbs(NamedTuple):
@@ -38,7 +39,8 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
         logp = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
 
     Args:
-        hidden: [..., D] float.
+        hidden: [..., D] float, or [N, D]: the rows of the N targets that are not ignored, in their order, where no
+            others were gathered.
         weight: [V, D] float, may differ from hidden in dtype. A DTensor placed Replicate() or Shard(0) serves too;
             hidden and targets must then be the same on every rank of its mesh.
         targets: [...] int64, already shifted: position i of hidden predicts targets[i].
@@ -63,9 +65,9 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
         ValueError: shapes, dtypes or options that do not fit; a target outside [0, V).
     """
     check_call(linear_logprobs)
-    fields = logprobs(*read_head(hidden, weight, targets, **head))
-    shape = targets.shape
-    logp, entropy, *rest = (x.reshape(shape) for x in fields[:6])
+    tensors, settings, needs = read_head(hidden, weight, targets, **head)
+    found = spread(logprobs(tensors, settings, needs)[:6], targets, settings.ignore_index)
+    logp, entropy, *rest = (x.reshape(targets.shape) for x in found)
     return LogProbs(logp, entropy, *(x.detach() for x in rest))
 
 

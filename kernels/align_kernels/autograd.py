@@ -136,13 +136,14 @@ def loss_forward(
     head: Head, targets: Tensor, side: Sequence[Tensor], num_items: Tensor, call: LossCall, settings: Settings,
     needs: Needs,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:  # fmt: skip
-    """loss [], sums of the loss's metrics [M], logp, entropy, mean_logit, correct [N]; and five gradients.
+    """loss [], sums of the loss's metrics [M], logp, entropy, mean_logit, correct of each target; and five gradients.
 
-    `targets` [B, T] or [N], those of the head; a gradient that is not needed is an empty tensor.
+    `targets` [B, T] or [N], of which the head has all, or those that are kept. A gradient that is not needed is an
+    empty tensor.
     """
     hidden = head.hidden
-    units = Units(call.loss.unit, targets, settings.ignore_index)
-    kept, dhidden = units.kept, _zeros_like(hidden, needs.hidden)
+    units = Units(call.loss.unit, targets, settings.ignore_index, call.paired(side))
+    kept, dhidden = units.rows(len(head.targets)), _zeros_like(hidden, needs.hidden)
     schedule = start(head, settings, needs, kept, call, side, units.largest)
     tiled = schedule.tiled
     check_rows(head.targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
@@ -162,7 +163,7 @@ def loss_forward(
     logp, entropy, _, _, mean_logit, correct = read(state, head.targets[kept], tiled.vocab)
     dtype = float_dtype(hidden)
     fields = (
-        scatter(v, kept, len(head.targets), d)
+        scatter(v, units.kept, units.size, d)
         for v, d in ((logp, dtype), (entropy, dtype), (mean_logit, dtype), (correct, torch.bool))
     )
     return (total.to(dtype), sums.to(dtype), *fields), _dense((dhidden, *tiled.grads.finish()), hidden)

@@ -37,4 +37,4 @@ def explain(hidden: Tensor, weight: Tensor, targets: Tensor, *, loss: str | None
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     call = LossCall(LOSSES[loss])
     units = Units(call.loss.unit, targets if targets.dim() == 2 else tensors.targets, settings.ignore_index)
-    return start(tensors, settings, needs, units.kept, call, (), units.largest).tiled.plan
+    return start(tensors, settings, needs, units.rows(len(tensors.targets)), call, (), units.largest).tiled.plan

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from align_kernels.dtensor import local, local_head
 
@@ -153,7 +154,7 @@ def read_head(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head, scalar = flatten(hidden, weight, targets, bias, local("temperature", temperature), lora)
+    head, scalar = flatten(hidden, weight, targets, bias, local("temperature", temperature), lora, ignore_index)
     settings = Settings(
         Transform(float(logit_scale), None if softcap is None else float(softcap), scalar),
         None if grad_clamp is None else LogitGradClamp(*grad_clamp),
@@ -174,8 +175,10 @@ def flatten(
     bias: Tensor | None,
     temperature: float | Tensor,
     lora: tuple[Tensor, Tensor, float] | None,
+    ignore_index: int,
 ) -> tuple[Head, float]:
-    """Check shapes and dtypes and flatten the leading dimensions.
+    """Check shapes and dtypes and flatten the leading dimensions. Where hidden [N, D] has the rows of the N targets
+    that are not ignored, the head is of these alone.
 
     Returns the head and the scalar temperature (1.0 where a tensor took its place).
     """
@@ -183,12 +186,19 @@ def flatten(
         raise ValueError(
             f"hidden [..., D] and weight [V, D] do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets must have hidden's leading shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
-        )
     if targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64, got {targets.dtype}")
+    flat, kept = targets.reshape(-1), None
+    if targets.shape != hidden.shape[:-1] and is_fake(hidden) and hidden.dim() == 2:
+        flat = flat[: len(hidden)]  # which of them are ignored cannot be read
+    elif targets.shape != hidden.shape[:-1]:
+        kept = (flat != ignore_index).nonzero()[:, 0]
+        if hidden.dim() != 2 or len(kept) != len(hidden):
+            raise ValueError(
+                f"targets must have hidden's leading shape {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}"
+                + f", {len(kept)} of them not ignored" * (hidden.dim() == 2)
+            )
+        flat = flat[kept]
     lora_A, lora_B = (None, None) if lora is None else lora[:2]
     floats = {"hidden": hidden, "weight": weight, "bias": bias, "lora's A": lora_A, "lora's B": lora_B}
     for name, x in floats.items():
@@ -211,6 +221,7 @@ def flatten(
                 f"temperature must be a float or one per row {tuple(targets.shape)}, got {tuple(temperature.shape)}"
             )
         rows = temperature.reshape(-1).to(torch.promote_types(hidden.dtype, torch.float32))
+        rows = rows if kept is None else rows[kept]
     else:
         scalar = float(temperature)
     if lora_A is not None and lora_B is not None:
@@ -219,7 +230,7 @@ def flatten(
                 f"lora=(A [R, {weight.shape[1]}], B [{vocab}, R], scaling), got A {tuple(lora_A.shape)} and "
                 f"B {tuple(lora_B.shape)}"
             )
-    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1), bias, rows, lora_A, lora_B), scalar
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, flat, bias, rows, lora_A, lora_B), scalar
 
 
 def check_rows(targets: Tensor, temperature: Tensor | None, vocab: int) -> None:

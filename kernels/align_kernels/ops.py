@@ -18,7 +18,7 @@ from align_kernels.backends.state import COLUMNS
 from align_kernels.gemm import logits_dtype
 from align_kernels.head import Head, LogitGradClamp, Needs, Settings, Transform
 from align_kernels.sums import float_dtype
-from align_kernels.units import LossCall
+from align_kernels.units import LossCall, keep_rows
 
 # they read sizes and kept rows back from the device, which the capture of a CUDA graph forbids
 _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
@@ -140,9 +140,11 @@ def loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     # an operator runs below autograd; the loss's own small derivative needs autograd's dispatch keys back
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), _EXCLUDED), torch.no_grad():
-        head = Head(hidden, weight, targets.reshape(-1), bias, temperature, lora_A, lora_B)
-        call = LossCall.decode(loss)
-        fields, grads = autograd.loss_forward(head, targets, side, num_items, call, *decode_settings(settings))
+        decoded, flat = decode_settings(settings), targets.reshape(-1)
+        if len(hidden) != len(flat):
+            flat = flat[keep_rows(flat, decoded[0].ignore_index)]
+        head = Head(hidden, weight, flat, bias, temperature, lora_A, lora_B)
+        fields, grads = autograd.loss_forward(head, targets, side, num_items, LossCall.decode(loss), *decoded)
     return (*fields, *grads)  # type: ignore[return-value]
 
 
@@ -193,7 +195,7 @@ def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]
 
 def loss(
     head: Head,
-    targets: Tensor,  # [B, T] or [N], those of the head
+    targets: Tensor,  # [B, T] or [N], of which the head has all, or those that are kept
     side: list[Tensor],
     num_items: Tensor,
     call: LossCall,

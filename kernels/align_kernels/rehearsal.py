@@ -61,8 +61,10 @@ class Rehearsal:
             _ACTING.reset(token)
 
     def knows(self, targets: Tensor) -> None:
-        """Calls with targets of this shape have these."""
-        self._real[targets.shape] = targets
+        """Calls with targets of this shape have these, and those with the rows of as many as are not -100 have them."""
+        with _disable_current_modes():
+            kept = targets[targets != -100]
+        self._real |= {kept.shape: kept, targets.shape: targets}
 
     # -- calls -----------------------------------------------------------------------------------------------------
     def loss(
@@ -72,8 +74,10 @@ class Rehearsal:
         real = self._targets(targets)
         with _disable_current_modes():
             units = Units(call.loss.unit, real, settings.ignore_index)
-        tiled = self._tiled(head, settings, needs, units.kept, real, call, side, units.largest)
-        return Closed.apply(self, tiled, len(call.loss.metrics), *head)
+            rows, flat = units.rows(len(head.targets)), real.reshape(-1)
+            of_head = flat if len(head.targets) == len(flat) else flat[keep_rows(flat, settings.ignore_index)]
+        tiled = self._tiled(head, settings, needs, rows, of_head, call, side, units.largest)
+        return Closed.apply(self, tiled, (len(call.loss.metrics), targets.numel()), *head)
 
     def logprobs(self, head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:
         """The six fields of log-probs [N] that need no gradient.
@@ -139,9 +143,9 @@ class Closed(torch.autograd.Function):
     """A loss that closes in its forward: gradients are there when it returns, and are given away in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, rehearsal: Rehearsal, tiled: TiledHead, metrics: int, *head: Tensor | None) -> Any:
+    def forward(ctx: Any, rehearsal: Rehearsal, tiled: TiledHead, sizes: tuple[int, int], *head: Tensor | None) -> Any:
         tensors, needs = Head(*head), tiled.needs  # pyright: ignore[reportArgumentType]
-        hidden, dtype, size = tensors.hidden, float_dtype(tensors.hidden), len(tensors.targets)
+        hidden, dtype, (metrics, size) = tensors.hidden, float_dtype(tensors.hidden), sizes
         grads: list[Tensor | None] = [torch.zeros_like(hidden) if needs.hidden else None]
         with rehearsal._workspace(tiled):
             pairs = zip((tensors.weight, tensors.bias, tensors.lora_A, tensors.lora_B), needs[1:])

@@ -19,3 +19,9 @@ def add_at(out: Tensor, index: Tensor, x: Tensor) -> Tensor:
     if out.device.type == "cpu":
         return out.index_add_(0, index, x)
     return out.index_put_((index,), x, accumulate=True)
+
+
+def take_at(x: Tensor, index: Tensor) -> Tensor:
+    """x [m, ...] at index [n] (int64, any order and repeats), whose gradient is summed in one order: on a CPU's threads
+    that of indexing races, on a GPU that of index_select."""
+    return x.index_select(0, index) if x.device.type == "cpu" else x[index]

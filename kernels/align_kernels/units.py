@@ -13,13 +13,21 @@ from torch import Tensor
 
 from align_kernels.backends.state import read
 from align_kernels.losses.gate import ProbGate
-from align_kernels.losses.registry import Level, Loss, Unit, find
-from align_kernels.sums import add_at
+from align_kernels.losses.registry import PAIRED, Level, Loss, Unit, find
+from align_kernels.sums import add_at, take_at
 
 
 def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
     """Positions that have a target: prompt, padding and ignored rows never meet the head."""
     return (targets != ignore_index).nonzero()[:, 0]
+
+
+def spread(values: Sequence[Tensor], targets: Tensor, ignore_index: int) -> list[Tensor]:
+    """Numbers of all targets [M], from those of a head's rows: [M] already, or [N] of those that are kept."""
+    flat = targets.reshape(-1)
+    if len(values[0]) == len(flat):
+        return list(values)
+    return [x.new_zeros(len(flat)).masked_scatter(flat != ignore_index, x) for x in values]
 
 
 class LossCall(NamedTuple):
@@ -28,7 +36,7 @@ class LossCall(NamedTuple):
     loss: Loss  # with the unit of this call
     hyper: Mapping[str, Any] = {}
     gate: ProbGate | None = None
-    given: tuple[str, ...] = ()  # the side tensors of this call
+    given: tuple[str, ...] = ()  # the side tensors of this call; `PAIRED` among them says who is paired with whom
 
     @property
     def with_entropy(self) -> bool:
@@ -38,6 +46,10 @@ class LossCall(NamedTuple):
     @property
     def sparse(self) -> bool:
         return self.loss.sparse or self.gate is not None
+
+    def paired(self, side: Sequence[Tensor]) -> Tensor | None:
+        """[2, P] the sequences that are paired, where they are not halves."""
+        return dict(zip(self.given, side)).get(PAIRED)
 
     def plain(self) -> LossCall:
         """With hyper-parameters that are words, flags, None and finite floats.
@@ -79,31 +91,38 @@ Span = tuple[int, int, int, int]  # of a group of units: first unit, end unit, f
 class Units:
     """Where a batch may be cut: kept rows in the order of their units, and the units' sizes."""
 
-    def __init__(self, unit: Unit, targets: Tensor, ignore_index: int) -> None:
-        self.unit = unit
+    def __init__(self, unit: Unit, targets: Tensor, ignore_index: int, pairs: Tensor | None = None) -> None:
+        self.unit, self.pairs, self.tied = unit, pairs, None
         sequences, length = (1, targets.shape[0]) if targets.dim() == 1 else targets.shape
         flat = targets.reshape(-1)
         kept = keep_rows(flat, ignore_index)
-        self.sequences = sequences
-        sequence = kept // max(length, 1)
+        self.sequences, self.size = sequences, len(flat)
+        sequence, order = kept // max(length, 1), torch.arange(len(kept), device=kept.device)
         if unit == "pair":
-            if sequences % 2:
+            if pairs is not None:
+                self.tied = tied(pairs, sequences)
+                pair, self.count = self.tied[sequence], int(self.tied.max()) + 1 if sequences else 0
+            elif sequences % 2:
                 raise ValueError(
                     f"pairs need an even number of sequences (chosen half, rejected half), got {sequences}"
                 )
-            pair = sequence % (sequences // 2)
+            else:
+                pair, self.count = sequence % (sequences // 2), sequences // 2
             order = torch.argsort(pair, stable=True)
             kept, sequence, place = kept[order], sequence[order], pair[order]
-            self.count = sequences // 2
         elif unit == "sequence":
             place, self.count = sequence, sequences
         elif unit == "batch":
             place, self.count = torch.zeros_like(sequence), 1
         else:
             place, self.count = torch.arange(len(kept), device=kept.device), len(kept)
-        self.kept, self.sequence = kept, sequence
+        self.kept, self.order, self.sequence = kept, order, sequence
         # a token is its own unit: sizes are all one and need no count
         self.sizes = None if unit == "token" else torch.bincount(place, minlength=self.count).tolist()
+
+    def rows(self, size: int) -> Tensor:
+        """Where the kept rows lie in a head of so many: one for every position, or for those that are kept alone."""
+        return self.kept if size == self.size else self.order
 
     @property
     def largest(self) -> int:
@@ -131,18 +150,31 @@ class Units:
         if first < self.count:
             yield first, self.count, begin, end
 
-    def segments(self, u0: int, u1: int, r0: int, r1: int) -> tuple[Tensor, Tensor]:
-        """The sequences of a group [S] (chosen, then rejected, of a pair) and each row's place among them [n]."""
-        device = self.kept.device
+    def segments(self, u0: int, u1: int, r0: int, r1: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The sequences of a group [S] (chosen, then rejected, of halves), each row's place among them [n], and where
+        pairs are named the places of the chosen and of the rejected of the group's pairs [2P]."""
+        device, ends = self.kept.device, self.pairs
         if self.unit == "batch":
             u0, u1 = 0, self.sequences
         ids = torch.arange(u0, u1, device=device)
-        if self.unit == "pair":
+        if self.tied is not None and ends is not None:
+            inside = (self.tied >= u0) & (self.tied < u1)
+            ids, ends = inside.nonzero()[:, 0], ends[:, inside[ends[0]]]
+        elif self.unit == "pair":
             half = self.sequences // 2
             ids = torch.cat((ids, ids + half))
         place = torch.zeros(self.sequences, dtype=torch.int64, device=device)
         place[ids] = torch.arange(len(ids), device=device)
-        return ids, place[self.sequence[r0:r1]]
+        return ids, place[self.sequence[r0:r1]], None if ends is None else place[ends.reshape(-1)]
+
+
+def tied(pairs: Tensor, sequences: int) -> Tensor:
+    """[S] the unit of each sequence: those that pairs tie together, through others too, are closed in one."""
+    first, before = torch.arange(sequences, device=pairs.device), None
+    while before is None or not first.equal(before):
+        before, low = first, torch.minimum(*first[pairs])
+        first = first.scatter_reduce(0, pairs.reshape(-1), low.repeat(2), "amin")
+    return first.unique(return_inverse=True)[1]
 
 
 class Fields(NamedTuple):
@@ -185,11 +217,14 @@ class Objective:
         logp = fields.logp if call.gate is None else call.gate(fields.logp)
         entropy = fields.entropy if call.with_entropy else fields.entropy.detach()
         found = {"logps": logp, "entropy": entropy, "log_sum_sq_probs": fields.log_sum_sq_probs.detach()}
-        ids, place = units.segments(u0, u1, r0, r1) if loss.unit != "token" else (None, None)
+        ids, place, ends = units.segments(u0, u1, r0, r1) if loss.unit != "token" else (None, None, None)
 
         def total(x: Tensor) -> Tensor:
             assert ids is not None and place is not None
-            return add_at(x.new_zeros(len(ids)), place, x)
+            return paired(add_at(x.new_zeros(len(ids)), place, x))
+
+        def paired(x: Tensor) -> Tensor:
+            return x if ends is None else take_at(x, ends)
 
         if place is not None:
             if loss.per != "token":
@@ -200,12 +235,13 @@ class Objective:
             if level in ("token", "sum"):
                 value = value.reshape(-1)[units.kept[r0:r1]]
             elif level == "sequence":
-                value = value[ids]
+                value = paired(value[ids])
             value = value.double() if value.is_floating_point() else value
             return total(value * logp) if level == "sum" else value
 
+        given = {name: value for name, value in zip(call.given, self.side) if name != PAIRED}
         kwargs = {name: found[name] for name in loss.needs if name in found}
-        kwargs |= {name: pick(loss.side[name], value) for name, value in zip(call.given, self.side)}
+        kwargs |= {name: pick(loss.side[name], value) for name, value in given.items()}
         return loss.fn(found["logps"], **kwargs, **call.hyper)
 
     def sums(self, metrics: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -235,8 +271,9 @@ class Objective:
 def loss_late(
     fields: Sequence[Tensor], targets: Tensor, side: list[Tensor], num_items: Tensor, call: LossCall, ignore_index: int
 ) -> tuple[Tensor, ...]:
-    """What `autograd.FusedLoss` returns, from the fields of log-probs, by autograd."""
-    units = Units(call.loss.unit, targets, ignore_index)
+    """What `autograd.FusedLoss` returns, from the fields of a head's log-probs, by autograd."""
+    fields = spread(fields, targets, ignore_index)
+    units = Units(call.loss.unit, targets, ignore_index, call.paired(side))
     logp, entropy, _, _, mean_logit, correct = fields[:6]
     objective = Objective(call, units, side, 1.0 / num_items, derive=True)
     rows = Fields.of(tuple(x[units.kept] for x in fields[:4]))

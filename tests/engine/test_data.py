@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from byte_tokens import TEMPLATE, answer, byte_tokenizer, user
+from byte_tokens import TEMPLATE, answer, byte_tokenizer, prepared, tokens, user
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,18 +18,6 @@ from align_engine.data.batches import collate_pairs, collate_prompts, collate_sf
 from align_engine.data.sources import load_rows
 from align_engine.data.tokenize import check_vocab, describe, prepare, processes
 from align_engine.errors import BadInput
-
-
-def tokens(tokenizer: Any, ids: list[int]) -> str:
-    """The tokens, a bar between them."""
-    return "|".join(tokenizer.convert_ids_to_tokens(ids))
-
-
-def prepared(rows: list[dict[str, Any]], kind: str, tokenizer: Any = None, **settings: Any) -> tuple[Any, list, dict]:
-    tokenizer = tokenizer or byte_tokenizer()
-    dataset, report = prepare(datasets.Dataset.from_list(rows), tokenizer, kind, **settings)  # type: ignore[arg-type]
-    return tokenizer, dataset.to_list(), report
-
 
 # --- formats and boundaries -------------------------------------------------------------------------------------
 

@@ -351,20 +351,6 @@ def test_dropout_held_as_a_number_is_off_and_is_saved_as_it_was(kind, config, tm
     torch.testing.assert_close(made(input_ids=ids, use_cache=False).logits, want, atol=1e-6, rtol=1e-5)
 
 
-@pytest.fixture(scope="session")
-def experts(model, tmp_path_factory):
-    """A mixture of four experts whose config asks for the load-balancing loss."""
-    path = tmp_path_factory.mktemp("experts")
-    shutil.copytree(model, path, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        **SIZES | dict(num_key_value_heads=2, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2,
-                       router_aux_loss_coef=0.7, output_router_logits=True, eos_token_id=1, pad_token_id=1)
-    )  # fmt: skip
-    transformers.MixtralForCausalLM(config).save_pretrained(path)
-    return path
-
-
 def test_the_first_loss_of_experts_is_that_of_transformers(experts, completions, tmp_path):
     settings = dict(max_steps=1, per_device_train_batch_size=8, gradient_checkpointing=False)
     record = metrics.read(train("sft", tiny.sft(experts, completions, tmp_path / "run", **settings)).metrics)[0]

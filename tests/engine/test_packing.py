@@ -52,6 +52,16 @@ def test_fixed_rows(name, model, other_model, tmp_path):
     assert_alike(name, *recipes)
 
 
+def test_experts_are_balanced_over_the_tokens_of_all_sequences(experts, tmp_path):
+    """A prompt's tokens count as often as sequences read them: aux_loss is among the numbers that are compared. It is
+    of one forward pass, and the two layouts share out a window otherwise."""
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.several_rows(6))
+    settings: dict[str, Any] = dict(per_device_train_batch_size=6, max_steps=3)
+    recipes = [tiny.dpo(experts, rows, tmp_path / way, **settings) for way in ("packed", "padded")]
+    assert_alike("dpo", *recipes)
+    assert all(record["aux_loss"] > 1 for record in metrics.read(tmp_path / "packed" / "metrics.jsonl"))
+
+
 @pytest.mark.parametrize("name", ONLINE)
 def test_rollouts(name, model, tmp_path):
     rows = tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,14 +35,16 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], float]] = {
     "Gemma2": (dict(sliding_window=4, attn_logit_softcapping=2.0, query_pre_attn_scalar=8), 1e-5),
     "Mixtral": (EXPERTS, 1e-5),
     "Qwen3Moe": (EXPERTS, 1e-5),
+    "GptOss": (EXPERTS | dict(sliding_window=4), 1e-5),
+    "Llama4": (EXPERTS | dict(no_rope_layers=[1, 0], attention_chunk_size=4, floor_scale=3, attn_scale=0.5), 1e-5),
 }
 
 
 def make(name: str, **more: Any) -> Any:
     torch.manual_seed(0)
     settings, tolerance = ARCHITECTURES[name]
-    config = getattr(transformers, f"{name}Config")(**SIZES | settings | more)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).train()
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    model = kind(kind.config_class(**SIZES | settings | more)).train()
     if tolerance > 1e-6:
         return model
     for part in model.modules():
@@ -148,6 +151,7 @@ def test_tokens_per_batch_are_those_of_the_arithmetic():
     padded = collate_pairs(PAIRS, pad_id=0)
     assert batch.num_read == padded.num_read == 2 * prompts + sum(answers)
     assert batch.num_tokens == padded.num_tokens == sum(answers)
+    assert batch.predicting(torch.zeros(1, batch.input_ids.numel(), 3)).shape == (sum(answers), 3), "none is padding"
     for packed, row in zip(batch.targets, padded.targets):
         assert packed[packed != IGNORE].tolist() == row[row != IGNORE].tolist()
     assert batch.trees is not None and padded.input_ids.numel() > 1.5 * batch.input_ids.numel()
@@ -164,6 +168,7 @@ def test_the_layout_of_a_small_row():
     assert trees.index[0].tolist() == [1, 2, 3] and trees.index[:, 0].tolist() == [1, 6, 8, 1]
     assert int(trees.index.min()) >= 0 and int(trees.index.max()) < 10
     assert trees.last.tolist() == [4, 7, 9, 5]
+    assert trees.reads.tolist() == [[2, 2, 1, 1, 1, 1, 1, 1, 1, 1]]
     assert trees.cu_queries.tolist() == [0, 2, 5, 6, 8, 10] and trees.cu_keys.tolist() == [0, 2, 7, 10, 12, 14]
     assert trees.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9]
 
@@ -183,7 +188,8 @@ def dense(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
             found = [*range(begin, end), *found]
             segment = DEEP[segment].parent
             if segment < 0:
-                return found[-rule.window :] if rule.window else found
+                first = max(len(found) - rule.window, 0) if rule.window else 0
+                return found[max(first, (len(found) - 1) // rule.chunk * rule.chunk if rule.chunk else 0) :]
             begin, end = DEEP[segment].begin, DEEP[segment].end
 
     out = torch.zeros(1, len(owner), query.shape[1], value.shape[-1], dtype=query.dtype)
@@ -194,16 +200,19 @@ def dense(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
             scores = key[0, group, seen] @ query[0, head, token] * rule.scale
             if rule.softcap:
                 scores = rule.softcap * torch.tanh(scores / rule.softcap)
-            out[0, token, head] = scores.softmax(0) @ value[0, group, seen]
+            sink = rule.sinks[head].exp() if rule.sinks is not None else 0.0
+            out[0, token, head] = scores.exp() / (scores.exp().sum() + sink) @ value[0, group, seen]
     return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 50])
+@pytest.mark.parametrize(("window", "chunk"), [(None, None), (1, None), (3, None), (6, None), (50, None), (None, 1),
+                                               (None, 4), (3, 5), (None, 50)])  # fmt: skip
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_attention_in_deep_trees(window, softcap):
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.0, 0.5, 2.0], dtype=torch.float64)])
+def test_attention_in_deep_trees(window, chunk, softcap, sinks):
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, 19, 4, dtype=torch.float64) for heads in (4, 2, 2))
-    rule, trees = Rule(0.7, window, softcap, 0.0), Trees.of(DEEP, [Place(12, 13, 15)])
+    rule, trees = Rule(0.7, window, softcap, 0.0, chunk, sinks), Trees.of(DEEP, [Place(12, 13, 15)])
     torch.testing.assert_close(by_segment(query, key, value, trees, rule), dense(query, key, value, rule))
 
 
@@ -250,7 +259,6 @@ def test_who_cannot_is_told_why():
         "Mamba": ("mixes tokens in other ways than attention: linear_attention layers", dict(state_size=4)),
         "Bloom": ("takes no position_ids", {}),
         "GPTNeoX": (None, dict(intermediate_size=16)),
-        "GptOss": ("GptOssAttention has attention sinks", dict(intermediate_size=16, num_local_experts=2, head_dim=8)),
         "StableLm": ("keeps the layout of a row from its attention", dict(intermediate_size=16, num_key_value_heads=2)),
         "Qwen2Moe": ("knows its sliding window from a mask alone", dict(use_sliding_window=True, max_window_layers=0)),
         "GPTJ": ("does not call transformers' attention interface", dict(rotary_dim=4)),
@@ -259,6 +267,27 @@ def test_who_cannot_is_told_why():
         model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**small | more))
         found = why_not(model)
         assert (found is None) if reason is None else (found is not None and reason in found), (name, found)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe"])
+def test_experts_count_a_token_as_often_as_it_is_read(name):
+    """Also inside of another block, as that around the backward pass, and of a batch of its own."""
+    model, found = make(name, router_aux_loss_coef=1.0), []
+    own = tree_attention.balancing_loss(model)
+    for pad_id in (0, None):
+        batch, other = (collate_rollouts(rows, pad_id=pad_id) for rows in (SAMPLES, SAMPLES[:2]))
+        with reading(model, other), reading(model, batch) as inputs:
+            out = model(**inputs, output_router_logits=True)
+        found.append(out.aux_loss.item())
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert own(out.router_logits, 4, 2).item() != pytest.approx(found[0], rel=1e-3), "each token once is another loss"
+    assert getattr(inspect.getmodule(type(model)), tree_attention.BALANCING) is own, "it is put back"
+
+
+def test_reads_of_a_deeper_tree():
+    ends = [(12, 13, 13), (7, 8, 8), (14, 15, 15), (18, 19, 19)]  # of the leaves, and of the root alone
+    trees = Trees.of(DEEP, [Place(before, first, end) for before, first, end in ends])
+    assert trees.reads[0].tolist() == [3] * 3 + [2] * 4 + [1] + [1] * 5 + [1] * 2 + [1] * 4
 
 
 def test_a_row_that_is_read_often_gets_its_gradient_in_one_order():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+
+from align_engine.data.tokenize import prepare
 
 TEMPLATE = (
     "{% if tools %}[{% for tool in tools %}{{ tool.name }}{% endfor %}]{% endif %}{{ mark }}"
@@ -36,3 +39,14 @@ def user(text: str) -> dict[str, str]:
 
 def answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def tokens(tokenizer: Any, ids: list[int]) -> str:
+    """The tokens, a bar between them."""
+    return "|".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def prepared(rows: list[dict[str, Any]], kind: str, tokenizer: Any = None, **settings: Any) -> tuple[Any, list, dict]:
+    tokenizer = tokenizer or byte_tokenizer()
+    dataset, report = prepare(datasets.Dataset.from_list(rows), tokenizer, kind, **settings)  # type: ignore[arg-type]
+    return tokenizer, dataset.to_list(), report

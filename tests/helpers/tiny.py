@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from align_engine.recipe import (
     CpoRecipe,
@@ -50,6 +51,19 @@ def write_model(
     return path
 
 
+def write_experts(path: Path, model: Path) -> Path:
+    """A mixture of four experts whose config asks for the load-balancing loss, with the tokenizer of `model`."""
+    shutil.copytree(model, path, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64,
+        num_key_value_heads=2, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2,
+        router_aux_loss_coef=0.7, output_router_logits=True, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(path)
+    return path
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -64,6 +78,27 @@ def preference_rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     return [
         {"prompt": sentence(rng, 6), "chosen": f"w1 {sentence(rng, 5)}", "rejected": f"w2 {sentence(rng, 9)}"}
         for _ in range(count)
+    ]
+
+
+def several_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Prompts with one to three answers on each side."""
+    rng = random.Random(seed)
+    sides = (("chosen", "w1", 5), ("rejected", "w2", 9))
+    return [
+        {"prompt": sentence(rng, 6)}
+        | {side: [f"{word} w{i} {sentence(rng, most)}" for i in range(rng.randint(1, 3))] for side, word, most in sides}
+        for _ in range(count)
+    ]
+
+
+def each_pair(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row of one chosen and one rejected answer for each pair of such rows."""
+    return [
+        {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+        for row in rows
+        for chosen in row["chosen"]
+        for rejected in row["rejected"]
     ]
 
 

@@ -1,4 +1,7 @@
-"""Alignment losses straight from hidden states: the public operators, a file per family."""
+"""Alignment losses straight from hidden states: the public operators, a file per family.
+
+Where one takes hidden [B, T, D], it takes [N, D] too: the rows of the N targets that are not ignored, in their order.
+"""
 
 from align_kernels.fused.core import LossOutput, check_shape, run_loss
 from align_kernels.fused.dpo import dpo_loss

@@ -20,7 +20,7 @@ from align_kernels.dtensor import local
 from align_kernels.head import read_head
 from align_kernels.losses.family import Family, Function
 from align_kernels.losses.gate import ProbGate
-from align_kernels.losses.registry import Unit, find
+from align_kernels.losses.registry import PAIRED, Unit, find
 from align_kernels.units import LossCall, loss_late
 
 Items = float | Tensor | None
@@ -79,7 +79,8 @@ def run_loss(
     unit: Unit | None = None,
 ) -> Fused:
     """The registered loss `name` summed and divided by `num_items` (default: its tokens, sequences or pairs in this
-    call). `head` holds the keywords of `linear_logprobs`, and `prob_gate`; `unit` asks for a coarser unit."""
+    call). `side` may hold `PAIRED`, `head` holds the keywords of `linear_logprobs`, and `prob_gate`; `unit` asks for a
+    coarser unit."""
     spec = find(name)
     spec = spec._replace(unit=unit or spec.unit)
     head = dict(head)
@@ -90,7 +91,9 @@ def run_loss(
     tensors, settings, needs = read_head(hidden, weight, targets, **head)
     mask = targets != settings.ignore_index
     tokens = mask.sum()
-    count = tokens if spec.per == "token" else len(targets) // (2 if spec.per == "pair" else 1)
+    count = tokens if spec.per == "token" else len(targets)
+    if spec.per == "pair":
+        count = ends_of(targets, side.get(PAIRED)).shape[1]
     counted = torch.as_tensor(count, device=targets.device).clamp(min=1)
     items = torch.as_tensor(counted if num_items is None else num_items, device=targets.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
@@ -136,21 +139,28 @@ def share(num_items: Items, units: int, counted: Tensor | int, num_counted: Item
     return items.double() / of.double().clamp(min=1)
 
 
-def class_metrics(out: Fused, chosen: Tensor) -> Measured:
-    """logps and logits of the chosen [B] sequences and of the others: means over sequences, and over tokens."""
+def ends_of(targets: Tensor, pairs: Tensor | None) -> Tensor:
+    """[2, P] the sequences that are paired: as named, or the first half of targets [2P, T] with the second."""
+    return torch.arange(len(targets), device=targets.device).view(2, -1) if pairs is None else pairs
+
+
+def class_metrics(out: Fused, chosen: Tensor, rejected: Tensor) -> Measured:
+    """logps and logits of sequences that count so many times [B]: means over sequences, and over tokens."""
     measured: Measured = {}
-    for word, rows in (("chosen", chosen), ("rejected", ~chosen)):
-        inside = rows[:, None] & out.mask
-        sequences, tokens = rows.sum(), inside.sum()
-        measured[f"logps/{word}"] = out.logps.where(inside, 0.0).sum() / sequences.clamp(min=1), sequences
-        measured[f"logits/{word}"] = out.mean_logit.where(inside, 0.0).sum() / tokens.clamp(min=1), tokens
+    for word, times in (("chosen", chosen), ("rejected", rejected)):
+        inside, times = (times > 0)[:, None] & out.mask, times.long()
+        sums = ((x.where(inside, 0.0).sum(1) * times).sum() for x in (out.logps, out.mean_logit))
+        sequences, tokens = times.sum(), (inside.sum(1) * times).sum()
+        for name, total, count in zip(("logps", "logits"), sums, (sequences, tokens)):
+            measured[f"{name}/{word}"] = total / count.clamp(min=1), count
     return measured
 
 
-def pair_output(out: Fused, **more: tuple[Tensor, Count]) -> LossOutput:
+def pair_output(out: Fused, pairs: Tensor | None, **more: tuple[Tensor, Count]) -> LossOutput:
     """What a loss of pairs returns."""
-    chosen = torch.arange(len(out.mask), device=out.mask.device) < len(out.mask) // 2
-    return output(out.loss, out.measured | class_metrics(out, chosen) | more, out.logps.sum(-1))
+    none = torch.zeros(len(out.mask), dtype=torch.int64, device=out.mask.device)
+    times = (none.index_add(0, rows, torch.ones_like(rows)) for rows in ends_of(out.mask, pairs))
+    return output(out.loss, out.measured | class_metrics(out, *times) | more, out.logps.sum(-1))
 
 
 # -- checks -------------------------------------------------------------------------------------------------------
@@ -160,10 +170,19 @@ def check_shape(name: str, x: Tensor, *shapes: torch.Size) -> None:
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
 
 
-def check_pairs(name: str, targets: Tensor) -> None:
-    if targets.dim() != 2 or targets.shape[0] % 2:
-        shape = tuple(targets.shape)
-        raise ValueError(f"{name} needs targets [2P, T], chosen half then rejected half, got shape {shape}")
+def check_pairs(name: str, targets: Tensor, pairs: Tensor | None = None) -> None:
+    shape = tuple(targets.shape)
+    if pairs is None:
+        if len(shape) != 2 or shape[0] % 2:
+            raise ValueError(f"{name} needs targets [2P, T], chosen half then rejected half, got shape {shape}")
+        return
+    if len(shape) != 2:
+        raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {shape}")
+    if pairs.dtype != torch.int64 or pairs.dim() != 2 or len(pairs) != 2:
+        got = f"{pairs.dtype} of shape {tuple(pairs.shape)}"
+        raise ValueError(f"pairs must be int64 [2, P], numbers of the chosen and of the rejected sequences, got {got}")
+    if not torch.compiler.is_compiling() and bool(((pairs < 0) | (pairs >= shape[0])).any()):
+        raise ValueError(f"pairs must lie in [0, {shape[0]}), the number of sequences, got {pairs.tolist()}")
 
 
 def check_one_of(name: str, value: Any, known: Any) -> None:

@@ -15,6 +15,7 @@ from align_kernels.fused.core import (
     check_pairs,
     check_positive,
     check_shape,
+    ends_of,
     kept,
     of_family,
     options_of,
@@ -24,6 +25,7 @@ from align_kernels.fused.core import (
 )
 from align_kernels.losses.divergences import F_DIVERGENCES
 from align_kernels.losses.dpo import PAIR_LOSSES
+from align_kernels.losses.registry import PAIRED
 
 
 @of_family(PAIR_LOSSES)
@@ -33,6 +35,7 @@ def dpo_loss(
     targets: Tensor,
     ref_logps: Tensor,
     *,
+    pairs: Tensor | None = None,
     beta: float = 0.1,
     loss_type: str | Sequence[str] = "sigmoid",
     label_smoothing: float = 0.0,
@@ -53,6 +56,8 @@ def dpo_loss(
     Args:
         hidden: [2P, T, D], the first half chosen, the second rejected; weight: [V, D]; targets: [2P, T].
         ref_logps: [2P] log-probs of the completions under the reference, summed over tokens; with ld_alpha [2P, T].
+        pairs: [2, P] int64, numbers of the chosen and of the rejected sequence of each pair, where hidden and targets
+            have B sequences in any order. One that is in several pairs meets the head once. Default None: halves.
         beta: strength of the tie to the reference, > 0. Default 0.1.
         loss_type: "sigmoid" (default), "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
             "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "dpop", or several in a
@@ -64,7 +69,8 @@ def dpo_loss(
             that read the difference of two scores alone.
         f_alpha_divergence_coef: of "alpha_divergence", as TRL's 1 - alpha of arXiv:2309.16240: 0 is "forward_kl",
             towards 1 it becomes "reverse_kl". Default 0.5.
-        ld_alpha: LD-DPO's weight of the tokens beyond the pair's shorter completion, in [0, 1]. Default None: 1.0.
+        ld_alpha: LD-DPO's weight of the tokens beyond the pair's shorter completion, in [0, 1]. Not with `pairs`.
+            Default None: 1.0.
         use_weighting: WPO's weight of each pair by the policy's own probabilities. Default False; not with aot.
         discopop_tau: temperature of "discopop", > 0. Default 0.05.
         dpop_lambda: weight of "dpop"'s penalty on chosen log-probs below the reference's, >= 0. Default 50.0.
@@ -75,15 +81,15 @@ def dpo_loss(
 
     Returns:
         LossOutput; logps [2P]; metrics rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins,
-        logps/chosen, logps/rejected, logits/chosen, logits/rejected, entropy, mean_token_accuracy.
+        logps/chosen, logps/rejected, logits/chosen, logits/rejected (of each pair), entropy, mean_token_accuracy.
 
     Raises:
-        ValueError: an odd number of sequences; an unknown name; a number out of range; an option that none of the loss
-            types reads, or that one of them cannot take.
+        ValueError: an odd number of sequences; pairs that are not among them; an unknown name; a number out of range;
+            an option that none of the loss types reads, or that one of them cannot take.
     """
     check_call(dpo_loss)
     types = tuple(loss_type.split(",") if isinstance(loss_type, str) else loss_type)
-    check_pairs("dpo_loss", targets)
+    check_pairs("dpo_loss", targets, pairs)
     for name in types or ("",):
         check_one_of("loss_type", name, PAIR_LOSSES)
     check_one_of("f_divergence_type", f_divergence_type, F_DIVERGENCES)
@@ -96,6 +102,8 @@ def dpo_loss(
     check_mixture(types, loss_weights, f_divergence_type, use_weighting and by_batch)
     if ld_alpha is not None and not 0 <= ld_alpha <= 1:
         raise ValueError(f"ld_alpha must lie in [0, 1], got {ld_alpha}")
+    if ld_alpha is not None and pairs is not None:
+        raise ValueError("ld_alpha weighs a completion's tokens by the one other of its pair: pass halves, not pairs")
     mask, tail = kept(targets, head), None
     if ld_alpha is None:
         check_shape("ref_logps", ref_logps, targets.shape[:1])
@@ -103,16 +111,16 @@ def dpo_loss(
         check_shape("ref_logps with ld_alpha", ref_logps, targets.shape)
         tail = tail_of(mask)
         ref_logps = (ref_logps.double().where(mask, 0.0) * (1 - (1 - ld_alpha) * tail)).sum(1)
-    side: dict[str, Tensor | None] = {"ref_logps": ref_logps, "tail": tail, "nll_weight": None}
-    pairs = len(targets) // 2
+    side: dict[str, Tensor | None] = {"ref_logps": ref_logps, "tail": tail, "nll_weight": None, PAIRED: pairs}
     if "sft" in types:
-        side["nll_weight"] = share(num_items, max(pairs, 1), mask[:pairs].sum(), num_tokens)
+        chosen, _ = ends_of(targets, pairs)
+        side["nll_weight"] = share(num_items, max(len(chosen), 1), mask.sum(1)[chosen].sum(), num_tokens)
     hyper = options | {"beta": beta, "loss_type": types, "loss_weights": loss_weights, "ld_alpha": ld_alpha}
     hyper |= {"f_divergence_type": f_divergence_type, "use_weighting": bool(use_weighting)}
     if f_divergence_type == "alpha_divergence":
         hyper["f_alpha_divergence_coef"] = f_alpha_divergence_coef
     unit = "batch" if by_batch else None
-    return pair_output(run_loss("dpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit))
+    return pair_output(run_loss("dpo", hyper, hidden, weight, targets, side, num_items, head, unit=unit), pairs)
 
 
 def check_mixture(

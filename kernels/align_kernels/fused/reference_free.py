@@ -13,6 +13,7 @@ from align_kernels.fused.core import (
     check_pairs,
     check_positive,
     check_shape,
+    ends_of,
     kept,
     of_family,
     of_head,
@@ -22,6 +23,7 @@ from align_kernels.fused.core import (
     share,
 )
 from align_kernels.losses.cpo import CPO_LOSSES
+from align_kernels.losses.registry import PAIRED
 
 
 @of_family(CPO_LOSSES)
@@ -30,6 +32,7 @@ def cpo_loss(
     weight: Tensor,
     targets: Tensor,
     *,
+    pairs: Tensor | None = None,
     beta: float = 0.1,
     loss_type: str = "sigmoid",
     label_smoothing: float = 0.0,
@@ -44,6 +47,8 @@ def cpo_loss(
 
     Args:
         hidden: [2P, T, D], the first half chosen, the second rejected; weight: [V, D]; targets: [2P, T].
+        pairs: [2, P] int64, numbers of the chosen and of the rejected sequence of each pair, where hidden and targets
+            have B sequences in any order. One that is in several pairs meets the head once. Default None: halves.
         beta: temperature of the preference, > 0. Default 0.1.
         loss_type: "sigmoid" (default), "hinge", "ipo", "simpo". The last two score by the mean over tokens.
         label_smoothing: share of wrong labels assumed, in [0, 0.5), of "sigmoid" and "simpo". Default 0.0.
@@ -63,12 +68,12 @@ def cpo_loss(
             type does not read.
     """
     check_call(cpo_loss)
-    check_pairs("cpo_loss", targets)
+    check_pairs("cpo_loss", targets, pairs)
     check_one_of("loss_type", loss_type, CPO_LOSSES)
     check_positive(beta=beta)
     hyper = options_of(CPO_LOSSES, (loss_type,), head, label_smoothing=label_smoothing, simpo_gamma=simpo_gamma)
     hyper |= {"beta": beta, "loss_type": loss_type, "alpha": alpha}
-    return with_nll("cpo", hyper, hidden, weight, targets, {}, cpo_alpha, num_items, num_tokens, head)
+    return with_nll("cpo", hyper, hidden, weight, targets, {PAIRED: pairs}, cpo_alpha, num_items, num_tokens, head)
 
 
 @of_head
@@ -77,6 +82,7 @@ def simpo_loss(
     weight: Tensor,
     targets: Tensor,
     *,
+    pairs: Tensor | None = None,
     beta: float = 0.1,
     simpo_gamma: float = 0.5,
     label_smoothing: float = 0.0,
@@ -93,8 +99,8 @@ def simpo_loss(
     """
     check_call(simpo_loss)
     return cpo_loss(
-        hidden, weight, targets, beta=beta, loss_type="simpo", label_smoothing=label_smoothing, cpo_alpha=0.0,
-        simpo_gamma=simpo_gamma, alpha=alpha, num_items=num_items, **head,
+        hidden, weight, targets, pairs=pairs, beta=beta, loss_type="simpo", label_smoothing=label_smoothing,
+        cpo_alpha=0.0, simpo_gamma=simpo_gamma, alpha=alpha, num_items=num_items, **head,
     )  # fmt: skip
 
 
@@ -104,6 +110,7 @@ def orpo_loss(
     weight: Tensor,
     targets: Tensor,
     *,
+    pairs: Tensor | None = None,
     beta: float = 0.1,
     nll_targets: Tensor | None = None,
     num_items: Items = None,
@@ -114,6 +121,7 @@ def orpo_loss(
 
     Args:
         hidden: [2P, T, D], the first half chosen, the second rejected; weight: [V, D]; targets: [2P, T].
+        pairs: as in `cpo_loss`; not with nll_targets.
         beta: weight of the odds ratio (the paper's lambda), > 0. Default 0.1.
         nll_targets: [P, T] what the likelihood of the chosen counts, if more than their completions: TRL takes prompt
             and completion. Must hold the completions. Default None: the completions.
@@ -129,17 +137,19 @@ def orpo_loss(
         ValueError: an odd number of sequences, beta not above 0, nll_targets that differ from a completion.
     """
     check_call(orpo_loss)
-    check_pairs("orpo_loss", targets)
+    check_pairs("orpo_loss", targets, pairs)
     check_positive(beta=beta)
-    completion, pairs = kept(targets, head), len(targets) // 2
+    completion, half = kept(targets, head), len(targets) // 2
     side: dict[str, Tensor | None] = {
-        "completion": completion.double(), "completion_lengths": completion.sum(1).double(),
+        "completion": completion.double(), "completion_lengths": completion.sum(1).double(), PAIRED: pairs,
     }  # fmt: skip
     if nll_targets is not None:
-        check_shape("nll_targets", nll_targets, targets[:pairs].shape)
-        if bool((completion[:pairs] & (nll_targets != targets[:pairs])).any()):
+        if pairs is not None:
+            raise ValueError("nll_targets are of the chosen half: pass halves, not pairs")
+        check_shape("nll_targets", nll_targets, targets[:half].shape)
+        if bool((completion[:half] & (nll_targets != targets[:half])).any()):
             raise ValueError("nll_targets must hold the targets of the chosen completions, and may hold more")
-        targets = torch.cat((nll_targets, targets[pairs:]))
+        targets = torch.cat((nll_targets, targets[half:]))
     return with_nll(
         "orpo", {"beta": beta}, hidden, weight, targets, side, 1.0, num_items, num_tokens, head, completion
     )  # fmt: skip
@@ -151,6 +161,7 @@ def slic_loss(
     weight: Tensor,
     targets: Tensor,
     *,
+    pairs: Tensor | None = None,
     delta: float = 1.0,
     nll_coef: float = 1.0,
     num_items: Items = None,
@@ -162,6 +173,7 @@ def slic_loss(
 
     Args:
         hidden: [2P, T, D], the first half chosen, the second rejected; weight: [V, D]; targets: [2P, T].
+        pairs: as in `cpo_loss`.
         delta: the margin, > 0. Default 1.0.
         nll_coef: the paper's lambda. Default 1.0.
         num_items, num_tokens, **head: as in `cpo_loss`.
@@ -173,9 +185,10 @@ def slic_loss(
         ValueError: an odd number of sequences, delta not above 0.
     """
     check_call(slic_loss)
-    check_pairs("slic_loss", targets)
+    check_pairs("slic_loss", targets, pairs)
     check_positive(delta=delta)
-    return with_nll("slic", {"delta": delta}, hidden, weight, targets, {}, nll_coef, num_items, num_tokens, head)
+    side: dict[str, Tensor | None] = {PAIRED: pairs}
+    return with_nll("slic", {"delta": delta}, hidden, weight, targets, side, nll_coef, num_items, num_tokens, head)
 
 
 def with_nll(
@@ -191,15 +204,16 @@ def with_nll(
     head: dict,
     completion: Tensor | None = None,
 ) -> LossOutput:
-    """A loss of pairs plus `coef` times the mean negative log-likelihood of its chosen half."""
+    """A loss of pairs plus `coef` times the mean negative log-likelihood of their chosen completions."""
     if not coef >= 0:
         raise ValueError(f"the weight of the likelihood must not be negative, got {coef}")
-    pairs = len(targets) // 2
-    tokens = kept(targets, head)[:pairs].sum()
+    pairs = side.get(PAIRED)
+    chosen, _ = ends_of(targets, pairs)
+    tokens = kept(targets, head).sum(1)[chosen].sum()
     if coef:
-        side = side | {"nll_weight": coef * share(num_items, max(pairs, 1), tokens, num_tokens)}
+        side = side | {"nll_weight": coef * share(num_items, max(len(chosen), 1), tokens, num_tokens)}
     out = run_loss(name, hyper, hidden, weight, targets, side, num_items, head)
-    nll = -out.logps[:pairs].sum() / tokens.clamp(min=1)
+    nll = -out.logps.sum(1)[chosen].sum() / tokens.clamp(min=1)
     if completion is not None:
         out = out._replace(logps=out.logps.where(completion, 0.0), mask=completion)
-    return pair_output(out, nll_loss=(nll, tokens))
+    return pair_output(out, pairs, nll_loss=(nll, tokens))

@@ -15,13 +15,14 @@ from align_kernels.fused.core import (
     Items,
     LossOutput,
     check_one_of,
+    check_pairs,
     check_shape,
     of_head,
     output,
     pair_output,
     run_loss,
 )
-from align_kernels.losses.registry import LOSSES, Loss
+from align_kernels.losses.registry import LOSSES, PAIRED, Loss
 
 
 @of_head
@@ -33,6 +34,7 @@ def fused_loss(
     side: Mapping[str, Tensor | None] | None = None,
     options: Mapping[str, Any] | None = None,
     *,
+    pairs: Tensor | None = None,
     num_items: Items = None,
     **head,
 ) -> LossOutput:
@@ -49,6 +51,8 @@ def fused_loss(
             "batch". They carry no gradient. None, or left out: the function's default. Default None: no tensors.
         options: its options by name: words, True or False, None, finite numbers (passed as float) and lists of such.
             Default None: the function's own.
+        pairs: [2, P] int64, of a loss of pairs: numbers of the chosen and of the rejected sequence of each pair among
+            the B of hidden and targets; one that is in several meets the head once. Default None: halves.
         num_items: the normaliser, one for all micro-batches of a window. Default None: the kept tokens, the sequences
             or the pairs of this call.
         **head: every keyword of `linear_logprobs`, and `prob_gate`, a `ProbGate` or its p_hi.
@@ -75,10 +79,22 @@ def fused_loss(
             raise ValueError(f"{key} is on {x.device}, hidden on {hidden.device}: move them to one device")
         if level == "sum":
             check_float(key, x)
+    if pairs is not None:
+        check_named(loss, targets, pairs)
+        given[PAIRED] = pairs
     out = run_loss(name, dict(options or {}), hidden, weight, targets, given, num_items, head)
     if loss.per == "pair":
-        return pair_output(out)
+        return pair_output(out, pairs)
     return output(out.loss, out.measured, out.logps if loss.per == "token" else out.logps.sum(-1))
+
+
+def check_named(loss: Loss, targets: Tensor, pairs: Tensor) -> None:
+    """Refuse pairs by number for a loss that is of no pairs, or reads tokens by the order of halves."""
+    check_pairs(loss.name, targets, pairs)
+    by_token = [key for key, level in loss.side.items() if level == "token"] + ["sequence"] * ("sequence" in loss.needs)
+    if loss.per != "pair" or by_token:
+        why = f"it reads {by_token[0]!r} of single tokens" if by_token else f"it is a loss per {loss.per}"
+        raise ValueError(f"loss {loss.name!r} takes no pairs: {why}")
 
 
 def check_arguments(loss: Loss, side: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:

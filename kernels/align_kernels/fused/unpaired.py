@@ -125,7 +125,7 @@ def check_marks(beta: float, targets: Tensor, ref_logps: Tensor, desirable: Tens
 
 def marked_output(out: Fused, ref_logps: Tensor, desirable: Tensor, beta: float, **more: Tensor) -> LossOutput:
     logps, others = out.logps.sum(-1), {}
-    measured = out.measured | class_metrics(out, desirable)
+    measured = out.measured | class_metrics(out, desirable, ~desirable)
     measured |= {name: (x, len(desirable)) for name, x in more.items()}
     rewards = beta * (logps - ref_logps.detach())
     for word, inside in (("chosen", desirable), ("rejected", ~desirable)):

@@ -19,6 +19,7 @@ COARSER: dict[Unit, tuple[Unit, ...]] = {  # the units that a loss of tokens, se
     "sequence": ("sequence", "batch"),
     "pair": ("pair", "batch"),
 }
+PAIRED = "pairs"  # beside the side tensors of a loss of pairs: [2, P], which sequences they are, where not halves
 WHOLE = ("lengths", "sequence")
 NEEDS = (*WHOLE, "entropy", "log_sum_sq_probs")
 Function = TypeVar("Function", bound=Callable)
@@ -116,6 +117,8 @@ def register_loss(
     unit = unit or per
     _one_of("unit", unit, COARSER[per])
     levels = ("token", "batch") if unit == "token" else get_args(Level)  # a piece of tokens has no whole sequences
+    if PAIRED in side:
+        raise ValueError(f"the side name {PAIRED!r} is taken: it says which sequences are paired")
     for name, level in side.items():
         _one_of(f"the level of {name!r}", level, levels)
     for name in needs:

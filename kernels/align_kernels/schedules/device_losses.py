@@ -58,7 +58,7 @@ class OnePassOfTokens(OnePass):
         z = tiled.logits(chunk, w, 0, V, self.room(n).tile(n, 0, V))
         out = z if tiled.dtype == tiled.logits_dtype else tiled.empty(n, V)
         state, common = tiled.new_state(n), tiled.common(chunk, 0, V)
-        rows = tiled.kept[span[2] : span[3]]
+        rows = objective.units.kept[span[2] : span[3]]
         picked = {name: x.reshape(-1)[rows].float() for name, x in zip(call.given, objective.side)}
         losses = tiled.backend.losses
         assert losses is not None
@@ -78,7 +78,7 @@ class DeviceObjective(Objective):
     losses: Losses
 
     def coefficients(self, span: Span, state: Tensor, targets: Tensor, vocab: int) -> Coefficients:
-        ids, place = self.units.segments(*span)
+        ids, place, _ = self.units.segments(*span)
         picked = {
             name: x[ids].float() if x.is_floating_point() else x[ids].contiguous()
             for name, x in zip(self.call.given, self.side)
