@@ -16,6 +16,7 @@ LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
 TREES = f"{ENGINE}test_trees.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 EXTENDING = f"{CLI}test_extending.py"
+DATA = "tests/preparation/"
 ONE_FILE = f"{EXTENDING}::test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
 
@@ -273,5 +274,29 @@ NEW = (
     Mutant("a changed method goes on", f"{E}inputs.py",
            'if not (kind := type(recipe)).__module__.startswith("align_engine.")',
            'if not (kind := type(recipe)).__module__.startswith("")', EXTENDING),
+    # the data side
+    Mutant("data: Holm's steps unordered", f"{E}preparation/sway.py",
+           "np.maximum.accumulate(steps) if len(p) else steps", "steps",
+           f"{DATA}test_tokens.py::test_holm_corrects_for_the_number_of_tests"),
+    Mutant("data: neutral words without a spread", f"{E}preparation/sway.py",
+           "np.hypot(change.std(ddof=1) / np.sqrt(len(change)), spread)", "change.std(ddof=1) / np.sqrt(len(change))",
+           f"{DATA}test_tokens.py::test_planted_triggers_come_first_and_no_control_passes"),
+    Mutant("data: one prior for all words", f"{E}preparation/frequent.py",
+           "PRIOR * counts.sum(1, keepdims=True) / all_totals", "PRIOR / len(counts) + 0 * counts[:, :1]",
+           f"{DATA}test_tokens.py::test_log_odds_are_those_of_the_paper"),
+    Mutant("data: a stray prompt is swallowed", f"{E}preparation/clusters.py", "for _ in range(ROUNDS):",
+           "for _ in range(0):",
+           f"{DATA}test_balance.py::test_what_comes_late_among_near_duplicates_is_not_swallowed"),
+    Mutant("data: a floor is not reached", f"{E}preparation/clusters.py", "np.repeat(members, whole)",
+           "members[:whole]", f"{DATA}test_balance.py::test_caps_and_floors"),
+    Mutant("data: a cut embedding stays", f"{E}preparation/embeddings.py", "file.truncate(2 * self.width * whole)",
+           "file.truncate()", f"{DATA}test_balance.py::test_an_interrupted_command_goes_on"),
+    Mutant("data: blanks are lost with an opening", f"{E}preparation/strip.py", '(taken.get(name) or "") + removed',
+           '(taken.get(name) or "") + removed.strip()', f"{DATA}test_strip.py"),
+    Mutant("data: a projection on a slant", f"{E}preparation/repair.py", "basis @ (basis.T @ weight)",
+           "found.T @ (found @ weight)",
+           f"{DATA}test_audit_repair.py::test_a_projected_head_gives_the_directions_no_score"),
+    Mutant("data: Wald's interval", f"{E}preparation/audit.py", "centre, half = share + z2 / 2,",
+           "centre, half = share,", f"{DATA}test_audit_repair.py::test_intervals_are_those_of_wilson"),
 )  # fmt: skip
 MUTANTS = (*OLD, *NEW)

@@ -50,6 +50,12 @@ def test_a_planted_mixture_is_found_again(shift):
     np.testing.assert_allclose(result.similarities, (vectors * means[result.labels]).sum(1), atol=1e-5)
 
 
+def test_what_comes_late_among_near_duplicates_is_not_swallowed():
+    vectors = np.concatenate([planted([500], noise=0.3)[0], planted([1], seed=5)[0]])
+    result = found(vectors)
+    assert result.sizes.tolist() == [500, 1] and result.labels[-1] == 1
+
+
 def test_strangers_are_those_of_the_encoder():
     def one_way(texts):
         return unit(np.stack([np.random.default_rng(len(text)).normal(size=64) for text in texts])) + 0.25
