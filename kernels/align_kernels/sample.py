@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from align_kernels.arguments import check_float, public
@@ -49,6 +50,7 @@ def linear_sample(
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    tp_group: dist.ProcessGroup | None = None,
     impl: str = "auto",
     workspace: int | None = None,
 ) -> Samples:
@@ -64,14 +66,15 @@ def linear_sample(
 
     Args:
         hidden: [..., D] float; weight: [V, D] float. These and the keywords are those of `linear_logprobs`.
-        uniforms: [...] float in [0, 1); float64 reaches tokens of every probability above 1e-16, float32 above 1e-8.
+        uniforms: [...] float in [0, 1), the same on every rank of a tp_group; float64 reaches tokens of every
+            probability above 1e-16, float32 above 1e-8.
 
     Returns:
         Samples, each field [...]. A row whose logits are not numbers gets token 0 and the log-prob NaN.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; on a CPU, a uniform outside [0, 1) (a GPU would have to
-            wait for that check); a weight that is shared out over ranks.
+            wait for that check).
     """
     check_float("uniforms", uniforms)
     targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -85,10 +88,8 @@ def linear_sample(
     with torch.no_grad():
         head, settings, needs = read_head(
             hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
-            lora=lora, impl=impl, workspace=workspace,
+            lora=lora, tp_group=tp_group, impl=impl, workspace=workspace,
         )  # fmt: skip
-        if settings.tp_group is not None:
-            raise ValueError("linear_sample needs the whole weight on each rank: this one is shared out along V")
         numbers = uniforms.reshape(-1).double()
         eager = settings.impl == "eager"
         tokens, *floats = (
@@ -175,7 +176,7 @@ def sample_chunk(tiled: TiledHead, chunk: Chunk, uniforms: Tensor) -> tuple[Tens
             z += tiled.bias[v0:v1]
         blocks = z.view(-1, min(v1 - v0, BLOCK))
         found.append(block_states(tiled, chunk, blocks).view(n, -1, states.COLUMNS))
-    state = torch.cat(found, 1)  # [n, K, 8]
+    state, mine = of_all_ranks(tiled, torch.cat(found, 1))  # [n, K, 8]
     m, sums = state[:, :, MAX], state[:, :, SUM]
     peak = m.amax(1, keepdim=True)
     shift = torch.where(sums > 0, m - peak, 0.0)
@@ -183,10 +184,27 @@ def sample_chunk(tiled: TiledHead, chunk: Chunk, uniforms: Tensor) -> tuple[Tens
     log_mass = masses.sum(1).log()
     entropy = log_mass - (shift.exp() * (state[:, :, SUM_X] + sums * shift)).sum(1) / masses.sum(1)
     block, inside = inverse(masses, uniforms)
-    logits = block_logits(tiled, chunk, store, tiles, block * BLOCK)
+    here = (block >= mine) & (block < mine + -(-vocab // BLOCK))
+    first = (block - mine).where(here, 0) * BLOCK
+    logits = block_logits(tiled, chunk, store, tiles, first)
     at, _ = inverse((logits - logits.amax(1, keepdim=True)).exp(), inside)
-    logp = logits.gather(1, at[:, None])[:, 0] - peak[:, 0] - log_mass
-    return block * BLOCK + at, logp, entropy
+    drawn = torch.stack(((tiled.offset + first + at).double(), logits.gather(1, at[:, None])[:, 0]))
+    if tiled.group is not None:  # of the rank that holds the block
+        drawn = drawn.where(here, 0.0)
+        dist.all_reduce(drawn, group=tiled.group)
+    return drawn[0].long(), drawn[1] - peak[:, 0] - log_mass, entropy
+
+
+def of_all_ranks(tiled: TiledHead, state: Tensor) -> tuple[Tensor, int]:
+    """The states [n, K, 8] of all blocks in the order of the ranks, from those of this one; where these begin."""
+    if tiled.group is None:
+        return state, 0
+    n, most = len(state), -(-tiled.widest // BLOCK)
+    padded = tiled.new_state(n * most).view(n, most, states.COLUMNS)  # blocks without a column have no mass
+    padded[:, : state.shape[1]] = state
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(tiled.group))]
+    dist.all_gather(parts, padded, group=tiled.group)
+    return torch.cat(parts, 1), most * dist.get_rank(tiled.group)
 
 
 def block_states(tiled: TiledHead, chunk: Chunk, z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from processes import run_on_two
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -176,6 +177,34 @@ def test_a_policy_whose_logits_are_no_numbers_fails(loaded):
     torch.nn.init.constant_(broken.model.norm.weight, torch.nan)
     with pytest.raises(RunFailed, match="the log-prob NaN: its logits are not numbers"):
         transformers_sampler(broken, tokenizer, RolloutSection(max_completion_length=4))([[5, 6], [7]], 0)
+
+
+CUT = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from align_engine.models.load import load_model
+from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.rollouts.generate import transformers_sampler
+
+dist.init_process_group("gloo")
+tokenizer, settings = AutoTokenizer.from_pretrained(sys.argv[1]), RolloutSection(max_completion_length=20)
+prompts, said = [[5 + i // 3, 7] for i in range(9)], []
+want = transformers_sampler(AutoModelForCausalLM.from_pretrained(sys.argv[1]), tokenizer, settings)(prompts, 3)
+cut = load_model(sys.argv[1], ModelSection())
+assert isinstance(cut.lm_head.weight, DTensor) and cut.lm_head.weight.to_local().shape[0] == 32
+found = transformers_sampler(cut, tokenizer, settings, said.append)(prompts, 3)
+assert "in the pass of the LM head" in said[0]
+assert [one.ids for one in found] == [one.ids for one in want]
+for a, b in zip(found, want):
+    torch.testing.assert_close(a.logps, b.logps, atol=1e-5, rtol=1e-5)
+"""
+
+
+def test_ranks_that_cut_the_model_among_themselves_draw_the_same(tmp_path):
+    path = tiny.write_model(tmp_path / "model", num_key_value_heads=2)
+    run_on_two(CUT, path, PARALLELISM_CONFIG_TP_SIZE="2")
 
 
 def test_the_log_says_how_completions_are_drawn(model, tmp_path, capsys):

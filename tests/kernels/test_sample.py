@@ -8,6 +8,7 @@ import pytest
 import torch
 from accuracy import check, largest
 from devices import there
+from processes import run_on_two
 from torch import Tensor
 
 from align_kernels import linear_sample
@@ -106,6 +107,30 @@ def test_a_small_workspace_gives_the_same_tokens(impl: str):
     whole, cut = sampled(case, u, impl), sampled(case, u, impl, workspace=3 * 4 * 5 * 2048)
     assert torch.equal(whole[0], cut[0])
     torch.testing.assert_close(whole[1], cut[1])
+
+
+ON_TWO = """
+import torch, torch.distributed as dist
+from align_kernels import linear_sample
+
+dist.init_process_group("gloo")
+draw = torch.Generator().manual_seed(0)
+vocab, cut = 4 * 2048 + 100, 3 * 2048 + 7
+hidden, weight, bias = (torch.randn(*size, generator=draw) for size in ((40, 8), (vocab, 8), (vocab,)))
+u = torch.rand(40, generator=draw, dtype=torch.float64)
+mine = slice(0, cut) if dist.get_rank() == 0 else slice(cut, vocab)
+for impl in ("torch", "cpu"):
+    whole = linear_sample(hidden, weight, u, bias=bias, impl=impl)
+    found = linear_sample(hidden, weight[mine], u, bias=bias[mine], tp_group=dist.group.WORLD, impl=impl)
+    assert {bool(token < cut) for token in whole.tokens} == {True, False}
+    assert torch.equal(found.tokens, whole.tokens)
+    torch.testing.assert_close(found.logp, whole.logp)
+    torch.testing.assert_close(found.entropy, whole.entropy)
+"""
+
+
+def test_a_vocabulary_shared_out_over_two_ranks_gives_the_same():
+    run_on_two(ON_TWO)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
