@@ -1,6 +1,7 @@
-"""Twenty steps on packed rows in one process, and in two that share the work by DDP or by FSDP2: are they the same?
+"""Twenty steps on packed rows in one process, and in two that share them by DDP or FSDP2, or cut the model by tensor
+parallelism with a vocabulary-parallel head: are they the same?
 
-    python tests/layouts.py [--steps 20] [--dtype float32]
+    python tests/layouts.py [--steps 20] [--dtype float64] [--methods dpo,kto,grpo]
 
 Run by hand: about two minutes. A line has the largest difference from one process of any step's loss and gradient norm,
 and of any weight at the end, beside the largest change that training has made to a weight.
@@ -25,9 +26,13 @@ from align_engine import run  # noqa: E402
 from align_engine.recipe import GrpoRecipe, Recipe  # noqa: E402
 from align_engine.training import metrics  # noqa: E402
 
-METHODS = ("dpo", "kto", "grpo")
-# what the ranks do before they train
-LAYOUTS = {"DDP": "", "FSDP2": "import fsdp2; fsdp2.on()"}
+TENSOR_PARALLEL = dict(PARALLELISM_CONFIG_TP_SIZE="2", ACCELERATE_USE_PARALLELISM_CONFIG="true")
+# what the ranks do before they train, and the processes of the run that they are
+LAYOUTS = {
+    "DDP": ("", 2),
+    "FSDP2": ("import fsdp2; fsdp2.on()", 2),
+    "TP": (f"import fsdp2, os; os.environ |= {TENSOR_PARALLEL!r}; fsdp2.on_no_cpus()", 1),
+}
 
 
 def recipe(method: str, folder: Path, out: str, steps: int, processes: int) -> Recipe:
@@ -42,28 +47,31 @@ def recipe(method: str, folder: Path, out: str, steps: int, processes: int) -> R
     return tiny.offline(method, *paths, **settings)
 
 
-def go(folder: str, out: str, steps: int, processes: int = 2) -> None:
-    """Train by every method."""
-    for method in METHODS:
+def go(methods: list[str], folder: str, out: str, steps: int, processes: int) -> None:
+    """Train by each method."""
+    for method in methods:
         run.train(method, recipe(method, Path(folder), out, steps, processes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "float64"), default="float64")
+    parser.add_argument("--methods", default="dpo,kto,grpo")
     options = parser.parse_args()
+    methods = options.methods.split(",")
     folder = Path(tempfile.mkdtemp(prefix="layouts-"))
     tiny.write_model(folder / "model", dtype=getattr(torch, options.dtype), num_key_value_heads=2)
-    for method in METHODS:
+    for method in methods:
         rows = tiny.prompt_rows(40) if method == "grpo" else tiny.OFFLINE[method][1](100)
         tiny.write_rows(folder / f"{method}.jsonl", rows)
-    go(str(folder), "one", options.steps, 1)
-    for name, before in LAYOUTS.items():
+    go(methods, str(folder), "one", options.steps, 1)
+    for name, (before, processes) in LAYOUTS.items():
         here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})"
-        run_on_two(f"{here}\n{before}\nimport layouts\nlayouts.go({str(folder)!r}, {name!r}, {options.steps})")
+        arguments = (methods, str(folder), name, options.steps, processes)
+        run_on_two(f"{here}\n{before}\nimport layouts\nlayouts.go(*{arguments!r})")
     start, worst = load_file(folder / "model" / "model.safetensors"), 0.0
-    for method in METHODS:
+    for method in methods:
         wanted = metrics.read(folder / method / "one" / "metrics.jsonl")
         one = load_file(folder / method / "one" / "final" / "model.safetensors")
         moved = max((one[name] - start[name]).abs().max().item() for name in one)

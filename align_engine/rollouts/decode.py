@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import Cache, StopStringCriteria
 
 from align_engine.data.batches import collate_prompts
@@ -49,6 +50,7 @@ class Draw:
 
     def __init__(self, uniforms: Tensor, temperature: float) -> None:
         self.uniforms, self.temperature = uniforms, temperature  # [T, B]
+        self.whole: dict[str, Tensor] = {}  # of a head that tensor parallelism has cut: put together once
 
     def move(self, step: int, rows: Tensor, of: Tensor | None = None) -> None:
         """The next call draws the tokens `step` of the completions `rows`, from the hidden rows `of` (None: each)."""
@@ -57,7 +59,9 @@ class Draw:
     def __call__(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
         last = hidden[:, -1] if self.of is None else hidden[self.of, -1]
         uniforms = self.uniforms[self.step, self.rows].to(hidden.device)
-        self.tokens, logps, _ = linear_sample(last, uniforms=uniforms, temperature=self.temperature, **head)
+        self.whole = self.whole or {name: x.full_tensor() for name, x in head.items() if isinstance(x, DTensor)}
+        settings = {"uniforms": uniforms, "temperature": self.temperature, **head, **self.whole}
+        self.tokens, logps, _ = linear_sample(last, **settings)
         self.logps = logps.float()
         return logps
 
