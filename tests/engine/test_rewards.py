@@ -168,7 +168,7 @@ def test_ranks_score_whole_groups_each():
         num_processes = 2
 
         def __init__(self, process_index):
-            self.process_index = process_index
+            self.process_index, self.state = process_index, self
 
     seen = []
 
