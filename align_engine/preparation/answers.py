@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import datasets
@@ -55,12 +56,13 @@ class Answers:
         for row, parts in usable(self.rows, self.layout, self.bad_rows):
             for side, key in enumerate(SIDES if self.paired else self.layout[-1:]):
                 source = str(row[self.sources[side]]) if self.sources else key
-                yield source, answer(parts.get("prompt", ""), parts[key]).text
+                for text in parts[key]:
+                    yield source, answer("", text).text
 
 
 def usable(
     rows: datasets.Dataset, layout: tuple[str, ...], bad_rows: str
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
     """Each row, and its parts as `normalise` gives them.
 
     Raises:
@@ -84,7 +86,8 @@ def answer(prompt: Any, completion: Any) -> Answer:
 
 
 def pairs_of(rows: datasets.Dataset, count: int | None, seed: int, bad_rows: str) -> tuple[list[Pair], list[Any]]:
-    """Pairs of a data set, `count` of them drawn by a seed (None: all), and the rows that they come from.
+    """Pairs of a data set, those of `count` rows drawn by a seed (None: all), and the row that each comes from. A row
+    with several answers gives each chosen with each rejected one.
 
     Raises:
         BadInput: the rows are no pairs.
@@ -93,10 +96,11 @@ def pairs_of(rows: datasets.Dataset, count: int | None, seed: int, bad_rows: str
     drawn = np.random.default_rng(seed).permutation(len(rows))[:count]
     rows, found, origins = rows.select(np.sort(drawn)), list[Pair](), list[Any]()
     for row, parts in usable(rows, layout, bad_rows):
-        chosen, rejected = (answer(parts["prompt"], parts[side]) for side in SIDES)
-        if chosen.prompt == rejected.prompt:
-            found.append((chosen.prompt, chosen.text, rejected.text))
-            origins.append(row)
+        answers = [[answer(parts["prompt"][0], text) for text in parts[side]] for side in SIDES]
+        for chosen, rejected in product(*answers):
+            if chosen.prompt == rejected.prompt:
+                found.append((chosen.prompt, chosen.text, rejected.text))
+                origins.append(row)
     if not found:
         raise BadInput("no pair is left: their answers differ before the last message, or cannot be used")
     return found, origins

@@ -51,7 +51,8 @@ class ResultFolder(RunFolder):
     product, extent = ROWS, ("models",)
 
     def standing(self) -> str:
-        return STANDING
+        begun = any(name.startswith("_") for name in self.record()["files"])
+        return STANDING if begun else "the same command starts afresh"
 
     def _standing_quietly(self) -> str:
         return self.standing()

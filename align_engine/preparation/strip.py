@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from align_engine.data.formats import has_several
 from align_engine.data.json_text import loads
 from align_engine.errors import BadInput
 from align_engine.preparation import folder, report
@@ -82,9 +83,11 @@ def openings(section: MarkersSection) -> list[str]:
 
 
 def stripped(row: Row, columns: Sequence[str], words: Sequence[str]) -> Row:
-    """A row without its openings, and with the column `stripped`."""
+    """A row without its openings, and with the column `stripped`. Raises BadInput for several answers in a column."""
     taken, changed = dict(row.get(COLUMN) or {}), dict(row)
     for name in columns:
+        if has_several(row[name]):
+            raise BadInput(f"column {name!r} holds several answers: take openings off before `align pairs` joins them")
         if (text := answer_text(row[name])) is not None:
             removed, rest = without(text, words)
             if removed:

@@ -73,6 +73,8 @@ def test_what_cannot_be_stripped_is_said(tmp_path, capsys):
     assert "undo = False needs to be set, or findings, or markers" in said(ROWS)
     assert "takes neither findings nor markers" in said(ROWS, "--undo", "--markers", "a")
     assert "there is no column 'stripped'" in said(ROWS, "--undo")
+    several = [{"prompt": "p", "chosen": ["a", "b"], "rejected": ["c"]}]
+    assert "column 'chosen' holds several answers" in said(several, "--markers", "a")
     assert "there is none of the columns completion, chosen, rejected" in said([{"text": "a"}], "--markers", "a")
     assert "there is no report.json of `align tokens`" in said(ROWS, "--findings", str(tmp_path / "none"))
     assert "asked no reward model" in said(ROWS, "--findings", str(tmp_path))

@@ -14,8 +14,8 @@ import pytest
 import tiny
 
 from align_engine.cli import main
-from align_engine.preparation import edits, frequent, sway
-from align_engine.preparation.answers import Answers
+from align_engine.preparation import edits, frequent, report, sway, tokens
+from align_engine.preparation.answers import Answers, pairs_of
 from align_engine.preparation.edits import STYLES, of_marker, without
 from align_engine.preparation.frequent import Finding, Marker
 
@@ -64,6 +64,14 @@ def test_log_odds_are_those_of_the_paper():
 def test_sources_are_the_models_where_rows_name_them(columns, given, expected):
     rows = datasets.Dataset.from_list([{"prompt": "p", **columns}])
     assert [source for source, _ in Answers(rows, given, "error")] == expected
+
+
+def test_rows_of_several_answers_give_each_pair():
+    row = {"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"]}
+    rows = datasets.Dataset.from_list([row])
+    assert list(Answers(rows, [], "error")) == [("chosen", "a"), ("chosen", "b"), ("rejected", "c"), ("rejected", "d")]
+    pairs, origins = pairs_of(rows, None, 0, "error")
+    assert pairs == [("p", "a", "c"), ("p", "a", "d"), ("p", "b", "c"), ("p", "b", "d")] and len(origins) == 4
 
 
 def test_one_thing_said_is_one_finding():
@@ -150,6 +158,21 @@ def test_planted_triggers_come_first_and_no_control_passes(data, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "What sways the reward model" in page and "an answer with it" in page
     assert "| Sure, | opening | yes |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_interrupted_command_starts_afresh(tmp_path, monkeypatch, capsys):
+    data = tiny.write_rows(tmp_path / "pairs.jsonl", planted.rows(60))
+    flags = ["--dataset_name", data, "--output_dir", tmp_path / "out", "--reward_model", f"{planted.__file__}:score"]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "swayed", stop)
+        assert main(["tokens", *map(str, flags)]) == 1
+    assert "the same command starts afresh" in capsys.readouterr().err
+    assert not any((tmp_path / "out" / name).exists() for name in report.NAMES)
+    assert main(["tokens", *map(str, flags)]) == 0 and (tmp_path / "out" / "report.html").exists()
 
 
 def test_a_trained_reward_model_is_swayed_by_what_its_pairs_gave_away(data, tmp_path):
