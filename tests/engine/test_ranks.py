@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 from processes import Ranks
@@ -25,6 +26,8 @@ class Trouble(TrainerCallback):
             os.kill(os.getpid(), signal.SIGSTOP)
         if kind == "busy":
             time.sleep(3)
+        if kind == "told":
+            os.kill(os.getpid(), signal.SIGTERM)
         if kind == "refused":
             raise BadInput("a file that this machine has not")
         if kind == "broken":
@@ -71,6 +74,14 @@ def test_a_killed_rank_ends_the_other_at_once(rank, codes, pair, command, tmp_pa
     said_once(complaint, f"rank {rank} {ENDED}: {THEN}")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_that_is_told_to_stop_stops_both_after_the_same_step(rank, pair, command, tmp_path):
+    codes, _, complaint = pair.run(tmp_path, *command, "--max_steps", 5, TROUBLE=f"told {rank}")
+    assert codes == [1, 1]
+    said_once(complaint, "stopped after step 3; ")
+    assert (tmp_path / "run" / "checkpoint-000003").exists() and not (tmp_path / "run" / "final").exists()
+
+
 @pytest.mark.parametrize(("rank", "codes"), [(0, [-9, 1]), (1, [1, -9])])
 def test_a_frozen_rank_ends_both(rank, codes, pair, command, tmp_path):
     found, _, complaint = pair.run(tmp_path, *command, TROUBLE=f"frozen {rank}", ALIGN_RANKS_TIMEOUT="2")
@@ -82,7 +93,7 @@ def test_a_frozen_rank_ends_both(rank, codes, pair, command, tmp_path):
     ("trouble", "code", "sentence"),
     [
         ("refused", 2, "a file that this machine has not"),
-        ("broken", 1, "trouble.py line 20): KeyError: 'a key'"),
+        ("broken", 1, "trouble.py line 22): KeyError: 'a key'"),
     ],
 )
 def test_an_error_of_one_rank_ends_both_with_its_code_and_one_sentence(
@@ -116,7 +127,7 @@ def test_processes_without_a_meeting_place_are_refused_with_the_command_that_wor
 
 def test_processes_that_accelerate_does_not_join_are_refused(monkeypatch):
     class Alone:
-        num_processes, device = 1, "mps"
+        state, device = SimpleNamespace(num_processes=1), "mps"
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="2 processes were launched, and accelerate joins 1 on mps"):
