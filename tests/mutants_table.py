@@ -18,6 +18,7 @@ METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 EXTENDING = f"{CLI}test_extending.py"
 DATA = "tests/preparation/"
 ONE_FILE = f"{EXTENDING}::test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe"
+GENERATE, PAIRS = f"{DATA}test_generate.py", f"{DATA}test_pairs.py"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
 
 # Those of an audit that the tests of 2026-11-28 did not see. Two of the 29 were not described; the last two stand for
@@ -298,5 +299,23 @@ NEW = (
            f"{DATA}test_audit_repair.py::test_a_projected_head_gives_the_directions_no_score"),
     Mutant("data: Wald's interval", f"{E}preparation/audit.py", "centre, half = share + z2 / 2,",
            "centre, half = share,", f"{DATA}test_audit_repair.py::test_intervals_are_those_of_wilson"),
+    Mutant("data: an endpoint over its limit", f"{E}preparation/endpoints.py",
+           "for _ in range(endpoint.concurrency)]", "for _ in range(endpoint.concurrency + 4)]", GENERATE),
+    Mutant("data: a cut answer is not asked again", f"{E}preparation/endpoints.py",
+           "return isinstance(error, APIConnectionError | TimeoutError | Malformed)",
+           "return isinstance(error, TimeoutError | Malformed)", GENERATE),
+    Mutant("data: a journal that is not read", f"{E}preparation/generate.py",
+           'if line["key"] == self.keys.get(name) and row in prompts:', "if False:", GENERATE),
+    Mutant("data: batches cut from what is missing", f"{E}preparation/generate.py",
+           "{row: prompt.messages for row, prompt in work.prompts.items()})",
+           "{row: prompt.messages for row, prompt in work.prompts.items() if row in waiting})", GENERATE),
+    Mutant("data: a key in a message", f"{E}preparation/endpoints.py",
+           "return masked(text.replace(self.key, MASK) if self.key else text)", "return masked(text)", GENERATE),
+    Mutant("data: half a line before others", f"{E}preparation/folder.py",
+           "self.file.truncate(self.size)  #", "pass  #", f"{DATA}test_folder.py"),
+    Mutant("data: pairs of one tier", f"{E}preparation/pairs.py", "if a.tier < b.tier and apart(a, b, section)]",
+           "if a.tier <= b.tier and a != b and apart(a, b, section)]", PAIRS),
+    Mutant("data: an answer in two tiers", f"{E}preparation/pairs.py",
+           "if len({one.tier for one in same}) > 1:", "if False:", PAIRS),
 )  # fmt: skip
 MUTANTS = (*OLD, *NEW)
