@@ -301,4 +301,11 @@ def test_from_prompts_to_a_reward_model(tmp_path, capsys):
     align("rm", "--dataset_name", tmp_path / "pairs", "--output_dir", tmp_path / "rm", "--model_name_or_path", model,
           "--max_steps", 2, "--rank_margin", 0.5)  # fmt: skip
     assert (tmp_path / "rm" / "final" / "model.safetensors").exists()
+    align("pairs", "--dataset_name", tmp_path / "answers", "--output_dir", tmp_path / "trees", "--bad_rows", "drop",
+          "--layout", "several", "--margin", 0.5)  # fmt: skip
+    kept, _ = prepare(load_rows(tmp_path / "trees"), tokenizer, "preference")
+    terms = sum(len(row["chosen_ids"]) * len(row["rejected_ids"]) for row in kept)
+    assert terms == len(load_rows(tmp_path / "pairs")) == sum(len(row["margin"]) for row in kept)
+    align("rm", "--dataset_name", tmp_path / "trees", "--output_dir", tmp_path / "of trees", "--model_name_or_path",
+          model, "--max_steps", 2)  # fmt: skip
     assert len(load_rows(tmp_path / "pairs")) > 8 * 4
