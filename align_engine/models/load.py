@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -118,6 +119,7 @@ def check_numbers(path: str, model: nn.Module) -> None:
         (name, weight) for name, weight in model.named_parameters() if weight.is_floating_point() and weight.numel()
     ]
     held = [(name, weight) for name, weight in held if not weight.is_meta and weight.dtype.itemsize > 1]
+    held = [(name, weight) for name, weight in held if getattr(weight, "quant_state", None) is None]  # bytes
     held = [(name, weight.to_local() if isinstance(weight, DTensor) else weight) for name, weight in held]
     broken = [name for name, weight in held if not all(map(torch.isfinite, weight.aminmax()))]
     if broken:
@@ -231,12 +233,16 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
         raise BadInput(f"load_in_{bits}bit = True: bitsandbytes is not installed (pip install bitsandbytes)")
     from transformers import BitsAndBytesConfig
 
+    compute = getattr(torch, section.dtype, torch.bfloat16)  # that of `auto`
+    # FSDP2 cuts 4-bit weights whose bytes are stored as numbers of a kind that has gradients, and leaves others whole
+    stored = {"bnb_4bit_quant_storage": compute} if parse_flag_from_env("ACCELERATE_USE_FSDP") else {}
     config = BitsAndBytesConfig(
         load_in_4bit=section.load_in_4bit,
         load_in_8bit=section.load_in_8bit,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, section.dtype, torch.bfloat16),  # that of `auto`
+        bnb_4bit_compute_dtype=compute,
+        **stored,
     )
     return {"quantization_config": config, "device_map": {"": PartialState().device}}
 
