@@ -66,21 +66,26 @@ def clock(record: list[tuple[float, float]], memory: list[int]) -> Any:
     """A callback that notes time at each step, and from the first on memory every 10 ms."""
     from transformers import TrainerCallback
 
+    ended = threading.Event()
+
     class Clock(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
-            threading.Thread(target=watch, args=(memory,), daemon=True).start()
+            threading.Thread(target=watch, args=(memory, ended), daemon=True).start()
             record.append((time.perf_counter(), time.process_time()))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             record.append((time.perf_counter(), time.process_time()))
 
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            ended.set()
+
     return Clock()
 
 
-def watch(memory: list[int]) -> None:
-    while True:
+def watch(memory: list[int], ended: threading.Event) -> None:
+    while not ended.is_set():
         memory.append(status("RssAnon"))
         time.sleep(0.01)
 

@@ -74,7 +74,11 @@ def test_it_may_change_while_a_run_goes_on(model, completions, tmp_path, capsys)
 def test_the_command_asks_torch_for_huge_pages(flags, expected, monkeypatch):
     monkeypatch.delenv(allocator.HUGE_PAGES, raising=False)
     found = []
-    monkeypatch.setattr(iterate, "run", lambda *_: found.append(os.environ.get(allocator.HUGE_PAGES)))
+
+    def noted(recipe):
+        found.append(os.environ.get(allocator.HUGE_PAGES))
+
+    monkeypatch.setattr(iterate, "runner", lambda name: noted)
     arguments = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", *flags]
     cli.run("sft", arguments, None)
     assert found == [expected]
