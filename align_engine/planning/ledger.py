@@ -16,8 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from align_engine.planning.heap import Heap
+
 aten: Any = torch.ops.aten
 OTHER = "activations"  # whatever nobody has named
+MALLOC = "malloc"  # what a CPU's malloc holds of tensors that were freed
 HOST = "on the host"  # in a CPU's memory beside a GPU: not counted
 
 
@@ -26,17 +29,23 @@ class Phase:
     """A part of a run."""
 
     name: str
-    peak: int = 0  # bytes
+    tensors: int = 0  # bytes at their most
+    peak: int = 0  # the same with what malloc keeps of small ones that were freed
     flops: int = 0
     parts: Counter[str] = field(default_factory=Counter)  # bytes at the peak, by part
     most: Counter[str] = field(default_factory=Counter)  # bytes of each part at its own
 
 
 class Ledger(TorchDispatchMode):
-    """A mode that counts. Around fake tensors it answers what only numbers could: a truth is true, a number is 1."""
+    """A mode that counts. Around fake tensors it answers what only numbers could: a truth is true, a number is 1.
 
-    def __init__(self) -> None:
+    Args:
+        heap: of a CPU's malloc, fresh. Default None: what is freed goes back at once.
+    """
+
+    def __init__(self, heap: Heap | None = None) -> None:
         super().__init__()
+        self.heap = heap
         self.phases: list[Phase] = []
         self._events: list[tuple[int, int]] = []  # (number of a storage, bytes more or less)
         self._named: dict[int, str] = {}
@@ -61,25 +70,30 @@ class Ledger(TorchDispatchMode):
     def settle(self) -> list[Phase]:
         """The phases, with their peaks and the parts of these. Names that were given late count from the beginning."""
         held: Counter[str] = Counter()
-        starts = {first: phase for phase, first, _ in self._spans}
-        ends = {end for _, _, end in self._spans}
-        now: Phase | None = None
-        for i in range(len(self._events) + 1):
-            if i in ends:
-                now = None
-            if (begun := starts.get(i)) is not None:
-                now = begun
-                now.peak, now.parts, now.most = sum(held.values()), +held, +held
-            if i == len(self._events):
-                break
-            number, size = self._events[i]
-            if (part := self._named.get(number, OTHER)) == HOST:
-                continue
-            held[part] += size
-            if now is not None and size > 0:
-                now.most[part] = max(now.most[part], held[part])
-                if (level := sum(held.values())) > now.peak:
-                    now.peak, now.parts = level, +held
+        at = 0
+
+        def go(to: int, phase: Phase | None) -> None:
+            nonlocal at
+            for number, size in self._events[at:to]:
+                if (part := self._named.get(number, OTHER)) == HOST:
+                    continue
+                held[part] += size
+                if self.heap is not None:
+                    self.heap.add(number, size) if size > 0 else self.heap.remove(number)
+                if phase is not None and size > 0:
+                    note(phase)
+            at = to
+
+        def note(phase: Phase) -> None:
+            tensors, free = sum(held.values()), self.heap.kept if self.heap is not None else 0
+            phase.tensors, phase.most = max(phase.tensors, tensors), phase.most | held
+            if tensors + free > phase.peak:
+                phase.peak, phase.parts = tensors + free, +held + Counter({MALLOC: free})
+
+        for phase, first, end in self._spans:
+            go(first, None)
+            note(phase)
+            go(end, phase)
         return self.phases
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -28,6 +28,7 @@ from align_engine.integrations import hook
 from align_engine.models import blank, score_head
 from align_engine.models.logps import reference_logps, token_logps
 from align_engine.planning.cards import Card
+from align_engine.planning.heap import Heap
 from align_engine.planning.ledger import HOST, Ledger, Phase
 from align_engine.recipe import ModelSection, Recipe, RolloutSection
 from align_engine.rollouts import rewards
@@ -110,7 +111,7 @@ def rehearse(name: str, recipe: Recipe, card: Card, each: Lengths, rollout: Roll
     Raises:
         BadInput: no configuration, or one that no model can be built from.
     """
-    ledger = Ledger()
+    ledger = Ledger(None if card.gpu else Heap())
     rehearsal = Rehearsal("cuda" if card.gpu else "cpu", lambda tensor: ledger.name([tensor], "head"))
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, blank.blank(), rehearsal.acting():
         return _Stage(name, recipe, card, each, rollout, ledger, rehearsal).play()

@@ -16,7 +16,8 @@ from align_engine.recipe import Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.training import reference as references
 
-PARTS = ("weights", "reference", "scorers", "gradients", "optimiser", "activations", "head", "keys and values")
+PARTS = ("weights", "reference", "scorers", "gradients", "optimiser", "activations", "head", "keys and values",
+         "malloc")  # fmt: skip
 
 
 def plan(name: str, recipe: Recipe, card: Card, each: Lengths, rollout: RolloutSection | None = None) -> dict[str, Any]:
