@@ -14,10 +14,10 @@ import fcntl
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def run(case: str, folder: Path) -> dict[str, Any]:
     from align_engine.run import train
 
     method, recipe = recipe_of(case, folder, folder / f"out-{os.getpid()}")
-    # a small one before, so that pages of libraries, which a new process maps as it needs them, are there
+    # a small one before, so that pages of libraries, which a process maps as it needs them, are there
     MODELS["warm"], CASES["warm"] = (2, 128, 256, 1000), (method, "warm", (8, 8), CASES[case][3])
     train(*recipe_of("warm", folder, folder / f"warm-{os.getpid()}"))
     before = resident()
@@ -155,26 +155,15 @@ def compute(case: str, folder: Path) -> dict[str, Any]:
     return {"peak": found.peak.peak, "phase": found.peak.name, "parts": parts, "parameters": found.parameters}
 
 
-def apart(work: Any, case: str, folder: Path) -> dict[str, Any]:
-    """What `work` returns, in a process of its own that begins as this one is now."""
-    path = folder / f"{work.__name__}-{os.getpid()}.json"
-    with open(os.devnull, "w") as nothing:
-        if (child := os.fork()) == 0:
-            os.dup2(nothing.fileno(), 1)
-            try:
-                path.write_text(json.dumps(work(case, folder)))
-                os._exit(0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-    if os.waitpid(child, 0)[1]:
-        raise SystemExit(f"{case}: {work.__name__} has failed")
-    return json.loads(path.read_text())
-
-
 def measure(case: str, folder: Path) -> dict[str, Any]:
+    """What is computed here, and what a run takes in a process of its own."""
     method, model, each, settings = CASES[case]
-    computed, measured = (apart(work, case, folder) for work in (compute, run))
+    computed = compute(case, folder)
+    command = [sys.executable, __file__, "--only", case, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
+    measured = json.loads(done.stdout.rpartition("RESULT ")[2])
     return {
         "case": case, "method": method, "model": model, "vocabulary": MODELS[model][3], "tokens": list(each),
         "settings": settings, "computed": computed, "measured": measured, "ratio": computed["peak"] / measured["peak"],
@@ -216,13 +205,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--print", action="store_true", help="write nothing")
+    parser.add_argument("--only", nargs=2, metavar=("CASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `align` has it
     sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+    load()
+    if options.only:
+        print("\nRESULT " + json.dumps(run(options.only[0], Path(options.only[1]))))
+        return
     print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        load()
         for case in options.cases:
             one = measure(case, folder)
             print(row(one), flush=True)

@@ -36,6 +36,7 @@ from align_engine.rollouts.generate import PAGE
 from align_engine.training import optimiser, packing
 from align_engine.training import reference as references
 from align_engine.training.engine import Engine
+from align_engine.training.metrics import Sums
 from align_engine.training.offload import LEAST, Away
 from align_engine.training.policy import make_policy
 from align_kernels.rehearsal import Rehearsal
@@ -170,6 +171,7 @@ class _Stage:
             for i, micro in enumerate(window):
                 engine.forward_backward(micro, units, last=i == len(window) - 1)
                 self.ledger.name((p.grad for p in parameters if p.grad is not None), "gradients")
+        engine._sums = Sums()  # spreads of metrics need numbers
         engine.step()
 
     def _for_engine(self) -> Recipe:
