@@ -156,7 +156,8 @@ class _Stage:
         self._make_states()
         if self.online:
             self._sample(scorers)
-            self._measure()
+            if self._measured():
+                self._measure()
         before = len(self.rehearsal.plans)
         with ledger.phase("training step"):
             self._learn(window)
@@ -273,7 +274,8 @@ class _Stage:
         self.ledger.name((tensor for tensor in held if isinstance(tensor, Tensor)), "keys and values")
         chosen = out.logits[:, -1].to(torch.float32, copy=True)
         scores = (chosen / self.rollout.temperature).log_softmax(-1)
-        torch.multinomial(scores.softmax(-1), 1)
+        shares = scores.softmax(-1)
+        (shares / torch.empty_like(shares)).argmax(-1)  # what multinomial makes inside
         return out.past_key_values
 
     def _measure(self) -> None:
@@ -330,14 +332,20 @@ class _Stage:
             row |= {name: torch.zeros(completion) for name in self._columns()}
         return row
 
+    def _measured(self) -> bool:
+        """Whether a rollout is read again before its first step: `Rollouts.measure`."""
+        assert self.rollout is not None
+        recipe: Any = self.recipe
+        accumulation = recipe.train.gradient_accumulation_steps
+        windows = (self.rollout.steps_per_generation or accumulation) // accumulation
+        return windows * recipe.passes > 1 or self.algorithm.refers(recipe) or not self.algorithm.present_policy
+
     def _columns(self) -> list[str]:
         """Of a rollout's rows: `Rollouts.measure` and `Rollouts.collect` fill them."""
         assert self.rollout is not None
         recipe: Any = self.recipe
-        several = recipe.passes * (self.rollout.steps_per_generation or 1) > 1
-        own = several or self.algorithm.refers(recipe) or not self.algorithm.present_policy
         absent = {"ref_logps"} if not self.algorithm.refers(recipe) else set[str]()
-        absent |= {"old_logps"} if not own else set()
+        absent |= {"old_logps"} if not self._measured() else set()
         absent |= {"values", "returns"} if self.engine.critic is None else set()
         return [name for name in TOKEN_COLUMNS if name not in absent]
 
