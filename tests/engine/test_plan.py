@@ -16,7 +16,7 @@ from align_engine.cli import main
 from align_engine.errors import BadInput
 from align_engine.planning import cards
 from align_engine.planning.fit import fitted
-from align_engine.planning.heap import HUGE, Heap
+from align_engine.planning.heap import Heap
 from align_engine.planning.rehearse import Lengths, lengths, rehearse
 from align_engine.recipe import RECIPES
 from align_engine.rollouts.source import Rollouts
@@ -399,14 +399,3 @@ def test_a_heap_keeps_what_was_freed_and_gives_back_its_end():
     for number in range(7, 80):
         heap.remove(number)
     assert heap.resident < 8 << 20
-
-
-def test_tensors_at_multiples_of_huge_pages_fit_into_no_hole_of_their_size():
-    heap = Heap()
-    for number in range(3):
-        heap.add(number, HUGE)
-        heap.add(10 + number, 1000)
-    before = heap.resident
-    heap.remove(1)
-    heap.add(3, HUGE)
-    assert heap.resident >= before + HUGE
