@@ -52,6 +52,7 @@ def spans(tokenizer: Any, messages: Messages, arguments: dict[str, Any], render:
 def _tagged(tokenizer: Any, template: str, messages: Messages, arguments: dict[str, Any]) -> Spans:
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    found: Any
     _, found = render_jinja_template(
         conversations=[messages], chat_template=template, return_assistant_tokens_mask=True,
         **{**tokenizer.special_tokens_map, **arguments},

@@ -235,7 +235,7 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
 
     compute = getattr(torch, section.dtype, torch.bfloat16)  # that of `auto`
     # FSDP2 cuts 4-bit weights whose bytes are stored as numbers of a kind that has gradients, and leaves others whole
-    stored = {"bnb_4bit_quant_storage": compute} if parse_flag_from_env("ACCELERATE_USE_FSDP") else {}
+    stored: dict[str, Any] = {"bnb_4bit_quant_storage": compute} if parse_flag_from_env("ACCELERATE_USE_FSDP") else {}
     config = BitsAndBytesConfig(
         load_in_4bit=section.load_in_4bit,
         load_in_8bit=section.load_in_8bit,

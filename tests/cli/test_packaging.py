@@ -40,9 +40,10 @@ def imported(folder: Path) -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     needed, extras = named(PROJECT["project"]["dependencies"]), PROJECT["project"]["optional-dependencies"]
     found = set().union(*(imported(ROOT / folder) for folder in SHIPPED))
-    assert found - needed - named(extras["data"]) == {"triton", "trl"}, "optional parts, each an extra of its own name"
+    optional = {"triton": "triton", "trl": "trl", "liger-kernel": "liger"}  # and the extra of each
+    assert found - needed - named(extras["data"]) == optional.keys()
     assert needed - found == set()
-    assert {"triton", "trl"} <= extras.keys()
+    assert all(part in named(extras[extra]) for part, extra in optional.items())
 
 
 def test_one_floor_of_python_everywhere():
