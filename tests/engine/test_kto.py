@@ -55,7 +55,7 @@ def test_pairs_are_taken_apart(model, pairs):
     assert kept["label"][:] == [True, False] * 8 and kept["index"][:] == list(range(16))
     assert kept["completion_ids"][::2] == whole["chosen_ids"][:]
     assert kept["completion_ids"][1::2] == whole["rejected_ids"][:]
-    assert report["changed"] == {"pairs, each split into a desirable and an undesirable row": 8}
+    assert report["changed"] == {"pairs, each split into desirable and undesirable rows": 8}
 
 
 def test_a_label_that_is_none_is_refused(model, tmp_path):

@@ -175,7 +175,7 @@ FUSED = {"sft": [ak.sft_loss], "rm": [ak.reward_loss], "dpo": [ak.dpo_loss], "si
          "grpo": [ak.grpo_loss], "ppo": [ak.ppo_clip_loss, ak.value_loss]}  # fmt: skip
 OF_THE_BATCH = {"hidden", "weight", "targets", "chosen", "rejected", "margin", "ref_logps", "desirable", "kl",
                 "old_logps", "sampling_logps", "advantages", "values", "old_values", "returns", "mask", "num_items",
-                "num_tokens"}  # fmt: skip
+                "num_tokens", "pairs"}  # fmt: skip
 OTHERWISE = {  # keyword -> the setting that says it, or why there is none
     "center_coef": "center_rewards_coefficient",
     "average": "ipo scores by the mean, as its paper does",

@@ -81,7 +81,7 @@ def test_iterative_training_goes_on_inside_its_round(model, tmp_path, monkeypatc
 def test_an_interrupt_before_the_first_step_says_that_nothing_was_saved(model, completions, tmp_path, monkeypatch):
     from align_engine import run
 
-    monkeypatch.setattr(run, "load_policy", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(run, "load_policy", lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(stops.Stopped, match="no checkpoint had been written, so the same command starts afresh"):
         train("sft", tiny.sft(model, completions, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -93,7 +93,8 @@ def run_loss(
     tokens = mask.sum()
     count = tokens if spec.per == "token" else len(targets)
     if spec.per == "pair":
-        count = ends_of(targets, side.get(PAIRED)).shape[1]
+        paired = side.get(PAIRED)
+        count = len(targets) // 2 if paired is None else paired.shape[1]
     counted = torch.as_tensor(count, device=targets.device).clamp(min=1)
     items = torch.as_tensor(counted if num_items is None else num_items, device=targets.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
