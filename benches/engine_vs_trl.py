@@ -136,11 +136,11 @@ def engine(
     method: str, folder: Path, shared: dict[str, Any], record: Record, passes: list[float], packing: str
 ) -> list[float]:
     from align_engine.recipe import RECIPES
-    from align_engine.run import quiet_libraries, references, train
+    from align_engine.run import precomputed, quiet_libraries, train
     from align_engine.training.metrics import read
 
     quiet_libraries()
-    timed(references, "precompute_all", passes)
+    timed(precomputed, "precompute_all", passes)
     recipe = RECIPES[method]()
     given = shared | {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / f"{method}.jsonl"),
                       "save_steps": 10**6, "packing": packing, "reward_funcs": [f"{__file__}:reward"]}  # fmt: skip
