@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from align_engine import preparation
+from align_engine import assessment, preparation
 from align_engine import recipe as recipes
+from align_engine.assessment import ASSESSMENT
 from align_engine.errors import AlignError, BadInput, RunFailed, printable, shortened
 from align_engine.preparation import PREPARATION
 from align_engine.recipe import ALIASES, RECIPES, Settings
@@ -115,7 +116,7 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if name == "plan":
         plan(arguments, path)
         return
-    if name not in RECIPES and name not in PREPARATION:
+    if name not in RECIPES and name not in TOOLS:
         import tyro
 
         tyro.cli(COMMANDS[name], args=arguments, prog=f"align {name}")
@@ -123,8 +124,8 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     recipe, others = read(name, arguments, path)
     if others:
         explain(name, recipe, others)
-    if name in PREPARATION:
-        preparation.run(name, recipe)
+    if name in TOOLS:
+        (preparation if name in PREPARATION else assessment).run(name, recipe)
         return
     recipe = recipes.check(recipe)
     if recipe.train.tune_malloc:
@@ -178,7 +179,7 @@ def plan(arguments: list[str], path: str | None = None) -> None:
 
 def read(name: str, arguments: list[str], path: str | None) -> tuple[Any, list[str]]:
     """The recipe of a file and of flags, and the arguments that are none of these."""
-    kind: Any = RECIPES[name] if name in RECIPES else PREPARATION[name]
+    kind: Any = RECIPES[name] if name in RECIPES else TOOLS[name]
     changes, others = flags(kind, arguments)
     return recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags"), others
 
@@ -269,8 +270,9 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
     run(output_dir, seeds, workers)
 
 
+TOOLS = ChainMap[str, Any](PREPARATION, ASSESSMENT)  # commands that are settings and train nothing
 COMMANDS = ChainMap[str, Any](
-    {"plan": plan, "env": env, "demo": demo}, PREPARATION, RECIPES
+    {"plan": plan, "env": env, "demo": demo}, *TOOLS.maps, RECIPES
 )  # with those that a plugin registers
 
 if __name__ == "__main__":

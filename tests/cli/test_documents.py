@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align_engine.cli import COMMANDS
-from align_engine.preparation import PREPARATION
+from align_engine.cli import COMMANDS, TOOLS
 from align_engine.recipe import RECIPES, flat
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +46,7 @@ def test_commands_take_their_flags(path, least):
     text = (ROOT / path).read_text().replace("\\\n", " ")
     lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("align ")]
     assert len(lines) >= least
-    kinds = PREPARATION | RECIPES
+    kinds = TOOLS | RECIPES
     for line in lines:
         _, command, *arguments = shlex.split(line)
         assert command in COMMANDS, line

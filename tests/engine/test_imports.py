@@ -17,6 +17,7 @@ ORDER = (  # each imports from those to its right alone; of rooms in one line no
     ("__main__",),
     ("cli",),
     ("demo",),
+    ("assessment",),
     ("iterate",),
     ("run", "preparation"),
     ("planning",),

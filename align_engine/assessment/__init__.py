@@ -1,0 +1,35 @@
+"""People, diagnosis and proof: do you need it, which method, and what did it buy.
+
+A command NAME is a tree of settings in a light module (nothing of torch in it), an entry of the table below (and of
+`algorithms.TOOLS`, so that no method takes its name), and a module NAME with `run(settings)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from align_engine.errors import BadInput
+from align_engine.recipe import Settings
+
+EXTRA: dict[str, str] = {}  # packages of the extra `assess`, by the name of their module
+ASSESSMENT: dict[str, type[Settings]] = {}
+
+
+def run(name: str, settings: Any) -> None:
+    """One command of this room.
+
+    Raises:
+        BadInput: settings that cannot be used, before anything is read. What the command itself raises.
+    """
+    from align_engine.inputs import check_outputs
+    from align_engine.recipe import check
+
+    settings = check(settings)
+    check_outputs(settings)
+    try:
+        importlib.import_module(f"align_engine.assessment.{name}").run(settings)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        raise BadInput(f"align {name} needs {EXTRA[error.name]}: pip install 'align-engine[assess]'") from error
