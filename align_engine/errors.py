@@ -40,3 +40,17 @@ def printable(text: str) -> str:
         c.encode("unicode_escape").decode() if unicodedata.category(c).startswith(hidden) and c not in "\n\t" else c
         for c in text
     )
+
+
+ORDERS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # turn round the order of what is shown
+
+
+def visible(text: str) -> str:
+    """`text` for people to read, on a page or a terminal: control characters, halves of surrogate pairs and orders of
+    direction as Python escapes them. Line ends and tabs stay, and so do the joiners that scripts are written with."""
+
+    def hidden(c: str) -> bool:
+        return c in ORDERS or (unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\n\t")
+
+    text = text.replace("\r\n", "\n")
+    return "".join(c.encode("unicode_escape").decode() if hidden(c) else c for c in text)

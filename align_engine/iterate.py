@@ -1,6 +1,6 @@
 """Iterative preference optimisation (arXiv:2405.07863): rounds of sampling, scoring, pairing and training.
 
-    round-1/samples.jsonl   every completion with its score
+    round-1/samples.jsonl   every completion with its score, and with what each scorer says
     round-1/answers/        while a round samples: its batches so far
     round-1/pairs.jsonl     best and worst of each prompt, as token ids; prompts whose completions tie are left out
     round-1/train/          the round's training run, with its model in `final`
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from rich.console import Console
 from transformers.trainer_utils import align_special_tokens
 
 from align_engine import inputs
@@ -52,6 +53,7 @@ from align_engine.training import stops
 from align_engine.training.callbacks import from_recipe
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import read
+from align_engine.training.samples import some, table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -192,14 +194,17 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
         folder.truncate_metrics(number - 1, {"step": number, **numbers})
         ids, said = prompts.rows[asked]["prompt_ids"], judged.answers["completions"]
         scores = [None if math.isnan(score) else score for score in judged.rewards.tolist()]
-        names, samples = ("prompt", "completion", "score"), zip(judged.answers["prompts"], said, scores)
+        samples = judged.samples()
+        if prompts.settings.log_completions:
+            shown = some(some(samples), prompts.settings.num_completions_to_print)
+            Console().print(table(f"round {number}", shown))
         rows = [
             {"prompt_ids": ids[best], "chosen_ids": completions[best].ids, "rejected_ids": completions[worst].ids,
              "chosen": said[best], "rejected": said[worst],
              "chosen_score": scores[best], "rejected_score": scores[worst]}
             for best, worst in pairs
         ]  # fmt: skip
-        folder.write_rows(f"round-{number}/samples.jsonl", [dict(zip(names, sample)) for sample in samples])
+        folder.write_rows(f"round-{number}/samples.jsonl", samples)
         folder.write_rows(f"round-{number}/pairs.jsonl", rows)
         folder.discard(f"round-{number}/answers")
     accelerator.wait_for_everyone()

@@ -35,7 +35,7 @@ from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection
 from align_engine.recipe.secrets import masked
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
-from align_engine.training import allocator, optimiser, packing, precomputed, ranks, stops, tensor_parallel
+from align_engine.training import allocator, optimiser, packing, precomputed, ranks, samples, stops, tensor_parallel
 from align_engine.training import reference as references
 from align_engine.training.algorithm import Algorithm, keywords
 from align_engine.training.callbacks import Callbacks, from_recipe
@@ -151,6 +151,8 @@ def learn(
     logged: list[dict[str, Any]] = []
     if accelerator.is_main_process:
         logged = folder.truncate_metrics(engine.progress.step)
+        if isinstance(recipe, OnlineRecipe):
+            folder.truncate(samples.FILE, engine.progress.step)
     settings = masked(recipes.flat(recipe))
     accelerator.init_trackers("align", config={key: str(value) for key, value in settings.items()})
     accelerator.print(summary(engine, source, steps))
@@ -158,9 +160,9 @@ def learn(
     with journal.bar:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         around.state.log_history += logged
-        training = Training(engine, evaluation, folder, journal, around, steps, source.steps_per_epoch)
+        training = Training(engine, evaluation, folder, journal, around, steps, source)
         with stops.graceful(journal.say):
-            for window in training.windows(source):
+            for window in training.windows():
                 training.learnt(engine.learn(window, journal.clock))
     if best := training.best():
         accelerator.print(f"the model is that of step {best}, the best evaluation")

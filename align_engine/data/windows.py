@@ -60,6 +60,7 @@ class Source:
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
         self.window_size = batch_size * accumulation * world
         self.steps_per_epoch = math.ceil(len(rows) / self.window_size)
+        self.samples: list[dict[str, Any]] = []  # what the policy wrote last, some of it: rows of samples.jsonl
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 
     def __len__(self) -> int:

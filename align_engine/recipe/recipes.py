@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from align_engine.recipe.sections import (
     ClippedRatio,
@@ -41,6 +41,9 @@ S = TypeVar("S", bound=Section)
 
 class Settings(Section):
     """Sections of settings, read from YAML and flags: what a command is asked to do."""
+
+    optional: ClassVar[tuple[str, ...]] = ()  # fields that other commands cannot do without
+    positional: ClassVar[str] = ""  # field of which values may stand without a flag
 
     def models(self) -> dict[str, str]:
         """Paths of the models that the tree names, by field."""

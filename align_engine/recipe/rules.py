@@ -16,9 +16,11 @@ from align_engine.recipe.values import numbers
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", "models")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
-         "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings"}  # fmt: skip
+         "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings",
+         "runs", "results"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
-                       "dataset_num_proc", "tune_malloc", "fit")  # fmt: skip
+                       "dataset_num_proc", "tune_malloc", "fit", "log_completions",
+                       "num_completions_to_print")  # fmt: skip
 R = TypeVar("R", bound=Settings)
 
 
@@ -39,7 +41,8 @@ def check(recipe: R, required: Sequence[str] = REQUIRED) -> R:
                 home = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
                 setattr(section, name, home)
     values = flat(recipe)
-    broken = [f"{name} = {values[name]!r} is required" for name in required if not values.get(name, True)]
+    missing = [name for name in required if name not in recipe.optional and not values.get(name, True)]
+    broken = [f"{name} = {values[name]!r} is required" for name in missing]
     for name, (_, taken) in fields(type(recipe)).items():
         if taken.range is not None and any(number not in taken.range for number in numbers(values[name])):
             broken.append(f"{name} = {values[name]!r} {taken.range}")

@@ -236,6 +236,11 @@ class RolloutSection(Section):
     server_weights: str | None = None
     """Folder that the server (vLLM, `transformers serve`) reads its weights from: the policy is written there before
     each rollout; with use_peft its adapter alone, which vLLM loads."""
+    log_completions: bool = False
+    """Show some completions with their rewards on the screen whenever metrics are written. They stand in samples.jsonl
+    either way."""
+    num_completions_to_print: Count | None = None
+    """How many of those that are written (None: all)."""
 
 
 class KlReference(ReferenceFields):

@@ -131,16 +131,18 @@ def check_pages(model: Any, shards: bool) -> None:
 @contextlib.contextmanager
 def prepared(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Inside the block the model generates by `config` alone, in eval mode; afterwards it is as it was."""
-    training, before, attention = model.training, model.generation_config, model.config._attn_implementation
+    training, attention, causal = model.training, model.config._attn_implementation, causal_model(model)
+    before = model.generation_config, causal.generation_config  # a plain PeftModel hands `generate` on as it is
     text = model.config.get_text_config()
     routers = getattr(text, "output_router_logits", False)
     try:
-        model.eval().generation_config = config  # in place of the model's own, which may hold penalties
+        # in place of the model's own, which may hold penalties
+        model.eval().generation_config = causal.generation_config = config
         if routers:  # the loss of experts cannot be computed where earlier tokens lie in a cache
             text.output_router_logits = False
         yield
     finally:
-        model.train(training).generation_config = before
+        model.train(training).generation_config, causal.generation_config = before
         if routers:
             text.output_router_logits = routers
         if model.config._attn_implementation != attention:  # transformers has failed half-way

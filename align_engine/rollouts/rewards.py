@@ -37,6 +37,7 @@ from align_engine.models import fingerprint as fingerprints
 from align_engine.models import score_head
 from align_engine.models.load import check_positions, load_tokenizer, vocabulary
 from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.recipe.names import distinct
 from align_engine.recipe.secrets import check_address, masked
 from align_engine.rollouts.advantages import nanstd
 from align_engine.rollouts.server import post_all
@@ -84,16 +85,8 @@ def part(answers: dict[str, list[Any]], start: int, end: int) -> dict[str, list[
 def load_rewards(specs: Sequence[str], device: torch.device, trust_remote_code: bool = False) -> list[Reward]:
     """The scorers of the recipe's `reward_funcs`, each under a name of its own: its last part (of the path, the module
     or the address), with as many of those before it as tell it from the others."""
-    paths = [_parts(spec) for spec in specs]
-
-    def shared(i: int, size: int) -> bool:
-        return any(path[-size:] == paths[i][-size:] for j, path in enumerate(paths) if j != i)
-
-    found = []
-    for i, spec in enumerate(specs):
-        size = next((size for size in range(1, len(paths[i])) if not shared(i, size)), len(paths[i]))
-        found.append(load_reward(spec, device, trust_remote_code)._replace(name="/".join(paths[i][-size:])))
-    return found
+    names = distinct([_parts(spec) for spec in specs])
+    return [load_reward(spec, device, trust_remote_code)._replace(name=name) for name, spec in zip(names, specs)]
 
 
 def load_reward(spec: str, device: torch.device, trust_remote_code: bool = False) -> Reward:

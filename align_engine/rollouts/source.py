@@ -6,6 +6,7 @@ number, so that advantages need no collective (groups are never split) and windo
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from align_engine.data.batches import IGNORE, collate_rollouts, epoch_order
 from align_engine.data.exact import read
 from align_engine.data.fingerprint import content_hash
+from align_engine.data.json_text import loads
 from align_engine.data.shares import Weight
 from align_engine.data.windows import TRIED, Clock, Source, endless_order
 from align_engine.errors import BadInput, RunFailed
@@ -36,6 +38,7 @@ from align_engine.rollouts.server_weights import ServerWeights
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import Sums
 from align_engine.training.ranks import gathered
+from align_engine.training.samples import some
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,6 +59,7 @@ class Answer(NamedTuple):
     asked: int  # row of the prompts
     completion: Completion
     reward: float  # NaN where nobody could score
+    sample: dict[str, Any]  # its row of samples.jsonl
 
 
 class Group(NamedTuple):
@@ -75,6 +79,16 @@ class Judged(NamedTuple):
     rewards: Tensor  # [R] float64, NaN where nobody could score
     answers: dict[str, list[Any]]  # what the scorers saw
     metrics: dict[str, float]
+    scores: dict[str, list[float]]  # by scorer, NaN where it could not say
+
+    def samples(self) -> list[dict[str, Any]]:
+        """A row of samples.jsonl for each completion."""
+        each = zip(self.answers["prompts"], self.answers["completions"], self.rewards.tolist(), *self.scores.values())
+        return [
+            {"prompt": written(prompt), "completion": text, "score": number(score),
+             "rewards": dict(zip(self.scores, map(number, scores)))}
+            for prompt, text, score, *scores in each
+        ]  # fmt: skip
 
 
 @dataclass
@@ -178,7 +192,9 @@ class Prompts:
             scores = scoring.score_over_ranks(self.scorers, answers, group_size, self.accelerator)
         total = scoring.combine(scores, self.settings, ended)
         metrics = scoring.reward_metrics(self.scorers, scores, total, group_size)
-        return Judged(total, answers, metrics | length_metrics([len(one) for one in ids], ended))
+        metrics |= length_metrics([len(one) for one in ids], ended)
+        by_name = {scorer.name: column for scorer, column in zip(self.scorers, scores.T.tolist())}
+        return Judged(total, answers, metrics, by_name)
 
     def watched(self, answers: dict[str, list[Any]]) -> dict[str, float]:
         """What the scorers say that nobody learns from."""
@@ -256,7 +272,8 @@ class Rollouts(Source):
         with clock("generate"):
             self.refresh_server()
         answers, metrics, extra = self.answered(number, clock)
-        asked, completions, rewards = ([getattr(one, name) for one in answers] for name in Answer._fields)
+        asked, completions, rewards, samples = ([getattr(one, name) for one in answers] for name in Answer._fields)
+        self.samples = some(samples)
         self.experience = [
             {"index": i, "prompt_ids": ids, "completion_ids": one.ids, "sampling_logps": one.logps}
             for i, (ids, one) in enumerate(zip(self.rows[asked]["prompt_ids"], completions))
@@ -300,7 +317,7 @@ class Rollouts(Source):
             with clock("score"):
                 self.save_for_people()
                 judged = prompts.judge(asked, completions, settings.num_generations, number)
-            answers = [Answer(*one) for one in zip(asked, completions, judged.rewards.tolist())]
+            answers = [Answer(*one) for one in zip(asked, completions, judged.rewards.tolist(), judged.samples())]
             size = settings.num_generations
             found += [Group(answers[i : i + size]) for i in range(0, len(answers), size)]
             for name, value in judged.metrics.items() if not judged.rewards.isnan().all() else ():
@@ -360,17 +377,30 @@ class Rollouts(Source):
         self.refresh_server()
         asked = list(range(len(self.rows)))
         judged = self.prompts.judge(asked, self.prompts.answers(self.sampler, asked), 1, 0)
+        self.samples = some(judged.samples())
         found = judged.metrics | self.prompts.watched(judged.answers)
         return {f"eval_{name}": value for name, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The rollout, where steps on it are left, the state of the advantages, and the place in the prompts' order."""
         left = self.engine.progress.step % self.steps_per_rollout
-        number, experience = (self.number, self.experience) if left else (-1, [])
-        return {"number": number, "experience": experience, "state": self.state, "extra": self.extra}
+        kept = {"number": -1, "experience": [], "samples": []}
+        if left:
+            kept = {"number": self.number, "experience": self.experience, "samples": self.samples}
+        return kept | {"state": self.state, "extra": self.extra}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+def written(prompt: Any) -> Any:
+    """A prompt as JSON can hold it: of a picture inside a message its type alone."""
+    return loads(json.dumps(prompt, default=lambda value: f"<{type(value).__name__}>"))
+
+
+def number(value: float) -> float | None:
+    """None in place of NaN."""
+    return None if math.isnan(value) else value
 
 
 def length_metrics(lengths: Sequence[int], ended: Sequence[bool]) -> dict[str, float]:

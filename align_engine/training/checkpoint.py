@@ -4,6 +4,7 @@
                           all files that it has written
     recipe.yaml           the whole recipe, as `--recipe` reads it
     metrics.jsonl         one line per logged step
+    samples.jsonl         of an online method: some completions of each logged step, with their rewards
     reference-*.safetensors   log-probs of a precomputed reference
     checkpoint-000050/    everything needed to go on after step 50
     final/                the trained model and its tokenizer
@@ -414,9 +415,14 @@ class RunFolder:
         Raises:
             BadInput: a line that is no record of a step.
         """
-        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step] if self.metrics.exists() else []
+        return self.truncate("metrics.jsonl", step, *more)
+
+    def truncate(self, name: str, step: int, *more: dict[str, Any]) -> list[dict[str, Any]]:
+        """The same of any file whose lines bear their step."""
+        path = self.path / name
+        kept = [row for row in read_metrics(path) if row["step"] <= step] if path.exists() else []
         kept += more
-        self.write_rows("metrics.jsonl", kept)
+        self.write_rows(name, kept)
         return kept
 
 

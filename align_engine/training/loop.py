@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from align_engine.data.windows import Micro, Source
-from align_engine.training import stops
+from align_engine.recipe import RolloutSection
+from align_engine.training import samples, stops
 from align_engine.training.callbacks import Callbacks
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.engine import Engine
@@ -26,13 +28,13 @@ class Training:
     journal: Journal
     callbacks: Callbacks
     total: int  # optimiser steps
-    steps_per_epoch: int
+    source: Source
     stopping: bool = False  # a rank has been told to stop
 
     def __post_init__(self) -> None:
         self.health = Health(self.engine.recipe, self.engine.progress)
 
-    def windows(self, source: Source) -> Iterator[list[Micro]]:
+    def windows(self) -> Iterator[list[Micro]]:
         """The micro-batches of each step still to do. Ends with the last step, or where a callback stops the run. A
         source whose rows the policy writes has a new rollout wherever the last one has served all its steps.
 
@@ -46,7 +48,7 @@ class Training:
         while progress.step < self.total and not callbacks.control.should_training_stop:
             if self.stopping:
                 raise stops.Stopped(f"stopped after step {progress.step}; {self.folder.standing()}")
-            if progress.step % self.steps_per_epoch == 0:
+            if progress.step % self.source.steps_per_epoch == 0:
                 callbacks.call("on_epoch_begin")
             control = callbacks.control
             control.should_log = control.should_evaluate = control.should_save = False
@@ -54,12 +56,12 @@ class Training:
             try:
                 with stops.breakable() if alone else contextlib.nullcontext():
                     stops.pause()
-                    source.prepare(progress.step, clock)
+                    self.source.prepare(progress.step, clock)
             except stops.StopNow:
                 self.stop_before()
                 continue
             with clock("data"):
-                window = source.window(progress.step)
+                window = self.source.window(progress.step)
             yield window
         callbacks.call("on_train_end")
 
@@ -74,7 +76,7 @@ class Training:
         self.journal.advance(tokens)
         callbacks.call("on_step_end")
         said = []
-        if progress.step % self.steps_per_epoch == 0:
+        if progress.step % self.source.steps_per_epoch == 0:
             callbacks.call("on_epoch_end")
             said += self.health.epoch()
 
@@ -92,8 +94,11 @@ class Training:
             means, progress.sums = {"loss": 0.0} | progress.sums.means(), Sums()
             said += self.health.log(means)
             self._log({**means, "num_tokens": progress.num_tokens, **self.journal.throughput()})
+            self._samples(self.source.samples)
         if found:
+            assert self.evaluation is not None
             self._log(found)
+            self._samples([row | {"eval": True} for row in self.evaluation.samples])
         for text in said:
             self.journal.warn(progress.step, text)
         if best or due(options.output.save_steps, callbacks.control.should_save or self.stopping):
@@ -114,10 +119,17 @@ class Training:
         self.stopping = True
 
     def _log(self, numbers: dict[str, float]) -> None:
-        record = {**numbers, "epoch": self.engine.progress.step / self.steps_per_epoch}
+        record = {**numbers, "epoch": self.engine.progress.step / self.source.steps_per_epoch}
         self.journal.write(self.engine.progress.step, record)
         self.callbacks.state.log_history.append({**record, "step": self.engine.progress.step})
         self.callbacks.call("on_log", logs=record)
+
+    def _samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write completions of this step, and show them where the recipe asks for it."""
+        rollout = self.engine.recipe.section(RolloutSection)
+        asked = rollout is not None and rollout.log_completions
+        shown = samples.some(rows, rollout.num_completions_to_print) if rollout and asked else []
+        self.journal.add_samples(self.engine.progress.step, rows, shown)
 
     def best(self) -> int | None:
         """The step of the best evaluation, where the recipe asks for it."""

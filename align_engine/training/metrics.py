@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from align_engine.data.json_text import loads
 from align_engine.errors import RunFailed
+from align_engine.training import samples
 from align_engine.training.ranks import gathered
 
 if TYPE_CHECKING:
@@ -160,14 +161,25 @@ class Journal:
         self.accelerator.log(record, step=step)
         if not self.accelerator.is_main_process:
             return
-        try:
-            with self.path.open("a") as file:
-                file.write(line({"step": step, **record}))
-        except OSError as error:
-            then = "The checkpoints are whole; make room and run the same command again"
-            raise RunFailed(f"cannot write {self.path}: {error.strerror}. {then}") from error
+        _append(self.path, [{"step": step, **record}])
         numbers = "  ".join(f"{name} {record[name]:.5g}" for name in SHOWN if name in record)
         self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
+
+    def add_samples(self, step: int, rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
+        """Append rows for `step` to samples.jsonl, and show some on the screen. The first process alone does."""
+        if rows and self.accelerator.is_main_process:
+            _append(self.path.with_name(samples.FILE), [{"step": step, **row} for row in rows])
+            if shown:
+                self.console.print(samples.table(f"step {step}", shown))
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        with path.open("a") as file:
+            file.write("".join(map(line, rows)))
+    except OSError as error:
+        then = "The checkpoints are whole; make room and run the same command again"
+        raise RunFailed(f"cannot write {path}: {error.strerror}. {then}") from error
 
 
 SHOWN = ("reward", "loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",

@@ -97,6 +97,8 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, star
     assert same_bits(whole.final, cut / "final"), f"{inner} killed after {lines} lines"
     for part in ("round-1/train", "round-2/train", ".") if name == "iterate" else (".",):
         assert steady(whole.path / part / "metrics.jsonl") == steady(cut / part / "metrics.jsonl")
+    for part in ("round-1", "round-2") if name == "iterate" else (".",):
+        assert (whole.path / part / "samples.jsonl").read_text() == (cut / part / "samples.jsonl").read_text() != ""
 
 
 def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start, tmp_path):
