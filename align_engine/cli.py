@@ -24,6 +24,7 @@ from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import NO, NOTHING, YES
 from align_engine.training import allocator, stops
 
+SYNONYMS = {"with": "results"}  # flags that no field of Python can be called
 USAGE = """usage: align COMMAND [--flags]
 
 {commands}
@@ -181,6 +182,10 @@ def read(name: str, arguments: list[str], path: str | None) -> tuple[Any, list[s
     """The recipe of a file and of flags, and the arguments that are none of these."""
     kind: Any = RECIPES[name] if name in RECIPES else TOOLS[name]
     changes, others = flags(kind, arguments)
+    if kind.positional and (values := [word for word in others if not word.startswith("-")]):
+        section, _ = recipes.fields(kind)[kind.positional]
+        changes.setdefault(section, {}).setdefault(kind.positional, []).extend(values)
+        others = [word for word in others if word not in values]
     return recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags"), others
 
 
@@ -224,6 +229,7 @@ def flags(kind: type[Settings], arguments: Sequence[str]) -> tuple[dict[str, dic
         word = waiting.popleft()
         name, equals, value = word.removeprefix("--").partition("=")
         name = name.replace("-", "_")
+        name = SYNONYMS.get(name, name)
         off = name.removeprefix("no_") if not equals else ""
         if word.startswith("--") and off != name and off in known and known[off][1].kind is bool:
             name, equals, value = off, "=", "false"

@@ -22,6 +22,7 @@ CODE = (
     "callbacks",
 )  # lists: `file.py:name`, folders of models, modules, addresses
 REWARDS = ("reward_funcs", "eval_reward_funcs")
+FOLDERS = ("runs", "results")  # lists: of runs and of results
 OUTPUTS = ("output_dir", "server_weights")
 
 
@@ -36,6 +37,7 @@ def local_inputs(recipe: Settings) -> list[tuple[str, Path]]:
         models += [(name, spec) for name, spec in scorers if is_model(spec)]
     named = [(name, str(place)) for name, model in models for place in _places(model)]
     named += [(name, values[name]) for name in DATA if values.get(name)]
+    named += [(name, place) for name in FOLDERS for place in values.get(name) or ()]
     files = [(name, spec.partition(".py:")) for name in CODE for spec in values.get(name) or ()]
     named += [(name, f"{place}.py") for name, (place, colon, _) in files if colon]
     found = [(name, located(name, value)) for name, value in named if "://" not in value]

@@ -32,6 +32,10 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     "engine/test_advantages.py": ALL,
     "engine/test_rollout.py": ("test_log_probs_ends_and_cuts", "test_functions_are_weighted_and_unscorable_is_nan"),
     "engine/test_online.py": ("test_the_reward_rises",),
+    "engine/test_samples.py": ("test_some_are_spread_over_all", "test_a_table_acts_on_no_terminal"),
+    # assessment: pages
+    "assessment/test_report.py": ("test_which_way_a_curve_goes", "test_every_metric_that_a_loss_returns_has_its_line",
+                                  "test_the_docs_hold_the_legend"),
     # command line, packaging, drop-ins
     "cli/test_cli.py": ("test_bad_input_is_one_message_and_exit_code_2", "test_sft_then_dpo_then_again"),
     "cli/test_packaging.py": ALL,

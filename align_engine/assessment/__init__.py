@@ -9,11 +9,15 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from align_engine.assessment.report_sections import ReportRecipe, SamplesRecipe
 from align_engine.errors import BadInput
 from align_engine.recipe import Settings
 
 EXTRA: dict[str, str] = {}  # packages of the extra `assess`, by the name of their module
-ASSESSMENT: dict[str, type[Settings]] = {}
+ASSESSMENT: dict[str, type[Settings]] = {
+    "samples": SamplesRecipe,
+    "report": ReportRecipe,
+}
 
 
 def run(name: str, settings: Any) -> None:

@@ -8,7 +8,7 @@ import datasets
 import torch
 import transformers
 
-from align_engine.data.formats import Messages
+from align_engine.data.formats import Text
 from align_engine.data.tokenize import check_vocab, prepare
 from align_engine.errors import BadInput
 from align_engine.models import load
@@ -22,13 +22,13 @@ class Local:
 
     Args:
         spec: names its path, and how it samples.
-        prompts: by the number of their row. Where its tokenizer has no chat template, one message of the user is taken
-            as the text that it is.
+        prompts: by the number of their row, messages or texts, which are taken as they are. Where its tokenizer has no
+            chat template, one message of the user is taken as the text that it is.
     Raises:
         BadInput: no model there, a tokenizer without chat template for a conversation, prompts that are too long.
     """
 
-    def __init__(self, spec: ModelSpec, prompts: dict[int, Messages]) -> None:
+    def __init__(self, spec: ModelSpec, prompts: dict[int, Text]) -> None:
         self.spec, field = spec, f"model {spec.name!r}: path"
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -36,10 +36,11 @@ class Local:
         self.tokenizer = load.load_tokenizer(path, field=field)
         texts = list(prompts.values())
         if self.tokenizer.chat_template is None:
-            if turns := next((one for one in texts if [part["role"] for part in one] != ["user"]), None):
+            chats = [one for one in texts if isinstance(one, list)]
+            if turns := next((one for one in chats if [part["role"] for part in one] != ["user"]), None):
                 said = ", ".join(part["role"] for part in turns)
                 raise BadInput(f"{field} = {path!r} has no chat template, and a prompt has messages of {said}")
-            texts = [one[0]["content"] for one in texts]
+            texts = [one if isinstance(one, str) else one[0]["content"] for one in texts]
         rows = datasets.Dataset.from_list([{"prompt": one} for one in texts])
         kept, _ = prepare(rows, self.tokenizer, "prompt", max_length=None)
         self.ids = dict(zip(prompts, kept["prompt_ids"][:]))

@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from align_engine.errors import visible
 from align_engine.preparation.folder import ResultFolder
 from align_engine.recipe.secrets import masked
-from align_engine.reports.report import Figure, Table, number, page
+from align_engine.reports.parts import table_markdown
+from align_engine.reports.report import Figure, Table, page
 
 NAMES = ("report.json", "report.md", "report.html")
 
@@ -32,12 +34,12 @@ def write(
     """
     title, lead, facts = masked(title), masked(lead), masked(facts)
     tables, details = ([_masked(table) for table in part] for part in (tables, details))
-    texts = (
-        json.dumps(facts, ensure_ascii=False, indent=1) + "\n",
-        markdown(title, lead, [*tables, *details]),
-        page(title, lead, tables, figures, details),
-    )
-    for name, text in zip(NAMES, texts):
+    save(folder, facts, markdown(title, lead, [*tables, *details]), page(title, lead, tables, figures, details))
+
+
+def save(folder: ResultFolder, facts: dict[str, Any], *texts: str) -> None:
+    """Write report.json, and report.md and report.html of these texts."""
+    for name, text in zip(NAMES, (json.dumps(facts, ensure_ascii=False, indent=1) + "\n", *texts)):
         with folder.written(name) as path:
             path.write_text(text, encoding="utf-8")
 
@@ -46,14 +48,8 @@ def markdown(title: str, lead: str, tables: Sequence[Table]) -> str:
     """Heading, first sentence and tables as Markdown."""
     parts = [f"# {title}", lead]
     for table in tables:
-        rows = [[_cell(value) for value in row] for row in (table.header, *table.rows)]
-        rows.insert(1, ["---", *("---" if table.prose else "---:" for _ in table.header[1:])])
-        parts += [f"## {table.title}", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return number(value).replace("|", "\\|").replace("\r", "").replace("\n", "<br>")
+        parts += [f"## {table.title}", table_markdown(table)]
+    return visible("\n\n".join(parts)) + "\n"
 
 
 def _masked(table: Table) -> Table:

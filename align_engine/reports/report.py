@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_engine import recipe as recipes
+from align_engine.errors import visible
 from align_engine.recipe.secrets import masked
+from align_engine.reports.text import shown
 from align_engine.training import metrics
 
 if TYPE_CHECKING:
@@ -154,13 +156,18 @@ def page(
     title: str, lead: str, tables: Sequence[Table], figures: Sequence[Figure], details: Sequence[Table] = ()
 ) -> str:
     """An HTML page that needs no other file. `details` come folded at its end."""
+    pictures = [(figure.title, base64.b64encode(figure.png).decode()) for figure in figures]
+    template = templates().get_template("report.html.jinja")
+    return template.render(title=title, lead=lead, tables=tables, figures=pictures, details=details)
+
+
+def templates() -> Any:
+    """The pages' templates, of this folder."""
     import jinja2
 
     environment = jinja2.Environment(loader=jinja2.PackageLoader("align_engine", "reports"), autoescape=True)
-    environment.filters["number"] = number
-    pictures = [(figure.title, base64.b64encode(figure.png).decode()) for figure in figures]
-    template = environment.get_template("report.html.jinja")
-    return template.render(title=title, lead=lead, tables=tables, figures=pictures, details=details)
+    environment.filters |= {"number": number, "shown": shown, "visible": visible}
+    return environment
 
 
 def number(value: Any) -> str:
