@@ -1,4 +1,4 @@
-# make demo | make ladder | make test-quick | make test | make check | make bench | make gpu-registers
+# make demo | make ladder | make test-quick | make test | make check | make docs | make bench | make gpu-registers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 # by all cores, where pip takes one; some packages ship files of another Python's syntax
 BYTECODE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo ladder test test-quick check bench bench-peers gpu-registers architectures clean
+.PHONY: demo ladder test test-quick check docs docs-pictures bench bench-peers gpu-registers architectures clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -43,6 +43,15 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# site/index.html (with the search: python3 -m http.server -d site); a warning fails it, as does a link that leads nowhere
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# docs/pictures/*.svg
+docs-pictures: $(VENV)/.installed-dev
+	$(BIN)/python docs/pictures.py
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benches --benchmark-only

@@ -1,28 +1,40 @@
-"""README and docs: the files, tests, targets, commands and settings that they name are there."""
+"""README and docs: files, tests, targets, commands, settings and figures that they name are there."""
 
+import functools
+import json
+import os
 import re
-import shlex
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+import yaml
+from documents import CURRENT, PAGES, ROOT, commands, name_of, write_files
 
-from align_engine.cli import COMMANDS, SYNONYMS, TOOLS
-from align_engine.recipe import RECIPES, flat
+from align_engine import cli
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = DOCUMENTS[0].read_text()
-CURRENT = [path for path in DOCUMENTS if path.name != "LOG.md"]  # the log speaks of files as they were
+README = (ROOT / "README.md").read_text()
+LONGEST_CELL = 300  # characters of a README's cell
+FIGURED = [page for page in CURRENT if page.name not in ("architectures.md", "gpu_registers.md")]  # these are made
+UNITS = r"times|seconds|s\b|min\b|minutes|hours|ms\b|MB|MiB|GB\b|GiB|GFLOP/s|points|prompts a second"
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CURRENT, ids=name_of)
 def test_files_and_links_are_there(path):
     text = path.read_text()
     folders = "align_engine|kernels|csrc|tests|benches|recipes|examples|docs"
     named = set(re.findall(rf"`(?:python )?((?:{folders})/[\w./-]*)`", text))
-    linked = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
+    linked = {link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link}
     assert {name for name in named if not (ROOT / name).exists()} == set()
     assert {link for link in linked if not (path.parent / link).exists()} == set()
+
+
+def test_links_elsewhere_are_papers():
+    """Nothing else is linked: whether it is still there could not be tested."""
+    for path in PAGES:
+        for link in re.findall(r"https?://[^\s)\"'`,}]+", path.read_text()):
+            local = re.match(r"https?://(\.\.\.|127\.0\.0\.1|localhost|[\w.]*example\.(com|org)|HOST)", link)
+            assert local or re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{5}", link), f"{name_of(path)}: {link}"
 
 
 def test_tests_that_documents_name_are_there():
@@ -41,23 +53,95 @@ def test_targets_that_documents_name_are_in_the_makefile():
         assert set(re.findall(r"`make ([\w-]+)`", text)) <= targets, path
 
 
-@pytest.mark.parametrize(("path", "least"), [("README.md", 10), ("docs/data.md", 5), ("docs/report.md", 4)])
-def test_commands_take_their_flags(path, least):
-    text = (ROOT / path).read_text().replace("\\\n", " ")
-    lines = [line.split("#")[0] for line in text.splitlines() if line.startswith("align ")]
-    assert len(lines) >= least
-    kinds = TOOLS | RECIPES
-    for line in lines:
-        _, command, *arguments = shlex.split(line)
-        assert command in COMMANDS, line
-        own = {"recipe", *SYNONYMS}
-        if command == "plan":  # takes a method's flags besides its own
-            (command, *arguments), own = arguments, own | {"memory", "prompt_length", "json"}
-        known = flat(kinds[command]()).keys() | own if command in kinds else set()
-        flags = {part.removeprefix("--") for part in arguments if part.startswith("--")}
-        assert flags <= known, line
-        for path in (part for part in arguments if part.endswith(".yaml")):
-            assert (ROOT / path).is_file(), line
+def test_commands_are_taken(monkeypatch, tmp_path, capsys):
+    """Every `align ...` of a block goes through the command line itself, up to where work begins."""
+    from align_engine import assessment, iterate, preparation, recipe
+    from align_engine.planning import show
+
+    check, parsed = recipe.check, []
+    monkeypatch.setattr(recipe, "check", lambda given: parsed.append(given) or check(given, required=()))
+    monkeypatch.setattr(iterate, "runner", lambda name: lambda given: None)
+    monkeypatch.setattr(iterate, "planned", lambda name, given, *more: {"checked": bool(recipe.check(given))})
+    monkeypatch.setattr(show, "show", lambda said: None)
+    for room in (preparation, assessment):
+        monkeypatch.setattr(room, "run", lambda name, given: parsed.append(given))
+    for name, command in cli.COMMANDS.maps[0].items():
+        if name != "plan":
+            stub = functools.wraps(command)(lambda *_, name=name, **__: parsed.append(name))
+            monkeypatch.setitem(cli.COMMANDS.maps[0], name, stub)
+    for folder in ("recipes", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    for page in CURRENT:
+        write_files(page, tmp_path)
+        for folder, command in commands(page):
+            if "--plugin" in command or command[:1] == ["--help"]:  # tests/cli/test_extending.py runs such files
+                continue
+            before = len(parsed)
+            monkeypatch.chdir(tmp_path / folder)
+            code = cli.main(command)
+            said = capsys.readouterr()
+            assert code == 0, f"{name_of(page)}: align {' '.join(command)}\n{said.err}"
+            assert len(parsed) > before or "usage:" in said.out or "--help" in command, command
+    assert len(parsed) > 50
+
+
+def test_every_page_is_in_the_nav():
+    text = re.sub(r"!!python/name:\S+", "", (ROOT / "mkdocs.yml").read_text())
+
+    def pages(node):
+        if isinstance(node, str):
+            return {node}
+        return set().union(*map(pages, node.values() if isinstance(node, dict) else node))
+
+    assert {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]} <= pages(yaml.safe_load(text)["nav"])
+
+
+def test_tables_of_settings_say_what_the_code_says():
+    done = subprocess.run([sys.executable, ROOT / "docs/tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    start = (tmp_path / "site" / "methods" / "dpo.html").read_text()
+    assert "<math" in start and "linear_logprobs" in (tmp_path / "site" / "reference" / "kernels.html").read_text()
+    for page in (tmp_path / "site").rglob("*.html"):
+        fetched = re.findall(r'(?:src|href)="(https?:[^"]+)"', page.read_text())
+        assert {link for link in fetched if "arxiv.org" not in link and "squidfunk" not in link} == set(), page
+
+
+def test_pictures_are_drawn_by_the_script():
+    drawn = set(re.findall(r'^    "(\w+)": \w+,|"(\w+)": (?:\w+)[,}]', (ROOT / "docs/pictures.py").read_text(), re.M))
+    names = {name for pair in drawn for name in pair if name}
+    shown = {name for page in CURRENT for name in re.findall(r"pictures/([\w-]+)\.svg", page.read_text())}
+    assert shown <= names and shown == {path.stem for path in (ROOT / "docs/pictures").glob("*.svg")}
+
+
+def test_cells_of_the_readme_are_short():
+    for line in README.splitlines():
+        if line.startswith("|"):
+            assert max(map(len, line.split("|"))) <= LONGEST_CELL, line
+
+
+@functools.cache
+def measured() -> str:
+    """The log, and what benches have written."""
+    results = "".join(json.dumps(json.loads(path.read_text())) for path in (ROOT / "benches/results").glob("*.json"))
+    return (ROOT / "docs/LOG.md").read_text() + results
+
+
+@pytest.mark.parametrize("page", FIGURED, ids=name_of)
+def test_measured_figures_stand_in_the_log(page):
+    """Numbers with a unit of time, speed or memory, where a sentence says that they were measured, and whole tables."""
+    for paragraph in re.split(r"\n\s*\n", page.read_text()):
+        if not re.search(r"LOG\.md|20\d\d-\d\d-\d\d", paragraph):
+            continue
+        for number in re.findall(rf"(\d[\d,.]*\d|\d)(?: to \d[\d.]*)?\s?(?:{UNITS})", paragraph):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", measured()), f"{number} in: {paragraph}"
 
 
 def test_figures_bear_date_machine_and_command():
@@ -66,4 +150,6 @@ def test_figures_bear_date_machine_and_command():
     for table in re.split(r"\n(?:\|.*\n)+", figures)[:-1]:
         assert re.search(r"20\d\d-\d\d-\d\d", table) and re.search(r"commit [0-9a-f]{7}", table), table
         assert re.search(r"`make [\w-]+`", table), table
-    assert "same machine" in figures and "AMD EPYC" in figures
+    for cell in re.findall(r"\| (\d[\d.]*) (?=\|)", figures):
+        assert re.search(rf"(?<![\d.]){re.escape(cell)}(?![\d])", measured()), cell
+    assert "AMD EPYC" in figures and "GPU: not yet measured" in README.replace("\n", " ")
