@@ -67,8 +67,8 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_guide_has_three_short_files():
-    assert FILES.keys() == {"rdpo.py", "double.py", "rdpo_method.py"}
+def test_the_guide_has_short_files():
+    assert FILES.keys() == {"rdpo.py", "test_rdpo.py", "double.py", "rdpo_method.py"}
     assert all(len(code.splitlines()) < 40 for code in FILES.values())
 
 
@@ -109,6 +109,11 @@ def test_the_loss_equals_its_eager_formula(files: Path, head: dict):
     margin = 0.3 * torch.sub(*(logps - ref).chunk(2)).mean()
     assert out.metrics["rewards/margins"].item() == pytest.approx(margin.item(), rel=1e-12)
     assert out.metrics.keys() >= {"logps/chosen", "logits/rejected", "entropy", "mean_token_accuracy"}
+
+
+def test_the_losss_own_test_passes(files: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(files))
+    run_file(str(files / "test_rdpo.py"), "test").test_value_and_gradients_equal_the_eager_formula()
 
 
 def test_the_loss_takes_one_pass_and_compiles(files: Path):
