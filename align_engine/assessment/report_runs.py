@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from align_engine.recipe import RECIPES, flat
 from align_engine.reports import legend
-from align_engine.reports.curves import Curve, curve, styled
+from align_engine.reports.curves import Curve, Told, curve, styled
 from align_engine.reports.history import History, Record, evaluated
 from align_engine.reports.report import PANELS, Table, curves_of, number
 
@@ -22,6 +22,14 @@ HEADLINE = ("reward", "eval_reward", "loss", "eval_loss", "rewards/accuracies", 
             "completions/mean_length")  # fmt: skip
 BY_ROUND = ("reward", "rewards/chosen", "rewards/rejected", "pairs", "frac_tied")
 LEVEL = 0.1  # share of a curve's height that is no change
+
+
+class Lines(NamedTuple):
+    """Lines of a run's metrics, by steps or by rounds."""
+
+    run: str
+    method: str  # that wrote them
+    records: list[Record]
 
 
 def overview(runs: Sequence[History]) -> Table:
@@ -38,7 +46,7 @@ def overview(runs: Sequence[History]) -> Table:
         *((f"last {name}", [last(run.records if run.method == "iterate" else run.training + run.evaluations, name)
                             for run in runs]) for name in HEADLINE),
     ]  # fmt: skip
-    return Table("Runs", ("", *(run.name for run in runs)),
+    return Table("Runs", ("what", *(run.name for run in runs)),
                  [(name, *values) for name, values in rows if any(value != NOTHING for value in values)])  # fmt: skip
 
 
@@ -46,7 +54,7 @@ def text(value: Any) -> str:
     """A setting in a cell."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or NOTHING
-    return NOTHING if value is None else number(value)
+    return NOTHING if value in (None, "") else number(value)
 
 
 def last(records: Sequence[Record], name: str) -> Any:
@@ -111,14 +119,18 @@ def differences(runs: Sequence[History]) -> list[Table]:
 
 def figures(runs: Sequence[History]) -> list[Curve]:
     """A picture of each group of metrics that any run has."""
-    scorers = dict.fromkeys(name for run in runs for one in _steps(run) for name in one if _of_scorer(name))
+    lines = [steps_of(run) for run in runs]
+    scorers = dict.fromkeys(name for one in lines for record in one.records for name in record if _of_scorer(name))
     panels = {**PANELS, "scorers": ("What each scorer says", tuple(scorers))}
-    found = [_figure(title, names, runs, [_steps(run) for run in runs], "step") for title, names in panels.values()]
+    found = [_figure(title, names, lines, "step") for title, names in panels.values()]
     return [one for one in found if one is not None]
 
 
-def _steps(run: History) -> list[Record]:
-    return run.training if run.method == "iterate" else run.records
+def steps_of(run: History) -> Lines:
+    """What a run wrote by the step; of iterate the training of all its rounds."""
+    if run.method == "iterate":
+        return Lines(run.name, run.rounds[0].method if run.rounds else "", run.training)
+    return Lines(run.name, run.method, run.records)
 
 
 def _of_scorer(name: str) -> bool:
@@ -145,54 +157,57 @@ def rounds(runs: Sequence[History]) -> list[Table]:
 
 def round_figures(runs: Sequence[History]) -> list[Curve]:
     """Rewards by round."""
-    several = [run for run in runs if run.method == "iterate"]
-    records = [run.records for run in several]
+    lines = [Lines(run.name, run.method, run.records) for run in runs if run.method == "iterate"]
     panels = {"Reward by round": BY_ROUND[:3], "Pairs by round": BY_ROUND[3:4]}
-    found = [_figure(title, names, several, records, "round") for title, names in panels.items()]
+    found = [_figure(title, names, lines, "round") for title, names in panels.items()]
     return [one for one in found if one is not None]
 
 
-def _figure(
-    title: str, names: Sequence[str], runs: Sequence[History], records: Sequence[list[Record]], x_label: str
-) -> Curve | None:
-    found = [
-        (run, name, *points)
-        for name in names
-        for run, held in zip(runs, records)
-        for points in curves_of(held, [name]).values()
-    ]
-    if not found:
-        return None
-    words = []
-    for name in dict.fromkeys(name for _, name, *_ in found):
-        own = [(run, x, y) for run, one, x, y in found if one == name]
-        lines = {said for run, *_ in own for said in [legend.line(name, run.method)]}
-        words += [f"{name}: {said.means}. {said.should}" for said in lines if said]
-        words += [course(run if len(runs) > 1 else None, name, x, y, x_label) for run, x, y in own]
-    return curve(title, styled([(run.name, name, x, y) for run, name, x, y in found]), words, x_label)
+def _figure(title: str, names: Sequence[str], lines: Sequence[Lines], x_label: str) -> Curve | None:
+    held = [(one, name, curves_of(one.records, [name])) for name in names for one in lines]
+    found = [(one, name, *points[name]) for one, name, points in held if points]
+    told, drawn = list[Told](), list(dict.fromkeys(name for _, name, *_ in found))
+    for name in drawn:
+        own = [(one, x, y) for one, other, x, y in found if other == name]
+        said = dict.fromkeys(legend.line(name, one.method) for one, *_ in own)
+        says = " ".join(f"{one.means}. {one.should}" for one in said if one)
+        if name.removeprefix(legend.HELD_OUT) in drawn[: drawn.index(name)]:
+            says = "the same on held-out rows."
+        who = [one.run if len(lines) > 1 else "it" for one, *_ in own]
+        courses = [course(name, x, y, one.method, run, x_label) for run, (one, x, y) in zip(who, own)]
+        told.append(Told(name, says, courses))
+    series = styled([(one.run, name, x, y) for one, name, x, y in found])
+    return curve(title, series, told, x_label) if found else None
 
 
-def course(run: History | None, name: str, x: Sequence[float], y: Sequence[float], x_label: str = "step") -> str:
-    """How a metric went, in words: its first and last number, and whether that is the way that it should go. `run`: to
-    be named, where there are several."""
-    who = f"{run.name}, {name}" if run else name
+def course(
+    name: str, x: Sequence[float], y: Sequence[float], method: str = "", who: str = "it", x_label: str = "step"
+) -> str:
+    """How a metric went, in words: its first and last number, and whether that is the way that it should go.
+
+    Args:
+        method: that wrote it. who: the sentence's subject.
+    """
+    first = f"{number(float(y[0]))} at {x_label} {x[0]:,}"
     if len(y) < 2:
-        return f"{who} is {number(float(y[0]))} at {x_label} {x[0]:,}."
-    went, said = way(y), legend.line(name, run.method if run else "")
-    judged = ""
-    if said and said.way in ("up", "down") and went != "level":
-        judged = ", as it should" if went == said.way else f", though it {said.should.partition('.')[0].lower()}"
-    moved = {"up": "rose", "down": "fell", "level": "stayed about level,"}[went]
-    first, end = number(float(y[0])), number(float(y[-1]))
-    return f"{who} {moved} from {first} at {x_label} {x[0]:,} to {end} at {x_label} {x[-1]:,}{judged}."
+        return f"{who} is {first}."
+    went, said, judged = way(y), legend.line(name, method), ""
+    end = f"{number(float(y[-1]))} at {x_label} {x[-1]:,}"
+    if went == "level":
+        return f"{who} ended about where it began: {first}, {end}."
+    if said and said.way in ("up", "down"):
+        judged = ", as it should" if went == said.way else f", though it {legend.WORDS[said.way]}"
+    return f"{who} {'rose' if went == 'up' else 'fell'} from {first} to {end}{judged}."
 
 
 def way(y: Sequence[float]) -> str:
-    """Which way a curve goes, by the means of its first and its last tenth: "up", "down", or "level" where they differ
-    by less than a tenth of its height."""
+    """Which way a curve goes, by its ends and by the means of its first and its last tenth: "up", "down", or "level"
+    where these means differ by less than a tenth of the curve's height, or the other way round."""
     part = max(1, len(y) // 10)
     moved, height = statistics.fmean(y[-part:]) - statistics.fmean(y[:part]), max(y) - min(y)
-    return "level" if abs(moved) <= LEVEL * height else "up" if moved > 0 else "down"
+    if abs(moved) <= LEVEL * height or moved * (y[-1] - y[0]) <= 0:
+        return "level"
+    return "up" if moved > 0 else "down"
 
 
 def evaluations(runs: Sequence[History]) -> list[Table]:
@@ -215,7 +230,7 @@ def metrics(runs: Sequence[History]) -> list[Table]:
     rows = []
     for name in names:
         run = next(run for run, one in zip(runs, held) if name in one)
-        said = legend.line(name, run.method)
+        said = legend.line(name, _writer(run, name))
         rows.append((name, f"{said.means}. {said.should}" if said else "Of a callback, a plugin or tasks.",
                      *(one.get(name, NOTHING) for one in held)))  # fmt: skip
     return [Table("All metrics", ("metric", "what it is", *(run.name for run in runs)), rows)] if rows else []
@@ -224,6 +239,11 @@ def metrics(runs: Sequence[History]) -> list[Table]:
 def _names(run: History) -> list[str]:
     lines = [*run.records, *(run.training if run.method == "iterate" else ())]
     return [name for name in dict.fromkeys(name for one in lines for name in one) if name != "step"]
+
+
+def _writer(run: History, name: str) -> str:
+    """The method that writes a metric of a run: of iterate that of its rounds, unless the rounds themselves have it."""
+    return run.method if any(name in one for one in run.records) else steps_of(run).method
 
 
 def _ends(run: History, name: str) -> str:
@@ -251,7 +271,7 @@ def facts(run: History) -> dict[str, Any]:
         "settings": run.settings, "metrics": {},
     }  # fmt: skip
     for name in _names(run):
-        values, said = _values(run, name), legend.line(name, run.method)
+        values, said = _values(run, name), legend.line(name, _writer(run, name))
         found["metrics"][name] = {
             "first": values[0] if values else None, "last": values[-1] if values else None,
             "min": min(values, default=None), "max": max(values, default=None),

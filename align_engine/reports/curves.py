@@ -25,12 +25,20 @@ class Series(NamedTuple):
     dash: str
 
 
+class Told(NamedTuple):
+    """The legend of a metric: what it means, and how it went."""
+
+    metric: str
+    says: str
+    courses: Sequence[str]
+
+
 class Curve(NamedTuple):
     """A picture of a page."""
 
     title: str
     alt: str
-    words: Sequence[str]  # the legend
+    told: Sequence[Told]
     series: Sequence[Series]
     source: str  # of the img
     points: str  # JSON for the script that shows them
@@ -49,11 +57,11 @@ def styled(curves: Sequence[tuple[str, str, Sequence[float], Sequence[float]]]) 
     return found
 
 
-def curve(title: str, series: Sequence[Series], words: Sequence[str], x_label: str = "step") -> Curve:
+def curve(title: str, series: Sequence[Series], told: Sequence[Told], x_label: str = "step") -> Curve:
     """A picture of curves.
 
     Args:
-        words: what each metric means and how it went: the picture's legend, and what is read out in its place.
+        told: the picture's legend, and what is read out in its place.
         x_label: what their x is.
     """
     import matplotlib
@@ -61,7 +69,7 @@ def curve(title: str, series: Sequence[Series], words: Sequence[str], x_label: s
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "align", "font.family": "sans-serif", "font.size": 10,
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "align", "font.family": "sans-serif", "font.size": 10,
                 "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}  # fmt: skip
     with matplotlib.rc_context(settings):
         canvas = Figure(figsize=(4.9, 2.9), layout="constrained")
@@ -82,7 +90,8 @@ def curve(title: str, series: Sequence[Series], words: Sequence[str], x_label: s
     source = f"data:image/svg+xml;base64,{base64.b64encode(text.getvalue().encode()).decode()}"
     shown = {"label": x_label, "first": first, "last": last, "left": place.x0, "right": place.x1,
              "series": list(map(_shown, series))}  # fmt: skip
-    return Curve(title, f"{title}. {' '.join(words)}", words, series, source, json.dumps(shown))
+    words = [f"{one.metric}: {text}" for one in told for text in one.courses]
+    return Curve(title, f"{title}. {' '.join(words)}", told, series, source, json.dumps(shown))
 
 
 def _shown(one: Series) -> dict[str, Any]:

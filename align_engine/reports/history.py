@@ -98,7 +98,8 @@ def read_run(path: Path, name: str) -> History:
     if "algorithm" not in identity:
         what = f"the result of align {identity['command']}: give it as --with" if "command" in identity else "no run"
         raise BadInput(f"{str(path)!r} holds {what}")
-    method = ALIASES.get(identity["algorithm"], identity["algorithm"])
+    method = str(identity["algorithm"])
+    method = ALIASES.get(method, method)
     inner = sorted(path.glob("round-*"), key=lambda one: int(one.name.partition("-")[2]) if _numbered(one) else 0)
     rounds = [one for one in inner if _numbered(one)] if method == "iterate" else []
     trained = [read_run(one / "train", one.name) for one in rounds if (one / "train" / RECORD).is_file()]

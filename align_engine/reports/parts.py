@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from align_engine.errors import visible
-from align_engine.reports.curves import Curve
+from align_engine.reports.curves import Curve, Told
 from align_engine.reports.report import Table, number, templates
 from align_engine.reports.text import fenced, shown
 
@@ -60,12 +60,19 @@ def markdown(title: str, lead: str, parts: Sequence[Part]) -> str:
         for table in part.tables:
             blocks += [f"### {table.title}" * (table.title != part.title), table_markdown(table)]
         for figure in part.figures:
-            blocks += [f"### {figure.title}", "\n".join(f"- {text}" for text in figure.words)]
+            lines = [
+                (f"- **{told.metric}**: {told.says}", *(f"  - {one}" for one in told.courses)) for told in figure.told
+            ]
+            blocks += [f"### {figure.title}", "\n".join(text for part in lines for text in part)]
         for count, one in enumerate(part.beside, 1):
             blocks += [f"### Prompt {count}", fenced(shown(one.prompt))]
             for card in one.cards:
                 blocks += [f"**{cell(card.who)}**{f' ({cell(card.note)})' if card.note else ''}", fenced(card.text)]
     return visible("\n\n".join(filter(None, blocks))) + "\n"
+
+
+def _told(told: Told) -> list[str]:
+    return [f"- **{told.metric}**: {told.says}", *(f"  - {course}" for course in told.courses)]
 
 
 def table_markdown(table: Table) -> str:
