@@ -23,7 +23,7 @@ CODE = (
 )  # lists: `file.py:name`, folders of models, modules, addresses
 REWARDS = ("reward_funcs", "eval_reward_funcs")
 FOLDERS = ("runs", "results")  # lists: of runs and of results
-OUTPUTS = ("output_dir", "server_weights")
+OUTPUTS = ("output_dir", "server_weights", "json")
 
 
 def local_inputs(recipe: Settings) -> list[tuple[str, Path]]:
@@ -116,7 +116,9 @@ def facts(recipe: Settings) -> dict[str, Any]:
     from align_engine.training import importing
 
     values = flat(recipe)
-    found: dict[str, Any] = {f"files of {name}": fingerprint.of_model(path) for name, path in recipe.models().items()}
+    found: dict[str, Any] = {
+        f"files of {name}": fingerprint.of_model(path, recipe.revision(name)) for name, path in recipe.models().items()
+    }
     for name in REWARDS:
         if specs := values.get(name):
             found[f"files of {name}"] = [rewards.fingerprint(spec) for spec in specs]

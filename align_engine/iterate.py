@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from rich.console import Console
-from transformers.trainer_utils import align_special_tokens
 
 from align_engine import inputs
 from align_engine import recipe as recipes
@@ -31,10 +30,12 @@ from align_engine.algorithms import ALGORITHMS
 from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models import load
+from align_engine.models.merging import merged
 from align_engine.planning import cards
 from align_engine.planning.rehearse import lengths
 from align_engine.planning.show import plan
 from align_engine.recipe import IterateRecipe, ModelSection, Recipe, ReferenceFields
+from align_engine.reports import card, hub
 from align_engine.rollouts.advantages import best_versus_worst
 from align_engine.rollouts.completion import Completion, Sampler
 from align_engine.rollouts.server import reload_weights
@@ -47,6 +48,7 @@ from align_engine.run import (
     load_prepared,
     make_accelerator,
     open_folder,
+    publish,
     train,
 )
 from align_engine.training import stops
@@ -67,11 +69,13 @@ def runner(command: str) -> Callable[[Any], RunFolder]:
     return iterate if command == "iterate" else partial(train, command)
 
 
-def planned(command: str, recipe: Recipe, memory: str | None = None, prompt: int | None = None) -> dict[str, Any]:
+def planned(
+    command: str, recipe: Recipe, memory: str | cards.Card | None = None, prompt: int | None = None
+) -> dict[str, Any]:
     """What `align plan` says of a command: of `iterate` it is a round.
 
     Args:
-        memory: what it has to fit into, as `planning.cards.card` takes it. prompt: tokens of a row's prompt.
+        memory: what it has to fit into: a card, or what `planning.cards.card` takes. prompt: tokens of a row's prompt.
     Raises:
         BadInput: from the recipe and the model's configuration; no such card.
     """
@@ -79,7 +83,8 @@ def planned(command: str, recipe: Recipe, memory: str | None = None, prompt: int
     if isinstance(recipe, IterateRecipe):
         rollout, command = recipe.rollout, recipe.iteration.method
         recipe = round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1)
-    return plan(command, recipe, cards.card(memory), lengths(recipe, prompt), rollout)
+    card = memory if isinstance(memory, cards.Card) else cards.card(memory)
+    return plan(command, recipe, card, lengths(recipe, prompt), rollout)
 
 
 def iterate(recipe: IterateRecipe) -> RunFolder:
@@ -92,6 +97,7 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     """
     recipe = recipes.check(recipe)
     inputs.check_outputs(recipe)
+    hub.check(recipe.output)
     accelerator = make_accelerator(recipe)
     first = recipes.check(round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1))
     check_choices(first, accelerator)
@@ -101,19 +107,22 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     with open_folder("iterate", recipe, accelerator) as (folder, finished):
         if not finished:
             all_rounds(recipe, accelerator, folder)
+    publish(folder, recipe, accelerator)
     return folder
 
 
 def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolder) -> None:
     """The rounds that are still to do, in a folder that is ours."""
     options, data, section = recipe.iteration, recipe.data, recipe.model
-    tokenizer = load.load_tokenizer(section.model_name_or_path, trust_remote_code=section.trust_remote_code)
-    rows = load_prepared(data.dataset_name, data.dataset_train_split, "prompt", recipe, tokenizer, accelerator)
+    own = {"trust_remote_code": section.trust_remote_code, "revision": section.model_revision}
+    tokenizer = load.load_tokenizer(section.model_name_or_path, **own)
+    shared = (recipe, tokenizer, accelerator)
+    rows = load_prepared(data.dataset_name, data.dataset_train_split, data.dataset_config, "prompt", *shared)
     if data.eval_dataset_name:  # of every round's training: refused now rather than after hours of sampling
-        load_prepared(data.eval_dataset_name, data.dataset_test_split, "preference", recipe, tokenizer, accelerator)
+        load_prepared(data.eval_dataset_name, data.dataset_test_split, None, "preference", *shared)
     elif data.dataset_test_split:
         raise BadInput(f"dataset_test_split = {data.dataset_test_split!r} needs eval_dataset_name, of preference data")
-    check_vocab(rows[0], load.vocab_size(section.model_name_or_path))
+    check_vocab(rows[0], load.vocab_size(section.model_name_or_path, **own))
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"
@@ -132,6 +141,7 @@ def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolde
     if accelerator.is_main_process:
         with folder.written("final") as path:
             shutil.copytree(model, path)
+            (path / card.NAME).write_text(card.card(folder, "iterate", recipe), encoding="utf-8")
     finish(folder, "iterate", recipe, accelerator)
 
 
@@ -154,10 +164,14 @@ def round_recipe(recipe: IterateRecipe, model: str, here: Path, number: int) -> 
         way = "it is `--reference initial` or `previous` that says what the rounds are compared with"
         raise BadInput(f"method_settings: ref_model_name_or_path is set by each round: {way}")
     changes["model"]["model_name_or_path"] = model
-    changes["data"] |= {"dataset_name": str(here / "pairs.jsonl"), "dataset_train_split": "train"}
-    changes["output"] |= {"output_dir": str(here / "train"), "overwrite": False}
+    changes["data"] |= {"dataset_name": str(here / "pairs.jsonl"), "dataset_config": None}
+    changes["data"] |= {"dataset_train_split": "train"}
+    changes["output"] |= {"output_dir": str(here / "train"), "overwrite": False, "push_to_hub": False}
+    changes["output"] |= {"hub_model_id": None, "hub_private_repo": None}
     if options.reference == "initial" and number > 1 and made.section(ReferenceFields) is not None:
         changes["loss"]["ref_model_name_or_path"] = recipe.model.model_name_or_path
+    elif number > 1:  # nothing of this round comes from the hub
+        changes["model"]["model_revision"] = "main"
     return recipes.typed(made, changes, f"method_settings = {options.method_settings}")
 
 
@@ -262,29 +276,11 @@ def merge(
     if accelerator.is_main_process and not (here / "merged").exists():
         asked = section or ModelSection()
         plain = ModelSection(dtype="auto", trust_remote_code=asked.trust_remote_code)
-        adapted: Any = load.load_model(str(here / "train" / "final"), plain)
-        tokenizer = load.load_tokenizer(model, trust_remote_code=asked.trust_remote_code)
-        untie(adapted.get_base_model())
-        merged = adapted.merge_and_unload()
-        align_special_tokens(merged, tokenizer)
+        own = {"trust_remote_code": asked.trust_remote_code, "revision": asked.model_revision}
+        tokenizer = load.load_tokenizer(model, **own)
+        whole = merged(str(here / "train" / "final"), plain, tokenizer)
         with folder.written(f"{here.name}/merged") as path:
-            merged.save_pretrained(path)
+            whole.save_pretrained(path)
             tokenizer.save_pretrained(path)
     accelerator.wait_for_everyone()
     return str(here / "merged")
-
-
-def untie(causal: Any) -> None:
-    """Give an LM head weights of its own where it shares them with the embeddings and an adapter lies on one of the
-    two: merged into what both share, it would change the other too."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    head: Any = causal.get_output_embeddings()
-    embeddings: Any = causal.get_input_embeddings()
-    if not any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in (head, embeddings)):
-        return
-    inner: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else getattr(head, "original_module", head)
-    inner.weight = torch.nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-    for config in {id(one): one for one in (causal.config, causal.config.get_text_config())}.values():
-        config.tie_word_embeddings = False

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from align_engine.planning.cards import size
 from align_engine.planning.fit import fitted
 from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection, SftLoss
 from align_engine.recipe.secrets import masked
+from align_engine.reports import card, hub
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
 from align_engine.training import allocator, optimiser, packing, precomputed, ranks, samples, stops, tensor_parallel
@@ -58,6 +60,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     """
     recipe = recipes.check(recipe)
     inputs.check_outputs(recipe)
+    hub.check(recipe.output)
     algorithm = ALGORITHMS[name]
     accelerator = make_accelerator(recipe)
     check_choices(recipe, accelerator)
@@ -68,6 +71,7 @@ def train(name: str, recipe: Recipe, callbacks: Sequence[Any] = ()) -> RunFolder
     with open_folder(name, recipe, accelerator) as (folder, finished):
         if not finished:
             fit(algorithm, recipe, accelerator, folder, callbacks)
+    publish(folder, recipe, accelerator)
     return folder
 
 
@@ -103,15 +107,17 @@ def fit(
     section = recipe.model
     if recipe.train.tune_malloc and accelerator.device.type == "cpu":
         accelerator.print(allocator.tune())
-    tokenizer = load.load_tokenizer(section.model_name_or_path, algorithm.scalar, section.trust_remote_code)
+    own = {"trust_remote_code": section.trust_remote_code, "revision": section.model_revision}
+    tokenizer = load.load_tokenizer(section.model_name_or_path, algorithm.scalar, **own)
     if algorithm.scalar and tokenizer.pad_token_id == tokenizer.eos_token_id:
         accelerator.print("pad and EOS are one token: transformers' own forward will read scores before the EOS")
     data = recipe.data
     shared, evaluation = (recipe, algorithm, tokenizer, folder, accelerator), None
-    source = load_source(data.dataset_name, data.dataset_train_split, *shared)
+    source = load_source(data.dataset_name, data.dataset_train_split, data.dataset_config, *shared)
     if data.eval_dataset_name or data.dataset_test_split:
-        where = data.eval_dataset_name or data.dataset_name
-        evaluation = load_source(where, data.dataset_test_split, *shared, training=False)
+        where, config = data.eval_dataset_name or data.dataset_name, data.dataset_config
+        config = None if data.eval_dataset_name else config
+        evaluation = load_source(where, data.dataset_test_split, config, *shared, training=False)
     recipe, said = algorithm.settle(source.rows, recipe)
     if said:
         accelerator.print(said)
@@ -167,7 +173,8 @@ def learn(
     if best := training.best():
         accelerator.print(f"the model is that of step {best}, the best evaluation")
         engine.restore(folder.checkpoint(best), folder)
-    engine.save_model(folder, tokenizer)
+    said = card.card(folder, name, recipe) if accelerator.is_main_process else ""
+    engine.save_model(folder, tokenizer, said)
     finish(folder, name, recipe, accelerator)
     for tracker in accelerator.trackers:  # not end_training: the processes stay together for a further run
         tracker.finish()
@@ -269,6 +276,12 @@ def finish(folder: RunFolder, name: str, recipe: Recipe, accelerator: Accelerato
     accelerator.print(f"model in {folder.final}, curves in {folder.path / 'report.html'}")
 
 
+def publish(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Push a finished run to the hub where that is asked for."""
+    if recipe.output.push_to_hub and accelerator.is_main_process:
+        accelerator.print(f"on the hub: {hub.push(folder, recipe.output)}")
+
+
 def check_model(model: Any, tokenizer: Any, parts: Iterable[Source], longest: int, algorithm: Algorithm) -> None:
     """Refuse a model that cannot read the rows, the longest of which has so many tokens, or has no head to fuse."""
     load.check_pad(model, tokenizer)
@@ -285,7 +298,8 @@ def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> Non
     parts = list(parts)
     for field, path in recipe.models().items():
         if field != "model_name_or_path":
-            held, said = load.vocab_size(path, recipe.model.trust_remote_code), f"{field} = {path!r}"
+            held = load.vocab_size(path, recipe.model.trust_remote_code, recipe.revision(field))
+            said = f"{field} = {path!r}"
             for part in parts:
                 check_vocab(part.rows, held, said)
             if recipe.section(RolloutSection) and held < len(tokenizer):  # completions may hold any of them
@@ -297,7 +311,11 @@ def check_choices(recipe: Recipe, accelerator: Accelerator) -> None:
     from align_kernels.dispatch import pick
 
     for field, path in recipe.models().items():
-        check_path(path, field)
+        check_path(path, field, recipe.revision(field))
+    on_hub = [path for field, path in recipe.models().items() if "value" not in field and not Path(path).is_dir()]
+    if (revision := recipe.model.model_revision) != "main" and not on_hub:
+        raise BadInput(f"model_revision = {revision!r} is of a model on the hub, and model_name_or_path = "
+                       f"{recipe.model.model_name_or_path!r} is a folder: leave it out")  # fmt: skip
     rollout, evaluation = recipe.section(RolloutSection), recipe.section(OnlineEval)
     asked = {"reward_funcs": rollout, "eval_reward_funcs": evaluation}
     for field, spec in ((name, one) for name, section in asked.items() if section for one in getattr(section, name)):
@@ -413,14 +431,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def load_prepared(
-    where: str, split: str | None, kind: Any, recipe: Recipe, tokenizer: Any, accelerator: Accelerator
-) -> tuple[Any, Any]:
+    where: str, split: str | None, config: str | None, kind: Any, recipe: Recipe, tokenizer: Any,
+    accelerator: Accelerator,
+) -> tuple[Any, Any]:  # fmt: skip
     """Rows from file to token ids, with what was dropped or cut said once: (prepared, as they stand in the file)."""
     names = ("max_length", "max_prompt_length", "overlong", "bad_rows")
     limits = {name: getattr(recipe.data, name) for name in names}
     limits["assistant_only"] = loss.assistant_only_loss if (loss := recipe.section(SftLoss)) else False
     with accelerator.main_process_first(), cache_errors(where):
-        found = load_rows(where, split)
+        found = load_rows(where, split, config)
         many = processes(len(found), recipe.data.dataset_num_proc)
         if many:
             accelerator.print(f"{where}: {len(found):,} rows are tokenised by {many} processes")
@@ -435,11 +454,12 @@ def load_prepared(
 
 
 def load_source(
-    where: str, split: str | None, recipe: Recipe, algorithm: Algorithm, tokenizer: Any, folder: RunFolder,
-    accelerator: Accelerator, training: bool = True,
+    where: str, split: str | None, config: str | None, recipe: Recipe, algorithm: Algorithm, tokenizer: Any,
+    folder: RunFolder, accelerator: Accelerator, training: bool = True,
 ) -> Source:  # fmt: skip
     """The rows of a file as the algorithm learns from them."""
-    train, (rows, found) = recipe.train, load_prepared(where, split, algorithm.kind, recipe, tokenizer, accelerator)
+    train = recipe.train
+    rows, found = load_prepared(where, split, config, algorithm.kind, recipe, tokenizer, accelerator)
     if isinstance(recipe, OnlineRecipe):
         return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder), recipe)
     if has_several_answers(rows) and not algorithm.named_pairs:

@@ -168,7 +168,7 @@ def online_parts(recipe: Recipe, rollout: RolloutSection, shape: Shape) -> dict[
     if (values.get("kl_coef") or values.get("beta")) and not recipe.model.use_peft:
         found["reference"] = weights(recipe, shape)
     for scorer in rollout.reward_funcs:
-        if ":" not in scorer:
+        if ":" not in scorer and scorer != "human":
             other = shape_of(scorer)._replace(tied=True)
             found["scorer"] = (other.embeddings + other.blocks) * (4 if "full" in scorer else 2)
     size = 4 if recipe.model.dtype == "float32" and not recipe.train.bf16 else 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def advantages(found: Experience, recipe: PpoRecipe, state: dict[str, Any]) -> t
 def add_critic(model: Any, recipe: PpoRecipe, pad_id: int) -> None:
     """Give a model its value head."""
     path, causal = recipe.loss.value_model_name_or_path, hook.causal_model(model)
-    critic = load_scalar_model(path, recipe.model, pad_id) if path else None
+    section = replace(recipe.model, model_revision=recipe.revision("value_model_name_or_path"))
+    critic = load_scalar_model(path, section, pad_id) if path else None
     size = causal.config.get_text_config().hidden_size
     causal.value_head = ValueHead(size, critic, learning_rate=recipe.loss.value_learning_rate)
 

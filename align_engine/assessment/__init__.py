@@ -1,7 +1,7 @@
 """People, diagnosis and proof: do you need it, which method, and what did it buy.
 
-A command NAME is a tree of settings in a light module (nothing of torch in it), an entry of the table below (and of
-`algorithms.TOOLS`, so that no method takes its name), and a module NAME with `run(settings)`.
+A command NAME is a tree of settings in `sections` (`required` says which of them must be given), an entry of the table
+below (and of `algorithms.TOOLS`, so that no method takes its name), and a module NAME with `run(settings)`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ import importlib
 from typing import Any
 
 from align_engine.assessment.report_sections import ReportRecipe, SamplesRecipe
+from align_engine.assessment.sections import AdviseRecipe, ChatRecipe, MergeRecipe
 from align_engine.errors import BadInput
-from align_engine.recipe import Settings
+from align_engine.recipe import REQUIRED, Settings
 
 EXTRA: dict[str, str] = {}  # packages of the extra `assess`, by the name of their module
 ASSESSMENT: dict[str, type[Settings]] = {
+    "advise": AdviseRecipe,
+    "chat": ChatRecipe,
+    "merge": MergeRecipe,
     "samples": SamplesRecipe,
     "report": ReportRecipe,
 }
@@ -29,7 +33,7 @@ def run(name: str, settings: Any) -> None:
     from align_engine.inputs import check_outputs
     from align_engine.recipe import check
 
-    settings = check(settings)
+    settings = check(settings, getattr(settings, "required", REQUIRED))
     check_outputs(settings)
     try:
         importlib.import_module(f"align_engine.assessment.{name}").run(settings)

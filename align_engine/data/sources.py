@@ -36,23 +36,24 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def load_rows(path: str | Path, split: str | None = None) -> datasets.Dataset:
+def load_rows(path: str | Path, split: str | None = None, config: str | None = None) -> datasets.Dataset:
     """The rows of a data set, each value as it was written; pictures, sounds and videos are not decoded.
 
     `path` is a .jsonl, .json or .parquet file, a folder written by `datasets` (`save_to_disk`), a folder that holds
     such files (splits are told by their names, as `datasets` does: train.jsonl, test/a.parquet; without any such name
     all are "train"), or the name of a data set on the hub, `org/name`. `split` defaults to "train" (a data set with a
-    single split gives that one).
+    single split gives that one). `config` is the `name` of `datasets.load_dataset`: of a hub name, or of a folder whose
+    README describes several.
 
-    Raises BadInput for a path that is not there, an empty file or split, an unknown file type or split, a cache that
-    cannot be written, and a file that cannot be read, naming the line.
+    Raises BadInput for a path that is not there, an empty file or split, an unknown file type, split or `config`, a
+    cache that cannot be written, and a file that cannot be read, naming the line.
     """
     local = Path(path).expanduser()
     if not local.exists() and (local.suffix.lower() in READERS or not HUB_NAME.fullmatch(str(path))):
         raise BadInput(f"no data at '{path}': not a file, not a folder, and not a hub name like 'org/name'")
     try:
         with cache_errors(path):
-            rows = _load(path, local, split)
+            rows = _load(path, local, split, config)
     except Exception as error:  # whatever a reader raises: the cause is kept
         known = next((cause for cause in _causes(error) if isinstance(cause, BadInput)), None)
         raise known or BadInput(f"'{path}' cannot be read: {error.__cause__ or error}") from error
@@ -61,17 +62,21 @@ def load_rows(path: str | Path, split: str | None = None) -> datasets.Dataset:
     return rows
 
 
-def _load(path: str | Path, local: Path, split: str | None) -> datasets.Dataset:
+def _load(path: str | Path, local: Path, split: str | None, config: str | None) -> datasets.Dataset:
     if local.is_dir() and (damage := _damage(local)):
         raise BadInput(f"'{path}' cannot be read: {damage}")
-    if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
+    saved = (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
+    plain = local.is_file() or (local.is_dir() and not _describes_itself(local))
+    if config is not None and (saved or plain):
+        raise BadInput(f"dataset_config = {config!r}: '{path}' has no configurations; leave it out")
+    if saved:
         found: Any = datasets.load_from_disk(str(local))
         splits = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
         return undecoded(splits[_wanted(path, split, list(splits))])
-    if local.is_file() or (local.is_dir() and not _describes_itself(local)):
+    if plain:
         files = _files(path, local)
         return undecoded(_built(files, _wanted(path, split, list(files))))
-    builder = datasets.load_dataset_builder(str(local if local.is_dir() else path))
+    builder = datasets.load_dataset_builder(str(local if local.is_dir() else path), config)
     files = builder.config.data_files
     if isinstance(builder, Json) and files:
         return undecoded(_built(files, _wanted(path, split, list(files))))

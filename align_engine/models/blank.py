@@ -60,23 +60,25 @@ def build(path: str, base: str | None, section: ModelSection, kind: Any, options
     Args:
         kind: class of transformers; options: of its configuration, and `attn_implementation`.
     """
+    from peft import PeftConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = {name: options[name] for name in ("attn_implementation",) if name in options}
     own = {name: value for name, value in options.items() if name not in attention}
-    config = AutoConfig.from_pretrained(base or path, trust_remote_code=section.trust_remote_code, **own)
+    saved: Any = None if base is None else PeftConfig.from_pretrained(path, revision=section.model_revision)
+    revision = section.model_revision if saved is None else saved.revision or "main"
+    config = AutoConfig.from_pretrained(
+        base or path, trust_remote_code=section.trust_remote_code, revision=revision, **own
+    )
     dtype = getattr(config, "dtype", None) if section.dtype == "auto" else getattr(torch, section.dtype)
     model = (kind or AutoModelForCausalLM).from_config(
         config, dtype=dtype or torch.float32, trust_remote_code=section.trust_remote_code, **attention
     )
     if section.load_in_4bit or section.load_in_8bit:
         quantise(model, 4 if section.load_in_4bit else 8)
-    if base is not None:
-        from peft import PeftConfig, get_peft_model
-
-        adapter: Any = PeftConfig.from_pretrained(path)
-        adapter.inference_mode = not section.use_peft
-        model = get_peft_model(model, adapter)
+    if saved is not None:
+        saved.inference_mode = not section.use_peft
+        model = get_peft_model(model, saved)
     return model
 
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from align_engine.data.json_text import loads
 from align_engine.errors import BadInput
-from align_engine.models.modelfiles import adapter_base
+from align_engine.models.modelfiles import adapter_base, adapter_settings
 
 WHOLE = 2**23  # bytes of the largest file that is hashed whole
 STRIDE, BLOCK = 2**22, 2**12  # bytes between the blocks of larger ones, and of each block
@@ -41,18 +41,19 @@ def of_file(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_model(path: str | Path) -> str:
+def of_model(path: str | Path, revision: str | None = None) -> str:
     """Hash of a model's weights, configuration, code and tokenizer, and of the model below a folder of adapters.
 
     Args:
         path: a folder, or a hub name, of which the commit in the local cache counts (fetched where there is none).
+        revision: of a hub name. Default None: the newest.
     Raises:
         BadInput: there is no such model, or a file of it cannot be read.
     """
     folder = Path(path)
     if not folder.is_dir():
-        commit, base = _commit(str(path)), adapter_base(str(path))
-        return hashlib.sha256(f"{commit}{of_model(base)}".encode()).hexdigest()[:16] if base else commit[:16]
+        commit, base = _commit(str(path), revision), _base(str(path), revision)
+        return hashlib.sha256(f"{commit}{base}".encode()).hexdigest()[:16] if base else commit[:16]
     inside = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
     files = [file for file in sorted(inside) if file.suffix in PARTS and file.is_file()]
     digest = hashlib.sha256()
@@ -61,9 +62,15 @@ def of_model(path: str | Path) -> str:
             digest.update(f"{file.name} {of_file(file)}\n".encode())
     except OSError as error:
         raise BadInput(f"cannot read the model in {folder}: {error}") from error
-    if (base := adapter_base(str(folder))) is not None:
-        digest.update(of_model(base).encode())
+    if base := _base(str(folder), None):
+        digest.update(base.encode())
     return digest.hexdigest()[:16]
+
+
+def _base(path: str, revision: str | None) -> str:
+    """Hash of the model that adapters lie on; empty of a whole model."""
+    base = adapter_base(path, revision)
+    return "" if base is None else of_model(base, adapter_settings(path, revision).get("revision"))
 
 
 def _tensors(file: BinaryIO) -> list[int]:
@@ -76,12 +83,12 @@ def _tensors(file: BinaryIO) -> list[int]:
         return []
 
 
-def _commit(name: str) -> str:
+def _commit(name: str, revision: str | None) -> str:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     try:
-        found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
-        found = found or cached_file(name, "adapter_config.json")
+        found = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        found = found or cached_file(name, "adapter_config.json", revision=revision)
     except OSError as error:
         raise BadInput(f"no model at {name!r}: {str(error).splitlines()[0]}") from error
     commit = extract_commit_hash(found, None)

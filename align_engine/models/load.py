@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import warnings
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
 from align_engine.models import blank, lora
-from align_engine.models.modelfiles import adapter_base, check_files, check_path, check_report, listed
+from align_engine.models.modelfiles import adapter_base, adapter_settings, check_files, check_path, check_report, listed
 from align_engine.models.noise import disable_dropout as disable_dropout
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(
-    path: str, distinct_pad: bool = False, trust_remote_code: bool = False, field: str = "model_name_or_path"
-) -> Any:
+    path: str, distinct_pad: bool = False, trust_remote_code: bool = False, field: str = "model_name_or_path",
+    revision: str = "main",
+) -> Any:  # fmt: skip
     """The tokenizer saved beside a model.
 
     Args:
@@ -36,16 +38,17 @@ def load_tokenizer(
             pad falls back to EOS, as attention is by masks only.
         trust_remote_code: run code that lies beside the tokenizer. Default False: refuse it.
         field: of the recipe, that names the path.
+        revision: on the hub.
     Raises:
         BadInput: none there that transformers can load; one without pad and EOS tokens.
     """
     from transformers import AutoTokenizer
 
-    check_path(path, field)
+    check_path(path, field, revision)
     if Path(path).is_dir():
         check_files(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
         tokenizer("a", padding=False)  # settings that only its use reads
     except Exception as error:
         raise BadInput(f"no tokenizer can be loaded from {path!r}: {_reason(error)}") from error
@@ -132,14 +135,14 @@ def _load(
     """(model, names of its head's tensors that are fresh), checked as `load_model` says."""
     from transformers import AutoModelForCausalLM
 
-    check_path(path)
+    check_path(path, revision=section.model_revision)
     if section.attn_implementation is not None:
         options = options | {"attn_implementation": section.attn_implementation}
     if blank.wanted():
         return _blank(path, section, kind, options), set()
     if Path(path).is_dir():
         check_files(Path(path))
-    if (base := adapter_base(path)) is not None:
+    if (base := adapter_base(path, section.model_revision)) is not None:
         return _load_adapter(path, base, section, kind, fresh_head, options)
     if section.load_in_4bit or section.load_in_8bit:
         options = options | _quantised(section)
@@ -148,6 +151,7 @@ def _load(
 
         options = options | {"distributed_config": DistributedConfig(tp_size=size)}
     options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused by name
+    options["revision"] = section.model_revision
     try:
         loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
             path, dtype=section.dtype, trust_remote_code=section.trust_remote_code, **options
@@ -160,9 +164,10 @@ def _load(
 
 def _blank(path: str, section: ModelSection, kind: Any, options: dict[str, Any]) -> Any:
     """As `_load`, from the configuration alone."""
-    base = adapter_base(path)
+    base = adapter_base(path, section.model_revision)
     if base is not None:
-        check_path(base, f"{path}: base_model_name_or_path")
+        below = adapter_settings(path, section.model_revision).get("revision")
+        check_path(base, f"{path}: base_model_name_or_path", below)
     try:
         return blank.build(path, base, section, kind, options)
     except Exception as error:
@@ -175,17 +180,20 @@ def _load_adapter(
     """As `_load`, of a folder of adapters: its base model, and the adapter in it. It may bring the model's head."""
     from peft import PeftConfig, PeftModel
 
+    own = {"revision": section.model_revision}
     try:
-        brought = set(getattr(PeftConfig.from_pretrained(path), "modules_to_save", None) or ())
+        saved: Any = PeftConfig.from_pretrained(path, **own)
+        brought = set(getattr(saved, "modules_to_save", None) or ())
     except Exception as error:
         raise BadInput(f"cannot load the adapter {path!r}: {_reason(error)}") from error
-    check_path(base, f"{path}: base_model_name_or_path")
-    model, fresh = _load(base, section, kind, fresh_head or bool(brought), options)
+    below = dataclasses.replace(section, model_revision=saved.revision or "main")
+    check_path(base, f"{path}: base_model_name_or_path", saved.revision)
+    model, fresh = _load(base, below, kind, fresh_head or bool(brought), options)
     fresh = {name for name in fresh if name.partition(".")[0] not in brought}
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # of what is missing: it is refused below
-            adapted: Any = PeftModel.from_pretrained(model, path, is_trainable=section.use_peft)
-            report = adapted.load_adapter(path, adapted.active_adapter, is_trainable=section.use_peft)
+            adapted: Any = PeftModel.from_pretrained(model, path, is_trainable=section.use_peft, **own)
+            report = adapted.load_adapter(path, adapted.active_adapter, is_trainable=section.use_peft, **own)
     except Exception as error:
         said = " ".join(str(error).split()) if "size mismatch" in str(error) else _reason(error)
         raise BadInput(f"the adapter {path!r} does not fit its base model {base!r}: {said:.400}") from error
@@ -209,7 +217,7 @@ def _reason(error: Exception) -> str:
     return f"{' '.join(text.partition(chr(10) * 2)[0].split()):.300}" or type(error).__name__
 
 
-def vocab_size(path: str, trust_remote_code: bool = False) -> int:
+def vocab_size(path: str, trust_remote_code: bool = False, revision: str = "main") -> int:
     """Rows of the embeddings of a model in a folder or of a hub name, without loading it.
 
     Raises:
@@ -218,7 +226,9 @@ def vocab_size(path: str, trust_remote_code: bool = False) -> int:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(adapter_base(path) or path, trust_remote_code=trust_remote_code)
+        base = adapter_base(path, revision)
+        below: Any = adapter_settings(path, revision).get("revision") if base else revision
+        config = AutoConfig.from_pretrained(base or path, trust_remote_code=trust_remote_code, revision=below or "main")
         return int(config.get_text_config().vocab_size)
     except BadInput:
         raise
@@ -264,6 +274,7 @@ def add_adapters(
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout if dropout is None else dropout,
         target_modules=section.lora_target_modules or "all-linear",
+        revision=None if section.model_revision == "main" else section.model_revision,
         task_type=task_type,
     )
     asked = f"lora_target_modules = {section.lora_target_modules}"

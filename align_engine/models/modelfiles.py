@@ -20,12 +20,13 @@ WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors")
 NAMED = 3  # tensors that a message names
 
 
-def check_path(path: str, field: str = "model_name_or_path") -> None:
+def check_path(path: str, field: str = "model_name_or_path", revision: str | None = None) -> None:
     """Refuse a path that is no folder of a model here, nor a name in the local cache or on the hub. The hub is asked
     once and for a few seconds.
 
     Args:
         field: of the recipe, for the message.
+        revision: of a hub name. Default None: the newest.
     Raises:
         BadInput: with what is there instead.
     """
@@ -40,7 +41,7 @@ def check_path(path: str, field: str = "model_name_or_path") -> None:
     here = f"{said}: no such folder{_meant(folder)}"
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise BadInput(here)
-    if (why := _not_on_hub(path)) is not None:
+    if (why := _not_on_hub(path, revision)) is not None:
         raise BadInput(f"{here}, and {why}")
 
 
@@ -52,19 +53,23 @@ def _meant(folder: Path) -> str:
     return f" (did you mean {str(folder.parent / close[0])!r}?)" if close else ""
 
 
-def _not_on_hub(name: str) -> str | None:
+def _not_on_hub(name: str, revision: str | None) -> str | None:
     """Why a hub name cannot be loaded; None where it can."""
     from huggingface_hub import HfApi, is_offline_mode, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RevisionNotFoundError
 
     try:
-        if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "adapter_config.json")):
+        both = ("config.json", "adapter_config.json")
+        if any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in both):
             return None
         if is_offline_mode():
-            return "the hub is off (HF_HUB_OFFLINE) and its cache has no model of that name"
-        HfApi().model_info(name, timeout=HUB_SECONDS)
+            of_it = "" if revision is None else f" at model_revision = {revision!r}"
+            return f"the hub is off (HF_HUB_OFFLINE) and its cache has no model of that name{of_it}"
+        HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS)
     except HFValidationError:
         return "it is no name of the hub"
+    except RevisionNotFoundError:
+        return f"the hub has no model_revision = {revision!r} of it"
     except HfHubHTTPError as error:
         return f"the hub does not give it ({_first_line(error)})"
     except Exception as error:  # of the network, in whatever library the hub's client is built on
@@ -110,30 +115,28 @@ def _damaged(file: Path, why: str) -> BadInput:
     return BadInput(f"{file} is damaged ({why}): copy, download or save the model again")
 
 
-def cached_file(name: str, file: str) -> Path | None:
+def cached_file(name: str, file: str, revision: str | None = None) -> Path | None:
     """A file of a hub name in the local cache, if it is there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, file)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
 
 
-def adapter_base(path: str) -> str | None:
+def adapter_base(path: str, revision: str | None = None) -> str | None:
     """The base model that saved adapters name, or None for a whole model.
 
     Args:
         path: a folder, or a hub name, which is looked up in the local cache and on the hub.
+        revision: of a hub name. Default None: the newest.
     Raises:
         BadInput: an adapter_config.json that is damaged or names no base model.
     """
-    file = Path(path) / "adapter_config.json"
-    if not file.parent.exists():
-        file = cached_file(path, file.name) or _fetched(path, file.name) or file
-    if not file.exists():
+    if not (file := _adapter_file(path, revision)).exists():
         return None
     base = read_settings(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -141,15 +144,28 @@ def adapter_base(path: str) -> str | None:
     return base
 
 
+def adapter_settings(path: str, revision: str | None = None) -> dict[str, Any]:
+    """What saved adapters say of themselves; empty for a whole model. Raises BadInput as `adapter_base`."""
+    file = _adapter_file(path, revision)
+    return read_settings(file) if file.exists() else {}
+
+
+def _adapter_file(path: str, revision: str | None) -> Path:
+    file = Path(path) / "adapter_config.json"
+    if file.parent.exists():
+        return file
+    return cached_file(path, file.name, revision) or _fetched(path, file.name, revision) or file
+
+
 @functools.cache
-def _fetched(name: str, file: str) -> Path | None:
+def _fetched(name: str, file: str, revision: str | None) -> Path | None:
     """A small file of a hub name that the cache does not hold; None where the hub has none, or does not answer."""
     from huggingface_hub import hf_hub_download, is_offline_mode
 
-    if is_offline_mode() or cached_file(name, "config.json"):  # a whole model
+    if is_offline_mode() or cached_file(name, "config.json", revision):  # a whole model
         return None
     try:
-        return Path(hf_hub_download(name, file, etag_timeout=HUB_SECONDS))
+        return Path(hf_hub_download(name, file, revision=revision, etag_timeout=HUB_SECONDS))
     except Exception:  # no such name, no such file, no network: told where the model is loaded
         return None
 

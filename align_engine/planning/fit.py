@@ -207,7 +207,8 @@ def _eight_bits(recipe: Recipe, found: Rehearsed, card: Card) -> Change | None:
 
 
 def _adapters(recipe: Recipe, found: Rehearsed, card: Card) -> Change | None:
-    if recipe.model.use_peft or adapter_base(recipe.model.model_name_or_path) is not None:
+    model = recipe.model
+    if model.use_peft or adapter_base(model.model_name_or_path, model.model_revision) is not None:
         return None
     taken, rate = size(found.step.most["gradients"] + found.step.most["optimiser"]), recipe.train.learning_rate
     why = (

@@ -36,7 +36,7 @@ FREE = ("dry_run", "bad_rows", "server_concurrency", "request_timeout")  # setti
 def read(section: InputSection) -> datasets.Dataset:
     """The rows of a command. Raises BadInput as `load_rows` does."""
     datasets.disable_progress_bars()
-    return load_rows(section.dataset_name, section.dataset_train_split)
+    return load_rows(section.dataset_name, section.dataset_train_split, section.dataset_config)
 
 
 def dry(rows: Iterable[dict[str, Any]], count: int = SHOWN) -> None:

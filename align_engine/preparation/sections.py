@@ -18,6 +18,8 @@ class InputSection(Section):
 
     dataset_name: str = ""
     """A .jsonl or .parquet file, a folder written by `datasets` or by these commands, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of it, the `name` of `datasets.load_dataset`, where it has several."""
     dataset_train_split: str = "train"
     """Split to read, where the dataset has splits."""
     bad_rows: Literal["error", "drop"] = "error"

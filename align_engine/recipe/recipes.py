@@ -49,6 +49,10 @@ class Settings(Section):
         """Paths of the models that the tree names, by field."""
         return {name: path for name in MODELS if (path := flat(self).get(name))}
 
+    def revision(self, field: str) -> str:
+        """On the hub, of the model that a field of `models` names; a critic starts from another model's newest."""
+        return "main" if field.startswith("value_") else flat(self).get("model_revision", "main")
+
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Fields that do not go with others: (name, what it must be or needs)."""
         return iter(())

@@ -17,10 +17,10 @@ REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", 
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
          "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings",
-         "runs", "results"}  # fmt: skip
+         "runs", "results", "json"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
-                       "dataset_num_proc", "tune_malloc", "fit", "log_completions",
-                       "num_completions_to_print")  # fmt: skip
+                       "dataset_num_proc", "tune_malloc", "fit", "log_completions", "num_completions_to_print",
+                       "push_to_hub", "hub_model_id", "hub_private_repo")  # fmt: skip
 R = TypeVar("R", bound=Settings)
 
 
@@ -73,6 +73,9 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if values[name] and not (values["eval_steps"] and evaluation):
             yield name, "needs eval_steps and an evaluation dataset"
+    for name in ("hub_model_id", "hub_private_repo"):
+        if values[name] is not None and not values["push_to_hub"]:
+            yield name, "needs --push_to_hub"
     for name in ("load_in_4bit", "load_in_8bit"):
         if values[name] and not peft:
             yield name, "needs --use_peft: such weights cannot be trained"

@@ -28,6 +28,8 @@ class ModelSection(Section):
 
     model_name_or_path: str = ""
     """Folder or hub name of the model to train; its tokenizer is taken from the same place."""
+    model_revision: str = "main"
+    """Branch, tag or commit on the hub, of the model, its tokenizer and its reference."""
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Type of the weights in memory; `auto` keeps what the checkpoint says."""
     trust_remote_code: bool = False
@@ -58,6 +60,8 @@ class DataSection(Section):
 
     dataset_name: str = ""
     """A .jsonl or .parquet file, a folder written by `datasets`, or a hub name."""
+    dataset_config: str | None = None
+    """Configuration of it, the `name` of `datasets.load_dataset`, where it has several."""
     dataset_train_split: str = "train"
     """Split to train on, where the dataset has splits."""
     eval_dataset_name: str | None = None
@@ -471,6 +475,12 @@ class OutputSection(Section):
     """Keep the latest so many checkpoints (None: all)."""
     report_to: Annotated[list[str], Names("none")] = field(default_factory=list)
     """Trackers of accelerate that get the metrics too: tensorboard, wandb, mlflow, ... (`none`: none)."""
+    push_to_hub: bool = False
+    """Upload `final` to the hub when the run is finished, with the token of HF_TOKEN or `hf auth login`."""
+    hub_model_id: str | None = None
+    """Repository to upload to, org/name (None: the name of output_dir, of the token's owner)."""
+    hub_private_repo: bool | None = None
+    """Whether that repository is private (None: as its owner's settings have it)."""
     callbacks: list[str] = field(default_factory=list)
     """TrainerCallbacks of transformers by import path, `module:Class` or `file.py:Class`."""
 

@@ -151,7 +151,7 @@ class Prompts:
                     f"adapters, and {masked(url)} shows itself as {self.kind}: set use_peft to false"
                 )
             self.adapter = Adapter(self.settings)
-        size = vocab_size(name, self.recipe.model.trust_remote_code)
+        size = vocab_size(name, self.recipe.model.trust_remote_code, self.recipe.model.model_revision)
         self.server = server_sampler(self.tokenizer, self.settings, name, self.kind, size, self.adapter)
 
     def refresh(self, path: Path) -> None:

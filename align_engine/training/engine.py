@@ -310,13 +310,18 @@ class Engine:
             first_line = (str(error).strip() or "no message").splitlines()[0]
             raise BadInput(folder.without(path, f"is damaged: {type(error).__name__}: {first_line}")) from error
 
-    def save_model(self, folder: RunFolder, tokenizer: Any) -> None:
-        """Write the trained model (or its adapter) and the tokenizer to `final`, for transformers (or peft) to load."""
-        self.write_model(partial(folder.written, "final"), tokenizer)
+    def save_model(self, folder: RunFolder, tokenizer: Any, card: str) -> None:
+        """Write the trained model (or its adapter), the tokenizer and a model card to `final`, for transformers (or
+        peft) to load."""
+        self.write_model(partial(folder.written, "final"), tokenizer, card)
 
-    def write_model(self, written: Callable[[], contextlib.AbstractContextManager[Path]], tokenizer: Any) -> None:
+    def write_model(
+        self, written: Callable[[], contextlib.AbstractContextManager[Path]], tokenizer: Any, card: str | None = None
+    ) -> None:
         """The same to what `written` gives: a path, which takes its place at the end of the block.
 
+        Args:
+            card: README.md. Default None: none of ours.
         Raises:
             RunFailed: weights that are not finite; what the disk says.
         """
@@ -332,6 +337,8 @@ class Engine:
             with written() as path, noise.restored(model), tensor_parallel.saved_whole(model):
                 model.save_pretrained(path, state_dict=state, **options)
                 tokenizer.save_pretrained(path)
+                if card is not None:  # in place of peft's
+                    (path / "README.md").write_text(card, encoding="utf-8")
         self.accelerator.wait_for_everyone()
 
 

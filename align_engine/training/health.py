@@ -84,7 +84,7 @@ def reference_beta(recipe: Recipe) -> float | None:
     loss = recipe.section(LossReference)
     if loss is None or loss.reference == "none" or loss.ref_model_name_or_path is not None:
         return None
-    saved_adapters = adapter_base(recipe.model.model_name_or_path) is not None
+    saved_adapters = adapter_base(recipe.model.model_name_or_path, recipe.model.model_revision) is not None
     return None if loss.reference == "adapter-off" and saved_adapters else loss.beta
 
 

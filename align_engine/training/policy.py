@@ -17,13 +17,14 @@ from align_engine.training.algorithm import Algorithm
 def make_policy(recipe: Recipe, algorithm: Algorithm, pad_id: int) -> tuple[Any, str | None]:
     """(model, what is to be said of it). Also inside `models.blank.blank`."""
     path, section = recipe.model.model_name_or_path, recipe.model
-    if adapter_base(path) is not None and not section.use_peft:
+    saved_adapters = adapter_base(path, section.model_revision) is not None
+    if saved_adapters and not section.use_peft:
         raise BadInput(f"model_name_or_path = {path!r} holds adapters: add --use_peft to train them further")
     if algorithm.scalar:
         model = load_scalar_model(path, section, pad_id, fresh_head=True)
     else:
         model = load.load_model(path, section)
-    if section.use_peft and adapter_base(path) is None:
+    if section.use_peft and not saved_adapters:
         task = "SEQ_CLS" if algorithm.scalar else "CAUSAL_LM"
         model = load.add_adapters(model, section, task, section.lora_dropout if algorithm.dropout else 0.0)
     if algorithm.refers(recipe):

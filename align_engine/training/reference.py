@@ -42,7 +42,7 @@ def of(recipe: Recipe) -> tuple[str, str]:
     if section.reference != "auto":
         return section.reference, "as the recipe says"
     if recipe.model.use_peft and section.ref_model_name_or_path is None:
-        if adapter_base(recipe.model.model_name_or_path) is not None:
+        if adapter_base(recipe.model.model_name_or_path, recipe.model.model_revision) is not None:
             return "adapter-copy", "the model with its adapters as they were saved is the reference"
         return "adapter-off", "the model without its adapters is the reference, at no memory"
     if recipe.section(RolloutSection) is not None:

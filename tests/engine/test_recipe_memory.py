@@ -90,7 +90,9 @@ def test_real_models_fit_on_their_cards():
     sizes = {name: round((shape.embeddings + shape.blocks) / 1e9, 2) for name, shape in MEMORY["SHAPES"].items()}
     assert sizes == {"Qwen2.5-0.5B": 0.49, "Qwen2.5-7B": 7.62, "Llama-3.1-8B": 8.03, "Mistral-7B": 7.25}
     real = [path for path in MEMORY["FOLDER"].glob("*.yaml") if not path.stem.startswith("demo-")]
-    assert {path.stem.rpartition("-")[2] for path in real} == {"sft", "rm", "dpo", "kto", "grpo", "ppo", "iterate"}
+    assert {path.stem.rpartition("-")[2] for path in real} == {
+        "sft", "rm", "dpo", "kto", "rloo", "grpo", "ppo", "iterate",
+    }  # fmt: skip
     assert len(real) >= 22
     for path in real:
         loaded, text = MEMORY["load"](path), path.read_text()
