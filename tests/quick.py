@@ -33,7 +33,10 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     "engine/test_rollout.py": ("test_log_probs_ends_and_cuts", "test_functions_are_weighted_and_unscorable_is_nan"),
     "engine/test_online.py": ("test_the_reward_rises",),
     "engine/test_samples.py": ("test_some_are_spread_over_all", "test_a_table_acts_on_no_terminal"),
-    # assessment: pages
+    # assessment: advice, talk, pages
+    "assessment/test_advise.py": ("test_the_method_that_the_source_names_comes_first",
+                                  "test_every_entry_of_the_guide_has_a_source_and_known_words"),
+    "assessment/test_chat.py": ("test_two_side_by_side_one_of_adapters",),
     "assessment/test_report.py": ("test_which_way_a_curve_goes", "test_every_metric_that_a_loss_returns_has_its_line",
                                   "test_the_docs_hold_the_legend"),
     # command line, packaging, drop-ins

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markdown import Markdown
+
 from align_engine.assessment import asking
 from align_engine.assessment.first_steps import commands, memory, recipe_of
 from align_engine.assessment.guide import GRADES, WORDS, Advice, guide, ranked
@@ -63,7 +66,8 @@ def advise(settings: AdviseRecipe) -> dict[str, Any]:
     """Everything that is said, as JSON values."""
     section = settings.situation
     at = situation(section)
-    found = [told(one, at, section) for one in ranked(at.words)]
+    with Console(stderr=True).status("computing memory"):
+        found = [told(one, at, section) for one in ranked(at.words)]
     found.sort(key=lambda one: bool(one["missing"]))
     for number, one in enumerate(found, 1):
         one["rank"] = number
@@ -164,7 +168,4 @@ def show(text: str) -> None:
     if not sys.stdout.isatty():
         print(text, end="")
         return
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     Console().print(Markdown(text))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+from rich.prompt import Prompt
+
 from align_engine import recipe as recipes
 from align_engine.assessment.guide import guide
 from align_engine.assessment.sections import AdviseRecipe
@@ -29,8 +32,6 @@ def asked(settings: AdviseRecipe) -> AdviseRecipe:
     Raises:
         BadInput: the terminal was closed before the last answer.
     """
-    from rich.console import Console
-
     console = Console()
     for name, question in QUESTIONS.items():
         if name == "model_size" and settings.situation.model_name_or_path:
@@ -42,10 +43,8 @@ def asked(settings: AdviseRecipe) -> AdviseRecipe:
     return settings
 
 
-def answered(settings: AdviseRecipe, name: str, question: str, console: Any) -> AdviseRecipe:
+def answered(settings: AdviseRecipe, name: str, question: str, console: Console) -> AdviseRecipe:
     """With one more field."""
-    from rich.prompt import Prompt
-
     default = {"gpus": "", "memory": "", "have": "nothing", "pretrained": "no", "best_quality": "no"}
     held = default.get(name, getattr(settings.situation, name))
     while True:

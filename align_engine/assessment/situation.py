@@ -15,13 +15,9 @@ from align_engine.planning import cards
 from align_engine.planning.cards import Card
 from align_engine.recipe import ModelSection
 
-KINDS = {
-    "preference": "pairs",
-    "unpaired": "marks",
-    "sft": "answers",
-    "prompt": "prompts",
-}  # the guide's words
-ORDERED = {"rank": "ranks", "score": "scores"}  # columns beside `completion`, as `align pairs` has them
+# the guide's words: of layouts, and of columns beside `completion`, as `align pairs` has them
+KINDS = {"preference": "pairs", "unpaired": "marks", "sft": "answers", "prompt": "prompts"}
+ORDERED = {"rank": "ranks", "score": "scores"}
 SIZE = 7.0  # billions of weights, where nothing says
 
 
@@ -67,8 +63,8 @@ def device(gpus: int | None, memory: str | None) -> tuple[int, Card]:
     """(GPUs, one of them): as given, else as this machine has them."""
     import torch
 
-    card = cards.card(memory)
     here = torch.cuda.device_count()
+    card = cards.memory_of_processors() if memory is None and gpus == 0 else cards.card(memory)
     if gpus is None:
         gpus = here or int(memory is not None and card.gpu)
     if gpus and memory is None and not here:
@@ -96,9 +92,7 @@ def kinds(rows: Any) -> set[str]:
         found.add("verifier")
     if not found:
         wanted = "; ".join(" + ".join(layout) for layouts in LAYOUTS.values() for layout in layouts)
-        raise BadInput(
-            f"dataset_name: the columns {sorted(columns)} are of no layout that a method learns from: {wanted}"
-        )
+        raise BadInput(f"dataset_name: {sorted(columns)} are columns of no layout that a method learns from: {wanted}")
     return found
 
 

@@ -69,6 +69,11 @@ def machine() -> Card:
     if torch.cuda.is_available():
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
         return Card(found.name, found.total_memory, True)
+    return memory_of_processors()
+
+
+def memory_of_processors() -> Card:
+    """This machine's memory, whatever GPUs it has."""
     return Card("this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False)
 
 

@@ -140,7 +140,7 @@ def test_columns_tell_what_data_are(columns, wanted):
 
 
 def test_columns_of_no_layout_are_refused():
-    with pytest.raises(BadInput, match=r"\['question'\] are the columns of no layout"):
+    with pytest.raises(BadInput, match=r"\['question'\] are columns of no layout"):
         kinds(Dataset.from_dict({"question": ["a"]}))
 
 

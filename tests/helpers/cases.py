@@ -150,11 +150,11 @@ def plain(value: Any) -> Any:
 
 
 def sections(method: str) -> dict[str, str]:
-    """Field -> section of a method's recipe."""
+    """Field -> section of a method's recipe, but for the one that would reach out to the hub."""
     from align_engine.recipe import RECIPES
 
     tree = dataclasses.asdict(RECIPES[method]())
-    return {name: section for section, fields in tree.items() for name in fields}
+    return {name: section for section, fields in tree.items() for name in fields if name != "push_to_hub"}
 
 
 def linked(source: Path, target: Path) -> Path:
