@@ -34,7 +34,7 @@ from align_engine.models.merging import merged
 from align_engine.planning import cards
 from align_engine.planning.rehearse import lengths
 from align_engine.planning.show import plan
-from align_engine.recipe import IterateRecipe, ModelSection, Recipe, ReferenceFields
+from align_engine.recipe import IterateRecipe, ModelSection, Recipe, ReferenceFields, RolloutSection
 from align_engine.reports import card, hub
 from align_engine.rollouts.advantages import best_versus_worst
 from align_engine.rollouts.completion import Completion, Sampler
@@ -69,22 +69,29 @@ def runner(command: str) -> Callable[[Any], RunFolder]:
     return iterate if command == "iterate" else partial(train, command)
 
 
-def planned(
-    command: str, recipe: Recipe, memory: str | cards.Card | None = None, prompt: int | None = None
-) -> dict[str, Any]:
+def planned(command: str, recipe: Recipe, memory: str | None = None, prompt: int | None = None) -> dict[str, Any]:
     """What `align plan` says of a command: of `iterate` it is a round.
 
     Args:
-        memory: what it has to fit into: a card, or what `planning.cards.card` takes. prompt: tokens of a row's prompt.
+        memory: what it has to fit into, as `planning.cards.card` takes it. prompt: tokens of a row's prompt.
     Raises:
         BadInput: from the recipe and the model's configuration; no such card.
     """
-    recipe, rollout = recipes.check(recipe, required=("model_name_or_path",)), None
+    command, recipe, rollout = trained_by(command, recipe)
+    return plan(command, recipe, cards.card(memory), lengths(recipe, prompt), rollout)
+
+
+def trained_by(command: str, recipe: Recipe) -> tuple[str, Recipe, RolloutSection | None]:
+    """(the algorithm of a command's training, its recipe, how its rows are sampled before): of `iterate` a round's.
+
+    Raises:
+        BadInput: from the recipe.
+    """
+    recipe = recipes.check(recipe, required=("model_name_or_path",))
     if isinstance(recipe, IterateRecipe):
-        rollout, command = recipe.rollout, recipe.iteration.method
-        recipe = round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1)
-    card = memory if isinstance(memory, cards.Card) else cards.card(memory)
-    return plan(command, recipe, card, lengths(recipe, prompt), rollout)
+        made = round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1)
+        return recipe.iteration.method, made, recipe.rollout
+    return command, recipe, None
 
 
 def iterate(recipe: IterateRecipe) -> RunFolder:

@@ -20,6 +20,7 @@ from align_engine.assessment.situation import Situation, situation
 from align_engine.errors import BadInput, printable
 from align_engine.planning.cards import size
 from align_engine.recipe.secrets import masked
+from align_engine.run import quiet_libraries
 from align_engine.training.checkpoint import SIDE, settle
 
 KIND = "align advise"  # what marks a file as one of ours
@@ -31,6 +32,7 @@ def run(settings: AdviseRecipe) -> None:
     Raises:
         BadInput: data, a model or a memory that cannot be read; a file of somebody else's in the place of `json`.
     """
+    quiet_libraries()
     if settings == AdviseRecipe() and sys.stdin.isatty():
         settings = asking.asked(settings)
     target = checked(settings.output.json)

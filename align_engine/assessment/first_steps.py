@@ -15,7 +15,10 @@ from align_engine import recipe as recipes
 from align_engine.assessment.guide import Advice, guide
 from align_engine.assessment.situation import Situation
 from align_engine.errors import BadInput
-from align_engine.iterate import planned
+from align_engine.iterate import trained_by
+from align_engine.planning.cards import Card
+from align_engine.planning.fit import fitted
+from align_engine.planning.rehearse import lengths, rehearse
 from align_engine.recipe import RECIPES, Recipe, RolloutSection
 
 RECIPE_FOLDER = Path(align_engine.__file__).parents[1] / "recipes"  # beside the package, in a checkout
@@ -65,23 +68,33 @@ def memory(method: str, at: Situation, model: str | None, serves: set[str]) -> d
         return {"why_not": f"{path.name} is not beside this installation: it is in the repository"}
     try:
         with shapes() as folder:
-            recipe = changed(recipes.load(RECIPES[method], path), folder, model or str(folder / nearest(at.billions)))
+            recipe = recipes.load(RECIPES[method], path)
+            recipe.model.model_name_or_path = model or str(folder / nearest(at.billions))
             rollout = recipe.section(RolloutSection)
             if rollout is not None:
                 rollout.reward_funcs = [str(folder / SMALLEST)] if "reward-model" in serves else ["human"]
-            said = planned(method, recipe, at.card)
+            return taken(method, recipe, at.card) | {"model": model or nearest(at.billions)}
     except BadInput as error:
         return {"why_not": str(error)}
-    fit = said["fit"] and [f"--{one['field']} {one['value']}: {one['why']}" for one in said["fit"]]
-    return {"model": model or nearest(at.billions), "bytes": said["peak"]["bytes"], "phase": said["peak"]["phase"],
-            "fits": said["fits"], "fit": fit, "refusal": said.get("refusal"), "measured": said["measured"]}  # fmt: skip
 
 
-def changed(recipe: Recipe, folder: Path, model: str) -> Recipe:
-    """The recipe for a model here; nothing of its data is read."""
-    recipe.model.model_name_or_path = model
-    recipe.data.eval_dataset_name = recipe.data.eval_dataset_name and str(folder)
-    return recipe
+def taken(method: str, recipe: Recipe, card: Card) -> dict[str, Any]:
+    """The same of a recipe.
+
+    Raises:
+        BadInput: from the recipe and the model's configuration.
+    """
+    name, recipe, rollout = trained_by(method, recipe)
+    each = lengths(recipe)
+    peak = rehearse(name, recipe, card, each, rollout).peak
+    fits = peak.peak <= card.usable
+    said = {"bytes": peak.peak, "phase": peak.name, "fits": fits, "fit": [], "measured": not card.gpu}
+    if not fits:
+        try:
+            said["fit"] = [str(one) for one in fitted(name, recipe, card, each).changes]
+        except BadInput as error:
+            said |= {"fit": None, "refusal": str(error)}
+    return said
 
 
 def nearest(billions: float) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from align_engine.assessment.guide import guide, words
 from align_engine.assessment.sections import SituationSection
 from align_engine.data.formats import LAYOUTS
@@ -61,8 +63,6 @@ def situation(section: SituationSection) -> Situation:
 
 def device(gpus: int | None, memory: str | None) -> tuple[int, Card]:
     """(GPUs, one of them): as given, else as this machine has them."""
-    import torch
-
     here = torch.cuda.device_count()
     card = cards.memory_of_processors() if memory is None and gpus == 0 else cards.card(memory)
     if gpus is None:
@@ -109,9 +109,7 @@ def billions(section: SituationSection) -> float:
     """
     if not section.model_name_or_path:
         return section.model_size or SIZE
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     asked = ModelSection(model_name_or_path=section.model_name_or_path)
-    with FakeTensorMode(allow_non_fake_inputs=True), blank.blank():
+    with torch.device("meta"), blank.blank():
         model: Any = load.load_model(section.model_name_or_path, asked)
     return sum(parameter.numel() for parameter in model.parameters()) / 1e9

@@ -17,6 +17,7 @@ from align_engine.assessment.sections import TalkSection
 from align_engine.assessment.voice import Voice
 from align_engine.errors import BadInput
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
 GREEDY = ["--temperature", "0", "--max_new_tokens", "5"]

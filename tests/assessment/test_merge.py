@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align_engine import cli
 from align_engine.assessment import merge
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 IDS = torch.tensor([[2, 3, 4, 5, 6]])
 CARD = "---\nlicense: mit\nlibrary_name: peft\n---\n\n# A run\n"
 
