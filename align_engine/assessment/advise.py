@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from align_engine.assessment import asking
-from align_engine.assessment.first_steps import commands, memory, recipe_of
+from align_engine.assessment.first_steps import commands, made_to_fit, memory, recipe_of, taken
 from align_engine.assessment.guide import GRADES, WORDS, Advice, guide, ranked
 from align_engine.assessment.sections import AdviseRecipe, SituationSection
 from align_engine.assessment.situation import Situation, situation
@@ -68,11 +68,20 @@ def advise(settings: AdviseRecipe) -> dict[str, Any]:
     """Everything that is said, as JSON values."""
     section = settings.situation
     at = situation(section)
-    with Console(stderr=True).status("computing memory"):
-        found = [told(one, at, section) for one in ranked(at.words)]
-    found.sort(key=lambda one: bool(one["missing"]))
+    with Console(stderr=True).status("computing memory") as status:
+        found = []
+        for one in ranked(at.words):
+            status.update(f"computing the memory of {one.method}")
+            found.append(told(one, at, section))
+        while not (first := found[0])["missing"] and first["memory"].get("fits") is False:
+            status.update(f"making {first['method']} fit")
+            fit(first, at, section)
+            if not first["missing"]:
+                break
+            found.sort(key=lambda one: bool(one["missing"]))
     for number, one in enumerate(found, 1):
         one["rank"] = number
+        del one["needs"]
     return masked({
         "command": KIND,
         "situation": {
@@ -87,24 +96,29 @@ def advise(settings: AdviseRecipe) -> dict[str, Any]:
 
 def told(advice: Advice, at: Situation, section: SituationSection) -> dict[str, Any]:
     """What is said of one method."""
-    model, data = section.model_name_or_path, section.dataset_name
-    rule, possible = guide()["methods"][advice.method], not advice.missing
-    missing = [" or ".join(guide()["get"][word] for word in need) for need in advice.missing]
-    held = memory(advice.method, at, model, {need.word for need in advice.needs}) if possible else None
-    applicability = advice.applicability
-    if held and held.get("fits") is False and held["fit"] is None and at.gpus < 2:
-        missing, applicability = [held["refusal"]], "not yet"
-    steps = commands(advice, at, model, data) if possible and not missing else []
-    if steps and held and held.get("fit"):
-        steps[-1] += f" --fit {shlex.quote(section.memory or 'auto')}"
+    model, rule = section.model_name_or_path, guide()["methods"][advice.method]
+    needs, possible = {need.word for need in advice.needs}, not advice.missing
     return {
         "method": advice.method, "title": rule["title"], "slide": rule["slide"], "how": rule["how"],
         "data": rule["data"], **{name: rule[name] for name in GRADES},
-        "applicability": {"points": advice.points, "word": applicability,
+        "applicability": {"points": advice.points, "word": advice.applicability,
                           "reasons": [one._asdict() for one in advice.reasons]},
-        "missing": missing, "memory": held, "recipe": recipe_of(advice.method, at.billions),
-        "commands": steps,
+        "missing": [" or ".join(guide()["get"][word] for word in need) for need in advice.missing],
+        "needs": needs, "recipe": recipe_of(advice.method, at.billions),
+        "memory": memory(advice.method, at, model, needs, taken) if possible else None,
+        "commands": commands(advice, at, model, section.dataset_name) if possible else [],
     }  # fmt: skip
+
+
+def fit(one: dict[str, Any], at: Situation, section: SituationSection) -> None:
+    """Say of a method that does not fit how it can be made to. On one GPU, one that cannot be lacks memory."""
+    found = memory(one["method"], at, section.model_name_or_path, one["needs"], made_to_fit)
+    one["memory"] |= found
+    if "fit" in found:
+        one["commands"][-1] += f" --fit {shlex.quote(section.memory or 'auto')}"
+    elif at.gpus < 2:
+        one["missing"], one["commands"] = [found.get("refusal") or found["why_not"]], []
+        one["applicability"]["word"] = "not yet"
 
 
 def markdown(said: dict[str, Any]) -> str:
@@ -158,7 +172,7 @@ def notes(one: dict[str, Any]) -> Iterator[str]:
         return
     taken = f"memory {size(held['bytes'])} with {one['recipe']} on {held['model']}, phase {held['phase']}"
     yield taken + ("" if held["measured"] else " (computed, not yet measured on a GPU)")
-    if not held["fits"] and held["fit"]:
+    if "fit" in held:
         yield f"that is more than is there: `--fit` changes {'; '.join(held['fit'])}"
     elif not held["fits"]:
         yield "no single GPU holds that: share the weights among them with FSDP2 (recipes/accelerate/fsdp2.yaml)"

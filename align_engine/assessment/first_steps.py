@@ -6,7 +6,7 @@ import contextlib
 import json
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,17 @@ def commands(advice: Advice, at: Situation, model: str | None, data: str | None)
     return [shlex.join(step) for step in (*steps, [*last, "--output_dir", f"runs/{advice.method}"])]
 
 
-def memory(method: str, at: Situation, model: str | None, serves: set[str]) -> dict[str, Any]:
-    """What `align plan` says of the first recipe on this model and device: {"bytes", "fits", "fit": what --fit would
-    change (None: nothing makes it fit, as "refusal" says)}, or {"why_not": a sentence}.
+def memory(
+    method: str, at: Situation, model: str | None, serves: set[str], ask: Callable[[str, Recipe, Card], dict[str, Any]]
+) -> dict[str, Any]:
+    """What is to be said of the memory of the first recipe on this model and device.
 
     Args:
         model: folder or hub name. Default None: one of the guide's of about that size.
         serves: words of the method's needs.
+        ask: `taken`, or `made_to_fit`.
+    Returns:
+        what `ask` says, or {"why_not": a sentence}.
     """
     path = RECIPE_FOLDER.parent / recipe_of(method, at.billions)
     if not path.is_file():
@@ -73,28 +77,25 @@ def memory(method: str, at: Situation, model: str | None, serves: set[str]) -> d
             rollout = recipe.section(RolloutSection)
             if rollout is not None:
                 rollout.reward_funcs = [str(folder / SMALLEST)] if "reward-model" in serves else ["human"]
-            return taken(method, recipe, at.card) | {"model": model or nearest(at.billions)}
+            return ask(method, recipe, at.card) | {"model": model or nearest(at.billions)}
     except BadInput as error:
         return {"why_not": str(error)}
 
 
 def taken(method: str, recipe: Recipe, card: Card) -> dict[str, Any]:
-    """The same of a recipe.
-
-    Raises:
-        BadInput: from the recipe and the model's configuration.
-    """
+    """The peak, as `align plan` computes it: {"bytes", "phase", "fits"}. Raises BadInput from the configuration."""
     name, recipe, rollout = trained_by(method, recipe)
-    each = lengths(recipe)
-    peak = rehearse(name, recipe, card, each, rollout).peak
-    fits = peak.peak <= card.usable
-    said = {"bytes": peak.peak, "phase": peak.name, "fits": fits, "fit": [], "measured": not card.gpu}
-    if not fits:
-        try:
-            said["fit"] = [str(one) for one in fitted(name, recipe, card, each).changes]
-        except BadInput as error:
-            said |= {"fit": None, "refusal": str(error)}
-    return said
+    peak = rehearse(name, recipe, card, lengths(recipe), rollout).peak
+    return {"bytes": peak.peak, "phase": peak.name, "fits": peak.peak <= card.usable, "measured": not card.gpu}
+
+
+def made_to_fit(method: str, recipe: Recipe, card: Card) -> dict[str, Any]:
+    """{"fit": what `--fit` changes}, or {"refusal": why nothing makes it fit}. Raises BadInput from the recipe."""
+    name, recipe, _ = trained_by(method, recipe)
+    try:
+        return {"fit": [str(one) for one in fitted(name, recipe, card, lengths(recipe)).changes]}
+    except BadInput as error:
+        return {"refusal": str(error)}
 
 
 def nearest(billions: float) -> str:

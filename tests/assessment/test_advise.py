@@ -172,11 +172,33 @@ def test_from_flags_to_json(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "notes.json").read_text() == "{}"
 
 
-def test_a_method_that_no_memory_is_there_for_comes_last():
-    made = cli.recipes.typed(AdviseRecipe(), {"situation": {
-        "gpus": 1, "memory": "4GB", "have": ["pairs"], "model_size": 72}}, "here")  # fmt: skip
-    first = advice.advise(made)["methods"][0]
-    assert first["missing"] and "does not fit" in first["missing"][0] and not first["commands"]
+def test_a_method_that_no_memory_is_there_for_comes_last(monkeypatch):
+    """And one that --fit brings in has that in its command."""
+
+    def asked(method, at, model, serves, ask):
+        held = {"bytes": 9 << 30, "phase": "step", "fits": method == "kto", "measured": False, "model": "m"}
+        return held if ask is first_steps.taken else {"dpo": {"refusal": "dpo does not fit"}}[method]
+
+    monkeypatch.setattr(advice, "memory", asked)
+    flags = {"gpus": 1, "memory": "4GB", "have": ["pairs"], "model_size": 72}
+    found = advice.advise(cli.recipes.typed(AdviseRecipe(), {"situation": flags}, "here"))["methods"]
+    dpo = next(one for one in found if one["method"] == "dpo")
+    assert (dpo["missing"], dpo["commands"], dpo["applicability"]["word"]) == (["dpo does not fit"], [], "not yet")
+    assert not found[0]["missing"] and all(one["missing"] for one in found[found.index(dpo) :])
+    monkeypatch.setattr(
+        advice, "memory", lambda *more: asked(*more) if more[-1] is first_steps.taken else {"fit": ["--x 1: y"]}
+    )
+    said = advice.advise(cli.recipes.typed(AdviseRecipe(), {"situation": flags}, "here"))
+    assert said["methods"][0]["method"] == "dpo" and said["methods"][0]["commands"][0].endswith(" --fit 4GB")
+    assert "`--fit` changes --x 1: y" in advice.markdown(said)
+
+
+def test_a_recipe_that_is_too_large_is_made_to_fit(tmp_path):
+    recipe = cli.recipes.load(RECIPES["sft"], ROOT / "recipes" / "qwen2.5-0.5b-full-sft.yaml")
+    recipe.model.model_name_or_path = str(tiny.write_model(tmp_path / "model", vocab=4096))
+    card = Card("3GB", int(2.3 * 2**30), True)
+    assert not first_steps.taken("sft", recipe, card)["fits"]
+    assert "per_device_train_batch_size" in first_steps.made_to_fit("sft", recipe, card)["fit"][0]
 
 
 @pytest.mark.parametrize(("flags", "said"), [
