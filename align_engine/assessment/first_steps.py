@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import align_engine
 from align_engine import recipe as recipes
 from align_engine.assessment.guide import Advice, guide
 from align_engine.assessment.situation import Situation
@@ -21,7 +20,7 @@ from align_engine.planning.fit import fitted
 from align_engine.planning.rehearse import lengths, rehearse
 from align_engine.recipe import RECIPES, Recipe, RolloutSection
 
-RECIPE_FOLDER = Path(align_engine.__file__).parents[1] / "recipes"  # beside the package, in a checkout
+ROOT = Path(__file__).parents[2]  # in a checkout the recipes lie there, beside the package
 REWARD = {"assessors": "human", "verifier": "my_rewards.py:score", "reward-model": "runs/rm/final"}
 SMALLEST = "Qwen2.5-0.5B"  # a reward model's, as the recipes have it
 
@@ -67,7 +66,7 @@ def memory(
     Returns:
         what `ask` says, or {"why_not": a sentence}.
     """
-    path = RECIPE_FOLDER.parent / recipe_of(method, at.billions)
+    path = ROOT / recipe_of(method, at.billions)
     if not path.is_file():
         return {"why_not": f"{path.name} is not beside this installation: it is in the repository"}
     try:

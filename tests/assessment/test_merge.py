@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align_engine import cli
 from align_engine.assessment import merge
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+pytestmark = pytest.mark.filterwarnings(  # of peft
+    "ignore:.*is_gradient_checkpointing.*:FutureWarning", "ignore:Model has `tie_word_embeddings=True`:UserWarning"
+)
 IDS = torch.tensor([[2, 3, 4, 5, 6]])
 CARD = "---\nlicense: mit\nlibrary_name: peft\n---\n\n# A run\n"
 

@@ -16,6 +16,7 @@ from align_engine.iterate import iterate
 from align_engine.recipe import DpoRecipe, IterateRecipe, RlooRecipe, SftRecipe
 from align_engine.run import train
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 TOKEN = "hf_" + "s" * 30
 
 

@@ -220,8 +220,8 @@ def test_a_mistyped_path_is_refused_at_once(model, tmp_path, monkeypatch):
 def test_an_unreachable_hub_is_one_short_sentence(monkeypatch):
     import huggingface_hub
 
-    def refuse(self, name, timeout):
-        assert timeout <= 10
+    def refuse(self, name, revision, timeout):
+        assert timeout <= 10 and revision in (None, "main")
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
