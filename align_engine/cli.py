@@ -198,9 +198,10 @@ def explain(name: str, recipe: Settings, others: Sequence[str]) -> None:
         raise BadInput(recipes.unknown("flag", strange[0], known))
     import tyro
 
+    required = getattr(recipe, "required", recipes.REQUIRED)
     for section in vars(recipe).values():
         for field, value in vars(section).items():  # they are printed as defaults
-            setattr(section, field, tyro.MISSING if field in recipes.REQUIRED and value == "" else masked(value))
+            setattr(section, field, tyro.MISSING if field in required and value == "" else masked(value))
     said = f"{type(recipe).__doc__}\n\n--recipe FILE: a YAML file of the names below; flags override it."
     flat = (tyro.conf.OmitArgPrefixes,)
     tyro.cli(type(recipe), args=["--help"], prog=f"align {name}", description=said, default=recipe, config=flat)

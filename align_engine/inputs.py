@@ -19,9 +19,10 @@ DATA = ("dataset_name", "eval_dataset_name", "pairs_name")
 CODE = (
     "reward_funcs",
     "eval_reward_funcs",
+    "checkers",
     "callbacks",
 )  # lists: `file.py:name`, folders of models, modules, addresses
-REWARDS = ("reward_funcs", "eval_reward_funcs")
+REWARDS = ("reward_funcs", "eval_reward_funcs", "checkers")
 FOLDERS = ("runs", "results")  # lists: of runs and of results
 OUTPUTS = ("output_dir", "server_weights", "json")
 
@@ -122,6 +123,8 @@ def facts(recipe: Settings) -> dict[str, Any]:
     for name in REWARDS:
         if specs := values.get(name):
             found[f"files of {name}"] = [rewards.fingerprint(spec) for spec in specs]
+    if names := [name for name in values.get("eval_tasks") or () if Path(name).is_file()]:
+        found["files of eval_tasks"] = list(map(fingerprint.of_file, names))
     if names := values.get("callbacks"):
         found["files of callbacks"] = [importing.fingerprint(name, "callbacks") for name in names]
     if not (kind := type(recipe)).__module__.startswith("align_engine."):

@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from align_engine.models.modelfiles import check_path
 from align_engine.planning import cards
 from align_engine.planning.cards import size
 from align_engine.planning.fit import fitted
-from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RolloutSection, SftLoss
+from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RmRecipe, RolloutSection, SftLoss
 from align_engine.recipe.secrets import masked
-from align_engine.reports import card, hub
+from align_engine.reports import benchmarks, card, hub
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
 from align_engine.training import allocator, optimiser, packing, precomputed, ranks, samples, stops, tensor_parallel
@@ -118,6 +118,7 @@ def fit(
         where, config = data.eval_dataset_name or data.dataset_name, data.dataset_config
         config = None if data.eval_dataset_name else config
         evaluation = load_source(where, data.dataset_test_split, config, *shared, training=False)
+    tasks = benchmarks.in_training(recipe.eval, tokenizer)
     recipe, said = algorithm.settle(source.rows, recipe)
     if said:
         accelerator.print(said)
@@ -142,12 +143,12 @@ def fit(
         precomputed.precompute_all(engine, asked_before, source, evaluation, steps, folder)
     for part in parts:
         part.start(engine, learns=part is source)
-    learn(engine, source, evaluation, tokenizer, folder, steps, callbacks)
+    learn(engine, source, evaluation, tokenizer, folder, steps, callbacks, tasks)
 
 
 def learn(
     engine: Engine, source: Source, evaluation: Source | None, tokenizer: Any, folder: RunFolder, steps: int,
-    callbacks: Sequence[Any],
+    callbacks: Sequence[Any], tasks: Callable[[Engine], dict[str, float]] | None,
 ) -> None:  # fmt: skip
     """Train from where the folder stands to the last step, save and report."""
     recipe, accelerator, name = engine.recipe, engine.accelerator, engine.algorithm.name
@@ -166,7 +167,7 @@ def learn(
     with journal.bar:
         around = Callbacks(engine, tokenizer, steps, source.steps_per_epoch, callbacks)
         around.state.log_history += logged
-        training = Training(engine, evaluation, folder, journal, around, steps, source)
+        training = Training(engine, evaluation, folder, journal, around, steps, source, tasks)
         with stops.graceful(journal.say):
             for window in training.windows():
                 training.learnt(engine.learn(window, journal.clock))
@@ -323,6 +324,7 @@ def check_choices(recipe: Recipe, accelerator: Accelerator) -> None:
             with rewards.no_model(spec):
                 check_path(spec, field)
     check_device(recipe, accelerator.device)
+    check_tasks(recipe, accelerator)
     check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
     optimiser.check(recipe.train, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
     try:
@@ -330,6 +332,16 @@ def check_choices(recipe: Recipe, accelerator: Accelerator) -> None:
             pick(recipe.kernels.impl, accelerator.device, torch.float32)
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+def check_tasks(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse benchmarks of a model that no process holds whole, or that writes nothing."""
+    if recipe.eval.eval_tasks:
+        said = f"eval_tasks = {recipe.eval.eval_tasks}"
+        if accelerator.distributed_type == DistributedType.FSDP or load.tensor_parallel_size() > 1:
+            raise BadInput(f"{said}: benchmarks need the whole model on each device; ask align eval about checkpoints")
+        if isinstance(recipe, RmRecipe):
+            raise BadInput(f"{said}: a reward model writes no answers; leave them out")
 
 
 def check_device(recipe: Recipe, device: torch.device) -> None:

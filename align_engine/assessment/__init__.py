@@ -9,16 +9,23 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from align_engine.assessment.diagnose_settings import DiagnoseRecipe
+from align_engine.assessment.eval_settings import EvalRecipe
 from align_engine.assessment.report_sections import ReportRecipe, SamplesRecipe
 from align_engine.assessment.sections import AdviseRecipe, ChatRecipe, MergeRecipe
 from align_engine.errors import BadInput
 from align_engine.recipe import REQUIRED, Settings
 
-EXTRA: dict[str, str] = {}  # packages of the extra `assess`, by the name of their module
+EXTRA: dict[str, str] = {  # packages of the extra `assess`, by the name of their module
+    "lm_eval": "lm-eval", "openai": "openai", "scipy": "scipy", "sklearn": "scikit-learn",
+    "sentence_transformers": "sentence-transformers",
+}  # fmt: skip
 ASSESSMENT: dict[str, type[Settings]] = {
     "advise": AdviseRecipe,
     "chat": ChatRecipe,
     "merge": MergeRecipe,
+    "diagnose": DiagnoseRecipe,
+    "eval": EvalRecipe,
     "samples": SamplesRecipe,
     "report": ReportRecipe,
 }

@@ -23,7 +23,7 @@ from align_engine.data.fingerprint import content_hash
 from align_engine.data.json_text import loads
 from align_engine.data.sources import load_rows
 from align_engine.errors import BadInput, printable, shortened
-from align_engine.preparation.sections import InputSection, Preparation
+from align_engine.preparation.sections import InputSection
 from align_engine.training import stops
 from align_engine.training.checkpoint import RunFolder
 
@@ -48,7 +48,7 @@ def dry(rows: Iterable[dict[str, Any]], count: int = SHOWN) -> None:
 class ResultFolder(RunFolder):
     """The folder of one command's result."""
 
-    product, extent = ROWS, ("models",)
+    product = ROWS
 
     def standing(self) -> str:
         begun = any(name.startswith("_") for name in self.record()["files"])
@@ -62,9 +62,9 @@ class ResultFolder(RunFolder):
         with self.written(name) as path, path.open("wb") as file:
             file.writelines(map(_line, rows))
 
-    def journal(self) -> Journal:
+    def journal(self, name: str = JOURNAL) -> Journal:
         """What has been done so far; more can be added."""
-        return Journal(self.growing(JOURNAL), self)
+        return Journal(self.growing(name), self)
 
     def growing(self, name: str) -> Path:
         """A file of the result that its command writes bit by bit, and knows how to go on with."""
@@ -129,25 +129,28 @@ def _line(row: dict[str, Any]) -> bytes:
 @contextlib.contextmanager
 def opened(
     name: str,
-    settings: Preparation,
-    rows: datasets.Dataset,
+    settings: Any,
+    rows: datasets.Dataset | None,
     facts: dict[str, Any] | None = None,
     product: str = ROWS,
+    extent: tuple[str, ...] = ("models",),
 ) -> Iterator[ResultFolder | None]:
     """The folder of a command's result, inside the block this process's alone; None where it holds the result already,
     which is said. At the block's end the result is finished.
 
     Args:
-        rows: what the command reads, and
+        settings: with a section `output` of ResultSection.
+        rows: what the command reads (None: no rows), and
         facts: what else decides its result, beside the settings.
         product: the file or folder without which the result is made again.
+        extent: settings and facts that a later call may change, to go on from there.
     Raises:
         BadInput: the folder holds something else, or is in use. Stopped: a KeyboardInterrupt ended the block.
     """
     chosen = {field: value for field, value in recipes.identity(settings).items() if field not in FREE}
-    identity = {"command": name, **chosen, "rows": content_hash(rows)} | (facts or {})
+    identity = {"command": name, **chosen, "rows": rows and content_hash(rows)} | (facts or {})
     folder = ResultFolder(settings.output.output_dir, identity)
-    folder.product = product
+    folder.product, folder.extent = product, extent
     overwrite = settings.output.overwrite
     with folder.locked():
         if folder.finished(overwrite):

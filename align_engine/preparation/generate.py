@@ -12,6 +12,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import datasets
+
 from align_engine.data.formats import Messages
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models import fingerprint
@@ -20,6 +22,7 @@ from align_engine.preparation.endpoints import Endpoint, ask_all
 from align_engine.preparation.models import ModelSpec, Question, Reply, read_models
 from align_engine.preparation.sections import GenerateRecipe
 
+Asking = Any  # settings with a section `ask` of AskedModels, and a section `data`
 Place = tuple[str | None, str | None]  # of an endpoint: its address, and the variable that holds its key
 SETTINGS = ("temperature", "top_p", "max_tokens")
 OURS = ("prompt", "completion", "model", "tier", "rank", "index", "choice", "seed", *SETTINGS, "finish_reason")
@@ -44,30 +47,29 @@ def run(settings: GenerateRecipe) -> None:
             again; what has been answered stays. Stopped: by a signal.
     """
     rows, specs = layouts.read(settings.data), read_models(settings.ask.models)
-    for spec in specs:
-        if spec.column and spec.column not in {*rows.column_names, "completion"}:
-            known = ", ".join(rows.column_names)
-            raise BadInput(f"model {spec.name!r}: there is no column {spec.column!r}, but {known}")
+    check_columns(specs, rows)
     columns = [one.column for one in specs if one.column]
     prompts = dict(layouts.converted(rows, settings.data.bad_rows, lambda row: read(row, columns)))
     if settings.data.dry_run:
         folder.dry(asked(specs, prompts, settings.ask.seed))
         return
     endpoints = endpoints_of(specs, settings)
-    facts: dict[str, Any] = {"models": sorted(one.name for one in specs)}
-    facts |= {f"model {one.name}": one.settings for one in specs}
-    facts |= {f"files of model {one.name}": fingerprint.of_model(one.path) for one in specs if one.path}
+    facts = facts_of(specs)
     with folder.opened("generate", settings, rows, facts) as place:
         if place is None:
             return
         with place.journal() as journal:
             work = Work(settings, specs, prompts, journal)
-            with totals.progress(work.specs, work.replies, len(prompts)) as work.show:
-                asyncio.run(ask_all(work.questions(endpoints), work.take))
-                for spec in specs:
-                    if spec.path and (waiting := work.missing(spec)):
-                        checkpoint(spec, work, waiting)
+            fill(work, endpoints)
         finish(place, work)
+
+
+def check_columns(specs: Iterable[ModelSpec], rows: datasets.Dataset) -> None:
+    """Refuse people whose answers stand in no column."""
+    for spec in specs:
+        if spec.column and spec.column not in {*rows.column_names, "completion"}:
+            known = ", ".join(rows.column_names)
+            raise BadInput(f"model {spec.name!r}: there is no column {spec.column!r}, but {known}")
 
 
 def read(row: layouts.Row, columns: Iterable[str]) -> Prompt:
@@ -78,7 +80,24 @@ def read(row: layouts.Row, columns: Iterable[str]) -> Prompt:
     return Prompt(messages, more, {name: layouts.answer(text, name) for name, text in held.items()})
 
 
-def endpoints_of(specs: Iterable[ModelSpec], settings: GenerateRecipe) -> dict[Place, Endpoint]:
+def facts_of(specs: Iterable[ModelSpec]) -> dict[str, Any]:
+    """What decides the answers of models, for the identity of a result."""
+    specs = list(specs)
+    facts: dict[str, Any] = {"models": sorted(one.name for one in specs)}
+    facts |= {f"model {one.name}": one.settings for one in specs}
+    return facts | {f"files of model {one.name}": fingerprint.of_model(one.path) for one in specs if one.path}
+
+
+def fill(work: Work, endpoints: dict[Place, Endpoint]) -> None:
+    """Ask for all replies that are missing."""
+    with totals.progress(work.specs, work.replies, len(work.prompts)) as work.show:
+        asyncio.run(ask_all(work.questions(endpoints), work.take))
+        for spec in work.specs:
+            if spec.path and (waiting := work.missing(spec)):
+                checkpoint(spec, work, waiting)
+
+
+def endpoints_of(specs: Iterable[ModelSpec], settings: Asking) -> dict[Place, Endpoint]:
     """The endpoints that are asked. Raises BadInput where a key is missing."""
     own = settings.ask
     by_place = {(one.base_url, one.api_key_env): one for one in specs if one.base_url}
@@ -104,9 +123,7 @@ class Work:
         journal: of the folder; replies of these models under this seed in it are taken as they stand.
     """
 
-    def __init__(
-        self, settings: GenerateRecipe, specs: list[ModelSpec], prompts: Prompts, journal: folder.Journal
-    ) -> None:
+    def __init__(self, settings: Asking, specs: list[ModelSpec], prompts: Prompts, journal: folder.Journal) -> None:
         self.settings, self.specs, self.prompts, self.journal = settings, specs, prompts, journal
         self.keys = {one.name: one.key(settings.ask.seed) for one in specs}
         self.replies: dict[str, dict[int, Reply]] = {one.name: {} for one in specs}
@@ -140,10 +157,16 @@ class Work:
         Raises:
             RunFailed: there is no answer to this prompt, or an empty one, and such are not dropped.
         """
-        spec, row, reply = question.spec, question.row, checked(reply)
+        reply = checked(reply)
         if reply.refused and self.settings.data.bad_rows == "error":
             way = "--bad_rows drop leaves such answers out"
-            raise RunFailed(f"model {spec.name!r}, row {row}: {reply.refused} ({way}); {folder.STANDING}")
+            where = f"model {question.spec.name!r}, row {question.row}"
+            raise RunFailed(f"{where}: {reply.refused} ({way}); {folder.STANDING}")
+        self.keep(question, reply)
+
+    def keep(self, question: Question, reply: Reply) -> None:
+        """Write a reply to the journal."""
+        spec, row = question.spec, question.row
         self.journal.add([{"model": spec.name, "key": self.keys[spec.name], "row": row, **vars(reply)}])
         self.replies[spec.name][row] = reply
         self.show(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import torch
@@ -15,6 +16,22 @@ from align_engine.models import load
 from align_engine.preparation.models import ModelSpec, Reply
 from align_engine.recipe import ModelSection, RolloutSection
 from align_engine.rollouts.generate import transformers_sampler
+
+
+def as_read(prompts: list[Any], tokenizer: Any, where: str) -> list[Any]:
+    """Prompts, texts or messages, as a tokenizer takes them: where it has no chat template, one message of the user is
+    the text that it is.
+
+    Raises:
+        BadInput: it has none for a conversation.
+    """
+    if tokenizer.chat_template is not None:
+        return prompts
+    chats = [one for one in prompts if isinstance(one, list)]
+    if turns := next((one for one in chats if [part["role"] for part in one] != ["user"]), None):
+        said = ", ".join(part["role"] for part in turns)
+        raise BadInput(f"{where} has no chat template, and a prompt has messages of {said}")
+    return [one if isinstance(one, str) else one[0]["content"] for one in prompts]
 
 
 class Local:
@@ -34,13 +51,7 @@ class Local:
         transformers.logging.disable_progress_bar()
         path = str(spec.path)
         self.tokenizer = load.load_tokenizer(path, field=field)
-        texts = list(prompts.values())
-        if self.tokenizer.chat_template is None:
-            chats = [one for one in texts if isinstance(one, list)]
-            if turns := next((one for one in chats if [part["role"] for part in one] != ["user"]), None):
-                said = ", ".join(part["role"] for part in turns)
-                raise BadInput(f"{field} = {path!r} has no chat template, and a prompt has messages of {said}")
-            texts = [one if isinstance(one, str) else one[0]["content"] for one in texts]
+        texts = as_read(list(prompts.values()), self.tokenizer, f"{field} = {path!r}")
         rows = datasets.Dataset.from_list([{"prompt": one} for one in texts])
         kept, _ = prepare(rows, self.tokenizer, "prompt", max_length=None)
         self.ids = dict(zip(prompts, kept["prompt_ids"][:]))

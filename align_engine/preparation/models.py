@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from align_engine.errors import BadInput
@@ -90,9 +92,11 @@ class Reply:
     refused: str | None = None
 
 
-def read_models(given: list[str]) -> list[ModelSpec]:
+def read_models(given: list[str], usual: Mapping[str, Any] = MappingProxyType({})) -> list[ModelSpec]:
     """The models of YAML files and flags, in their order.
 
+    Args:
+        usual: what is said of each model that says nothing else.
     Raises:
         BadInput: a file that cannot be read, an unknown key, a value out of range, two models of one name.
     """
@@ -100,7 +104,7 @@ def read_models(given: list[str]) -> list[ModelSpec]:
     for one in given:
         is_file = "=" not in one or Path(one).expanduser().is_file()
         entries = _entries(one) if is_file else [dict(_pairs(one))]
-        found += [_spec(entry, one if is_file else "models") for entry in entries]
+        found += [_spec({**usual, **entry}, one if is_file else "models") for entry in entries]
     names = [one.name for one in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadInput(f"models: two of them have the name {twice[0]!r}")

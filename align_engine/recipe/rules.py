@@ -16,8 +16,8 @@ from align_engine.recipe.values import numbers
 REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", "models")
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
-         "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings",
-         "runs", "results", "json"}  # fmt: skip
+         "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings", "checkers",
+         "tasks", "include_path", "eval_tasks", "runs", "results", "json"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc", "tune_malloc", "fit", "log_completions", "num_completions_to_print",
                        "push_to_hub", "hub_model_id", "hub_private_repo")  # fmt: skip
@@ -68,11 +68,14 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
         yield "eval_reward_funcs", "takes scorers, not people"
     if twice := set(get("eval_reward_funcs") or ()) & set(get("reward_funcs") or ()):
         yield "eval_reward_funcs", f"names {min(twice)!r}, which is one of reward_funcs and asked in evaluations anyway"
-    if values["eval_steps"] and not evaluation:
-        yield "eval_steps", "needs eval_dataset_name or dataset_test_split"
+    measured = evaluation or values["eval_tasks"]
+    if values["eval_steps"] and not measured:
+        yield "eval_steps", "needs eval_dataset_name or dataset_test_split, or eval_tasks"
     for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if values[name] and not (values["eval_steps"] and evaluation):
-            yield name, "needs eval_steps and an evaluation dataset"
+        if values[name] and not (values["eval_steps"] and measured):
+            yield name, "needs eval_steps and an evaluation dataset, or eval_tasks"
+        elif values[name] and not evaluation and not values["metric_for_best_model"]:
+            yield name, "needs metric_for_best_model, as TASK/METRIC: with eval_tasks alone there is no loss to go by"
     for name in ("hub_model_id", "hub_private_repo"):
         if values[name] is not None and not values["push_to_hub"]:
             yield name, "needs --push_to_hub"

@@ -449,6 +449,11 @@ class EvalSection(Section):
     """Stop after so many evaluations without a better one (None: never)."""
     early_stopping_threshold: NotNegative = 0.0
     """By how much an evaluation must be better to count as one, for early stopping."""
+    eval_tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, by name or YAML file, that each evaluation measures, apart from loss and reward:
+    their metrics are TASK/METRIC (docs/eval.md)."""
+    eval_tasks_limit: Count | None = None
+    """Only the first so many examples of each of them (None: all)."""
 
 
 class OnlineEval(EvalSection):

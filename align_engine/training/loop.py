@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Training:
     callbacks: Callbacks
     total: int  # optimiser steps
     source: Source
+    benchmarks: Callable[[Engine], dict[str, float]] | None = None  # what evaluations measure besides
     stopping: bool = False  # a rank has been told to stop
 
     def __post_init__(self) -> None:
@@ -85,9 +86,11 @@ class Training:
             return last or wish or bool(every and progress.step % every == 0)
 
         found, best = {}, False
-        if self.evaluation and due(options.eval.eval_steps, callbacks.control.should_evaluate):
+        measured = self.evaluation or self.benchmarks
+        if measured and due(options.eval.eval_steps, callbacks.control.should_evaluate):
             with self.journal.clock("eval"):
-                found = self.evaluation.evaluate(self.engine)
+                found = self.evaluation.evaluate(self.engine) if self.evaluation else {}
+                found |= self.benchmarks(self.engine) if self.benchmarks else {}
             best = callbacks.evaluated(found)
             said += self.health.evaluation(found)
         if due(options.output.logging_steps, callbacks.control.should_log):

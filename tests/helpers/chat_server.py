@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,17 +26,21 @@ class ChatServer(ThreadingHTTPServer):
         key: it wants (None: any).
         choices: how many answers it gives (None: as many as are asked for).
         empty: it answers nothing to prompts that hold this word.
+        says: what it answers to a request's body and the number of the choice (None: words of a hash).
+        reads: log-probs of a prompt that `/completions` echoes, as its answer holds them (None: it has none).
     """
 
     daemon_threads, request_queue_size = True, 256
 
     def __init__(
         self, fails: float = 0.0, delay: float = 0.0, key: str | None = None, choices: int | None = None,
-        empty: str | None = None, seed: int = 0,
+        empty: str | None = None, seed: int = 0, says: Callable[[dict[str, Any], int], str] | None = None,
+        reads: Callable[[str], dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.fails, self.delay, self.key, self.choices, self.empty = fails, delay, key, choices, empty
+        self.says, self.reads = says or answer, reads
         self.lock, self.random = threading.Lock(), random.Random(seed)
         self.now, self.most, self.failed = 0, 0, Counter[str]()
         self.asked, self.headers, self.bodies = Counter[str](), list[dict[str, str]](), list[dict[str, Any]]()
@@ -91,13 +95,19 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"error": {"message": "upstream has failed", "code": 502}}, {}
         if failure == "words":
             return 200, "<html>gateway</html>", {}
+        if "messages" not in body:
+            if here.reads is None:
+                return 404, {"error": {"message": "no completions here"}}, {}
+            choice = {"index": 0, "text": body["prompt"], "finish_reason": "length"}
+            choice["logprobs"] = here.reads(body["prompt"])
+            return 200, {"object": "text_completion", "choices": [choice]}, {}
         prompt = body["messages"][-1]["content"]
-        if len(prompt) > LIMIT:
+        if len(prompt) > LIMIT and here.says is answer:
             return 400, {"error": {"message": "the prompt is too long"}}, {}
         with here.lock:
             here.asked[f"{body['model']} {prompt}"] += 1
         count = here.choices or body.get("n", 1)
-        texts = ["" if here.empty and here.empty in prompt else answer(body, i) for i in range(count)]
+        texts = ["" if here.empty and here.empty in prompt else here.says(body, i) for i in range(count)]
         choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
                    for i, text in enumerate(texts)]  # fmt: skip
         usage = {"prompt_tokens": len(prompt.split()), "completion_tokens": sum(len(one.split()) for one in texts)}
