@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ import torch
 
 from align_engine.assessment import answers, eval_report, judge
 from align_engine.assessment.eval_settings import EvalRecipe, judge_of
-from align_engine.assessment.intervals import Estimate, length_controlled, mean
+from align_engine.assessment.found import Found, Versus
+from align_engine.assessment.intervals import length_controlled, mean
 from align_engine.errors import BadInput
 from align_engine.models import load
 from align_engine.models.fingerprint import of_file
@@ -31,29 +31,6 @@ from align_engine.rollouts import rewards
 
 TASKS, REQUESTS = "_tasks.jsonl", "_requests.jsonl"
 EXTENT = ("models", "tasks", "checkers", "files of checkers", "judge", "judge settings")
-
-
-@dataclass
-class Versus:
-    """A model before the judge."""
-
-    rate: Estimate
-    controlled: Estimate
-    judged: list[judge.Judged]
-    lengths: tuple[float, float]  # mean characters of its answers, and of the baseline's
-
-
-@dataclass
-class Found:
-    """What is known of one model."""
-
-    spec: ModelSpec
-    scores: dict[str, Score] = field(default_factory=dict)  # by task
-    unable: dict[str, str] = field(default_factory=dict)  # why there is no score, by task
-    checked: dict[str, Estimate] = field(default_factory=dict)  # by checker
-    unscored: dict[str, int] = field(default_factory=dict)  # answers that a checker cannot grade
-    versus: Versus | None = None
-    unanswered: int = 0  # prompts
 
 
 def run(settings: EvalRecipe) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from align_engine.assessment.found import Found
 from align_engine.assessment.intervals import Estimate
 from align_engine.assessment.pictures import dots
 from align_engine.preparation import folder, report
@@ -13,7 +14,6 @@ from align_engine.reports.benchmarks import Score
 from align_engine.reports.report import Table, number
 
 if TYPE_CHECKING:
-    from align_engine.assessment.eval import Found
     from align_engine.assessment.eval_settings import EvalRecipe
 
 RAW, CONTROLLED = "win rate", "win rate at equal length"

@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from openai import APIConnectionError, APIStatusError
 
 from align_engine.errors import RunFailed
@@ -42,26 +45,32 @@ class Served(LM):
         self.replies: dict[str, Any] = {line["request"]: line["reply"] for line in journal.rows}
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """The answer to each request's context."""
-        asked = [(one.args[0], one.args[1]) for one in requests]
-        keys = [self._key("chat", *one) for one in asked]
-        missing = {key: i for i, key in enumerate(keys) if key not in self.replies}
-        questions = [self._question(i, *asked[i]) for i in missing.values()]
+        """The answer to each request's context; to one that is asked several times, so many answers."""
+        asked, times = [], Counter[str]()
+        for one in requests:
+            context, settings = one.args[0], normalize_gen_kwargs(one.args[1], LONGEST)
+            times.update([key := self._key("chat", context, settings)])
+            asked.append((f"{key} {times[key]}", context, settings))
+        questions = [
+            self._question(number, context, settings)
+            for number, (key, context, settings) in enumerate(asked)
+            if key not in self.replies
+        ]
 
         def take(question: Question, reply: Reply) -> None:
             if reply.refused:
                 raise RunFailed(f"model {self.spec.name!r}: {reply.refused}")
-            self._keep(keys[question.row], reply.answers[0][0])
+            self._keep(asked[question.row][0], reply.answers[0][0])
 
         asyncio.run(ask_all([(self.endpoint, questions)], take))
-        return [_cut(self.replies[key], settings) for key, (_, settings) in zip(keys, asked)]
+        return [_cut(self.replies[key], settings["until"]) for key, _, settings in asked]
 
-    def _question(self, number: int, context: str, settings: dict[str, Any]) -> Question:
-        spec = ModelSpec(**{
-            **vars(self.spec), "n": 1, "temperature": float(settings.get("temperature") or 0.0),
-            "top_p": float(settings.get("top_p") or 1.0), "max_tokens": int(settings.get("max_gen_toks") or LONGEST),
-        })  # fmt: skip
-        return Question(spec, number, [{"role": "user", "content": context}], self.seed)
+    def _question(self, number: int, context: str, settings: Any) -> Question:
+        sampled = {"n": 1, "temperature": settings["temperature"], "top_p": float(settings.get("top_p") or 1.0),
+                   "max_tokens": settings["max_gen_toks"]}  # fmt: skip
+        return Question(
+            replace(self.spec, **sampled), number, [{"role": "user", "content": context}], self.seed + number
+        )
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether each of its tokens is the likeliest) of each request."""
@@ -125,9 +134,8 @@ def _of_continuation(held: Any, start: int, end: int) -> tuple[float, bool]:
     return float(sum(logps)), all(logp >= top for logp, top in zip(logps, best))
 
 
-def _cut(text: str, settings: dict[str, Any]) -> str:
+def _cut(text: str, until: list[str]) -> str:
     """An answer up to the first of the task's stop strings."""
-    until = settings.get("until") or []
-    for stop in [until] if isinstance(until, str) else until:
+    for stop in until:
         text = text.split(stop)[0] if stop else text
     return text
