@@ -173,9 +173,9 @@ def grade(case: Case, tools: Tools, name: str) -> Estimate:
     grades = []
     for k in range(case.specs[name].n):
         texts = {row: found[k] for row, found in zip(rows, case.texts[name])}
-        grades.append(rewards.score(tools.checkers, columns_of(case.asked, texts)).numpy().mean(1))
-    whole = np.nanmean(np.array(grades), 0)
-    return mean(whole[~np.isnan(whole)], case.settings.ask.seed)
+        grades.append(rewards.score(tools.checkers, columns_of(case.asked, texts)).numpy())
+    whole = np.concatenate(grades, 1)  # [prompts, samples x checkers]
+    return mean(np.nanmean(whole[~np.isnan(whole).all(1)], 1), case.settings.ask.seed)
 
 
 def read_evaluation(path: str, settings: DiagnoseRecipe) -> dict[str, Any]:

@@ -233,7 +233,8 @@ def variance(
         sentence += f", and a reference answer has {_times(gap.value)} its own per token"
     state = _both(varied, unlikely)
     sentence += {
-        "present": ": it has no settled way to answer.", "absent": ": it has settled how to answer.",
+        "present": ": it has no settled way to answer.",
+        "absent": ": it has settled how to answer." if varied == "absent" else ": they vary, around what is wanted.",
         "unclear": ": too uncertain to tell; give more prompts." if likely
         else ": reference answers (a column completion) would tell whether these are the wanted ones.",
     }[state]  # fmt: skip
