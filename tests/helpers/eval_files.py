@@ -58,7 +58,7 @@ def mean_of_all(items):
 '''
 
 
-def write(folder: Path, count: int = 24, seed: int = 0) -> tuple[Path, Path]:
+def write(folder: Path, count: int = 40, seed: int = 0) -> tuple[Path, Path]:
     """(multiple choice, instructions): YAML files in a folder of their own, with their data."""
     folder.mkdir(exist_ok=True)
     rng = random.Random(seed)
