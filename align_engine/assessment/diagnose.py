@@ -79,7 +79,7 @@ def run(settings: DiagnoseRecipe) -> None:
     if settings.data.dry_run:
         return folder.dry(generate.asked(list(specs.values()), asked.prompts, settings.ask.seed))
     facts = generate.facts_of(specs.values()) | inputs.facts(settings)
-    facts |= {f"task {name}": of_file(name) for name in settings.signs.tasks if name.endswith((".yaml", ".yml"))}
+    facts |= {f"task {name}": of_file(name) for name in settings.signs.tasks if benchmarks.is_file(name)}
     facts |= {
         "evaluated": tools.evaluated,
         "curves": tools.curves and hashlib.sha256(json.dumps(tools.curves).encode()).hexdigest(),

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 
@@ -33,6 +34,18 @@ TASKS, REQUESTS = "_tasks.jsonl", "_requests.jsonl"
 EXTENT = ("models", "tasks", "checkers", "files of checkers", "judge", "judge settings")
 
 
+class Plan(NamedTuple):
+    """All that a call needs, loaded and found to be there."""
+
+    specs: list[ModelSpec]
+    judging: ModelSpec | None
+    tasks: list[Benchmark]
+    checkers: list[rewards.Reward]
+    rows: datasets.Dataset | None
+    asked: answers.Asked
+    endpoints: dict[generate.Place, Endpoint]
+
+
 def run(settings: EvalRecipe) -> None:
     """The command.
 
@@ -40,6 +53,28 @@ def run(settings: EvalRecipe) -> None:
         BadInput: settings, models, tasks, data or scorers that cannot be used, before anything is computed. RunFailed:
             a model, an endpoint, a task or a judge fails; what has been measured stays. Stopped: by a signal.
     """
+    plan = made(settings)
+    if settings.data.dry_run:
+        return folder.dry(generate.asked(plan.specs, plan.asked.prompts, settings.ask.seed))
+    facts = generate.facts_of(plan.specs) | {"judge settings": plan.judging and plan.judging.settings}
+    facts["files of checkers"] = list(map(rewards.fingerprint, settings.judging.checkers))
+    facts |= {f"task {name}": of_file(name) for name in settings.benchmarks.tasks if benchmarks.is_file(name)}
+    with folder.opened("eval", settings, plan.rows, facts, "report.json", EXTENT) as place:
+        if place is None:
+            return
+        found = {spec.name: Found(spec) for spec in plan.specs}
+        measure(place, settings, found, plan)
+        if plan.asked.prompts:
+            answered = answers.collect(place, settings, plan.specs, plan.asked, plan.endpoints)
+            place.write_rows("answers.jsonl", answered.rows())
+            check_answers(found, plan.checkers, answered, plan.asked)
+            if plan.judging:
+                compare(place, settings, plan.judging, found, answered)
+        eval_report.write(place, found, plan.judging)
+
+
+def made(settings: EvalRecipe) -> Plan:
+    """What the settings ask for. Raises BadInput for what is not there, or does not go together."""
     own, specs = settings.judging, settings.specs()
     for spec in specs:
         if spec.path:
@@ -50,31 +85,14 @@ def run(settings: EvalRecipe) -> None:
     if judging:
         judge.check(judging)
         baseline_of(own.baseline, specs)
-    loaded = load_tasks(settings)
-    checkers = rewards.load_rewards(own.checkers, device())
+    tasks, checkers = load_tasks(settings), rewards.load_rewards(own.checkers, device())
     rows, asked = None, answers.Asked({}, {})
     if settings.data.dataset_name:
         rows, asked = answers.read(settings.data, specs, settings.benchmarks.limit)
     elif people := [one.name for one in specs if one.column]:
         raise BadInput(f"model {people[0]!r}: a column needs dataset_name, the data that hold it")
     endpoints = generate.endpoints_of(specs + [judging] * bool(judging), settings)
-    if settings.data.dry_run:
-        return folder.dry(generate.asked(specs, asked.prompts, settings.ask.seed))
-    facts = generate.facts_of(specs) | {"files of checkers": list(map(rewards.fingerprint, own.checkers))}
-    facts |= {f"task {name}": of_file(name) for name in settings.benchmarks.tasks if name.endswith((".yaml", ".yml"))}
-    facts["judge settings"] = judging and judging.settings
-    with folder.opened("eval", settings, rows, facts, "report.json", EXTENT) as place:
-        if place is None:
-            return
-        found = {spec.name: Found(spec) for spec in specs}
-        measure(place, settings, found, loaded, endpoints)
-        if asked.prompts:
-            answered = answers.collect(place, settings, specs, asked, endpoints)
-            place.write_rows("answers.jsonl", answered.rows())
-            check_answers(found, checkers, answered, asked)
-            if judging:
-                compare(place, settings, judging, found, answered)
-        eval_report.write(place, settings, found, judging)
+    return Plan(specs, judging, tasks, checkers, rows, asked, endpoints)
 
 
 def device() -> torch.device:
@@ -102,10 +120,7 @@ def load_tasks(settings: EvalRecipe) -> list[Benchmark]:
     return found
 
 
-def measure(
-    place: folder.ResultFolder, settings: EvalRecipe, found: dict[str, Found], loaded: list[Benchmark],
-    endpoints: dict[generate.Place, Endpoint],
-) -> None:  # fmt: skip
+def measure(place: folder.ResultFolder, settings: EvalRecipe, found: dict[str, Found], plan: Plan) -> None:
     """The scores of all models that can be asked, in all tasks, those of the journal as they stand."""
     own = settings.benchmarks
     with place.journal(TASKS) as journal, place.journal(REQUESTS) as requests:
@@ -114,11 +129,11 @@ def measure(
                 keep(one, line)
         done = {(line["model"], line["asked"]) for line in journal.rows}
         for name, one in found.items():
-            waiting = [task for task in loaded if (name, task.asked) not in done]
+            waiting = [task for task in plan.tasks if (name, task.asked) not in done]
             if not waiting or one.spec.column:
                 continue
             chat = own.apply_chat_template and not one.spec.base_url
-            with reader(one.spec, settings.ask, endpoints, requests) as lm:
+            with reader(one.spec, settings.ask, plan.endpoints, requests) as lm:
                 for task in waiting:
                     print(f"{name}: {task.asked}")
                     try:

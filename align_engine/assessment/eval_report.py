@@ -3,7 +3,7 @@ each number, as JSON, Markdown and a page."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from align_engine.assessment.found import Found
 from align_engine.assessment.intervals import Estimate
@@ -12,9 +12,6 @@ from align_engine.preparation import folder, report
 from align_engine.preparation.models import ModelSpec
 from align_engine.reports.benchmarks import Score
 from align_engine.reports.report import Table, number
-
-if TYPE_CHECKING:
-    from align_engine.assessment.eval_settings import EvalRecipe
 
 RAW, CONTROLLED = "win rate", "win rate at equal length"
 EXAMPLES, LONGEST = 4, 500  # comparisons on the page, characters of each text there
@@ -30,7 +27,7 @@ METHODS = {
 }  # fmt: skip
 
 
-def write(place: folder.ResultFolder, settings: EvalRecipe, found: dict[str, Found], judging: ModelSpec | None) -> None:
+def write(place: folder.ResultFolder, found: dict[str, Found], judging: ModelSpec | None) -> None:
     """The reports, and a line on the screen."""
     columns = columns_of(found)
     lead = f"{len(found)} models, {len(columns)} measures, each with its interval of 95 %."

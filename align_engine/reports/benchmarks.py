@@ -95,25 +95,26 @@ def load(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if lost := [one for one in include_path if not Path(one).is_dir()]:
         raise BadInput(f"include_path = {lost[0]!r} is no folder")
-    files = all(_is_file(name) for name in names)
+    files = all(is_file(name) for name in names)
     manager = TaskManager(include_path=list(include_path) or None, include_defaults=not files)
     return [_loaded(manager, name, num_fewshot, field) for name in names]
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
+    """Whether a task is named by its YAML file."""
     return name.endswith((".yaml", ".yml"))
 
 
 def _loaded(manager: Any, name: str, num_fewshot: int | None, field: str) -> Benchmark:
-    if _is_file(name) and not Path(name).is_file():
+    if is_file(name) and not Path(name).is_file():
         raise BadInput(f"{field} = {name!r}: there is no such file")
-    if not _is_file(name) and name not in manager.task_index:
+    if not is_file(name) and name not in manager.task_index:
         close = difflib.get_close_matches(name, manager.all_tasks, n=1)
         way = f"did you mean {close[0]!r}?" if close else "a task of your own is named by its YAML file"
         raise BadInput(f"{field} = {name!r} is no task, group or tag of lm-eval; {way}")
     try:
         with seeded():
-            loaded = manager.load([str(Path(name)) if _is_file(name) else name])
+            loaded = manager.load([str(Path(name)) if is_file(name) else name])
             for task in loaded["tasks"].values():
                 _settle(task, num_fewshot)
     except Exception as error:  # whatever data, templates and functions of tasks raise
