@@ -39,6 +39,9 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     "assessment/test_chat.py": ("test_two_side_by_side_one_of_adapters",),
     "assessment/test_report.py": ("test_which_way_a_curve_goes", "test_every_metric_that_a_loss_returns_has_its_line",
                                   "test_the_docs_hold_the_legend"),
+    # people who rate
+    "assessment/test_rate_tasks.py": ALL,
+    "assessment/test_rate_pages.py": ("test_forms_of_others_are_not_taken", "test_nothing_is_seen_without_a_link"),
     # command line, packaging, drop-ins
     "cli/test_cli.py": ("test_bad_input_is_one_message_and_exit_code_2", "test_sft_then_dpo_then_again"),
     "cli/test_packaging.py": ALL,

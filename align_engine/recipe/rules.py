@@ -17,10 +17,11 @@ REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", 
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
          "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings", "checkers",
-         "tasks", "include_path", "eval_tasks", "runs", "results", "json"}  # fmt: skip
+         "tasks", "include_path", "eval_tasks", "runs", "results", "json",
+         "project_dir", "run_dir", "gold_name", "guideline"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc", "tune_malloc", "fit", "log_completions", "num_completions_to_print",
-                       "push_to_hub", "hub_model_id", "hub_private_repo")  # fmt: skip
+                       "push_to_hub", "hub_model_id", "hub_private_repo", "wait_for_marks")  # fmt: skip
 R = TypeVar("R", bound=Settings)
 
 
@@ -117,6 +118,8 @@ def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     scorers, weights = values["reward_funcs"], values["reward_weights"]
     if len(scorers) > 1 and "human" in scorers:
         yield "reward_funcs", "takes 'human' alone, without other scorers"
+    if values["wait_for_marks"] and scorers != ["human"]:
+        yield "wait_for_marks", "is for reward_funcs human: other scorers answer at once"
     if len(set(scorers)) < len(scorers):
         yield "reward_funcs", "names a scorer twice: give it one of the reward_weights"
     if weights is not None and len(weights) != len(scorers):

@@ -202,6 +202,9 @@ class RolloutSection(Section):
     `http://...` of a scorer, or `human`: a file in the run's folder that people fill in."""
     reward_weights: list[Finite] | None = None
     """Factor of each of them (None: 1)."""
+    wait_for_marks: bool = False
+    """human: wait for the marks, which `align rate --run_dir` collects on a web page (or somebody puts into the file),
+    rather than end the run, which the same command goes on with."""
     num_generations: Count = 8
     """Completions of each prompt."""
     max_completion_length: Count = 512

@@ -17,6 +17,7 @@ import copy
 import inspect
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from numbers import Real
@@ -41,7 +42,7 @@ from align_engine.recipe.names import distinct
 from align_engine.recipe.secrets import check_address, masked
 from align_engine.rollouts.advantages import nanstd
 from align_engine.rollouts.server import post_all
-from align_engine.training import importing
+from align_engine.training import importing, stops
 from align_engine.training.importing import foreign, load_object
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ HTTP_CHUNK = 16  # completions of one request to a scorer
 PATIENCE = 120.0  # seconds that one request to a scorer may take
 KEY = "ALIGN_SCORER_API_KEY"  # environment variable
 LARGEST = 1e18  # of a reward: its square, which spreads are computed from, is far from the limit of float32
+SETTLED = 0.5  # seconds without a change after which a file of marks is read
 ATOMS = (str, bytes, int, float, type(None))  # what cannot be changed in place
 
 
@@ -102,7 +104,7 @@ def load_reward(spec: str, device: torch.device, trust_remote_code: bool = False
     """
     name = _parts(spec)[-1]
     if spec == HUMAN:
-        return Reward(name, human_scores)
+        return Reward(name, _nobody)
     if spec.startswith(ADDRESSES):
         return Reward(name, partial(_ask, spec))
     if not is_function(spec):
@@ -111,6 +113,11 @@ def load_reward(spec: str, device: torch.device, trust_remote_code: bool = False
     if not callable(function):
         raise BadInput(f"reward_funcs: {spec!r} is not a function")
     return Reward(name, function)
+
+
+def _nobody(**_: Any) -> None:
+    """People answer in a file: see `for_people`."""
+    raise AssertionError("people are not called")
 
 
 def _parts(spec: str) -> list[str]:
@@ -343,25 +350,51 @@ def reward_of(path: str, model: Any, tokenizer: Any, batch_size: int = 32) -> Re
     return Reward(Path(path).name, score, check)
 
 
-def human_scores(folder: RunFolder, number: int, answers: dict[str, list[Any]]) -> Tensor:
-    """People's marks of rollout `number`, from a file in the run's folder that they fill in: [R, 1].
+def for_people(folder: RunFolder, number: int, answers: dict[str, list[Any]]) -> Path:
+    """The file in the run's folder where people put their marks of rollout `number`, made where it is not there."""
+    name = f"marks/rollout-{number:06d}.jsonl"
+    path, pairs = folder.path / name, zip(answers["prompts"], answers["completions"])
+    if not path.exists():
+        folder.write_rows(name, [{"prompt": prompt, "completion": text, "score": None} for prompt, text in pairs])
+    return path
+
+
+def wait(path: Path, say: Callable[[str], None]) -> None:
+    """Until every completion in a file of marks has one.
+
+    Args:
+        say: shows a sentence.
+    Raises:
+        BadInput: from a file that is damaged, once nobody writes in it. StopNow: the run has been told to stop.
+    """
+    said, seen = False, 0.0
+    while True:
+        stops.pause()
+        changed = path.stat().st_mtime
+        if changed != seen and time.time() - changed > SETTLED:  # an editor may write in pieces
+            rows, seen = _marks(path), changed
+            if not (waiting := sum(row.get("score") is None for row in rows)):
+                return
+            if not said:
+                say(f"{waiting} completions wait for marks in {path}: the run goes on when they are in")
+            said = True
+        time.sleep(SETTLED / 2)
+
+
+def human_scores(path: Path, answers: dict[str, list[Any]]) -> Tensor:
+    """People's marks of a rollout, from the file that they fill in: [R, 1].
 
     Raises:
-        RunFailed: the file has just been written, or marks are missing in it; the same command goes on afterwards.
+        RunFailed: marks are missing in it; the same command goes on afterwards.
     """
-    name = f"marks/rollout-{number:06d}.jsonl"
-    path, completions = folder.path / name, answers["completions"]
-    if not path.exists():
-        pairs = zip(answers["prompts"], completions)
-        folder.write_rows(name, [{"prompt": prompt, "completion": text, "score": None} for prompt, text in pairs])
     rows = _marks(path)
-    if [row["completion"] for row in rows] != completions:
+    if [row["completion"] for row in rows] != answers["completions"]:
         raise BadInput(f"{path} holds marks of other completions than this run's; delete it")
     marks = [math.nan if row.get("score") == "skip" else row.get("score") for row in rows]
     if waiting := [mark for mark in marks if mark is None]:
         raise RunFailed(
             f"{len(waiting)} of {len(rows)} completions wait for marks: put a number (or 'skip') at `score` in {path}, "
-            "then give the same command again"
+            "then give the same command again; or give --wait_for_marks, and `align rate --run_dir` asks on a web page"
         )
     return torch.tensor(marks, dtype=torch.float64)[:, None]
 

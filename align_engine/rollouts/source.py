@@ -187,7 +187,10 @@ class Prompts:
         answers = scoring.answers(read(self.columns, self.rows[asked]["index"]), ids, self.tokenizer)
         if self.settings.reward_funcs == [scoring.HUMAN]:
             with self.accelerator.main_process_first():
-                scores = scoring.human_scores(self.folder, number, answers)
+                path = scoring.for_people(self.folder, number, answers)
+            if self.settings.wait_for_marks:  # each process by itself: people take longer than a collective may
+                scoring.wait(path, self.accelerator.print)
+            scores = scoring.human_scores(path, answers)
         else:
             scores = scoring.score_over_ranks(self.scorers, answers, group_size, self.accelerator)
         total = scoring.combine(scores, self.settings, ended)

@@ -375,13 +375,16 @@ def test_damaged_marks_are_named_by_their_line(damage, said, tmp_path):
     folder = RunFolder(tmp_path, {})
     path = tmp_path / "marks" / "rollout-000000.jsonl"
     with pytest.raises(RunFailed, match="2 of 2 completions wait for marks"):
-        rewards.human_scores(folder, 0, answers())
+        rewards.human_scores(rewards.for_people(folder, 0, answers()), answers())
     first = b'{"completion": "a0", "score": 1}\n'
     path.write_bytes(first + (damage if isinstance(damage, bytes) else damage.encode()) + b"\n\n")
     with pytest.raises(BadInput, match=rf"rollout-000000.jsonl {said}"):
-        rewards.human_scores(folder, 0, answers())
+        rewards.human_scores(rewards.for_people(folder, 0, answers()), answers())
     path.write_bytes(first + b'{"completion": "a1", "score": "skip"}\n\n')
-    assert rewards.human_scores(folder, 0, answers())[:, 0].nan_to_num(-1).tolist() == [1.0, -1.0]
+    assert rewards.human_scores(rewards.for_people(folder, 0, answers()), answers())[:, 0].nan_to_num(-1).tolist() == [
+        1.0,
+        -1.0,
+    ]
 
 
 # -- servers --------------------------------------------------------------------------------------------------------
