@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import causal_model
@@ -291,9 +292,11 @@ def add_adapters(
     return adapted
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any, selective: bool = False) -> None:
     """Recompute activations in the backward pass.
 
+    Args:
+        selective: keep what attention gives. Default False: its inputs alone stay, of each layer.
     Raises:
         BadInput: the architecture cannot.
     """
@@ -302,7 +305,21 @@ def checkpoint_activations(model: Any) -> None:
         raise BadInput(f"gradient_checkpointing = True: {type(causal).__name__} does not support it")
     # transformers renamed the method; the old name warns where the new one exists
     enable = getattr(causal, "activation_checkpointing_enable", causal.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False} | ({"context_fn": keeping_attention} if selective else {}))
+
+
+def keeping_attention() -> Any:
+    """Contexts of a forward pass and its repetition, which takes what attention gave from the first (as TRL)."""
+    names = {f"aten::_scaled_dot_product_{kind}_attention" for kind in ("flash", "efficient", "cudnn")}
+    names.add("aten::_scaled_dot_product_flash_attention_for_cpu")
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = op.name().partition(".")[0]
+        # flash-attn and torch's variable-length attention are operators of their own
+        keeps = name in names or "flash_attn" in name or "varlen_attn" in name
+        return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def vocabulary(model: Any) -> int:

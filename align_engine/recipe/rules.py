@@ -85,6 +85,8 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
             yield name, "needs --use_peft: such weights cannot be trained"
     if values["load_in_4bit"] and values["load_in_8bit"]:
         yield "load_in_8bit", "does not go with load_in_4bit = True: choose one of them"
+    if values["gradient_checkpointing_kwargs"] and not values["gradient_checkpointing"]:
+        yield "gradient_checkpointing_kwargs", "needs gradient_checkpointing"
     if values["tokens_per_batch"] and values["packing"] == "off":
         yield "tokens_per_batch", "needs packing: on, or auto"
     yield from _reference_conflicts(values)

@@ -31,7 +31,7 @@ def make_policy(recipe: Recipe, algorithm: Algorithm, pad_id: int) -> tuple[Any,
         references.extend_model(model, recipe)
     algorithm.extend_model(model, recipe, pad_id)
     if recipe.train.gradient_checkpointing:
-        load.checkpoint_activations(model)
+        load.checkpoint_activations(model, selective=recipe.train.gradient_checkpointing_kwargs is not None)
     if not algorithm.dropout:
         disable_dropout(model)
     return model, load.hold_in_float32(model)
