@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 
@@ -51,7 +52,7 @@ from align_engine.run import (
     publish,
     train,
 )
-from align_engine.training import stops
+from align_engine.training import ranks, stops, tensor_parallel
 from align_engine.training.callbacks import from_recipe
 from align_engine.training.checkpoint import RunFolder
 from align_engine.training.metrics import read
@@ -77,8 +78,8 @@ def planned(command: str, recipe: Recipe, memory: str | None = None, prompt: int
     Raises:
         BadInput: from the recipe and the model's configuration; no such card.
     """
-    command, recipe, rollout = trained_by(command, recipe)
-    return plan(command, recipe, cards.card(memory), lengths(recipe, prompt), rollout)
+    each, (name, trained, rollout) = lengths(recipe, prompt), trained_by(command, recipe)
+    return plan(name, trained, cards.card(memory), each, rollout)
 
 
 def trained_by(command: str, recipe: Recipe) -> tuple[str, Recipe, RolloutSection | None]:
@@ -108,6 +109,7 @@ def iterate(recipe: IterateRecipe) -> RunFolder:
     accelerator = make_accelerator(recipe)
     first = recipes.check(round_recipe(recipe, recipe.model.model_name_or_path, Path("round-1"), 1))
     check_choices(first, accelerator)
+    tensor_parallel.check(first, scalar=False)
     check_loss(ALGORITHMS[recipe.iteration.method], first)
     from_recipe(first)
     recipes.check(round_recipe(recipe, "model", Path("round-2"), 2))  # has another reference
@@ -191,11 +193,12 @@ def write_pairs(prompts: Prompts, number: int, count: int, model: str) -> None:
     """
     accelerator, folder, size = prompts.accelerator, prompts.folder, prompts.settings.num_generations
     asked = prompts.asked((number - 1) * count, count)
-    sampler = kept(sampler_of(prompts, model), folder, f"round-{number}/answers")
+    together = isinstance(accelerator, tensor_parallel.OneProcess)
+    sampler = kept(sampler_of(prompts, model), folder, f"round-{number}/answers", together)
     stopped = stops.Stopped(f"stopped in round {number}; the same command goes on inside it")
     with stops.graceful(accelerator.print):
         try:
-            with stops.breakable() if accelerator.num_processes == 1 else nullcontext():
+            with stops.breakable() if ranks.launched() == 1 else nullcontext():
                 completions = prompts.answers(sampler, asked, number)
         except stops.StopNow as error:
             raise stopped from error
@@ -246,16 +249,24 @@ def sampler_of(prompts: Prompts, path: str) -> Sampler:
     return prompts.sampler(model)
 
 
-def kept(sampler: Sampler, folder: RunFolder, name: str) -> Sampler:
+def kept(sampler: Sampler, folder: RunFolder, name: str, together: bool = False) -> Sampler:
     """The same sampler, with its answers kept in a folder of the run, batch by batch: they are sampled once, however
-    often the run is killed."""
+    often the run is killed.
+
+    Args:
+        together: all ranks draw each batch as one, so that the first says what there is, and writes.
+    """
 
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         path = folder.path / name / f"{seed}.jsonl"
-        if not holds(path, prompts):
+        there = [holds(path, prompts)]
+        if not (gather_object(there)[0] if together else there[0]):
             said = zip(prompts, sampler(prompts, seed))
             rows = [{"prompt_ids": prompt, "ids": one.ids, "ended": one.ended} for prompt, one in said]
-            folder.write_rows(f"{name}/{seed}.jsonl", rows)
+            if not together or PartialState().is_main_process:
+                folder.write_rows(f"{name}/{seed}.jsonl", rows)
+        if together:
+            PartialState().wait_for_everyone()
         return [Completion(row["ids"], torch.full((len(row["ids"]),), math.nan), row["ended"]) for row in read(path)]
 
     return sample

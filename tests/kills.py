@@ -1,9 +1,10 @@
 """Runs of every method, killed at random moments and gone on with: do they end with the same bits?
 
-    python tests/kills.py [--kills 30] [--seed 0] [--signals SIGKILL,SIGTERM,SIGINT] [--set packing=on ...]
+    python tests/kills.py [--kills 30] [--seed 0] [--signals SIGKILL,SIGTERM,SIGINT] [--methods dpo,grpo]
+                          [--set packing=on ...]
 
-Run by hand: some ten minutes. The runs are ended by the signals in turn. --set gives every run further fields of its
-recipe: packing=on for batches in trees, optim=NAME for another optimiser.
+Run by hand: some ten minutes. The runs are ended by the signals in turn, the methods take turns too. --set gives every
+run further fields of its recipe: packing=on for batches in trees, optim=NAME for another optimiser.
 """
 
 from __future__ import annotations
@@ -53,14 +54,16 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", default=SIGNALS)
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
+    methods = options.methods.split(",")
     more = dict(one.split("=", 1) for one in options.set)
     signals = [signal.Signals[name] for name in options.signals.split(",")]
     rng, folder = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="kills-"))
     model, nursery, kills, ends, wrong = tiny.write_model(folder / "model"), Nursery(), 0, Counter(), []
     seconds = {}
-    for method in METHODS:
+    for method in methods:
         rows = tiny.prompt_rows(8) if method in ONLINE else tiny.OFFLINE[method][1](16)
         tiny.write_rows(folder / f"{method}.jsonl", rows)
         if not seconds:  # the first run of all imports what the others find
@@ -72,7 +75,7 @@ def main() -> None:
         seconds[method] = time.monotonic() - began
     number = 0
     while kills < options.kills:
-        method, out = METHODS[number % len(METHODS)], folder / f"{number}"
+        method, out = methods[number % len(methods)], folder / f"{number}"
         number += 1
         for again in range(rng.randint(1, 3)):
             how = signals[kills % len(signals)]

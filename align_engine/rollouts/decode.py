@@ -50,7 +50,7 @@ class Draw:
 
     def __init__(self, uniforms: Tensor, temperature: float) -> None:
         self.uniforms, self.temperature = uniforms, temperature  # [T, B]
-        self.whole: dict[str, Tensor] = {}  # of a head that tensor parallelism has cut: put together once
+        self.held: dict[str, Tensor] = {}  # of the head, made once: what tensor parallelism has cut, or autocast rounds
 
     def move(self, step: int, rows: Tensor, of: Tensor | None = None) -> None:
         """The next call draws the tokens `step` of the completions `rows`, from the hidden rows `of` (None: each)."""
@@ -59,11 +59,20 @@ class Draw:
     def __call__(self, hidden: Tensor, head: dict[str, Any]) -> Tensor:
         last = hidden[:, -1] if self.of is None else hidden[self.of, -1]
         uniforms = self.uniforms[self.step, self.rows].to(hidden.device)
-        self.whole = self.whole or {name: x.full_tensor() for name, x in head.items() if isinstance(x, DTensor)}
-        settings = {"uniforms": uniforms, "temperature": self.temperature, **head, **self.whole}
+        self.held = self.held or held(head)
+        settings = {"uniforms": uniforms, "temperature": self.temperature, **head, **self.held}
         self.tokens, logps, _ = linear_sample(last, **settings)
         self.logps = logps.float()
         return logps
+
+
+def held(head: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a head that each step would make again."""
+    found = {name: x.full_tensor() for name, x in head.items() if isinstance(x, DTensor)}
+    weight = found.get("weight", head["weight"])
+    if torch.is_autocast_enabled(kind := weight.device.type) and weight.dtype != torch.get_autocast_dtype(kind):
+        found["weight"] = weight.to(torch.get_autocast_dtype(kind))
+    return found
 
 
 def decode(

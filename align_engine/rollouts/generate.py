@@ -60,8 +60,9 @@ class Watch(StoppingCriteria):
 
 
 def transformers_sampler(
-    model: Any, tokenizer: Any, settings: RolloutSection, say: Callable[[str], object] | None = None
-) -> Sampler:
+    model: Any, tokenizer: Any, settings: RolloutSection, say: Callable[[str], object] | None = None,
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Sampler:  # fmt: skip
     """A sampler that runs the policy itself, with its KV cache: by the loop of `decode`, where that serves, else by
     transformers' `generate`, or its continuous batching.
 
@@ -71,6 +72,8 @@ def transformers_sampler(
         tokenizer: its tokenizer; the pad token may be the EOS token.
         settings: max_completion_length, temperature, top_p, top_k, stop_strings, use_transformers_continuous_batching.
         say: is told which of the ways it is, and why. Default None: nobody.
+        around: makes the context of a call: the autocast that the policy is trained in, as its calls go past the
+            wrapper that accelerate has put around its forward pass. Default: none.
     Raises:
         BadInput: a tokenizer in which transformers cannot find stop strings (of whole words, for one); a policy that
             continuous batching cannot run. By the sampler, RunFailed: the policy's logits are not numbers.
@@ -108,7 +111,8 @@ def transformers_sampler(
     @torch.no_grad()
     def sample(prompts: Sequence[list[int]], seed: int) -> list[Completion]:
         device = next(inner.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), prepared(inner, config):
+        random = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with random, prepared(inner, config), around():
             torch.manual_seed(seed)
             return run(inner, prompts, seed)
 

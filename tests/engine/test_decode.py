@@ -5,6 +5,7 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from processes import run_on_two
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,14 +19,17 @@ from transformers import (
     Qwen3NextForCausalLM,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
+    TrainerCallback,
 )
 
 from align_engine.demo.make import make_model, make_tokenizer
 from align_engine.errors import RunFailed
-from align_engine.recipe import GrpoRecipe, RolloutSection
+from align_engine.iterate import iterate
+from align_engine.recipe import GrpoRecipe, IterateRecipe, RolloutSection
 from align_engine.rollouts import decode
 from align_engine.rollouts.generate import transformers_sampler
 from align_engine.run import train
+from align_engine.training import metrics
 
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=1,
              head_dim=16, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=1,
@@ -122,6 +126,29 @@ def test_adapters_also_on_the_head(model, loaded):
     check(policy, prompts, found, 3, 14)
 
 
+class Types(TrainerCallback):
+    """Of what an adapter's first product gives, while completions are sampled and in training."""
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.found = {True: set(), False: set()}
+        part = next(module for name, module in model.named_modules() if name.endswith("q_proj.lora_A.default"))
+        part.register_forward_hook(lambda module, given, out: self.found[module.training].add((out.dtype, out.dim())))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_adapters_are_sampled_from_in_the_precision_that_they_are_trained_in(dtype, model, tmp_path):
+    """Their calls go past accelerate's autocast, which is around peft's model and not the one inside."""
+    prompts = tiny.write_rows(tmp_path / "prompts.jsonl", tiny.prompt_rows(6))
+    settings = dict(max_steps=2, use_peft=True, dtype=dtype, bf16=True, learning_rate=1e-2, beta=0.1)
+    types = Types()
+    folder = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "run", **settings), [types])
+    assert {kind for kind, _ in types.found[False]} == {kind for kind, _ in types.found[True]} == {torch.bfloat16}
+    for record in metrics.read(folder.metrics):
+        for name in ("min", "max"):
+            assert abs(record[f"sampling/importance_sampling_ratio/{name}"] - 1) < 0.2
+
+
 def test_stop_strings_end_at_the_token_that_completes_them():
     tokenizer = make_tokenizer(["some words that people use, and some that they do not"] * 3, vocab_size=300)
     model = make_model(tokenizer, hidden=32, layers=1).eval()
@@ -180,15 +207,18 @@ def test_a_policy_whose_logits_are_no_numbers_fails(loaded):
 
 
 CUT = """
-import sys, torch
-import torch.distributed as dist
+import os, sys, tiny, torch
+import fsdp2
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from align_engine.iterate import iterate
 from align_engine.models.load import load_model
-from align_engine.recipe import ModelSection, RolloutSection
+from align_engine.recipe import IterateRecipe, ModelSection, RolloutSection
 from align_engine.rollouts.generate import transformers_sampler
 
-dist.init_process_group("gloo")
+fsdp2.on_no_cpus()
+rounds = tiny.online(IterateRecipe, *sys.argv[1:4], **eval(sys.argv[4]))
+iterate(rounds)
 tokenizer, settings = AutoTokenizer.from_pretrained(sys.argv[1]), RolloutSection(max_completion_length=20)
 prompts, said = [[5 + i // 3, 7] for i in range(9)], []
 want = transformers_sampler(AutoModelForCausalLM.from_pretrained(sys.argv[1]), tokenizer, settings)(prompts, 3)
@@ -202,9 +232,17 @@ for a, b in zip(found, want):
 """
 
 
-def test_ranks_that_cut_the_model_among_themselves_draw_the_same(tmp_path):
-    path = tiny.write_model(tmp_path / "model", num_key_value_heads=2)
-    run_on_two(CUT, path, PARALLELISM_CONFIG_TP_SIZE="2")
+def test_ranks_that_cut_the_model_among_themselves_draw_the_same_and_go_through_the_same_rounds(tmp_path):
+    path = tiny.write_model(tmp_path / "model", num_key_value_heads=2, dtype=torch.float64)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.prompt_rows(8))
+    settings = dict(rounds=2, per_device_train_batch_size=4, max_steps=2, dtype="auto")
+    tensor_parallel = dict(PARALLELISM_CONFIG_TP_SIZE="2", ACCELERATE_USE_PARALLELISM_CONFIG="true")
+    run_on_two(CUT, path, rows, tmp_path / "two", settings, **tensor_parallel)
+    iterate(tiny.online(IterateRecipe, path, rows, tmp_path / "one", **settings))
+    for name in ("round-1/pairs.jsonl", "round-2/pairs.jsonl"):
+        assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
+    one, two = (load_file(tmp_path / kind / "final" / "model.safetensors") for kind in ("one", "two"))
+    assert one.keys() <= two.keys() and max((one[key] - two[key]).abs().max().item() for key in one) < 1e-9
 
 
 def test_the_log_says_how_completions_are_drawn(model, tmp_path, capsys):

@@ -5,11 +5,13 @@ import pytest
 import tiny
 from processes import run_on_two
 from runs import same_bits
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from align_engine.run import train
 from align_engine.training import metrics
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 RANK = """
 import fsdp2, tiny
 from align_engine import run
@@ -38,6 +40,17 @@ def cut(name, *arguments):
 def whole(name, *arguments):
     run.train(name, tiny.offline(name, *arguments[:3], **arguments[3]), [Sharded])
 
+def quantised(*arguments):
+    import os
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each rank quantises for itself
+    run.train("dpo", tiny.dpo(*arguments[:3], **arguments[3]), [Halves])
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "true"
+
+class Halves(TrainerCallback):
+    def on_step_end(self, args, state, control, model, **_):
+        bits = [p for name, p in model.named_parameters() if "_proj.base_layer" in name]
+        assert bits and all(isinstance(p, DTensor) and 2 * p.to_local().numel() == p.numel() for p in bits)
+
 def refused(name, *arguments):
     try:
         run.train(name, tiny.offline(name, *arguments[:3], use_peft=True, reference="ema"))
@@ -48,6 +61,7 @@ def refused(name, *arguments):
 
 """
 RUNS = {"dpo": {}, "dpo-ema": {"reference": "ema", "ref_model_sync_steps": 2}, "dpo-packed": {"packing": "on"}}
+QLORA = dict(max_steps=3, learning_rate=1e-2, use_peft=True, load_in_4bit=True)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +76,10 @@ def runs(model64, tmp_path_factory):
         settings["per_device_train_batch_size"] = 4
         for how in ("whole", "cut"):
             jobs.append(f"{how}('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / how / name)!r}, {settings!r})")
+    wide = tiny.write_model(out / "wide", hidden_size=64, intermediate_size=128)
+    train("dpo", tiny.dpo(wide, rows, out / "one" / "qlora", per_device_train_batch_size=8, **QLORA))
+    settings = QLORA | dict(per_device_train_batch_size=4)
+    jobs.append(f"quantised({str(wide)!r}, {str(rows)!r}, {str(out / 'whole' / 'qlora')!r}, {settings!r})")
     jobs.append(f"refused('dpo', {str(model64)!r}, {str(rows)!r}, {str(out / 'refused')!r})")
     run_on_two(RANK + "\n".join(jobs), **fsdp2.LAUNCHED)
     return out
@@ -84,3 +102,11 @@ def test_shards_equal_one_process(name, runs):
 @pytest.mark.parametrize("name", RUNS)
 def test_cut_off_and_run_again_ends_with_the_same_bits(name, runs):
     assert same_bits(runs / "whole" / name / "final", runs / "cut" / name / "final")
+
+
+def test_bytes_of_4_bit_weights_are_cut_and_the_steps_are_those_of_one_process(runs):
+    a, b = (metrics.read(runs / kind / "qlora" / "metrics.jsonl") for kind in ("one", "whole"))
+    for metric in ("loss", "grad_norm", "rewards/margins"):
+        assert [record[metric] for record in b] == pytest.approx([record[metric] for record in a], abs=1e-6, rel=1e-5)
+    a, b = (load_file(runs / kind / "qlora" / "final" / "adapter_model.safetensors") for kind in ("one", "whole"))
+    assert a.keys() == b.keys() and all((a[key] - b[key]).abs().max() < 1e-4 for key in a)
