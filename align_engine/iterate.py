@@ -78,8 +78,8 @@ def planned(command: str, recipe: Recipe, memory: str | None = None, prompt: int
     Raises:
         BadInput: from the recipe and the model's configuration; no such card.
     """
-    each, (name, trained, rollout) = lengths(recipe, prompt), trained_by(command, recipe)
-    return plan(name, trained, cards.card(memory), each, rollout)
+    name, trained, rollout = trained_by(command, recipe)
+    return plan(name, trained, cards.card(memory), lengths(recipe, prompt), rollout)
 
 
 def trained_by(command: str, recipe: Recipe) -> tuple[str, Recipe, RolloutSection | None]:

@@ -30,6 +30,8 @@ MODELS = {  # layers, hidden, intermediate, vocabulary
 }
 LORA = {"use_peft": True, "lora_r": 16}
 KEPT = {"gradient_checkpointing": False}
+GENERATION = {"per_device_generation_batch_size": 32, "steps_per_generation": 8}
+ROUND = {"rounds": 1, "prompts_per_round": 16}
 FOUR, TWO = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
 CASES: dict[str, tuple[str, str, tuple[int, int], dict[str, Any]]] = {  # method, model, (prompt, completion), settings
     "sft": ("sft", "12M", (64, 192), KEPT),
@@ -43,9 +45,18 @@ CASES: dict[str, tuple[str, str, tuple[int, int], dict[str, Any]]] = {  # method
     "kto, LoRA, large vocabulary": ("kto", "65M", (64, 128), LORA | KEPT | FOUR),
     "rm, recomputed": ("rm", "110M", (64, 64), TWO),
     "grpo, trees": ("grpo", "42M", (64, 32), {"packing": "on"} | KEPT),
+    "grpo, large vocabulary, generation alone": ("grpo", "65M", (96, 32), LORA | FOUR | GENERATION | {"beta": 0.0}),
+    "rloo, LoRA": ("rloo", "42M", (64, 64), LORA | FOUR | GENERATION),
     "ppo, recomputed": ("ppo", "42M", (64, 32), {"num_ppo_epochs": 1} | FOUR),
+    "iterate": ("iterate", "42M", (64, 32), {"rounds": 1, "prompts_per_round": 16} | KEPT | TWO),
+    "iterate, LoRA, large vocabulary": (
+        "iterate",
+        "65M",
+        (64, 32),
+        {"rounds": 1, "prompts_per_round": 16} | LORA | TWO,
+    ),
 }
-ONLINE = ("grpo", "ppo", "rloo")
+ONLINE = ("grpo", "ppo", "rloo", "iterate")
 WORDS = 60
 
 
@@ -132,25 +143,26 @@ def load() -> None:
 
 def run(case: str, folder: Path) -> dict[str, Any]:
     """One run's peak above the process as it was before."""
-    from align_engine.run import train
+    from align_engine.iterate import runner
 
     method, recipe = recipe_of(case, folder, folder / f"out-{os.getpid()}")
     # a small one before, so that pages of libraries, which a process maps as it needs them, are there
     MODELS["warm"], CASES["warm"] = (2, 128, 256, 1000), (method, "warm", (8, 8), CASES[case][3])
-    train(*recipe_of("warm", folder, folder / f"warm-{os.getpid()}"))
+    runner(method)(recipe_of("warm", folder, folder / f"warm-{os.getpid()}")[1])
     before = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     began = time.perf_counter()
-    train(method, recipe)
+    runner(method)(recipe)
     return {"before": before, "peak": resident(peak=True) - before, "seconds": time.perf_counter() - began}
 
 
 def compute(case: str, folder: Path) -> dict[str, Any]:
+    from align_engine.iterate import trained_by
     from align_engine.planning import cards
     from align_engine.planning.rehearse import Lengths, rehearse
 
-    method, recipe = recipe_of(case, folder, folder / "none")
-    found = rehearse(method, recipe, cards.machine(), Lengths(*CASES[case][2]))
+    method, recipe, sampled = trained_by(*recipe_of(case, folder, folder / "none"))
+    found = rehearse(method, recipe, cards.machine(), Lengths(*CASES[case][2]), sampled)
     parts = dict(found.peak.parts)
     return {"peak": found.peak.peak, "phase": found.peak.name, "parts": parts, "parameters": found.parameters}
 

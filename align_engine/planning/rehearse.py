@@ -30,9 +30,9 @@ from align_engine.models.logps import reference_logps, token_logps
 from align_engine.planning.cards import Card
 from align_engine.planning.heap import Heap
 from align_engine.planning.ledger import HOST, Ledger, Phase
+from align_engine.planning.sampling import Sampling
 from align_engine.recipe import ModelSection, Recipe, RolloutSection
 from align_engine.rollouts import rewards
-from align_engine.rollouts.generate import PAGE
 from align_engine.training import optimiser, packing
 from align_engine.training import reference as references
 from align_engine.training.engine import Engine
@@ -239,8 +239,7 @@ class _Stage:
         return found
 
     def _sample(self, scorers: list[Any]) -> None:
-        """The first pass over the prompts, and the last token of the longest completions, with all keys and values;
-        then what reward models say of them."""
+        """Completions, then what reward models say of them."""
         assert self.rollout is not None
         if not self.rollout.server_base_url:
             self._generate(self.rollout.per_device_generation_batch_size)
@@ -250,33 +249,13 @@ class _Stage:
                 score_head.scores(scorer, ids, torch.ones_like(ids))
 
     def _generate(self, rows: int) -> None:
-        if self.online:
-            rows = min(rows, self._rows_of_a_rollout())
-        with self._evaluating(), torch.no_grad(), _unpadded(rows == 1):
-            with self.ledger.phase("prompts read"):
-                cache = self._read(rows, self.each.prompt, None)
-            del cache
-            paged = self.rollout is not None and self.rollout.use_transformers_continuous_batching
-            whole = -(-sum(self.each) // PAGE) * PAGE if paged else sum(self.each)
-            cache = self._read(rows, whole - 1, None)
-            with self.ledger.phase("sampling"):
-                cache = self._read(rows, 1, cache)
-
-    def _read(self, rows: int, tokens: int, cache: Any) -> Any:
-        """Tokens behind what a cache holds; the next one is drawn."""
         assert self.rollout is not None
-        before = 0 if cache is None else cache.get_seq_length()
-        ids, mask = torch.zeros(rows, tokens, dtype=torch.int64), torch.ones(rows, before + tokens, dtype=torch.int64)
-        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        out = self.model(input_ids=ids, attention_mask=mask, **options)
-        layers = getattr(out.past_key_values, "layers", ())
-        held = (getattr(layer, name, None) for layer in layers for name in ("keys", "values"))
-        self.ledger.name((tensor for tensor in held if isinstance(tensor, Tensor)), "keys and values")
-        chosen = out.logits[:, -1].to(torch.float32, copy=True)
-        scores = (chosen / self.rollout.temperature).log_softmax(-1)
-        shares = scores.softmax(-1)
-        (shares / torch.empty_like(shares)).argmax(-1)  # what multinomial makes inside
-        return out.past_key_values
+        evaluates = self.online and bool(self.recipe.data.eval_dataset_name or self.recipe.data.dataset_test_split)
+        if self.online and not evaluates:
+            rows = min(rows, self._rows_of_a_rollout())
+        prompts = rows if evaluates else -(-rows // self.rollout.num_generations)  # evaluation asks each prompt once
+        with self._evaluating(), torch.no_grad(), _unpadded(rows == 1), self.engine.accelerator.autocast():
+            Sampling(self.model, self.rollout, self.ledger).play(rows, prompts, *self.each)
 
     def _measure(self) -> None:
         """Log-probs of the rollout before its first step."""
@@ -434,6 +413,9 @@ class _Alone:
         if self.mixed_precision == "bf16":
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
         return model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -25,7 +25,7 @@ from align_kernels.backends.state import COLUMNS
 from align_kernels.dispatch import BACKENDS
 from align_kernels.head import Head, Needs, Settings
 from align_kernels.schedules.plan import plan, request_of
-from align_kernels.schedules.request import Plan
+from align_kernels.schedules.request import Plan, Request
 from align_kernels.schedules.tiles import TiledHead
 from align_kernels.sums import float_dtype
 from align_kernels.units import LossCall, Units, keep_rows
@@ -97,6 +97,26 @@ class Rehearsal:
         floats = [hidden.new_empty(size, dtype=float_dtype(hidden)) for _ in range(5)]
         return *floats, hidden.new_empty(size, dtype=torch.bool)
 
+    def sample(
+        self, head: Head, settings: Settings, needs: Needs, planned: Callable[[Request], Plan], columns: int
+    ) -> tuple[Tensor, ...]:
+        """Tokens, log-probs and entropies [N] of `sample.sample_tiled`, whose plan this is.
+
+        Args:
+            columns: of the block that is read twice.
+        """
+        with _disable_current_modes():
+            rows = torch.arange(len(head.targets))
+        tiled = self._tiled(head, settings, needs, rows, torch.zeros_like(rows), None, (), 1, planned)
+        n = tiled.plan.chunk_rows
+        with self._workspace(tiled):
+            blocks = tiled.empty(2, n, -(-tiled.plan.vocab // columns), COLUMNS, dtype=torch.float64)
+            twice = tiled.empty(5, n, columns, dtype=torch.float64)  # their places and logits
+            self.took(blocks)
+            self.took(twice)
+        floats = (head.hidden.new_empty(len(rows), dtype=torch.float64) for _ in range(2))
+        return head.hidden.new_empty(len(rows), dtype=torch.int64), *floats
+
     # -- pieces ----------------------------------------------------------------------------------------------------
     def _targets(self, targets: Tensor) -> Tensor:
         shapes = [shape for shape in self._real if shape == targets.shape or shape.numel() == targets.shape.numel()]
@@ -106,19 +126,19 @@ class Rehearsal:
 
     def _tiled(
         self, head: Head, settings: Settings, needs: Needs, kept: Tensor, real: Tensor, call: LossCall | None,
-        side: Sequence[Tensor], largest: int,
+        side: Sequence[Tensor], largest: int, planned: Callable[[Request], Plan] = plan,
     ) -> TiledHead:  # fmt: skip
-        def planned(tiled: TiledHead) -> Plan:
+        def of_device(tiled: TiledHead) -> Plan:
             if self.device == "cpu":
-                return plan(request_of(tiled, call, side, largest))
+                return planned(request_of(tiled, call, side, largest))
             tiled.backend_name, tiled.backend = "triton", BACKENDS["triton"]
             tiled.dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
             tiled.logits_dtype = torch.promote_types(tiled.dtype, torch.float32)
             tiled.own_gemm = tiled.casts_weight = False
-            return plan(dataclasses.replace(request_of(tiled, call, side, largest), device=self.device))
+            return planned(dataclasses.replace(request_of(tiled, call, side, largest), device=self.device))
 
         with _disable_current_modes():
-            tiled = TiledHead(head._replace(targets=real.reshape(-1)), settings, needs, kept, planned)
+            tiled = TiledHead(head._replace(targets=real.reshape(-1)), settings, needs, kept, of_device)
         self.plans.append(tiled.plan)
         return tiled
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from align_kernels import rehearsal
 from align_kernels.arguments import check_float, public
 from align_kernels.autograd import without_autocast
 from align_kernels.backends import state as states
@@ -25,6 +26,7 @@ from align_kernels.eager import logits_of
 from align_kernels.head import Head, Needs, Settings, read_head
 from align_kernels.schedules.dense import Keep
 from align_kernels.schedules.plan import request_of
+from align_kernels.schedules.request import Plan, Request
 from align_kernels.schedules.tiles import Chunk, TiledHead
 from align_kernels.sums import float_dtype
 
@@ -122,18 +124,20 @@ def sample_eager(head: Head, settings: Settings, uniforms: Tensor) -> tuple[Tens
 @without_autocast
 def sample_tiled(head: Head, settings: Settings, needs: Needs, uniforms: Tensor) -> tuple[Tensor, ...]:
     """The same, tile by tile."""
+    if (rehearsed := rehearsal.acting()) is not None:
+        return rehearsed.sample(head, settings, needs, planned, BLOCK)
     rows = torch.arange(len(uniforms))  # on the CPU, where looking at them waits for no device
-    tiled = TiledHead(
-        head, settings, needs, rows,
-        lambda tiled: Keep.sized(
-            request := request_of(tiled, None, (), 1), max(request.room, 1), 1, "one block a row is read twice"
-        ),
-    )  # fmt: skip
+    tiled = TiledHead(head, settings, needs, rows, lambda tiled: planned(request_of(tiled, None, (), 1)))
     spans = list(tiled.spans(0, len(rows)))
     parts = [sample_chunk(tiled, tiled.chunk(*span), uniforms[slice(*span)]) for span in spans]
     if not parts:
         return uniforms.long(), uniforms, uniforms
     return tuple(torch.cat(fields) for fields in zip(*parts))
+
+
+def planned(request: Request) -> Plan:
+    """Chunks of as many rows as whole rows of logits fit into the workspace."""
+    return Keep.sized(request, max(request.room, 1), 1, "one block a row is read twice")
 
 
 @dataclasses.dataclass(frozen=True)
