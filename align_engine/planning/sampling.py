@@ -82,8 +82,8 @@ class Sampling:
 def grow(cache: Any, tokens: int) -> None:
     """Put so many tokens more into each layer of a cache that keeps tokens."""
     for layer in getattr(cache, "layers", ()):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        for more in (tokens - 1, 1) if isinstance(keys, Tensor) and isinstance(values, Tensor) else ():
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        found = [one for one in held if isinstance(one, Tensor)]
+        for more in (tokens - 1, 1) if len(found) == 2 else ():
             if more > 0:  # the last one apart: a window then holds what it keeps
-                made = (x.new_empty(*x.shape[:-2], more, x.shape[-1]) for x in (keys, values))
-                layer.update(*made)
+                layer.update(*(one.new_empty(*one.shape[:-2], more, one.shape[-1]) for one in found))

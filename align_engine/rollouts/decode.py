@@ -69,7 +69,7 @@ class Draw:
 def held(head: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a head that each step would make again."""
     found = {name: x.full_tensor() for name, x in head.items() if isinstance(x, DTensor)}
-    weight = found.get("weight", head["weight"])
+    weight: Any = found.get("weight", head["weight"])
     if torch.is_autocast_enabled(kind := weight.device.type) and weight.dtype != torch.get_autocast_dtype(kind):
         found["weight"] = weight.to(torch.get_autocast_dtype(kind))
     return found

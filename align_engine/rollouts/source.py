@@ -169,7 +169,7 @@ class Prompts:
     def sampler(self, model: Any, says: bool = True) -> Sampler:
         """Of this model, or of the server that the recipe names. `says`: which way it takes."""
         say = self.accelerator.print if says else None
-        around = self.accelerator.autocast
+        around: Any = self.accelerator.autocast
         return self.server or transformers_sampler(model, self.tokenizer, self.settings, say, around)
 
     def asked(self, place: int, count: int) -> list[int]:
