@@ -26,6 +26,8 @@ class ItemSection(Section):
     dataset_name: str | None = None
     """A .jsonl or .parquet file, a folder of `align generate` or of `datasets`, a hub name, or a .json of Label Studio,
     with the marks in it. None: go on with the project, or take the rollouts of run_dir."""
+    dataset_config: str | None = None
+    """Configuration of it, the `name` of `datasets.load_dataset`, where it has several."""
     dataset_train_split: str = "train"
     """Split to read, where the dataset has splits."""
     columns: list[str] | None = None

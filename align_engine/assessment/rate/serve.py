@@ -84,7 +84,7 @@ def opened(recipe: RateRecipe) -> Store:
 
 def made_of(recipe: RateRecipe) -> dict[str, Any]:
     """What decides which project it is."""
-    data = ("dataset_name", "dataset_train_split", "columns", "run_dir", "gold_name")
+    data = ("dataset_name", "dataset_config", "dataset_train_split", "columns", "run_dir", "gold_name")
     project = ("mode", "k", "overlap", "scale", "question", "guideline", "max_items", "seed")
     found = {name: getattr(recipe.data, name) for name in data}
     return found | {name: getattr(recipe.project, name) for name in project}
