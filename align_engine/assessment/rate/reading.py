@@ -35,10 +35,9 @@ def read(section: ItemSection, name: str, mode: str) -> list[Item]:
     Raises:
         BadInput: rows that cannot be read, or hold nothing to rate in this mode.
     """
-    mapped = MappedInput(
-        dataset_name=name, dataset_config=section.dataset_config, dataset_train_split=section.dataset_train_split,
-        bad_rows=section.bad_rows, columns=section.columns,
-    )  # fmt: skip
+    mapped = MappedInput(dataset_name=name, bad_rows=section.bad_rows, columns=section.columns)
+    if name == section.dataset_name:  # and not gold
+        mapped.dataset_config, mapped.dataset_train_split = section.dataset_config, section.dataset_train_split
     rows = layouts.read(mapped)
     if not {"completion", *SIDES} & set(rows.column_names):
         raise BadInput(
