@@ -68,7 +68,7 @@ def test_bradley_terry_is_choixs_fit_with_a_tie_as_half_a_win_each_way():
     data = [pair for i, j in itertools.permutations(range(4), 2) for pair in [(i, j)] * int(2 * won[i, j])]
     wanted = choix.opt_pairwise(4, data)  # another algorithm, on every comparison twice, without regularisation
     found = np.array(group.scores("bradley_terry"), dtype=float)
-    assert found == pytest.approx(wanted - wanted.mean(), abs=2e-3)
+    assert found == pytest.approx(wanted - wanted.mean(), abs=0.01)
     assert list(group.ranks("bradley_terry")) == [1, 2, 3, 4]
     assert len(list(group.pairs("bradley_terry"))) == 6
 
@@ -265,7 +265,7 @@ def test_label_studio_and_back(mode, tmp_path):
         return sorted(json.dumps([one.prompt, one.texts, one.gold, own]) for one, own in zip(found, marks))
 
     assert held(tmp_path / "p") == held(tmp_path / "q")
-    assert people.names(Store(tmp_path / "q")) == ["anna", "boris"]
+    assert sorted(people.names(Store(tmp_path / "q"))) == ["anna", "boris"]
 
 
 def test_label_studios_own_export_is_read(tmp_path):
