@@ -16,7 +16,7 @@ LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
 TREES = f"{ENGINE}test_trees.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 EXTENDING = f"{CLI}test_extending.py"
-DATA = "tests/preparation/"
+DATA, RATE = "tests/preparation/", "tests/assessment/"
 ONE_FILE = f"{EXTENDING}::test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe"
 GENERATE, PAIRS = f"{DATA}test_generate.py", f"{DATA}test_pairs.py"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
@@ -317,5 +317,41 @@ NEW = (
            "if a.tier <= b.tier and a != b and apart(a, b, section)]", PAIRS),
     Mutant("data: an answer in two tiers", f"{E}preparation/pairs.py",
            "if len({one.tier for one in same}) > 1:", "if False:", PAIRS),
+    Mutant("rate: an older page is taken", f"{E}assessment/rate/tasks.py", 'if row["version"] != version:', "if False:",
+           f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: a second form is a second word", f"{E}assessment/rate/tasks.py",
+           'if row["state"] in ("done", "skipped"):', "if False:", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: another's item", f"{E}assessment/rate/tasks.py", "WHERE task.id = ? AND person = ?",
+           "WHERE task.id = ? AND (person = ? OR 1)", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: a skipped item is lost", f"{E}assessment/rate/tasks.py", '1 if state == "skipped" else -1)',
+           "-1)", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: what is open counts for nothing", f"{E}assessment/rate/tasks.py",
+           '    if item["gold"] is None:\n        _want(db, item["id"], -1)', "    pass", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: marks in the order of the page", f"{E}assessment/rate/values.py", "found[number] = by_place[place]",
+           "found[place] = by_place[place]", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: tokens as they are", f"{E}assessment/rate/people.py",
+           'hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()', "token", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: a link without an end", f"{E}assessment/rate/people.py", 'if row["expires"] < time.time():',
+           "if False:", f"{RATE}test_rate_tasks.py"),
+    Mutant("rate: forms of other sites", f"{E}assessment/rate/pages.py",
+           'if not people.same(fields.get("key", ""), people.form_key(token)):', "if False:",
+           f"{RATE}test_rate_pages.py"),
+    Mutant("rate: links in answers", f"{E}assessment/rate/markup.py", '["link", "image",', '["image",',
+           f"{RATE}test_rate_pages.py"),
+    Mutant("rate: escapes reach the page", f"{E}assessment/rate/markup.py", "text = CONTROLS.sub(",
+           "text = re.compile('$^').sub(", f"{RATE}test_rate_pages.py"),
+    Mutant("rate: an assessor leads", f"{E}assessment/rate/pages.py", "if not found.lead:", "if False:",
+           f"{RATE}test_rate_pages.py"),
+    Mutant("rate: agreement by who is named first", f"{E}assessment/rate/agreement.py",
+           "np.hstack([data, -data]) if mode in COMPARING else data", "data", f"{RATE}test_ratings.py"),
+    Mutant("rate: a tie is a win", f"{E}assessment/rate/consensus.py", "won = self.wins + self.ties / 2",
+           "won = self.wins + self.ties", f"{RATE}test_ratings.py"),
+    Mutant("rate: gold is exported", f"{E}assessment/rate/consensus.py", "if not record.gold:", "if True:",
+           f"{RATE}test_ratings.py"),
+    Mutant("rate: handed over too early", f"{E}assessment/rate/rollouts.py",
+           "if db.execute(WAITING, (source, self.k)).fetchone() is not None:", "if False:",
+           f"{RATE}test_rate_runs.py"),
+    Mutant("rate: marks by hand are lost", f"{E}assessment/rate/rollouts.py", 'if row["score"] is None else row)',
+           "if True else row)", f"{RATE}test_rate_runs.py"),
 )  # fmt: skip
 MUTANTS = (*OLD, *NEW)
