@@ -32,7 +32,7 @@ OLD = (
            "r[rows, columns] = 1.0 - torch.exp(state[rows, TARGET] - state[rows, MAX] - log_sum[rows]).to(dtype)",
            LOGPROBS),
     Mutant("compaction: each rank its own depth", f"{K}schedules/compaction.py",
-           "depth = int((_sum(sizes.clone(), tiled) <= MOST_COLUMNS * tiled.vocab).sum())",
+           "depth = int((total(sizes.clone(), tiled.group) <= MOST_COLUMNS * tiled.vocab).sum())",
            "depth = int((sizes <= MOST_COLUMNS * tiled.vocab).sum())",
            f"{KERNELS}test_parallel.py {KERNELS}test_compaction.py"),
     Mutant("rsLoRA's scaling left out", f"{E}integrations/hook.py",

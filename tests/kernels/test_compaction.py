@@ -16,7 +16,7 @@ from align_kernels import LogitGradClamp, explain, linear_logprobs, sft_loss
 from align_kernels.backends import cpu, torch_ops
 from align_kernels.head import Head, read_head
 from align_kernels.losses import LOSSES
-from align_kernels.schedules import compaction
+from align_kernels.schedules import compaction, support
 from align_kernels.schedules import request as planning
 from align_kernels.schedules.dense import softmax
 from align_kernels.schedules.plan import start
@@ -291,6 +291,53 @@ def test_who_is_compacted(shape: str, compacted: int):
     state = softmax(tiled, chunk, store)
     kept = sum(len(b.rows) for b in compaction.cut(tiled, chunk, state, store, torch.arange(N), [], entropy=False))
     assert kept >= compacted > 0 or kept == compacted == 0
+
+
+@pytest.mark.parametrize("entropy", [False, True], ids=["mass", "entropy too"])
+@pytest.mark.parametrize("tau", [2**-4, 2**-10])
+def test_support(tau: float, entropy: bool, monkeypatch):
+    """Of a sample that is the whole vocabulary: how many columns each row needs, to the column."""
+    monkeypatch.setattr(support, "EVERY", 1)
+    case = make("zipf", bias=True, temperature="rows")
+    tiled = tiled_head(case, tau, "torch")
+    (chunk,) = tiled.chunks(0, len(tiled.kept))
+    store = tiled.store(len(chunk.targets))
+    state = softmax(tiled, chunk, store)
+    rows = torch.arange(0, len(chunk.targets), 2)
+    with torch.no_grad():
+        found = support.estimate(tiled, chunk, state, store, rows, entropy=entropy)
+        p = transform(case, raw_logits(case, case.leaves(torch.float64))).softmax(1)[rows]
+    wanted = []
+    for row in p:
+        height = -(row * row.log()).sum()
+        for j in range(support.HALVINGS + 1):
+            dropped = row[row < tau / 2**j]
+            serves = not entropy or (
+                (dropped * (-dropped.log() - height)).sum() <= tau and math.log(tau / 2**j) <= -height
+            )
+            if dropped.sum() <= tau and serves:
+                wanted.append(V - len(dropped))
+                break
+        else:
+            wanted.append(V)
+    near = (found.columns - torch.tensor(wanted)).abs()
+    assert near.max() <= 2 and (near == 0).float().mean() > 0.9  # p within rounding of a power of two
+    assert min(wanted) < max(wanted)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("tau", "most"), [(2**-8, 2.35), (2**-12, 3.0)])
+def test_few_wide_rows_spoil_no_others(tau: float, most: float, seed: int, monkeypatch):
+    """Rows with a median of one significant column and a tail that needs thousands: GEMMs in units of NVD."""
+    monkeypatch.undo()  # blocks of the real size
+    torch.manual_seed(seed)
+    n, d, v = 512, 64, 20011
+    w = torch.randn(v, d) / 8
+    y = torch.multinomial(1.0 / torch.arange(1, v + 1).float(), n, replacement=True)
+    hidden = (w[y] * 24 + torch.randn(n, d) * 0.3).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        sft_loss(hidden, w.requires_grad_(), y, drop_mass=tau, workspace=1024 * MIB).loss.backward()
+    assert counter.get_total_flops() / (n * v * d) <= most
 
 
 # -- gradients ----------------------------------------------------------------------------------------------------

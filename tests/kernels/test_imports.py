@@ -158,7 +158,7 @@ autograd rehearsal
 schedules.plan
 schedules
 schedules.compaction schedules.device_losses schedules.exponentials
-schedules.dense
+schedules.dense schedules.support
 schedules.base
 schedules.tiles
 schedules.aliasing schedules.sharded

@@ -20,7 +20,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _transform(z: Tensor, dtype: torch.dtype, of: Transform) -> tuple[Tensor, Tensor | float]:
+def raw_to_logits(z: Tensor, dtype: torch.dtype, of: Transform) -> tuple[Tensor, Tensor | float]:
     """The logits and d(logits)/dz."""
     bias, scale, softcap, temperature = of["bias"], of["scale"], of["softcap"], of["temperature"]
     l = z.to(dtype)
@@ -48,7 +48,7 @@ def forward(
     offset = transform["offset"]
     if z.shape[1] == 0:
         return
-    l, _ = _transform(z, _compute_dtype(z), transform)
+    l, _ = raw_to_logits(z, _compute_dtype(z), transform)
     tile_max, tile_arg = l.max(dim=1)
     # torch.max does not promise the first index among ties
     tile_arg = (l == tile_max[:, None]).int().argmax(dim=1)
@@ -94,7 +94,7 @@ def exponentials(
     forward(z, state, targets, **transform)
     if z.shape[1] == 0:
         return
-    l, _ = _transform(z, _compute_dtype(z), transform)
+    l, _ = raw_to_logits(z, _compute_dtype(z), transform)
     peak = l.amax(1).to(reference.dtype)
     reference.copy_(torch.where(peak <= reference + HEADROOM, reference, peak))
     base = torch.where(reference == -torch.inf, torch.zeros_like(reference), reference)
@@ -120,7 +120,7 @@ def backward(
     if z.shape[1] == 0:
         return
     dtype = _compute_dtype(z)
-    l, chain = _transform(z, dtype, transform)
+    l, chain = raw_to_logits(z, dtype, transform)
     log_sum = state[:, SUM].log()
     log_p = (l - state[:, MAX].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
     p = log_p.exp()
@@ -157,6 +157,6 @@ def peaks(
     t = transform["temperature"]
     if isinstance(t, Tensor):
         transform["temperature"] = t[rows]
-    l, _ = _transform(z[rows], _compute_dtype(z), transform)
+    l, _ = raw_to_logits(z[rows], _compute_dtype(z), transform)
     lse = state[rows, MAX] + state[rows, SUM].log()
     out.copy_((l - lse.to(l.dtype)[:, None]).amax(0))

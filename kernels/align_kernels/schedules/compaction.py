@@ -1,7 +1,7 @@
 """Column compaction: the backward over the few columns that carry all but `drop_mass` of a peaked softmax.
 
-After a chunk's forward its raw logits and every row's exact log-sum and entropy are known. The rows, ordered by
-entropy, are cut into blocks; a block keeps the columns whose probability reaches eps in one of its rows, and those of
+After a chunk's forward its raw logits and every row's exact log-sum and entropy are known. Rows that need like numbers
+of columns (`support`) form a block; it keeps the columns whose probability reaches eps in one of its rows, and those of
 its targets. eps is the largest of tau, tau / 2, tau / 4, ... (tau = drop_mass) with, for every row t,
 
     delta_t = 1 - sum of kept p <= tau
@@ -22,7 +22,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from align_kernels.backends import state as states
@@ -32,11 +31,12 @@ from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.base import Schedule
 from align_kernels.schedules.dense import Frozen, OnePass, gradient, softmax
 from align_kernels.schedules.request import BLOCK_ROWS, MOST_COLUMNS, Plan, Request
+from align_kernels.schedules.sharded import total
+from align_kernels.schedules.support import HALVINGS, estimate, levels
 from align_kernels.schedules.tiles import Chunk, Piece, Rows, TiledHead
 
-FLAT = 0.01  # of the vocabulary: measured blocks whose exp(entropy) sum to more kept nearly every column (docs/LOG.md)
+FLAT = 0.01  # of the vocabulary: BLOCK_ROWS rows whose exp(entropy) is more need nearly every column (docs/LOG.md)
 PROBES = 8  # rows of a block that are tried first
-HALVINGS = 20  # of eps, before a block is given up
 STEP = 1024  # columns of one gather, GEMM and scatter on a CPU
 STEP_GPU = 8192  # a guess: launches cost more there; not yet measured
 ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
@@ -74,13 +74,17 @@ def cut(
     """
     if len(rows) == 0:
         return
-    heights, order = states.entropy(state[rows]).sort()  # NaN comes last, and is never below anything
-    count = -(-len(rows) // BLOCK_ROWS)
-    support = torch.stack([h.exp().sum() for h in heights.tensor_split(count)])
-    for piece, size in zip(rows[order].tensor_split(count), support.tolist()):
-        block = _select(tiled, chunk, state, store, piece, entropy) if size < FLAT * tiled.vocab else None
+    peaked = states.entropy(state[rows]).exp() < FLAT * tiled.vocab / BLOCK_ROWS  # never of NaN
+    if not bool(peaked.all()):
+        dense.append(rows[~peaked])
+        rows = rows[peaked]
+    if len(rows) == 0:
+        return
+    found = estimate(tiled, chunk, state, store, rows, entropy=entropy)
+    for places, flat in found.blocks(BLOCK_ROWS):
+        block = None if flat else _select(tiled, chunk, state, store, rows[places], entropy)
         if block is None:
-            dense.append(piece)
+            dense.append(rows[places])
         else:
             yield block
 
@@ -95,9 +99,9 @@ def _select(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: T
     target = chunk.targets[rows] - tiled.offset
     peak[target[(target >= 0) & (target < V)]] = 0.0
     # level 0 holds the peaks from tau on, level j those from tau / 2^j to tau / 2^(j - 1)
-    level = (math.log2(tau) - peak / math.log(2)).ceil_().clamp_(0, HALVINGS + 1).to(torch.int16)
+    level = levels(peak, tau).to(torch.int16)
     sizes = torch.bincount(level, minlength=HALVINGS + 2)[:-1].cumsum(0)
-    depth = int((_sum(sizes.clone(), tiled) <= MOST_COLUMNS * tiled.vocab).sum())
+    depth = int((total(sizes.clone(), tiled.group) <= MOST_COLUMNS * tiled.vocab).sum())
     columns = (level < depth).nonzero()[:, 0]
     columns = columns[level[columns].sort(stable=True).indices]
 
@@ -135,7 +139,7 @@ def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: fl
     log_p = torch.where(s > 0, m - whole[:, MAX] - whole[:, SUM].log(), -torch.inf)
     share = log_p.exp()
     minus = torch.where(s > 0, (a + s * log_p) * share, 0.0)
-    mass, minus_entropy = _sum(torch.stack((s * share, minus)), tiled)
+    mass, minus_entropy = total(torch.stack((s * share, minus)), tiled.group)
     delta = 1.0 - mass
     fits = delta <= tau - ROUNDING
     if entropy:
@@ -144,13 +148,6 @@ def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: fl
         dropped = H + minus_entropy - H * delta
         fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (math.log(eps) + H <= 0)
     return bool(fits.all())
-
-
-def _sum(x: Tensor, tiled: TiledHead) -> Tensor:
-    """Over the ranks that share the vocabulary: they take one decision."""
-    if tiled.group is not None:
-        dist.all_reduce(x, group=tiled.group)
-    return x
 
 
 def _gather(tiled: TiledHead, store: Store, n: int, rows: Tensor, columns: Tensor) -> Tensor:

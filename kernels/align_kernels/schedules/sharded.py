@@ -30,6 +30,13 @@ def shard(columns: int, targets: Tensor, group: dist.ProcessGroup | None) -> tup
     return sum(sizes[:rank]), max(sizes), sum(sizes)
 
 
+def total(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """`x`, added in place over the ranks that share the vocabulary: they take one decision."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
+    return x
+
+
 def merge(state: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The state of the whole vocabulary from the states of its shards, the same bits on every rank."""
     parts = torch.empty(dist.get_world_size(group), *state.shape, dtype=state.dtype, device=state.device)
