@@ -81,8 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """What the command says of itself."""
-    lines = [f"  {name:7} {(command.__doc__ or ' ').splitlines()[0]}" for name, command in COMMANDS.items()]
-    lines += [f"  {alias:7} The same as {name}." for alias, name in ALIASES.items()]
+    wide = max(map(len, [*COMMANDS, *ALIASES]))
+    lines = [f"  {name:{wide}} {(command.__doc__ or ' ').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines += [f"  {alias:{wide}} The same as {name}." for alias, name in ALIASES.items()]
     return USAGE.format(commands="\n".join(lines))
 
 
