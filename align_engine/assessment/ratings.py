@@ -126,13 +126,13 @@ def tell(
         ]),
         Table("Agreement", ("", "value"), [
             ("Krippendorff's alpha", "too little to tell" if agreed.alpha is None else agreed.alpha),
-            ("pairs of marks that say the same", "none" if agreed.same is None else agreed.same),
+            ("share of equal pairs of marks", "none" if agreed.same is None else agreed.same),
             ("units marked by several", agreed.units),
         ]),
         Table("Assessors", ("name", "marks", "skipped", "gold right", "gold", "as others", "others", "took the first",
                             "seconds"), [
             (name, one.marks, one.skipped, one.right, one.gold, one.same, one.others,
-             "" if one.first is None else one.first, "" if one.seconds is None else one.seconds)
+             "" if one.first is None else round(one.first, 3), "" if one.seconds is None else round(one.seconds, 1))
             for name, one in seen.people.items()
         ]),
     ]  # fmt: skip
