@@ -1,10 +1,12 @@
 """`align repair`: measured biases taken out of a reward model's head; nothing is trained.
 
 A reward model scores w.h, h being its hidden state at the last token. An edit of an answer moves h by a vector, whose
-mean over a few pairs is the direction of its bias d (of an opening: less the mean of neutral openings). The repaired
-head is what w has outside of the span of these directions, w - D D'w with an orthonormal D: the mean score of such an
-edit is then zero (or a neutral word's), whatever the pairs' labels are. What the directions share with quality is lost
-with them, so accuracy and effects are given on other pairs, before and after.
+mean over a few pairs is the direction of its bias d (of an opening: less the mean of neutral openings). Of all heads
+that give these directions no score, the repaired one changes the scores of those pairs' answers least (as LEACE erases
+a concept, Belrose et al., arXiv:2306.03819): with their covariance C and directions D as columns, w becomes
+w - C^-1 D (D'C^-1 D)^-1 D'w. The mean score of such an edit is then zero (or a neutral word's), whatever the pairs'
+labels are. What a model has learnt of nothing but the bias is lost with it, so accuracy and effects are given on other
+pairs, before and after.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from align_engine.models.modelfiles import adapter_base
 from align_engine.models.score_head import score_module
 from align_engine.preparation import folder, report
 from align_engine.preparation.answers import Answers, asking, device, pairs_of
-from align_engine.preparation.audit import Card, card, wilson
+from align_engine.preparation.audit import Card, calibration, card, wilson
 from align_engine.preparation.edits import STYLES, Edit, of_marker
 from align_engine.preparation.frequent import Marker, count, findings
 from align_engine.preparation.sections import RepairRecipe
@@ -61,15 +63,29 @@ def run(settings: RepairRecipe) -> None:
         counts = count(Answers(rows, [], "drop"), 1, 2)
         neutral = [word for word in neutral_words(counts, findings(counts), [])["opening"] if word not in words]
         reward = reward_of(asked.model_name_or_path, model, tokenizer)
-        before = card("before", asking(reward), tested, words, neutral, asked.seed)
+        before, right = card("before", asking(reward), tested, words, neutral, asked.seed), alone(tested, words, reward)
         edits = [*map(_opening, words), *(STYLES[name] for name in asked.styles)]
-        found = directions(edits, [*map(_opening, neutral)], bare(measured, words), reward, head)
-        kept = projected(head, found)
+        measured = bare(measured, words)
+        found = directions(edits, [*map(_opening, neutral)], measured, reward, head)
+        prompts = [pair[0] for pair in measured]
+        hidden = [hidden_of(reward, head, prompts, [pair[side] for pair in measured]) for side in (1, 2)]
+        kept = projected(head, found, torch.cat(hidden))
         after = card("after", asking(reward), tested, words, neutral, asked.seed)
         with place.written(FINAL) as path:
             model.save_pretrained(path)
             tokenizer.save_pretrained(path)
-        write(place, settings, before, after, [edit.name for edit in edits], kept)
+        shares = right, alone(tested, words, reward)
+        write(place, settings, (before, after), shares, [edit.name for edit in edits], kept)
+
+
+def alone(pairs: Sequence[Pair], words: Sequence[str], reward: Reward) -> float | None:
+    """Share of pairs ordered right by what their answers say without openings; None where they all say the same."""
+    differ = [(prompt, chosen, rejected) for prompt, chosen, rejected in bare(pairs, words) if chosen != rejected]
+    if not differ:
+        return None
+    prompts, chosen, rejected = map(list, zip(*differ))
+    scores = asking(reward)(prompts * 2, chosen + rejected)
+    return float((scores[: len(differ)] > scores[len(differ) :]).mean())
 
 
 def loaded(path: str, trust_remote_code: bool) -> tuple[Any, Any, nn.Linear]:
@@ -127,49 +143,72 @@ def hidden_of(reward: Reward, head: nn.Linear, prompts: list[Any], texts: list[s
 
 
 @torch.no_grad()
-def projected(head: nn.Linear, found: Tensor) -> float:
-    """Take the span of directions [K, D] out of the head's weight; the share of its length that is left.
+def projected(head: nn.Linear, found: Tensor, hidden: Tensor) -> float:
+    """Take directions out of the head's weight; the share that is left of the spread of its scores.
 
+    Args:
+        found: directions [K, D].
+        hidden: of answers whose scores are to change least [N, D].
     Raises:
         BadInput: nothing is left.
     """
-    basis, _ = torch.linalg.qr(found.T)  # [D, K]
-    weight = head.weight[0].double().cpu()
-    left = weight - basis @ (basis.T @ weight)
-    kept = float(left.norm() / weight.norm())
+    from sklearn.covariance import ledoit_wolf
+
+    covariance = torch.from_numpy(ledoit_wolf(hidden.numpy())[0])
+    root = torch.linalg.cholesky(covariance)  # C = R R': |R'w| is the spread of the scores
+    basis, _ = torch.linalg.qr(torch.linalg.solve_triangular(root, found.T, upper=False))  # [D, K]
+    spread = root.T @ head.weight[0].double().cpu()
+    left = spread - basis @ (basis.T @ spread)
+    kept = float(left.norm() / spread.norm())
     if kept < 1e-6 or found.shape[0] >= found.shape[1]:
         raise BadInput(f"{found.shape[0]} biases span all that the head reads ({found.shape[1]} numbers): name fewer")
-    head.weight[0] = left.to(head.weight)
+    head.weight[0] = torch.linalg.solve_triangular(root.T, left[:, None], upper=True)[:, 0].to(head.weight)
     return kept
 
 
 def write(
-    place: folder.ResultFolder, settings: RepairRecipe, before: Card, after: Card, names: Sequence[str], kept: float
-) -> None:
-    """The reports."""
+    place: folder.ResultFolder, settings: RepairRecipe, cards: Sequence[Card], alone: Sequence[float | None],
+    names: Sequence[str], kept: float,
+) -> None:  # fmt: skip
+    """The reports.
+
+    Args:
+        cards: before and after.
+        alone: share of pairs ordered right where the openings are taken off both answers, before and after.
+    """
+    before, after = cards
     repaired = {one.name: one for one in after.effects}
     lines = [
         (one.name, one.kind, "yes" if one.name in names else "no", one.effect, repaired[one.name].effect,
          f"{one.flips:.1%}", f"{repaired[one.name].flips:.1%}")
         for one in before.effects
     ]  # fmt: skip
-    shares = [(int(one.right.sum()), len(one.right)) for one in (before, after)]
-    accuracy = [(f"{right / total:.1%}", *(f"{end:.1%}" for end in wilson(right, total))) for right, total in shares]
+    shares = [(int(one.right.sum()), len(one.right)) for one in cards]
+    accuracy = [" to ".join(f"{end:.1%}" for end in wilson(*share)) for share in shares]
+    calibrated = [calibration(one.margins) for one in cards]
     tables = [
         Table("Effects", ("edit", "kind", "taken out", "before", "after", "flips before", "flips after"), lines),
-        Table("Pairs ordered right", ("", "share", "from", "to"), [
-            ("before", *accuracy[0]), ("after", *accuracy[1])
+        Table("Other pairs", ("", "before", "after"), [
+            ("ordered right", *(f"{right / total:.1%}" for right, total in shares)),
+            ("95 % interval", *accuracy),
+            ("ordered right without the openings", *("" if share is None else f"{share:.1%}" for share in alone)),
+            ("expected calibration error", *(one.error for one in calibrated)),
+            ("standard deviation of the scores", *(one.spread for one in cards)),
         ]),
     ]  # fmt: skip
-    details = [effects_table(f"Effects {one.name}", one.effects, one.spread) for one in (before, after)]
+    details = [effects_table(f"Effects {one.name}", one.effects, one.spread) for one in cards]
     facts = {
         "taken_out": list(names),
-        "weight_kept": kept,
-        "accuracy": {one.name: right / total for one, (right, total) in zip((before, after), shares)},
-        "effects": {one.name: {edit.name: edit.effect for edit in one.effects} for one in (before, after)},
+        "spread_kept": kept,
+        "accuracy": {one.name: right / total for one, (right, total) in zip(cards, shares)},
+        "accuracy_without_openings": dict(zip(("before", "after"), alone)),
+        "calibration_error": {one.name: found.error for one, found in zip(cards, calibrated)},
+        "scores_std": {one.name: one.spread for one in cards},
+        "effects": {one.name: {edit.name: edit.effect for edit in one.effects} for one in cards},
     }
     lead = (
-        f"{len(names)} biases were taken out of the head of {settings.repair.model_name_or_path}, which keeps "
-        f"{kept:.1%} of its length; the model is in {FINAL}, and these figures are of {len(before.right)} other pairs."
+        f"{len(names)} biases were taken out of the head of {settings.repair.model_name_or_path}, whose scores of "
+        f"answers without openings keep {kept:.1%} of their spread; the model is in {FINAL}, and these figures are of "
+        f"{len(before.right)} other pairs."
     )
     report.write(place, "A reward model repaired", lead, facts, tables, details=details)

@@ -1,13 +1,14 @@
 """`align strip`: answers without the openings that sway a reward model, and what was taken off beside them.
 
 The column `stripped` holds, for each column of an answer, the words that stood before it: both together are the answer
-as it was, to the letter, and `--undo` puts them together. A pair whose answers would become equal stays as it is.
+as it was, to the letter, and `--undo` puts them together. A pair whose answers would become equal stays as it is, or is
+left out: all that it teaches is the opening.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ def run(settings: StripRecipe) -> None:
     if settings.strip.undo:
         if COLUMN not in rows.column_names:
             raise BadInput(f"undo = True: there is no column {COLUMN!r}, so nothing has been taken off these rows")
-        words, made = [], [undone(dict(row)) for row in rows]
+        words, made, alike = [], [undone(dict(row)) for row in rows], 0
     else:
         words = openings(settings.found)
-        made = [stripped(dict(row), columns, words) for row in rows]
+        made, alike = all_stripped(map(dict, rows), columns, words, settings.data.bad_rows == "drop")
     if settings.data.dry_run:
         return folder.dry(made)
-    with folder.opened("strip", settings, rows, {"openings": words}) as place:
+    facts = {"openings": words, "alike": alike, "bad_rows": settings.data.bad_rows if alike else "error"}
+    with folder.opened("strip", settings, rows, facts) as place:
         if place is None:
             return
         place.write_rows(folder.ROWS, made)
@@ -54,7 +56,7 @@ def run(settings: StripRecipe) -> None:
             put = sum(bool(row.get(COLUMN)) for row in map(dict, rows))
             report.write(place, "Openings put back", f"{put:,} of {len(made):,} rows.", {"rows": put}, [])
         else:
-            write(place, made, columns)
+            write(place, made, columns, alike, settings.data.bad_rows == "drop")
 
 
 def openings(section: MarkersSection) -> list[str]:
@@ -82,8 +84,32 @@ def openings(section: MarkersSection) -> list[str]:
     return list(dict.fromkeys(filter(None, found)))
 
 
-def stripped(row: Row, columns: Sequence[str], words: Sequence[str]) -> Row:
-    """A row without its openings, and with the column `stripped`. Raises BadInput for several answers in a column."""
+def all_stripped(
+    rows: Iterable[Row], columns: Sequence[str], words: Sequence[str], drop: bool
+) -> tuple[list[Row], int]:
+    """Rows without their openings, and how many are pairs whose answers would become equal: as they were, unless they
+    are dropped.
+
+    Raises:
+        BadInput: several answers in a column; no row is left.
+    """
+    made, alike = list[Row](), 0
+    for row in rows:
+        new = stripped(row, columns, words)
+        alike += new is None
+        if new is not None or not drop:
+            made.append(row | {COLUMN: row.get(COLUMN) or {}} if new is None else new)
+    if not made:
+        raise BadInput(f"without these openings the answers of all {alike} pairs are equal, so no row is left")
+    return made, alike
+
+
+def stripped(row: Row, columns: Sequence[str], words: Sequence[str]) -> Row | None:
+    """A row without its openings, and with the column `stripped`; None for a pair whose answers would become equal.
+
+    Raises:
+        BadInput: several answers in a column.
+    """
     taken, changed = dict(row.get(COLUMN) or {}), dict(row)
     for name in columns:
         if has_several(row[name]):
@@ -94,7 +120,7 @@ def stripped(row: Row, columns: Sequence[str], words: Sequence[str]) -> Row:
                 changed[name] = _with_text(row[name], rest)
                 taken[name] = (taken.get(name) or "") + removed
     if "chosen" in columns and changed["chosen"] == changed["rejected"]:
-        return row | {COLUMN: row.get(COLUMN) or {}}
+        return None
     return changed | {COLUMN: taken}
 
 
@@ -131,7 +157,7 @@ def limits(begun: dict[str, float]) -> dict[str, float]:
             for name, value, (low, high) in (("grad_clamp", clamp, CLAMP), ("prob_gate", 1 - most, GATE))}  # fmt: skip
 
 
-def write(place: folder.ResultFolder, rows: Sequence[Row], columns: Sequence[str]) -> None:
+def write(place: folder.ResultFolder, rows: Sequence[Row], columns: Sequence[str], alike: int, drop: bool) -> None:
     """limits.yaml and the reports."""
     counted: dict[str, Counter[str]] = {name: Counter() for name in columns}
     for row in rows:
@@ -152,8 +178,12 @@ def write(place: folder.ResultFolder, rows: Sequence[Row], columns: Sequence[str
         Table("Examples", ("taken off", "what stays"), list(_examples(rows))),
     ]  # fmt: skip
     lead = ", ".join(f"{share:.1%} of {name}" for name, share in begun.items())
-    facts = {"begun": begun, "limits": suggested, "taken": {name: dict(some) for name, some in counted.items()}}
+    facts = {"begun": begun, "limits": suggested, "taken": {name: dict(some) for name, some in counted.items()},
+             "alike": alike}  # fmt: skip
     lead = f"Of {len(rows):,} rows, openings were taken off {lead}; --undo puts them back."
+    if alike:
+        way = "and were left out" if drop else "and stay as they were; --bad_rows drop leaves them out"
+        lead += f" Without its opening, {alike:,} more would be pairs of two equal answers, {way}."
     report.write(place, "Answers without their openings", lead, facts, [table for table in tables if table.rows])
 
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from scipy import stats
+from sklearn.covariance import LedoitWolf
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from align_engine.cli import main
@@ -109,9 +110,7 @@ def test_a_repair_takes_the_bias_out_and_nothing_else(data, model, tmp_path):
     assert (tmp_path / "out" / "final" / "tokenizer.json").exists()
     for (name, old), new in zip(before.named_parameters(), after.parameters()):
         assert old.equal(new) == (name != "score.weight"), name
-    left, old = after.score.weight[0].detach(), before.score.weight[0].detach()
-    assert facts(tmp_path / "out")["weight_kept"] == pytest.approx(float(left.norm() / old.norm()), rel=1e-5)
-    assert float(left @ (old - left)) == pytest.approx(0.0, abs=1e-5), "a projection"
+    assert 0 < facts(tmp_path / "out")["spread_kept"] <= 1 and facts(tmp_path / "out")["scores_std"]["after"] > 0
     both = dict(reward_models=[model, tmp_path / "out" / "final"], markers=TRIGGER)
     assert main(flags("audit", data, tmp_path / "card", **both)) == 0
     swayed = [
@@ -120,17 +119,23 @@ def test_a_repair_takes_the_bias_out_and_nothing_else(data, model, tmp_path):
     assert abs(swayed[1]) < 0.3 * swayed[0], "before and after beside each other"
 
 
-def test_a_projected_head_gives_the_directions_no_score():
+def test_a_projected_head_gives_the_directions_no_score_and_changes_others_least():
+    torch.manual_seed(0)
     head, found = torch.nn.Linear(16, 1, bias=False), torch.randn(3, 16, dtype=torch.float64)
+    hidden = torch.randn(400, 16, dtype=torch.float64) @ torch.randn(16, 16, dtype=torch.float64)
     before = head.weight[0].detach().double()
-    kept = repair.projected(head, found)
+    kept = repair.projected(head, found, hidden)
     after = head.weight[0].detach().double()
-    assert (found @ after).abs().max() < 1e-6 < (found @ before).abs().max()
-    oracle = before - found.T @ torch.linalg.solve(found @ found.T, found @ before)
-    torch.testing.assert_close(after, oracle, rtol=0, atol=1e-6)
-    assert kept == pytest.approx(float(oracle.norm() / before.norm()))
+    assert (found @ after).abs().max() < 1e-5 < (found @ before).abs().max()
+    covariance = torch.from_numpy(LedoitWolf().fit(hidden.numpy()).covariance_)
+    corner = torch.zeros(3, 3, dtype=torch.float64)
+    conditions = torch.cat([torch.cat([covariance, found.T], 1), torch.cat([found, corner], 1)])  # Lagrange's
+    change = torch.linalg.solve(conditions, torch.cat([torch.zeros(16).double(), -found @ before]))[:16]
+    torch.testing.assert_close(after, before + change, rtol=0, atol=1e-5)
+    spreads = [float((weight @ covariance @ weight) ** 0.5) for weight in (before, before + change)]
+    assert kept == pytest.approx(spreads[1] / spreads[0], rel=1e-5)
     with pytest.raises(BadInput, match="16 biases span all that the head reads"):
-        repair.projected(head, torch.eye(16, dtype=torch.float64))
+        repair.projected(head, torch.eye(16, dtype=torch.float64), hidden)
 
 
 def test_what_cannot_be_audited_or_repaired_is_said(data, model, tmp_path, capsys):

@@ -44,6 +44,20 @@ def test_what_is_taken_off_can_be_put_back(tmp_path, wrap):
     assert [dict(row) for row in load_rows(tmp_path / "undone")] == rows
 
 
+def test_pairs_that_teach_the_opening_alone_are_left_out_where_that_is_asked(tmp_path):
+    data = tiny.write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = ["--dataset_name", str(data), "--markers", "Sure,", "--output_dir"]
+    assert main(["strip", *flags, str(tmp_path / "whole")]) == 0
+    assert main(["strip", *flags, str(tmp_path / "out"), "--bad_rows", "drop"]) == 0
+    assert [row["prompt"] for row in load_rows(tmp_path / "out")] == ["p", "q", "s"]
+    for name, way in (("whole", "and stay as they were; --bad_rows drop"), ("out", "and were left out")):
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        assert report["alike"] == 1 and way in (tmp_path / name / "report.md").read_text()
+    alike = tiny.write_rows(tmp_path / "alike.jsonl", ROWS[2:3])
+    assert main(["strip", *flags[:1], str(alike), *flags[2:], str(tmp_path / "none"), "--bad_rows", "drop"]) == 2
+    assert main(["strip", *flags, str(tmp_path / "whole"), "--bad_rows", "drop"]) == 2, "another result"
+
+
 def test_limits_are_a_recipe_that_follows_from_the_shares(tmp_path):
     often = [("Sure, " * bool(i % 5), "Sure, " * (i % 10 == 0)) for i in range(100)]
     rows = [{"prompt": "p", "chosen": f"{a}a{i}", "rejected": f"{b}b{i}"} for i, (a, b) in enumerate(often)]
