@@ -132,7 +132,7 @@ def write(
     place: folder.ResultFolder, settings: AuditRecipe, cards: Sequence[Card], parts: dict[str, dict[str, list[int]]]
 ) -> None:
     """The reports."""
-    names, count_ = [one.name for one in cards], len(cards[0].right)
+    names, count_ = labels([one.name for one in cards]), len(cards[0].right)
     calibrated = [calibration(one.margins) for one in cards]
     everything = {"": {"all pairs": list(range(count_))}} | parts
     accuracy = {
@@ -151,10 +151,10 @@ def write(
             ("Brier score", *(one.brier for one in calibrated)),
             ("standard deviation of the scores", *(one.spread for one in cards)),
         ]),
-        _flips(cards),
-        *(effects_table(f"What sways {one.name}", one.effects, one.spread) for one in cards),
+        _flips(cards, names),
+        *(effects_table(f"What sways {name}", one.effects, one.spread) for name, one in zip(names, cards)),
     ]  # fmt: skip
-    curves = {one.name: (found.confidence, found.accuracy) for one, found in zip(cards, calibrated)}
+    curves = {name: (found.confidence, found.accuracy) for name, found in zip(names, calibrated)}
     figure = line_chart("Share ordered right, by confidence", curves | {"calibrated": ([0.5, 1.0], [0.5, 1.0])})
     facts = {
         one.name: {
@@ -168,7 +168,7 @@ def write(
         }
         for i, one in enumerate(cards)
     }  # fmt: skip
-    lead = f"{count_:,} pairs of {settings.data.dataset_name}; {', '.join(names)}."
+    lead = f"{count_:,} pairs of {settings.data.dataset_name}; {', '.join(one.name for one in cards)}."
     report.write(place, "Card of a reward model", lead, facts, tables, [figure])
 
 
@@ -177,12 +177,21 @@ def _plain(effect: Effect) -> dict[str, Any]:
     return values | {"sways": effect.sways}
 
 
-def _flips(cards: Sequence[Card]) -> Table:
+def labels(names: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them begin or end with; one path stays as it is."""
+    parts = [name.split("/") for name in names]
+    for end, rest in ((0, slice(1, None)), (-1, slice(None, -1))):
+        while len(parts) > 1 and min(map(len, parts)) > 1 and len({part[end] for part in parts}) == 1:
+            parts = [part[rest] for part in parts]
+    return ["/".join(part) for part in parts]
+
+
+def _flips(cards: Sequence[Card], names: Sequence[str]) -> Table:
     lines = [("asking about the rejected answer first", "order", *(f"{one.turned:.1%}" for one in cards))]
     for effect in cards[0].effects:
         flips = [next(other.flips for other in one.effects if other[:2] == effect[:2]) for one in cards]
         lines.append((f"{effect.name} on the rejected answer", effect.kind, *(f"{share:.1%}" for share in flips)))
-    return Table("Judgements turned round", ("by", "kind", *(one.name for one in cards)), lines)
+    return Table("Judgements turned round", ("by", "kind", *names), lines)
 
 
 def _share(right: int, total: int) -> str:

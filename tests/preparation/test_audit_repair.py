@@ -81,6 +81,12 @@ def test_calibration_is_counted_by_bins():
     assert few.error == pytest.approx(0.25) and few.brier == pytest.approx((0.25**2 + 0.75**2) / 2)
 
 
+def test_models_are_told_apart_by_what_differs_in_their_paths():
+    assert audit.labels(["/a/b/rm/final", "/a/b/rm-strip/final"]) == ["rm", "rm-strip"]
+    assert audit.labels(["a/final", "b"]) == ["a/final", "b"] and audit.labels(["a/b", "a/b/c"]) == ["b", "b/c"]
+    assert audit.labels(["/a/final"]) == ["/a/final"]
+
+
 def test_a_card_says_how_often_pairs_are_ordered_right_and_by_whom(data, tmp_path):
     score = f"{planted.__file__}:score"
     settings = dict(reward_models=[score], markers=[TRIGGER, "Ctl1"])
