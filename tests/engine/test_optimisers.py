@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from runs import cut_off, same_bits
+from runs import cut_off, in_checkpoint, same_bits
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -134,6 +134,25 @@ def test_cut_off_and_run_again_ends_with_the_same_bits(name, model, completions,
     cut_off("sft", recipe)
     cut = train("sft", recipe)
     assert same_bits(whole.final, cut.final) and not same_bits(whole.final, model)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch_8bit", "adamw_torch_4bit"])
+def test_rounding_by_chance_of_bfloat16_goes_on_with_the_same_bits(name, wide, completions, tmp_path, monkeypatch):
+    """torchao's states in few bits; their steps are compiled outside of tests, which takes a minute. It is not part of
+    the tests' environment: whatever imports peft would import it, and say that its CUDA code is of no use here."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    settings = dict(max_steps=4, save_steps=2, optim=name, learning_rate=1e-3, dtype="bfloat16",
+                    per_device_train_batch_size=4, optim_args="bf16_stochastic_round=true")  # fmt: skip
+    whole = train("sft", tiny.sft(wide, completions, tmp_path / "whole", **settings))
+    recipe = tiny.sft(wide, completions, tmp_path / "cut", **settings)
+    cut_off("sft", recipe)
+    states = in_checkpoint(tmp_path / "cut" / "checkpoint-000002")
+    assert any(tensor.dtype == torch.uint8 for key, tensor in states.items() if "exp_avg.codes" in key)
+    assert same_bits(whole.final, train("sft", recipe).final)
+    settings["optim_args"] = "bf16_stochastic_round=false"
+    to_nearest = train("sft", tiny.sft(wide, completions, tmp_path / "nearest", **settings))
+    assert not same_bits(whole.final, to_nearest.final)
 
 
 REFUSED = {
