@@ -33,12 +33,14 @@ KEPT = {"gradient_checkpointing": False}
 GENERATION = {"per_device_generation_batch_size": 32, "steps_per_generation": 8}
 ROUND = {"rounds": 1, "prompts_per_round": 16}
 FOUR, TWO = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
+ONE = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 CASES: dict[str, tuple[str, str, tuple[int, int], dict[str, Any]]] = {  # method, model, (prompt, completion), settings
     "sft": ("sft", "12M", (64, 192), KEPT),
     "sft, large vocabulary, recomputed": ("sft", "65M", (64, 192), FOUR),
     "sft, LoRA": ("sft", "110M", (64, 192), LORA | KEPT | FOUR),
     "dpo": ("dpo", "42M", (64, 64), KEPT | FOUR),
     "dpo, trees": ("dpo", "42M", (96, 32), {"packing": "on"} | KEPT),
+    "dpo, passes of one pair": ("dpo", "42M", (128, 128), KEPT | ONE),
     "dpo, LoRA, large vocabulary": ("dpo", "65M", (64, 64), LORA | KEPT | FOUR),
     "dpo, second model, recomputed": ("dpo", "110M", (64, 64), {"reference": "frozen"} | TWO),
     "kto": ("kto", "42M", (64, 128), FOUR),

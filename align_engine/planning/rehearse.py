@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from align_engine.planning.ledger import HOST, Ledger, Phase
 from align_engine.planning.sampling import Sampling
 from align_engine.recipe import ModelSection, Recipe, RolloutSection
 from align_engine.rollouts import rewards
-from align_engine.training import optimiser, packing
+from align_engine.training import optimiser, packing, shards
 from align_engine.training import reference as references
 from align_engine.training.engine import Engine
 from align_engine.training.metrics import Sums
@@ -154,6 +155,8 @@ class _Stage:
         if self.rollout is not None and not self.online:
             self._sample(scorers)
         self._make_states()
+        if not self.card.gpu:
+            self._save()
         if self.online:
             self._sample(scorers)
             if self._measured():
@@ -202,6 +205,21 @@ class _Stage:
         optimizer.zero_grad()
         states = (x for one in optimizer.state.values() for x in one.values())
         self.ledger.name((x for x in states if isinstance(x, Tensor)), "optimiser")
+
+    def _save(self) -> None:
+        """A checkpoint: on a CPU, what is being written lies beside the rest."""
+        sizes: dict[str, int] = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                sizes |= {name: p.nbytes, f"{name}'s state": int(self.state_per_weight * p.numel())}
+                held = self.engine.optimizer.state.get(p, {})
+                sizes |= {f"{name}.{key}": x.nbytes for key, x in held.items() if isinstance(x, Tensor)}
+        together = Counter[int]()
+        for name, place in shards.files(sizes).items():
+            together[place] += sizes[name]
+        with self.ledger.phase("checkpoint"):
+            written = torch.empty(shards.COPIES * max(together.values()), dtype=torch.uint8)
+            self.ledger.name([written], "written")
 
     def _attach(self, kind: str) -> None:
         """The reference, as `reference.attach` has it; a pass over the rows before the first step is a phase."""

@@ -17,7 +17,7 @@ from align_engine.recipe.secrets import masked
 from align_engine.training import reference as references
 
 PARTS = ("weights", "reference", "scorers", "gradients", "optimiser", "activations", "head", "keys and values",
-         "malloc")  # fmt: skip
+         "written", "malloc")  # fmt: skip
 
 
 def plan(name: str, recipe: Recipe, card: Card, each: Lengths, rollout: RolloutSection | None = None) -> dict[str, Any]:

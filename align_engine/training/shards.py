@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-FILE = 2**30  # bytes of a file, about: one is put together in memory before it is written
+FILE, FILES = 2**26, 64  # bytes of a file, about, and how many there are before they become larger
+COPIES = 2  # of a file in memory while it is written: safetensors puts it together and hands it over
 
 
 def write(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -33,14 +34,21 @@ def write(folder: Path, model: nn.Module, optimizer: Optimizer) -> dict[str, Any
         the optimiser's numbers: what `read` needs beside the folder.
     """
     tensors, numbers = state(model, optimizer)
-    places, size = {}, 0
-    for name, tensor in tensors.items():
-        places[name] = 1 + size // FILE
-        size += tensor.numel() * tensor.element_size()
+    places = files({name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()})
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=places, save_distributed=True)
     with plainly():
         save(tensors, storage_writer=writer)
     return numbers
+
+
+def files(sizes: dict[str, int]) -> dict[str, int]:
+    """The number of the file, from 1 on, that each tensor of so many bytes lies in."""
+    places, before = {}, 0
+    room = max(FILE, -(-sum(sizes.values()) // FILES))
+    for name, size in sizes.items():
+        places[name] = 1 + before // room
+        before += size
+    return places
 
 
 def read(folder: Path, model: nn.Module, optimizer: Optimizer, numbers: dict[str, Any]) -> None:

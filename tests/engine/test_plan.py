@@ -21,6 +21,7 @@ from align_engine.planning.rehearse import Lengths, lengths, rehearse
 from align_engine.recipe import RECIPES
 from align_engine.rollouts.source import Rollouts
 from align_engine.run import train
+from align_engine.training import shards
 from align_engine.training.allocator import MAPPED
 from align_engine.training.engine import Engine
 
@@ -30,6 +31,12 @@ SHAPE: dict[str, Any] = dict(hidden_size=64, intermediate_size=160, num_hidden_l
 EACH = Lengths(16, 48)
 HERE = cards.machine()
 ONLINE = ("rloo", "grpo", "ppo")
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    """A checkpoint's files are small beside these models, as they are beside large ones."""
+    monkeypatch.setattr(shards, "FILE", 1 << 16)
 
 
 class Measured(BaseException):

@@ -93,6 +93,13 @@ def test_files_are_cut(monkeypatch, tmp_path):
     assert all(a.equal(b) for a, b in zip(net.parameters(), other.parameters()))
 
 
+def test_files_grow_with_the_model_and_not_their_number():
+    small = shards.files({str(i): shards.FILE // 4 for i in range(40)})
+    assert list(small.values()) == [1 + i // 4 for i in range(40)]
+    large = shards.files({str(i): 1 << 30 for i in range(1000)})
+    assert max(large.values()) == len(set(large.values())) <= shards.FILES
+
+
 def test_tensors_of_another_model_are_refused_by_name(tmp_path):
     net, optimizer = made(torch.optim.AdamW)
     numbers = shards.write(tmp_path / "tensors", net, optimizer)
