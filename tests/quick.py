@@ -45,6 +45,9 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
     # command line, packaging, drop-ins
     "cli/test_cli.py": ("test_bad_input_is_one_message_and_exit_code_2", "test_sft_then_dpo_then_again"),
     "cli/test_packaging.py": ALL,
+    "cli/test_documents.py": ("test_files_and_links_are_there", "test_commands_are_taken"),
+    "cli/test_pages.py": ("test_rows_are_of_their_kind",
+                          "test_a_methods_page_trains_on_its_own_rows[docs/methods/dpo.md]"),
     "cli/test_extending.py": ("test_the_loss_equals_its_eager_formula", "test_the_backend_equals_eager_logits",
                               "test_the_method_trains_from_the_command_line"),
     "integrations/test_hook.py": ALL,
