@@ -49,7 +49,8 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     """What is given to `align` in a page's blocks: (folder that was entered, [command, flag, value, ...]). `...` stands
     for what was left out."""
     found = []
-    for block in blocks(page):
+    indented = "\n".join(re.findall(r"^ {4}(\S.*)", FENCE.sub("", page.read_text()), re.MULTILINE))
+    for block in [*blocks(page), Block("", "", indented, 0)]:
         folder = ""
         for line in lines(block.code) if block.language in ("", "bash") else ():
             if line.startswith("cd "):
