@@ -101,7 +101,7 @@ def test_the_first_page_from_its_first_line_to_its_last(here, capsys):
                 subprocess.run(line, shell=True, check=True)
             elif line.startswith("python -c"):
                 assert "make_demo" in line  # tests/engine/test_demo.py makes one
-            elif line.startswith("align env"):
+            elif line.startswith(("align env", "align chat")):
                 continue
             elif line.startswith("align "):
                 (command,) = (words for _, words in commands(page) if " ".join(words)[:12] == line[6:18])
