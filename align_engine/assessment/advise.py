@@ -24,6 +24,7 @@ from align_engine.run import quiet_libraries
 from align_engine.training.checkpoint import SIDE, settle
 
 KIND = "align advise"  # what marks a file as one of ours
+PLANNED = 3  # methods whose memory is computed, which takes seconds each
 
 
 def run(settings: AdviseRecipe) -> None:
@@ -68,17 +69,18 @@ def advise(settings: AdviseRecipe) -> dict[str, Any]:
     """Everything that is said, as JSON values."""
     section = settings.situation
     at = situation(section)
-    with Console(stderr=True).status("computing memory") as status:
-        found = []
-        for one in ranked(at.words):
-            status.update(f"computing the memory of {one.method}")
-            found.append(told(one, at, section))
-        while not (first := found[0])["missing"] and first["memory"].get("fits") is False:
-            status.update(f"making {first['method']} fit")
-            fit(first, at, section)
-            if not first["missing"]:
-                break
-            found.sort(key=lambda one: bool(one["missing"]))
+    found = [told(one, at, section) for one in ranked(at.words)]
+    with Console(stderr=True).status("") as status:
+        done = 0
+        while done < PLANNED and not (one := found[done])["missing"]:
+            status.update(f"computing the memory of {one['method']}")
+            one["memory"] = memory(one["method"], at, section.model_name_or_path, one["needs"], taken)
+            if done == 0 and one["memory"].get("fits") is False:
+                fit(one, at, section)
+            if one["missing"]:  # the next one is the first now
+                found.sort(key=lambda one: bool(one["missing"]))
+            else:
+                done += 1
     for number, one in enumerate(found, 1):
         one["rank"] = number
         del one["needs"]
@@ -105,7 +107,7 @@ def told(advice: Advice, at: Situation, section: SituationSection) -> dict[str, 
                           "reasons": [one._asdict() for one in advice.reasons]},
         "missing": [" or ".join(guide()["get"][word] for word in need) for need in advice.missing],
         "needs": needs, "recipe": recipe_of(advice.method, at.billions),
-        "memory": memory(advice.method, at, model, needs, taken) if possible else None,
+        "memory": None,
         "commands": commands(advice, at, model, section.dataset_name) if possible else [],
     }  # fmt: skip
 
@@ -150,7 +152,8 @@ def row(one: dict[str, Any]) -> Iterator[str]:
     yield from (WORDS[one[name]["grade"]] for name in GRADES)
     yield one["applicability"]["word"]
     held = one["memory"] or {}
-    yield size(held["bytes"]) if "bytes" in held else "not computed" * ("why_not" in held)
+    too_much = "" if held.get("fits", True) else ", more than is there"
+    yield size(held["bytes"]) + too_much if "bytes" in held else "not computed" * ("why_not" in held)
 
 
 def reason(one: dict[str, Any]) -> str:
