@@ -1,4 +1,4 @@
-# make demo | make ladder | make test-quick | make test | make check | make docs | make bench | make gpu-registers
+# make demo | make ladder | make story | make test-quick | make test | make check | make docs | make bench | make gpu-registers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 # by all cores, where pip takes one; some packages ship files of another Python's syntax
 BYTECODE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo ladder test test-quick check docs docs-pictures bench bench-peers gpu-registers architectures clean
+.PHONY: demo ladder story test test-quick check docs docs-pictures bench bench-peers gpu-registers architectures clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -28,6 +28,10 @@ demo: $(VENV)/.installed
 # the same for three seeds: mean and spread of every method
 ladder: $(VENV)/.installed
 	$(BIN)/align demo --seeds 0 1 2
+
+# from answers of two models to a policy: examples/story/README.md
+story: $(VENV)/.installed-dev
+	$(BIN)/python examples/story/run.py
 
 # two at a time, on one thread each, and asleep while it waits: a spinning one costs tenfold when its core is taken
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
