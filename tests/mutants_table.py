@@ -16,7 +16,8 @@ LORA = f"{DROP}test_hook.py {ENGINE}test_models.py"
 TREES = f"{ENGINE}test_trees.py"
 METRICS = f"{ENGINE}test_metric_weights.py {ENGINE}test_training.py"
 EXTENDING = f"{CLI}test_extending.py"
-DATA, RATE = "tests/preparation/", "tests/assessment/"
+DATA, RATE, PAGES = "tests/preparation/", "tests/assessment/", "tests/assessment/"
+KILLED = f"{ENGINE}test_online_exact.py::test_killed_and_run_again_ends_with_the_same_bits"
 ONE_FILE = f"{EXTENDING}::test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe"
 GENERATE, PAIRS = f"{DATA}test_generate.py", f"{DATA}test_pairs.py"
 LOGPROBS = f"{KERNELS}test_confident.py {KERNELS}test_logprobs.py"
@@ -207,7 +208,7 @@ NEW = (
            "ids = [inner.generation_config.eos_token_id or tokenizer.eos_token_id]",
            f"{ONLINE} {ENGINE}test_models.py"),
     Mutant("a rollout under way is not kept", f"{E}rollouts/source.py",
-           "(self.number, self.experience) if left else (-1, [])", "(-1, [])",
+           "if left:\n            kept =", "if False:\n            kept =",
            f"{ENGINE}test_online_exact.py::test_killed_and_run_again_ends_with_the_same_bits"),
     Mutant("the penalty of cut-off completions added", f"{E}rollouts/rewards.py",
            "- (settings.missing_eos_penalty or 0.0) * ~torch", "+ (settings.missing_eos_penalty or 0.0) * ~torch",
@@ -355,5 +356,32 @@ NEW = (
            f"{RATE}test_rate_runs.py"),
     Mutant("rate: marks by hand are lost", f"{E}assessment/rate/rollouts.py", 'if row["score"] is None else row)',
            "if True else row)", f"{RATE}test_rate_runs.py"),
+    Mutant("pages: rows after the checkpoint stay", f"{E}run.py", "folder.truncate(samples.FILE, engine.progress.step)",
+           "folder.truncate(samples.FILE, 10**9)", f"{KILLED}[grpo] {KILLED}[rloo]"),
+    Mutant("pages: a rollout goes on without its samples", f"{E}rollouts/source.py", '"samples": self.samples}',
+           '"samples": []}', f"{ENGINE}test_samples.py::test_a_stop_inside_a_rollout_leaves_no_gap"),
+    Mutant("pages: samples of the first prompts alone", f"{E}training/samples.py",
+           "rows[:: max(1, math.ceil(len(rows) / count))]", "rows[:count]", f"{ENGINE}test_samples.py"),
+    Mutant("pages: each model its own random numbers", f"{E}assessment/samples.py",
+           "derived_seed(own.seed, number_of_it)", "derived_seed(own.seed, number_of_it, model)",
+           f"{PAGES}test_align_samples.py::test_each_prompt_has_the_same_random_numbers_with_every_model"),
+    Mutant("pages: answers are asked again", f"{E}assessment/samples.py",
+           "if asked.answers[model].keys() >= {*batch}:", "if False:",
+           f"{PAGES}test_align_samples.py::test_what_was_answered_before_a_stop_is_not_asked_again"),
+    Mutant("pages: control characters act", f"{E}errors.py",
+           'c.encode("unicode_escape").decode() if hidden(c) else c for c in text', "c for c in text",
+           f"{PAGES}test_align_samples.py::test_texts_act_on_no_page"),
+    Mutant("pages: the first number as the last", f"{E}assessment/report_runs.py",
+           '"last": values[-1] if values', '"last": values[0] if values',
+           f"{PAGES}test_report.py::test_two_runs_side_by_side_say_what_their_files_say"),
+    Mutant("pages: a curve that comes back goes up", f"{E}assessment/report_runs.py",
+           "or moved * (y[-1] - y[0]) <= 0", "or False", f"{PAGES}test_report.py::test_which_way_a_curve_goes"),
+    Mutant("pages: rounds on top of each other", f"{E}reports/history.py", "before += part.step", "before += 0",
+           f"{PAGES}test_report.py::test_rounds_of_iterate"),
+    Mutant("pages: one answer as first and last", f"{E}assessment/report_answers.py",
+           'if first[key]["step"] < last[key]["step"]]', 'if first[key]["step"] <= last[key]["step"]]',
+           f"{PAGES}test_report.py::test_without_a_prompt_asked_twice_both_ends_are_shown"),
+    Mutant("pages: a metric without its line", f"{E}reports/legend.py", '"kl_coef": Line(', '"kl_coefficient": Line(',
+           f"{PAGES}test_report.py::test_every_metric_that_a_method_writes_has_its_line[ppo]"),
 )  # fmt: skip
 MUTANTS = (*OLD, *NEW)

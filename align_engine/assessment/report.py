@@ -58,8 +58,9 @@ def write(place: folder.ResultFolder, runs: Sequence[History], given: Sequence[R
         Part("Rounds", tables=report_runs.rounds(runs), figures=report_runs.round_figures(runs)),
         *report_answers.first_and_last(runs),
         *report_answers.side_by_side(asked),
-        Part("Data", "What the rows were made from, and what is known of them.", tables=shown(of_data)),
-        Part("Evaluation", tables=[*report_runs.evaluations(runs), *compared(rest), *shown(rest)]),
+        *(Part(f"Data: {one.title}", one.lead, tables=one.tables) for one in of_data),
+        Part("Evaluation", tables=[*report_runs.evaluations(runs), *compared(rest)]),
+        *(Part(f"Findings: {one.title}", one.lead, tables=one.tables) for one in rest),
         Part("All metrics", tables=report_runs.metrics(runs), folded=True),
         Part("Recipes", tables=report_runs.recipes_of(runs), folded=True),
     ]
@@ -76,11 +77,6 @@ def write(place: folder.ResultFolder, runs: Sequence[History], given: Sequence[R
     print(f"{lead} Page: {place.path / report.NAMES[-1]}")
 
 
-def shown(found: Sequence[Result]) -> list[Table]:
-    """The tables of results, each under its result's name."""
-    return [table._replace(title=f"{one.title}: {table.title}") for one in found for table in results.tables(one)]
-
-
 def compared(found: Sequence[Result]) -> list[Table]:
     """Where there are several results of one command, their numbers side by side."""
     kinds = dict.fromkeys(one.command for one in found if one.command)
@@ -90,4 +86,4 @@ def compared(found: Sequence[Result]) -> list[Table]:
 
 def _masked(part: Part) -> Part:
     tables = [table._replace(rows=masked([list(row) for row in table.rows])) for table in part.tables]
-    return part._replace(tables=tables)
+    return part._replace(text=masked(part.text), tables=tables)

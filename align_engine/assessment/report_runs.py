@@ -17,6 +17,7 @@ PLACES = ("output_dir", "overwrite")  # settings that every run has others of
 CONTENTS = ("data", "eval data")  # hashes in a run's identity, besides those of files
 CURVES = "Under the pointer, or by the arrow keys, each curve says its numbers."
 WARNED = "Metrics out of bounds, by the rules that a run warns by; each is said once."
+UNKNOWN = "Of a task that is measured, a callback, or a plugin."
 HEADLINE = ("reward", "eval_reward", "loss", "eval_loss", "rewards/accuracies", "eval_rewards/accuracies", "accuracy",
             "eval_accuracy", "mean_token_accuracy", "eval_mean_token_accuracy", "kl", "objective/kl",
             "completions/mean_length")  # fmt: skip
@@ -121,7 +122,8 @@ def figures(runs: Sequence[History]) -> list[Curve]:
     """A picture of each group of metrics that any run has."""
     lines = [steps_of(run) for run in runs]
     scorers = dict.fromkeys(name for one in lines for record in one.records for name in record if _of_scorer(name))
-    panels = {**PANELS, "scorers": ("What each scorer says", tuple(scorers))}
+    others = dict.fromkeys(name for one in lines for record in one.records for name in record if _of_task(name))
+    panels = {**PANELS, "scorers": ("What each scorer says", tuple(scorers)), "tasks": ("Tasks", tuple(others))}
     found = [_figure(title, names, lines, "step") for title, names in panels.values()]
     return [one for one in found if one is not None]
 
@@ -136,6 +138,10 @@ def steps_of(run: History) -> Lines:
 def _of_scorer(name: str) -> bool:
     base = name.removeprefix(legend.HELD_OUT)
     return base.startswith("rewards/") and base.endswith("/mean")
+
+
+def _of_task(name: str) -> bool:
+    return name.startswith(legend.HELD_OUT) and legend.line(name) is None
 
 
 def rounds(runs: Sequence[History]) -> list[Table]:
@@ -170,7 +176,7 @@ def _figure(title: str, names: Sequence[str], lines: Sequence[Lines], x_label: s
     for name in drawn:
         own = [(one, x, y) for one, other, x, y in found if other == name]
         said = dict.fromkeys(legend.line(name, one.method) for one, *_ in own)
-        says = " ".join(f"{one.means}. {one.should}" for one in said if one)
+        says = " ".join(f"{one.means}. {one.should}" for one in said if one) or UNKNOWN
         if name.removeprefix(legend.HELD_OUT) in drawn[: drawn.index(name)]:
             says = "the same on held-out rows."
         who = [one.run if len(lines) > 1 else "it" for one, *_ in own]
@@ -231,7 +237,7 @@ def metrics(runs: Sequence[History]) -> list[Table]:
     for name in names:
         run = next(run for run, one in zip(runs, held) if name in one)
         said = legend.line(name, _writer(run, name))
-        rows.append((name, f"{said.means}. {said.should}" if said else "Of a callback, a plugin or tasks.",
+        rows.append((name, f"{said.means}. {said.should}" if said else UNKNOWN,
                      *(one.get(name, NOTHING) for one in held)))  # fmt: skip
     return [Table("All metrics", ("metric", "what it is", *(run.name for run in runs)), rows)] if rows else []
 

@@ -1,4 +1,4 @@
-"""Results of commands, of whatever kind, by their report.json: tables that can stand on another page."""
+"""Results of commands, of whatever kind, as their report.md and report.json tell them: for another page to show."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from align_engine.reports.text import shown
 from align_engine.training.checkpoint import RECORD, RunFolder
 
 REPORT = "report.json"
-ROWS, COLUMNS, LETTERS, ITEMS = 15, 10, 200, 5  # of a table; characters of a cell; items of a list in a cell
+TABLES, ROWS, COLUMNS = 3, 15, 10  # of a result, and of a table
+LETTERS, ITEMS = 300, 5  # characters of a cell; items of a list in it
+FAR = 20  # results in a row that data may come from
 Scalar = (str, int, float, type(None))
 
 
@@ -25,10 +27,13 @@ class Result(NamedTuple):
     command: str  # "" where nobody says
     facts: Any  # what report.json holds
     data: str | None  # the data set that it was made from
+    lead: str  # the first sentences of report.md
+    tables: list[Table]  # its first ones; without a report.md those that report.json makes
 
     @property
     def title(self) -> str:
-        return f"align {self.command}: {self.path.name}" if self.command else self.path.name
+        """Its folder and its command."""
+        return f"{self.path.name} (align {self.command})" if self.command else self.path.name
 
 
 def read_result(path: Path) -> Result:
@@ -44,14 +49,17 @@ def read_result(path: Path) -> Result:
     except ValueError as error:
         raise BadInput(f"{path / REPORT} is not readable JSON: {error}") from error
     identity = RunFolder(path, {}).record()["identity"] if (path / RECORD).is_file() else {}
-    return Result(path, str(identity.get("command", "")), facts, identity.get("dataset_name"))
+    text = path / "report.md"
+    lead, tables = told(text.read_text(encoding="utf-8", errors="replace")) if text.is_file() else ("", by_keys(facts))
+    command, data = str(identity.get("command", "")), identity.get("dataset_name")
+    return Result(path, command, facts, data, lead, tables[:TABLES])
 
 
 def lineage(data: str | None) -> list[Result]:
     """The results that a data set comes from, the first one first: those of the folders that it lies in, and that these
     were made from, as far as they are here."""
     found = list[Result]()
-    while data and len(found) < ITEMS * 4:
+    while data and len(found) < FAR:
         place = Path(data).expanduser()
         folder = place if place.is_dir() else place.parent
         known = (folder / REPORT).is_file() and (folder / RECORD).is_file()
@@ -62,9 +70,37 @@ def lineage(data: str | None) -> list[Result]:
     return found
 
 
-def tables(result: Result) -> list[Table]:
-    """What a report.json holds: single values first, then a table for each list of objects."""
-    facts = result.facts if isinstance(result.facts, dict) else {"values": result.facts}
+def told(text: str) -> tuple[str, list[Table]]:
+    """The first paragraph and the tables of Markdown, each under its heading."""
+    from markdown_it import MarkdownIt
+
+    lead, title, rows, found = "", "", list[list[str]](), list[Table]()
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    for before, token in zip([None, *tokens], tokens):
+        if token.type == "inline" and before is not None:
+            content = token.content.replace("<br>", "\n")
+            if before.type == "heading_open":
+                title = content
+            elif before.type == "paragraph_open":
+                lead = lead or content
+            elif before.type in ("th_open", "td_open"):
+                rows[-1].append(shown(content, LETTERS))
+        elif token.type in ("table_open", "tr_open"):
+            rows = [] if token.type == "table_open" else [*rows, []]
+        elif token.type == "table_close":
+            found.append(_first(title, rows[0], rows[1:]))
+    return lead, found
+
+
+def _first(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table of the first rows, and how many there are."""
+    more = f" (the first {ROWS} of {len(rows):,})" if len(rows) > ROWS else ""
+    return Table(f"{title}{more}", header, rows[:ROWS])
+
+
+def by_keys(facts: Any) -> list[Table]:
+    """What JSON holds: single values first, then a table for each list of objects."""
+    facts = facts if isinstance(facts, dict) else {"values": facts}
     single = [(words(name), _cell(value)) for name, value in facts.items() if _fits(value)]
     found = [Table("Figures", ("what", "value"), single)] if single else []
     for name, value in facts.items():
@@ -115,9 +151,8 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     columns = [key for key in dict.fromkeys(key for row in rows for key in row)
                if any(_fits(row.get(key)) and row.get(key) is not None for row in rows)][:COLUMNS]  # fmt: skip
-    first = f" (the first {ROWS} of {len(rows):,})" if len(rows) > ROWS else ""
-    lines = [[_cell(row[key]) if _fits(row.get(key)) else "-" for key in columns] for row in rows[:ROWS]]
-    return Table(f"{title}{first}", [words(key) for key in columns], lines)
+    lines = [[_cell(row[key]) if _fits(row.get(key)) else "-" for key in columns] for row in rows]
+    return _first(title, [words(key) for key in columns], lines)
 
 
 def _numbers(value: Any, place: str = "") -> Iterator[tuple[str, float]]:

@@ -13,9 +13,11 @@ from runs import cut_off
 from align_engine.assessment import report_answers, report_runs
 from align_engine.cli import main
 from align_engine.iterate import iterate
+from align_engine.preparation.report import markdown
 from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.reports import legend, results
 from align_engine.reports.history import read_run
+from align_engine.reports.report import Table
 from align_engine.run import train
 from align_engine.training import metrics
 from align_kernels.losses import registry
@@ -158,6 +160,19 @@ def test_a_run_that_has_logged_nothing_yet_has_a_page(pair_runs, tmp_path):
     assert facts["runs"][0]["state"] == "not finished: nothing logged yet" and "beta" in page
 
 
+def test_measured_tasks_and_metrics_of_plugins_have_their_curves(pair_runs, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "recipe.yaml"):
+        (run / name).write_text((pair_runs[0] / name).read_text())
+    lines = [{"step": step, "eval_ifeval/acc": step / 8, "mine": None} for step in (4, 8)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert align(run, "--output_dir", tmp_path / "out") == 0
+    facts, page = read(tmp_path / "out")
+    assert {"eval_ifeval/acc": [[4, "0.5"], [8, "1"]]} in points(page) and report_runs.UNKNOWN in page
+    assert facts["runs"][0]["metrics"]["mine"]["last"] is None and "not finite" in page
+
+
 def test_the_same_command_writes_it_anew(pair_runs, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     run.mkdir()
@@ -183,7 +198,9 @@ def test_what_a_run_learnt_from_is_traced(place, tmp_path):
     assert align(tmp_path / "run", "--with", given, "--output_dir", tmp_path / "out") == 0
     facts, page = read(tmp_path / "out")
     assert [one["command"] for one in facts["results"]] == ["pairs", ""]
-    assert "align pairs: pairs" in page and "ifeval" in page
+    assert "Data: pairs (align pairs)" in page and "ifeval" in page
+    lead = (tmp_path / "pairs" / "report.md").read_text().split("\n\n")[1]
+    assert lead in html.unescape(page) and page.index("<td>ifeval</td>") > page.index("Findings: scores")
     assert r"\x1b[2J&lt;b&gt;" in page and "\x1b" not in page
 
 
@@ -191,14 +208,26 @@ def test_results_of_one_command_stand_side_by_side(tmp_path):
     found = []
     for name, score in (("sft", 0.25), ("dpo", 0.5)):
         facts = {"tasks": [{"task": "ifeval", "score": score, "n": 40}], "mean": score, "model": name}
-        found.append(results.Result(tmp_path / name, "eval", facts, None))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(facts))
+        found.append(results.read_result(tmp_path / name))
     table = results.comparison(found)
     assert list(table.header) == ["figure", "sft", "dpo"]
     assert [tuple(row) for row in table.rows] == [
         ("tasks ifeval score", 0.25, 0.5), ("tasks ifeval n", 40, 40), ("mean", 0.25, 0.5),
     ]  # fmt: skip
-    figures, tasks = results.tables(found[0])
+    figures, tasks = found[0].tables
     assert figures.rows == [("mean", 0.25), ("model", "sft")] and tasks.rows == [["ifeval", 0.25, 40]]
+
+
+def test_markdown_is_told_again():
+    tables = [Table("Models | and more", ("model", "rate"), [("a|b", 0.25), ("two\nlines", 7)]),
+              Table("Many", ("n",), [(i,) for i in range(40)])]  # fmt: skip
+    lead, found = results.told(markdown("A title", "All in all.\nIt is so.", tables))
+    assert lead == "All in all.\nIt is so."
+    assert found[0] == Table("Models | and more", ["model", "rate"], [["a|b", "0.25"], ["two\nlines", "7"]])
+    assert found[1].title == "Many (the first 15 of 40)" and len(found[1].rows) == 15
+    assert results.told("") == ("", []) and results.told("# One\n\n| a |\n") == ("| a |", [])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import pytest
 import tiny
+from runs import cut_off
 
 from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.run import train
@@ -50,6 +51,19 @@ def test_each_logged_step_leaves_some_of_its_rollout(name, model, prompts, tmp_p
             share = tiny.word_reward([row["prompt"]], [row["completion"]], [wanted[row["prompt"]]])[0]
             assert row["rewards"] == {"watched": len(row["completion"]), "word_reward": share}
             assert math.isclose(row["score"], 0.5 * len(row["completion"]) + 2 * (share or 0))
+
+
+def test_a_stop_inside_a_rollout_leaves_no_gap(model, prompts, tmp_path):
+    settings = dict(max_steps=6, save_steps=3, num_iterations=2, steps_per_generation=2)  # four steps of each rollout
+    whole = train("grpo", tiny.online(GrpoRecipe, model, prompts, tmp_path / "whole", **settings))
+    recipe = tiny.online(GrpoRecipe, model, prompts, tmp_path / "cut", **settings)
+    cut_off("grpo", recipe, step=3)
+    with (tmp_path / "cut" / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "prompt": "w')
+    written = [(folder.path / "samples.jsonl").read_text() for folder in (whole, train("grpo", recipe))]
+    assert written[0] == written[1] and {row["step"] for row in metrics.read(whole.path / "samples.jsonl")} == {
+        *range(1, 7)
+    }
 
 
 def test_an_evaluation_leaves_the_same_prompts_each_time(model, prompts, tmp_path, capsys):
