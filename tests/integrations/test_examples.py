@@ -148,10 +148,10 @@ needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="
 
 
 @needs_trl
-def test_the_notebook_beside_trl(monkeypatch):
+def test_the_notebook_beside_trl():
     """Its cells in their order, on a small vocabulary; with `fuse` and without the losses are the same."""
     cells = json.loads((ROOT / "examples" / "beside_trl.ipynb").read_text())["cells"]
-    names: dict = {"display": lambda shown: None}
+    names: dict = {}
     for number, cell in enumerate(cells):
         code = "".join(cell["source"])
         if cell["cell_type"] == "code":
