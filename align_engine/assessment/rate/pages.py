@@ -244,6 +244,13 @@ def app(store: Store, link_days: float = 30.0, root_path: str = "") -> FastAPI:
     site = Site(store, link_days)
     made = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     made.add_middleware(Sealed, root_path=root_path)
+    _refusals(made, site)
+    _pages(made, site)
+    return made
+
+
+def _refusals(made: FastAPI, site: Site) -> None:
+    """Every error that a request can come to, as a page."""
 
     @made.exception_handler(NotLetIn)
     def closed(request: Request, error: Exception) -> Response:
@@ -263,6 +270,10 @@ def app(store: Store, link_days: float = 30.0, root_path: str = "") -> FastAPI:
     @made.exception_handler(405)
     def nothing(request: Request, error: Exception) -> Response:
         return site.page(request, "message", 404, title="Nothing here", sentence="There is no such page.")
+
+
+def _pages(made: FastAPI, site: Site) -> None:
+    """What can be asked for, and sent."""
 
     @made.get("/enter/{token}")
     def enter(request: Request, token: str) -> Response:
@@ -294,5 +305,3 @@ def app(store: Store, link_days: float = 30.0, root_path: str = "") -> FastAPI:
     @made.get("/people")
     def back(request: Request) -> Response:
         return RedirectResponse(f"{request.scope.get('root_path', '')}/", 303)
-
-    return made
