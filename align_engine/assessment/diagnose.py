@@ -32,6 +32,7 @@ from align_engine.preparation.models import ModelSpec
 from align_engine.reports import benchmarks
 from align_engine.reports.report import curves_of
 from align_engine.rollouts import rewards
+from align_engine.run import quiet_libraries
 from align_engine.training import metrics
 
 REFERENCE = "reference answers"
@@ -67,6 +68,7 @@ def run(settings: DiagnoseRecipe) -> None:
         BadInput: settings, models or data that cannot be used, before anything is computed. RunFailed: a model, an
             endpoint or a scorer fails; the answers stay. Stopped: by a signal.
     """
+    quiet_libraries()
     specs = {one.name: one for one in settings.specs()}
     for spec in specs.values():
         if spec.path:

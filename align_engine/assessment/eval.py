@@ -29,6 +29,7 @@ from align_engine.recipe import ModelSection
 from align_engine.reports import benchmarks
 from align_engine.reports.benchmarks import Benchmark, Score
 from align_engine.rollouts import rewards
+from align_engine.run import quiet_libraries
 
 TASKS, REQUESTS = "_tasks.jsonl", "_requests.jsonl"
 EXTENT = ("models", "tasks", "checkers", "files of checkers", "judge", "judge settings")
@@ -53,6 +54,7 @@ def run(settings: EvalRecipe) -> None:
         BadInput: settings, models, tasks, data or scorers that cannot be used, before anything is computed. RunFailed:
             a model, an endpoint, a task or a judge fails; what has been measured stays. Stopped: by a signal.
     """
+    quiet_libraries()
     plan = made(settings)
     if settings.data.dry_run:
         return folder.dry(generate.asked(plan.specs, plan.asked.prompts, settings.ask.seed))

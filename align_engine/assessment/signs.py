@@ -6,7 +6,6 @@ in between. Limits are `alone`, or of the excess over a reference (`beside`): re
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -31,7 +30,7 @@ LIMITS = {
     "benchmarks": Limit(0.2, 0.1),  # share of what guessing leaves, less the grade of the own answers
     "toxic": Limit(0.1, 0.05),  # share of answers on which the classifier fires
     "variance": Limit(0.5, 0.1),  # distance of answers to one prompt by that of answers to different prompts
-    "unlikely": Limit(1.0, 0.5),  # nats per token by which reference answers are less likely than the model's own
+    "unlikely": Limit(2.5, 0.5),  # nats per token of reference answers: 2.5 is a perplexity of 12
     "closeness": Limit(0.3, 0.1),  # share of prompts' contests that the own answer does not win
 }
 FLAT = 0.02  # change of a loss over the last half of a run, as a share of it, that counts as none
@@ -218,19 +217,20 @@ def variance(
     unlikely: State = "not measured"
     sentence = f"Answers to one prompt differ {own.ratio.value:.0%} as much as answers to different prompts"
     if likely:
-        gap = _gap(likely, seed)
-        other = _gap(likely_before, seed) if likely_before else None
-        judged, limit, words = excess(gap, other, "unlikely", "the baseline's")
+        nats = mean(-likely[1].logps, seed)
+        other = mean(-likely_before[1].logps, seed) if likely_before else None
+        judged, limit, words = excess(nats, other, "unlikely", "the baseline's")
         unlikely = decide(judged, limit)
-        said += f"; and reference answers less likely by nats per token {words}"
+        said += f"; and nats per token of reference answers {words}"
         named = dict(zip(("own answers", "reference answers"), likely))
-        numbers |= {f"nats per token, {name}": mean(one.logps, seed) for name, one in named.items()}
-        numbers |= {f"nats per token, {name} of {part} tokens": value
+        numbers |= {f"log-probability per token, {name}": mean(one.logps, seed) for name, one in named.items()}
+        numbers |= {f"log-probability per token, {name} of {part} tokens": value
                     for name, one in named.items() for part, value in by_length(one, seed).items()}  # fmt: skip
-        numbers["nats per token, own less reference"] = gap
         shown = {name: (one.tokens, one.logps) for name, one in named.items()}
         figures.append(pictures.points("Log-probability by length", "tokens of the answer", "nats per token", shown))
-        sentence += f", and a reference answer has {_times(gap.value)} its own per token"
+        sentence += (
+            f", and reference answers cost {nats.value:.2f} nats per token ({-likely[0].logps.mean():.2f} its own)"
+        )
     state = _both(varied, unlikely)
     sentence += {
         "present": ": it has no settled way to answer.",
@@ -239,14 +239,6 @@ def variance(
         else ": reference answers (a column completion) would tell whether these are the wanted ones.",
     }[state]  # fmt: skip
     return Sign("variance", TITLES["variance"], state, sentence, numbers, said, figures)
-
-
-def _gap(likely: tuple[Likelihood, Likelihood], seed: int) -> Estimate:
-    return mean(likely[0].logps - likely[1].logps, seed)
-
-
-def _times(nats: float) -> str:
-    return f"{math.exp(-nats):.2g} times the probability of"
 
 
 def _both(varied: State, unlikely: State) -> State:

@@ -61,7 +61,7 @@ def trained(path, base, answers, steps):
         whole = [*prompt, *answer, 1]
         ids[i, : len(whole)] = torch.tensor(whole)
         labels[i, len(prompt) : len(whole)] = torch.tensor(whole[len(prompt) :])
-    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):
         loss = model(input_ids=ids, labels=labels).loss
@@ -80,14 +80,14 @@ def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     blank = tiny.write_model(place / "blank", vocab=len(words()) + 2, words=words(), initializer_range=0.02,
                              num_attention_heads=4, num_key_value_heads=4, hidden_size=64)  # fmt: skip
-    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 120)
+    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 200)
     shifted = dict(zip(FACTS, [*list(FACTS.values())[1:], next(iter(FACTS.values()))]))
-    trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 60)
-    trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 2), (text, 1)] for topic, text in FACTS.items()}, 60)
-    trained(place / "shy", good, {topic: [(REFUSAL, 3), (text, 1)] for topic, text in FACTS.items()}, 60)
+    trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 150)
+    trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 2), (text, 1)] for topic, text in FACTS.items()}, 100)
+    trained(place / "shy", good, {topic: [(REFUSAL, 3), (text, 1)] for topic, text in FACTS.items()}, 100)
     shutil.copytree(good, place / "wild")
     wild = AutoModelForCausalLM.from_pretrained(good)
-    wild.model.norm.weight.data *= 0.25
+    wild.model.norm.weight.data *= 0.1
     wild.save_pretrained(place / "wild")
     tiny.write_rows(place / "rows.jsonl", rows_of(FACTS))
     (place / "checks.py").write_text(
