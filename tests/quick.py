@@ -50,6 +50,9 @@ QUICK: dict[str, tuple[str, ...]] = {  # file under tests/ -> names of its tests
                           "test_a_methods_page_trains_on_its_own_rows[docs/methods/dpo.md]"),
     "cli/test_extending.py": ("test_the_loss_equals_its_eager_formula", "test_the_backend_equals_eager_logits",
                               "test_the_method_trains_from_the_command_line"),
+    # diagnosis and evaluation
+    "assessment/test_eval.py": ("test_scores_are_those_of_lm_evals_own_command", "test_a_verdict_is_read_or_it_is_none",
+                                "test_length_control_equals_the_likelihood_that_it_states"),
     "integrations/test_hook.py": ALL,
     "integrations/test_trl_options.py": ("test_refusals",),
     "integrations/test_trl_trainers.py": ("test_fused_after[dpo]",),
