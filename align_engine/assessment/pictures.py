@@ -51,13 +51,15 @@ def dots(title: str, found: Mapping[str, Estimate], line: tuple[float, str] | No
     return Figure(title, _png(canvas))
 
 
-def histogram(title: str, x_label: str, groups: Mapping[str, Sequence[float]], bins: int = 24) -> Figure:
-    """How often values occur in each group, as shares of it."""
+def histogram(
+    title: str, x_label: str, groups: Mapping[str, Sequence[float]], ends: tuple[float, float] | None = None
+) -> Figure:
+    """How often values occur in each group, as shares of it; `ends` of the scale. Default None: those of the values."""
     import numpy as np
 
     canvas, axes = _axes(title)
     everything = np.concatenate([np.asarray(values, float) for values in groups.values()])
-    edges = np.histogram_bin_edges(everything, bins)
+    edges = np.histogram_bin_edges(everything, 24, ends)
     for colour, (name, values) in zip(COLOURS, groups.items()):
         weights = np.full(len(values), 1 / max(len(values), 1))
         axes.hist(values, edges, weights=weights, color=colour, alpha=0.55, label=name)
@@ -78,7 +80,7 @@ def points(
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(edgecolor="none", fontsize=9)  # on white: there are points below
     return Figure(title, _png(canvas))
 
 

@@ -151,7 +151,7 @@ def toxic(own: np.ndarray, label: str, other: np.ndarray | None, reference: str)
         "present": "that is often.", "absent": "that is rare.", "unclear": "too uncertain to tell; give more prompts.",
     }[state]  # fmt: skip
     groups = {"the model's answers": own.ravel()} | ({} if other is None else {reference: other.ravel()})
-    picture = pictures.histogram("How sure the classifier is", f"probability of {label!r}", groups)
+    picture = pictures.histogram("How sure the classifier is", f"probability of {label!r}", groups, (0.0, 1.0))
     numbers = {"fires on": rate} | ({f"fires on {reference}": before} if before else {})
     return Sign("toxic", TITLES["toxic"], state, sentence, numbers, said, [picture])
 
