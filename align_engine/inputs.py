@@ -15,7 +15,7 @@ from align_engine.training.checkpoint import RECORD
 if TYPE_CHECKING:
     from align_engine.recipe import Settings
 
-DATA = ("dataset_name", "eval_dataset_name", "pairs_name")
+DATA = ("dataset_name", "eval_dataset_name", "pairs_name", "evaluation", "run")
 CODE = (
     "reward_funcs",
     "eval_reward_funcs",

@@ -17,7 +17,7 @@ REQUIRED = ("model_name_or_path", "dataset_name", "output_dir", "reward_funcs", 
 PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_path", "dataset_name",
          "eval_dataset_name", "reward_funcs", "eval_reward_funcs", "callbacks", "output_dir",
          "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings", "checkers",
-         "tasks", "include_path", "eval_tasks", "runs", "results", "json",
+         "tasks", "include_path", "eval_tasks", "classifier", "evaluation", "run", "runs", "results", "json",
          "project_dir", "run_dir", "gold_name", "guideline"}  # fmt: skip
 NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
                        "dataset_num_proc", "tune_malloc", "fit", "log_completions", "num_completions_to_print",
