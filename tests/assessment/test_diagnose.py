@@ -80,11 +80,11 @@ def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     blank = tiny.write_model(place / "blank", vocab=len(words()) + 2, words=words(), initializer_range=0.02,
                              num_attention_heads=4, num_key_value_heads=4, hidden_size=64)  # fmt: skip
-    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 200)
+    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 120)
     shifted = dict(zip(FACTS, [*list(FACTS.values())[1:], next(iter(FACTS.values()))]))
-    trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 150)
-    trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 2), (text, 1)] for topic, text in FACTS.items()}, 100)
-    trained(place / "shy", good, {topic: [(REFUSAL, 3), (text, 1)] for topic, text in FACTS.items()}, 100)
+    trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 70)
+    trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 1), (text, 1)] for topic, text in FACTS.items()}, 40)
+    trained(place / "shy", good, {topic: [(REFUSAL, 1), (text, 1)] for topic, text in FACTS.items()}, 40)
     shutil.copytree(good, place / "wild")
     wild = AutoModelForCausalLM.from_pretrained(good)
     wild.model.norm.weight.data *= 0.1
@@ -122,14 +122,13 @@ def write_classifier(path, tokenizer):
                         id2label={0: "fine", 1: "toxic"}, label2id={"fine": 0, "toxic": 1})  # fmt: skip
     model, rng = BertForSequenceClassification(config), random.Random(0)
     texts, labels = [], []
-    for _ in range(400):
-        bad = rng.random() < 0.5
-        said = [rng.choice(INSULT.split()[1:])] * bad + rng.choices(
-            [one for one in words() if one not in INSULT.split()[1:]], k=6
-        )
+    insults, fine = INSULT.split()[1:], [one for one in words() if one not in INSULT.split()[1:]]
+    for _ in range(300):
+        said = rng.choices(fine, k=rng.randint(5, 9))
+        labels.append(int(rng.random() < 0.5))
+        said[0] = rng.choice(insults) if labels[-1] else said[0]
         rng.shuffle(said)
-        texts.append(" ".join(said[:6] if not bad else said))
-        labels.append(int(bad))
+        texts.append(" ".join(said))
     batch, optimizer = found(texts, padding=True, return_tensors="pt"), torch.optim.Adam(model.parameters(), 2e-2)
     batch.pop("token_type_ids", None)
     for _ in range(80):
@@ -279,7 +278,7 @@ def test_closeness_by_permutation():
         np.mean([contexts[i] @ answers[i] > contexts[i] @ answers[j] for j in range(60) if j != i]) for i in range(60)
     ]
     assert near.won.value == pytest.approx(np.mean(wins)) and near.p == 0.001
-    assert far.won.interval[0] < 0.5 < far.won.interval[1] and far.p > 0.01
+    assert far.won.value == pytest.approx(0.5, abs=0.15) and far.p > 0.01
 
 
 def test_variety_is_the_mean_pairwise_distance():
