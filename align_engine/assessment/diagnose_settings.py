@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import field, replace
 from typing import Annotated
 
-from align_engine.assessment.eval_settings import USUAL, named
+from align_engine.assessment.eval_settings import USUAL, FindingSection, named
 from align_engine.preparation.models import ModelSpec, read_models
-from align_engine.preparation.sections import MappedInput, ResultSection
+from align_engine.preparation.sections import MappedInput
 from align_engine.recipe.recipes import Settings
 from align_engine.recipe.sections import Section
 from align_engine.recipe.values import Count, NotNegative, Positive, Range
@@ -84,7 +84,7 @@ class DiagnoseRecipe(Settings):
     data: PromptSection = field(default_factory=PromptSection)
     ask: SampleSection = field(default_factory=SampleSection)
     signs: SignSection = field(default_factory=SignSection)
-    output: ResultSection = field(default_factory=ResultSection)
+    output: FindingSection = field(default_factory=FindingSection)
 
     def specs(self) -> list[ModelSpec]:
         """The model, and the baseline where there is one; they bear these names. Raises BadInput as `read_models`."""

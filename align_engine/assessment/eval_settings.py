@@ -58,6 +58,13 @@ class JudgeSection(Section):
     """Scorers of the answers, as reward_funcs takes them: functions, reward models, addresses."""
 
 
+class FindingSection(ResultSection):
+    """Output."""
+
+    output_dir: str = ""
+    """Folder of the result: report.json, report.md, report.html, and the answers behind them."""
+
+
 class EvalRecipe(Settings):
     """Benchmarks, a judge's win rates and checkers, of several models beside each other in one table."""
 
@@ -67,7 +74,7 @@ class EvalRecipe(Settings):
     benchmarks: BenchmarkSection = field(default_factory=BenchmarkSection)
     data: EvalInput = field(default_factory=EvalInput)
     judging: JudgeSection = field(default_factory=JudgeSection)
-    output: ResultSection = field(default_factory=ResultSection)
+    output: FindingSection = field(default_factory=FindingSection)
 
     def specs(self) -> list[ModelSpec]:
         """The models that are measured. Raises BadInput as `read_models`."""
