@@ -68,10 +68,10 @@ def write(
     if said.needed == "not enough evidence":
         lead = f"{name} on {count:,} prompts of {settings.data.dataset_name}. There is not enough evidence."
     first = f"{said.first} ({said.command}; `align advise` weighs all methods)." if said.command else f"{said.first}."
-    lines = [("Verdict", said.needed), *(("because", reason) for reason in said.reasons), ("try first", first)]
     tables = [
-        Table("Verdict", ("", "Does this model need preference optimisation?"), lines),
-        Table("Signs", ("sign", "state", "what it says"), [(one.title, one.state, one.sentence) for one in found]),
+        Table(f"Preference optimisation: {said.needed}", ("Because",), [(reason,) for reason in said.reasons]),
+        Table("What to try first", ("",), [(first,)]),
+        Table("Signs", ("sign", "what it says"), [(f"{one.title}: {one.state}", _said(one)) for one in found]),
         numbers_table(found),
     ]
     figures = [figure for one in found for figure in one.figures]
@@ -79,17 +79,17 @@ def write(
               for one in found if one.limit]  # fmt: skip
     details = [Table("Limits", ("sign", "limit"), limits), examples_table(texts, asked)]
     report.write(place, "align diagnose", lead, facts_of(said, found, count), tables, figures, details)
-    print(report.markdown("align diagnose", lead, tables[:2]))
+    print(report.markdown("align diagnose", lead, tables[:3]))
     print(f"report in {place.path / report.NAMES[-1]}")
 
 
 def numbers_table(found: Sequence[Sign]) -> Table:
     """Each number with its interval."""
-    lines = []
-    for one in found:
-        for name, value in one.numbers.items():
-            low, high = value.interval or ("", "")
-            lines.append((name, value.value, low, high, value.number))
+    lines = [
+        (name, value.value, *(value.interval or ("", "")), value.number)
+        for one in found
+        for name, value in one.numbers.items()
+    ]
     return Table("Numbers", ("number", "value", "95 % from", "to", "observations"), lines)
 
 
@@ -112,6 +112,10 @@ def facts_of(said: Verdict, found: Sequence[Sign], prompts: int) -> dict[str, An
             for one in found
         ],
     }  # fmt: skip
+
+
+def _said(one: Sign) -> str:
+    return one.sentence if one.state != "not measured" else f"{one.sentence[:1].upper()}{one.sentence[1:]}."
 
 
 def _short(text: str) -> str:

@@ -152,7 +152,7 @@ def toxic(own: np.ndarray, label: str, other: np.ndarray | None, reference: str)
     }[state]  # fmt: skip
     groups = {"the model's answers": own.ravel()} | ({} if other is None else {reference: other.ravel()})
     picture = pictures.histogram("How sure the classifier is", f"probability of {label!r}", groups, (0.0, 1.0))
-    numbers = {"fires on": rate} | ({f"fires on {reference}": before} if before else {})
+    numbers = {"fires on": rate} | ({"fires on the reference": before} if before else {})
     return Sign("toxic", TITLES["toxic"], state, sentence, numbers, said, [picture])
 
 
@@ -211,7 +211,7 @@ def variance(
     """
     judged, limit, said = excess(own.ratio, before and before.ratio, "variance", "the baseline's")
     varied, said = decide(judged, limit), f"distance {said}"
-    numbers = {"distance within by between prompts": own.ratio, "spread of length by mean length": own.lengths}
+    numbers = {"distance within by between": own.ratio, "spread of lengths": own.lengths}
     figures = [pictures.histogram("Distance of answers (1 - cosine)", "mean distance of a prompt",
                                   {"to one prompt": own.within, "to different prompts": own.between})]  # fmt: skip
     unlikely: State = "not measured"
@@ -223,8 +223,8 @@ def variance(
         unlikely = decide(judged, limit)
         said += f"; and nats per token of reference answers {words}"
         named = dict(zip(("own answers", "reference answers"), likely))
-        numbers |= {f"log-probability per token, {name}": mean(one.logps, seed) for name, one in named.items()}
-        numbers |= {f"log-probability per token, {name} of {part} tokens": value
+        numbers |= {f"log p, {name}": mean(one.logps, seed) for name, one in named.items()}
+        numbers |= {f"log p, {name.split()[0]}, {part} tokens": value
                     for name, one in named.items() for part, value in by_length(one, seed).items()}  # fmt: skip
         shown = {name: (one.tokens, one.logps) for name, one in named.items()}
         figures.append(pictures.points("Log-probability by length", "tokens of the answer", "nats per token", shown))
@@ -296,9 +296,9 @@ def closeness(found: Closeness, other: Closeness | None, reference: str) -> Sign
     groups = {"own context": found.own, "others' contexts": found.others}
     groups |= {f"{reference}, own context": other.own} if other else {}
     picture = pictures.histogram("Closeness of contexts and answers", "cosine", groups)
-    numbers = {"contests won": found.won, "cosine with the own context": mean(found.own),
-               "cosine with others' contexts": mean(found.others)}  # fmt: skip
-    numbers |= {f"contests won by {reference}": other.won} if other else {}
+    numbers = {"contests won": found.won, "cosine, own context": mean(found.own),
+               "cosine, others' contexts": mean(found.others)}  # fmt: skip
+    numbers |= {"contests won by the reference": other.won} if other else {}
     return Sign("closeness", TITLES["closeness"], state, sentence, numbers, f"contests lost {said}", [picture])
 
 
@@ -337,7 +337,7 @@ def loss(
     sentence += "the loss no longer says what quality does." if state == "present" else (
         "both stand still." if flat else "the loss still moves." if not moves else "loss and quality move together."
     )  # fmt: skip
-    numbers = {"change of the loss, as a share of it": relative, f"change of {metric}": up}
+    numbers = {"change of the loss by its size": relative, "change of quality": up}
     said = f"a loss that changes by at most {FLAT:.0%}, and quality whose change is not 0"
     return Sign("loss", title, state, sentence, numbers, said, figures)
 
