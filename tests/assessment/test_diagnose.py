@@ -80,11 +80,11 @@ def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
     blank = tiny.write_model(place / "blank", vocab=len(words()) + 2, words=words(), initializer_range=0.02,
                              num_attention_heads=4, num_key_value_heads=4, hidden_size=64)  # fmt: skip
-    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 120)
+    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 220)
     shifted = dict(zip(FACTS, [*list(FACTS.values())[1:], next(iter(FACTS.values()))]))
     trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 70)
     trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 1), (text, 1)] for topic, text in FACTS.items()}, 40)
-    trained(place / "shy", good, {topic: [(REFUSAL, 1), (text, 1)] for topic, text in FACTS.items()}, 40)
+    trained(place / "shy", good, {topic: [(REFUSAL, 2), (text, 1)] for topic, text in FACTS.items()}, 40)
     shutil.copytree(good, place / "wild")
     wild = AutoModelForCausalLM.from_pretrained(good)
     wild.model.norm.weight.data *= 0.1
