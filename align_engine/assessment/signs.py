@@ -224,7 +224,7 @@ def variance(
         said += f"; and nats per token of reference answers {words}"
         named = dict(zip(("own answers", "reference answers"), likely))
         numbers |= {f"log p, {name}": mean(one.logps, seed) for name, one in named.items()}
-        numbers |= {f"log p, {name.split()[0]}, {part} tokens": value
+        numbers |= {f"log p, {name[:3]}, {part} tokens": value
                     for name, one in named.items() for part, value in by_length(one, seed).items()}  # fmt: skip
         shown = {name: (one.tokens, one.logps) for name, one in named.items()}
         figures.append(pictures.points("Log-probability by length", "tokens of the answer", "nats per token", shown))
