@@ -8,14 +8,24 @@ their function `linear_cross_entropy`: take it from its module.
 """
 
 from align_kernels.compat import cce, liger, trl, verl
-from align_kernels.compat.liger import LigerFusedLinearDPOLoss, LigerFusedLinearGRPOLoss, LigerFusedLinearKTOLoss
+from align_kernels.compat.liger import (
+    LigerFusedLinearCPOLoss,
+    LigerFusedLinearDPOLoss,
+    LigerFusedLinearGRPOLoss,
+    LigerFusedLinearKTOLoss,
+    LigerFusedLinearORPOLoss,
+    LigerFusedLinearSimPOLoss,
+)
 from align_kernels.compat.trl import ChunkedLogProbFunction, entropy_from_logits, selective_log_softmax
 
 __all__ = [
     "ChunkedLogProbFunction",
+    "LigerFusedLinearCPOLoss",
     "LigerFusedLinearDPOLoss",
     "LigerFusedLinearGRPOLoss",
     "LigerFusedLinearKTOLoss",
+    "LigerFusedLinearORPOLoss",
+    "LigerFusedLinearSimPOLoss",
     "cce",
     "entropy_from_logits",
     "liger",

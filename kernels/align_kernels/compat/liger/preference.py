@@ -19,7 +19,8 @@ PAIR_TYPES = (
 
 
 # -- losses on per-sequence log-probs, summed or averaged over tokens ---------------------------------------------
-def _score(logps: Tensor, lengths: Tensor, average: bool) -> Tensor:
+def score_of(logps: Tensor, lengths: Tensor, average: bool) -> Tensor:
+    """Sums of log-probs, or means over the tokens."""
     return logps / lengths.clamp(min=1) if average else logps
 
 
@@ -33,7 +34,7 @@ def liger_dpo(
     average: bool,
     **hyper,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (P,)
-    value, _ = dpo(_score(logps, lengths, average), ref_logps=ref_logps, lengths=lengths, **hyper)
+    value, _ = dpo(score_of(logps, lengths, average), ref_logps=ref_logps, lengths=lengths, **hyper)
     return value - nll_weight * logps.chunk(2)[0], {}
 
 
@@ -44,7 +45,7 @@ def liger_dpo(
     listed=False,
 )
 def liger_kto(logps: Tensor, *, lengths: Tensor, average: bool, **rest) -> tuple[Tensor, dict[str, Tensor]]:  # (S,)
-    return kto(_score(logps, lengths, average), **rest)
+    return kto(score_of(logps, lengths, average), **rest)
 
 
 def _reference(
@@ -66,7 +67,7 @@ def _reference(
     logps = reference_logps(module.use_ref_model, ref_input, ref_weight, targets, **head)
     if logps is None:
         return lengths.new_zeros(len(targets), dtype=torch.float32)
-    return _score(logps.sum(1), lengths, module.average_log_prob)
+    return score_of(logps.sum(1), lengths, module.average_log_prob)
 
 
 # -- modules ------------------------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         nll_weight = (self.alpha if self.compute_nll_loss else 0.0) * pairs / tokens
         side, head = {"ref_logps": ref, "nll_weight": nll_weight}, dict(bias=bias, ignore_index=self.ignore_index)
         out = run_loss("liger_dpo", self.options, _input, lin_weight, target, side, None, head)
-        scores = _score(out.logps.sum(1), lengths, self.average_log_prob)
+        scores = score_of(out.logps.sum(1), lengths, self.average_log_prob)
         nll = -out.logps[:pairs].sum() / tokens if self.compute_nll_loss else torch.zeros_like(out.loss)
         logits = [x.sum() / n.sum().clamp(min=1) for x, n in zip(out.mean_logit.chunk(2), lengths.chunk(2))]
         rewards = self.beta * (scores - ref)
@@ -228,7 +229,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
         side = {"ref_logps": ref, "desirable": preference_labels, "kl": point.expand(rows)}
         head = dict(bias=bias, ignore_index=self.ignore_index)
         out = run_loss("liger_kto", hyper, _input, lin_weight, target, side, None, head)
-        scores = _score(out.logps.sum(1), lengths, self.average_log_prob)
+        scores = score_of(out.logps.sum(1), lengths, self.average_log_prob)
         columns = (scores, out.mean_logit.sum(1) * vocab, self.beta * (scores - ref))
         classes = (preference_labels, ~preference_labels)
         return out.loss, tuple(x.where(inside, 0.0).sum() for x in columns for inside in classes)
