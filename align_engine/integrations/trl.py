@@ -1,7 +1,8 @@
 """TRL's trainers on the fused LM head of align_kernels. Their own loss code runs untouched.
 
-Since 1.16 most TRL trainers ask their model for log-probs through one hook, `add_fused_lm_head`. `fuse` puts another
-function behind that hook, with the same outputs, and refuses the other trainers by name:
+Since 1.15 most TRL trainers ask their model for log-probs through one hook, `add_fused_lm_head`. `fuse` puts another
+function behind that hook, with the same outputs, and refuses the other trainers by name. Before, they read logits:
+`trl_logits`. Which it is, the installed TRL is asked; `TESTED` names the releases that were run.
 
     from align_engine.integrations.trl import fuse
 
@@ -27,25 +28,21 @@ import functools
 import importlib
 import inspect
 import sys
-import types
 import warnings
-from collections.abc import Iterator
 from typing import Any, TypeVar, overload
 
-import torch
-from torch import Tensor
-
 from align_engine.errors import BadInput
-from align_engine.integrations import hook
-from align_engine.integrations.hook import head_module, head_weights, hooked_head
-from align_engine.integrations.logits import read_logits
-from align_kernels import linear_logprobs, logprobs_from_logits
-from align_kernels.api import LogProbs
+from align_engine.integrations import trl_older
+from align_engine.integrations.trl_hook import FusedForward, add_fused_lm_head, check_head, layers, settings_of
+from align_engine.integrations.trl_logits import READERS
+from align_engine.integrations.trl_shared import WHOLE_LOGITS, autocast, models, named, rebind
 
-TESTED = "1.16"
+TESTED = ("1.16", "1.15", "1.8")
+RUN = ", ".join(TESTED)
+HOOK = {"model", "temperature", "cast_lm_head_to_fp32", "outputs"}  # arguments of add_fused_lm_head
+OUTPUT = {"loss", "log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask", "aux_loss"}
 TRAINERS = ("dpo", "grpo", "kto", "rloo", "sft")
 SERVED = "DPO, KTO, GRPO, RLOO, SFT, async GRPO and what inherits from them (GMPO, BEMA's DPO)"
-WHOLE_LOGITS = {"GKDTrainer", "GOLDTrainer"}  # their SFT base has the hook, their losses do not use it
 
 Trainer = TypeVar("Trainer")
 
@@ -63,15 +60,43 @@ def fuse(trainer: Any = None) -> Any:
             on what is returned; without either, for good. A RewardTrainer has no LM head and stays as it is, in both.
 
     Raises:
-        BadInput: a TRL release that this was not tested with; a trainer that does not take its log-probs through
-            `add_fused_lm_head`, given or built inside the block; a head that cannot be taken exactly (see
+        BadInput: a TRL release whose functions are others than those that are replaced; a trainer that does not take
+            its log-probs through them, given or built inside the block; a head that cannot be taken exactly (see
             `add_fused_lm_head`). All before training.
+    Warns:
+        UserWarning: a release that was not run with this, and has these functions.
+    """
+    hooked = _has_hook()
+    if trainer is None:
+        return _everywhere() if hooked else trl_older.everywhere()
+    return _one(trainer) if hooked else trl_older.one(trainer)
+
+
+def _has_hook() -> bool:
+    """Whether TRL has the hook, with the arguments and the output that are known here; False: its trainers read logits.
+
+    Raises:
+        BadInput: neither, or the hook is another.
     """
     import trl
+    from trl.trainer import utils
 
-    if trl.__version__.rsplit(".", 1)[0] != TESTED:
-        raise BadInput(f"TRL {trl.__version__}: fuse is tested with {TESTED}; install trl=={TESTED}.*")
-    return _everywhere() if trainer is None else _one(trainer)
+    version, hook = trl.__version__, getattr(utils, "add_fused_lm_head", None)
+    if version.rsplit(".", 1)[0] not in TESTED:
+        warnings.warn(f"fuse was run with TRL {RUN}, this is {version}: compare a few steps", stacklevel=3)
+    if hook is None:
+        missing = [name for name in READERS if not hasattr(utils, name)]
+        if missing:
+            raise BadInput(f"TRL {version} has no {missing[0]}: fuse was run with {RUN}")
+        return False
+    if hook is add_fused_lm_head:
+        return True
+    arguments = {*inspect.signature(hook).parameters} - HOOK
+    fields = OUTPUT ^ {*getattr(getattr(utils, "FusedCausalLMOutput", None), "__dataclass_fields__", ())}
+    if strange := sorted(arguments | fields):
+        what = f"add_fused_lm_head is another than fuse knows ({', '.join(strange)})"
+        raise BadInput(f"TRL {version}: {what}; it was run with {RUN}")
+    return True
 
 
 def _everywhere() -> contextlib.ExitStack:
@@ -85,13 +110,13 @@ def _everywhere() -> contextlib.ExitStack:
         ("add_fused_lm_head", utils.add_fused_lm_head, add_fused_lm_head, None),
         ("BaseTunerLayer", trainers[0].BaseTunerLayer, _NoRefusal, trainers),
     ):
-        _rebind(name, old, new, modules)
-        undo.callback(_rebind, name, new, old, modules)
+        rebind(name, old, new, modules)
+        undo.callback(rebind, name, new, old, modules)
     init = base_trainer._BaseTrainer.__init__
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        why = None if _named(type(self), {"RewardTrainer"}) else _why_not(type(self))
+        why = None if named(type(self), {"RewardTrainer"}) else _why_not(type(self))
         if why:
             raise BadInput(f"{why}; build it outside of the `with fuse()` block, or after its close()")
         init(self, *args, **kwargs)
@@ -101,21 +126,10 @@ def _everywhere() -> contextlib.ExitStack:
     return undo
 
 
-def _rebind(name: str, old: Any, new: Any, modules: list[types.ModuleType] | None) -> None:
-    """In these modules; None: in all of TRL's that are loaded, which may be more when it is undone."""
-    for module in modules or [module for path, module in list(sys.modules.items()) if path.startswith("trl.")]:
-        if vars(module).get(name) is old:
-            setattr(module, name, new)
-
-
-def _named(kind: type, names: set[str]) -> bool:
-    return not names.isdisjoint(base.__name__ for base in kind.__mro__)
-
-
 def _why_not(kind: type) -> str | None:
     """What keeps the trainers of a class from being fused, told from where it and its bases are defined."""
     name = kind.__name__
-    if _named(kind, WHOLE_LOGITS):
+    if named(kind, WHOLE_LOGITS):
         return f"{name} takes its loss from whole logits of student and teacher: there is nothing to fuse"
     if any(hasattr(sys.modules.get(base.__module__), "add_fused_lm_head") for base in kind.__mro__):
         return None
@@ -132,22 +146,17 @@ class _NoRefusal(metaclass=_Never):
 
 
 def _one(trainer: Any) -> Any:
-    from accelerate.utils import extract_model_from_parallel
-
-    if _named(type(trainer), {"RewardTrainer"}):
+    if named(type(trainer), {"RewardTrainer"}):
         return trainer
     why = _why_not(type(trainer))
     if why:
         raise BadInput(why)
-    models = [m for m in (getattr(trainer, part, None) for part in ("model", "ref_model")) if m is not None]
     found = []
-    for model in models:
-        model = extract_model_from_parallel(model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        layers = list(_layers(model.forward))
-        if any(isinstance(layer, FusedForward) for layer in layers):
+    for model in models(trainer):
+        stacked = list(layers(model.forward))
+        if any(isinstance(layer, FusedForward) for layer in stacked):
             continue
-        settings = next(filter(None, map(_settings, layers)), None)
+        settings = next(filter(None, map(settings_of, stacked)), None)
         if settings is None:
             raise BadInput(
                 f"{type(trainer).__name__} did not put TRL's add_fused_lm_head on its {type(model).__name__}"
@@ -161,206 +170,5 @@ def _one(trainer: Any) -> Any:
             model.forward = mixed
         add_fused_lm_head(model, **settings)
         if mixed is not None:
-            _autocast(model, trainer.accelerator)
+            autocast(model, trainer.accelerator)
     return trainer
-
-
-def _layers(forward: Any) -> Iterator[Any]:
-    """The functions of a forward, from the outermost to that of the class."""
-    while forward is not None:
-        function = getattr(forward, "__func__", forward)
-        yield function
-        forward = getattr(function, "__wrapped__", None) or getattr(function, "replaced", None)
-
-
-def _settings(function: Any) -> dict[str, Any] | None:
-    """What TRL's hook was made with; None for any other function."""
-    code = getattr(function, "__code__", None)
-    if code is None or "cast_lm_head_to_fp32" not in code.co_freevars:
-        return None
-    cells = dict(zip(code.co_freevars, function.__closure__))
-    return {name: cells[name].cell_contents for name in ("temperature", "cast_lm_head_to_fp32", "outputs")}
-
-
-def _autocast(model: Any, accelerator: Any) -> None:
-    """Mixed precision around the model's forward, as `Accelerator.prepare_model` puts it there."""
-    from accelerate.utils import convert_outputs_to_fp32, get_mixed_precision_context_manager
-
-    model._original_forward = model.forward
-    context: Any = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
-    model.forward = types.MethodType(convert_outputs_to_fp32(context(model.forward.__func__)), model)
-
-
-def check_head(model: Any, cast_lm_head_to_fp32: bool) -> str:
-    """How the log-probs of this bare causal LM are made: "hook", or "logits" with a warning.
-
-    Raises:
-        BadInput: it has no LM head that can be taken, or a forward of its own that cannot be called as that of its
-            class, naming what is in the way.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    read, own = read_logits(model), _beneath(model)
-    if read.path == "none":
-        raise BadInput(f"{read.why}: it gives no log-probs of one next token")
-    if own is not None:
-        _check_own(model, own)
-    if read.path == "logits":
-        warnings.warn(f"{read.why}: its log-probs are made from whole logits, as large as ever", stacklevel=3)
-        return read.path
-    head = head_module(model)
-    if cast_lm_head_to_fp32 and isinstance(head, BaseTunerLayer):
-        raise BadInput("cast_lm_head_to_fp32 = True with an adapter on the LM head: TRL's cast drops the adapter")
-    training = head.training
-    head_weights(head.train())  # as it will be: dropout counts
-    head.train(training)
-    if own is not None:  # a wrapper may change more than the source below it shows
-        hook.check_head(model)
-    return read.path
-
-
-def _check_own(model: Any, own: Any) -> None:
-    """Refuse a forward that others put on the instance and that cannot be called as the class's own is."""
-    try:
-        inspect.signature(own).bind(input_ids=None, attention_mask=None, use_cache=False)
-    except TypeError as error:
-        name = getattr(own, "__qualname__", None) or type(own).__name__
-        raise BadInput(
-            f"{type(model).__name__}.forward was replaced by {name}, which cannot be called with input_ids, "
-            f"attention_mask and use_cache ({error}): give it **kwargs, or put it there after training"
-        ) from error
-
-
-def add_fused_lm_head(
-    model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple[str, ...] = ()
-) -> None:
-    """TRL's `add_fused_lm_head`: afterwards `model(..., labels=labels, fused_lm_head=True)` gives log-probs.
-
-    Args:
-        model: a bare causal LM; under peft, the base model.
-        temperature: the logits are divided by it. Default 1.0.
-        cast_lm_head_to_fp32: the head in float32, outside autocast (the weight is cast by TRL). Default False.
-        outputs: accepted; every field of TRL's FusedCausalLMOutput is there, float32, 0 where the label is -100.
-
-    Raises:
-        BadInput: see `check_head`.
-    """
-    del outputs
-    path = check_head(model, cast_lm_head_to_fp32)
-    model.forward = Bound(FusedForward(type(model), _beneath(model), path, temperature, cast_lm_head_to_fp32), model)
-
-
-def _beneath(model: Any) -> Any:
-    """What stands in place of the class's forward below TRL's hook or ours, None where nothing does."""
-    forward: Any = vars(model).get("forward")
-    while forward is not None:
-        function = getattr(forward, "__func__", forward)
-        if isinstance(function, FusedForward):
-            forward = function.own
-        elif _settings(function):
-            cells = dict(zip(function.__code__.co_freevars, function.__closure__))
-            forward = cells["original_forward"].cell_contents
-        else:
-            break
-    is_method = getattr(forward, "__self__", None) is model
-    return None if is_method and getattr(forward, "__func__", None) is type(model).forward else forward
-
-
-class Bound:
-    """A method whose function is an object: unlike a closure, and unlike `types.MethodType`, it is copied and pickled
-    with its model, and bound to the copy."""
-
-    def __init__(self, function: FusedForward, model: Any) -> None:
-        self.__func__, self.__self__ = function, model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # `generate` reads it
-        signature = self.__func__.__signature__
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-class FusedForward:
-    """The forward of a model that gives log-probs where it is asked for them."""
-
-    def __init__(self, kind: type, own: Any, path: str, temperature: float, cast_lm_head_to_fp32: bool) -> None:
-        self.kind, self.path = kind, path
-        self.own = own  # a forward of the instance that others put there
-        self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
-
-    @property
-    def replaced(self) -> Any:
-        return self.kind.forward if self.own is None else self.own
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.replaced)
-        if self.own is None:
-            return signature
-        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return signature.replace(parameters=[this, *signature.parameters.values()])
-
-    def plain(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.kind.forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
-
-    def score(self, head: dict[str, Any], hidden: Tensor, targets: Tensor) -> LogProbs:
-        options: dict[str, Any] = dict(targets=targets, temperature=self.temperature, **head)
-        if not self.cast_lm_head_to_fp32:
-            return linear_logprobs(hidden, **options)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return linear_logprobs(hidden.float(), **options)
-
-    def run(self, model: Any, targets: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, LogProbs]:
-        if self.path == "logits":
-            out = self.plain(model, *args, **kwargs)
-            return out, logprobs_from_logits(out.logits, targets, temperature=self.temperature)
-        found: list[LogProbs] = []
-
-        def fn(hidden: Tensor, head: dict[str, Any]) -> Tensor:
-            found.append(self.score(head, hidden, targets.to(hidden.device)))
-            return found[0].logp
-
-        with hooked_head(model, fn) as results:
-            out = self.plain(model, *args, **kwargs)
-        (logp,), (fields,) = results, found
-        return out, fields._replace(logp=logp)
-
-    def __call__(
-        self,
-        model: Any,
-        *args: Any,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        from trl.trainer.utils import FusedCausalLMOutput
-
-        if not fused_lm_head:
-            given = dict(labels=labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
-            return self.plain(model, *args, **{name: x for name, x in given.items() if x is not None}, **kwargs)
-        targets, length = shift_labels, None
-        if targets is None:
-            if labels is None:
-                raise BadInput("fused_lm_head=True scores labels: pass labels, or shift_labels")
-            targets, length = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100), -1
-        out, fields = self.run(model, targets, *args, **kwargs | {"use_cache": False})
-        logp, entropy, _, log_sum_sq_probs, mean_logits, is_top1 = (x[:, :length] for x in fields)
-        mask = targets.to(logp.device)[:, :length] != -100
-        loss = -logp.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-        aux_loss = getattr(out, "aux_loss", None)
-        if aux_loss is not None:
-            loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
-        return FusedCausalLMOutput(
-            loss=loss,
-            log_probs=logp,
-            entropy=entropy,
-            log_sum_sq_probs=log_sum_sq_probs,
-            mean_logits=mean_logits,
-            is_top1=is_top1,
-            label_mask=mask,
-            aux_loss=aux_loss,
-        )

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import tiny
 import torch
 import trl
-import trl_async
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,6 +100,8 @@ def build(kind: str, folder: Path, out: Path, *, model: Any = None, trainer: Any
     elif kind == "bema":
         given["callbacks"].append(bema())
     elif kind == "async_grpo":
+        import trl_async
+
         given |= trl_async.without_server(trl_async.short(rows * config.max_steps, V))
         given["model"] = str(folder)
     if peft_config is not None:
