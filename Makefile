@@ -1,4 +1,4 @@
-# make demo | make ladder | make story | make test-quick | make test | make check | make docs | make bench | make gpu-registers
+# make demo | make ladder | make story | make test-quick | make test | make check | make docs | make bench | make gpu-registers | make release-check
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 # by all cores, where pip takes one; some packages ship files of another Python's syntax
 BYTECODE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo ladder story test test-quick check docs docs-pictures bench bench-peers gpu-registers architectures clean
+.PHONY: demo ladder story test test-quick check docs docs-pictures bench bench-peers gpu-registers architectures release-check clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -71,6 +71,10 @@ gpu-registers: $(VENV)/.installed-dev
 # the table of docs/architectures.md, each line checked as it is written
 architectures: $(VENV)/.installed-dev
 	$(BIN)/python tests/architectures.py docs/architectures.md
+
+# wheels and source distributions of both packages, each tried in environments of its own
+release-check:
+	$(PYTHON) tests/release_check.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info kernels/align_kernels/*.so

@@ -1,4 +1,5 @@
-"""Builds align_kernels._C, the CPU kernels, and align_kernels._cuda; the rest is in pyproject.toml.
+"""Builds align_kernels._C, the CPU kernels, and align_kernels._cuda, and lays recipes and examples into the engine; the
+rest is in pyproject.toml.
 
 Both extensions are optional: without a working compiler the package installs and runs on torch operations alone.
 The second takes nvcc and, like torchvision's, a GPU in the machine or FORCE_CUDA=1: it is most of the compiler's work.
@@ -18,6 +19,7 @@ from typing import Any
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 # Flags of single files: the instruction sets, chosen at run time; of bindings only the size matters.
@@ -46,6 +48,18 @@ def find_nvcc() -> str | None:
 def wants_cuda() -> bool:
     gpu = shutil.which("nvidia-smi") is not None or os.environ.get("FORCE_CUDA") == "1"
     return gpu and find_nvcc() is not None
+
+
+class BuildPy(build_py):
+    """Of a wheel: with the recipes and examples that `align recipes` shows."""
+
+    def run(self) -> None:
+        super().run()
+        package = Path(self.build_lib) / "align_engine"
+        if package.is_dir() and not self.editable_mode:
+            for name in ("recipes", "examples"):
+                left_out = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(name, package / "shipped" / name, dirs_exist_ok=True, ignore=left_out)
 
 
 class BuildExt(build_ext):
@@ -148,4 +162,4 @@ if wants_cuda():
         )
     )
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt})
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildExt, "build_py": BuildPy})

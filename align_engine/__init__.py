@@ -9,6 +9,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from align_engine.version import __version__ as __version__
+
 # name of a module as it was -> those that have its contents now
 MOVED = {
     "callbacks": ["training.callbacks"],

@@ -27,6 +27,7 @@ from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import register_loss
 from align_kernels.sample import Samples, linear_sample
 
+__version__ = "0.1.0"
 __all__ = [
     "LogProbs",
     "LogitGradClamp",

@@ -14,6 +14,10 @@ from pathlib import Path
 import pytest
 import setuptools
 
+import align_engine
+import align_kernels
+from align_engine.recipe import shipped
+
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SHIPPED = ("align_engine", "kernels/align_kernels")
@@ -47,6 +51,32 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     assert all(part in named(extras[extra]) for part, extra in optional.items())
 
 
+def test_the_operators_alone_need_torch_alone():
+    """The distribution align-kernels: what its files import, but for what they do without, is what it declares."""
+    alone = tomllib.loads((ROOT / "packaging" / "align-kernels.toml").read_text())["project"]
+    assert named(alone["dependencies"]) == {"torch"}
+    assert imported(ROOT / "kernels" / "align_kernels") == {"torch", "triton"}
+    for key in ("requires-python", "license", "authors"):
+        assert alone[key] == PROJECT["project"][key]
+    assert align_engine.__version__ == align_kernels.__version__
+
+
+def test_a_wheel_holds_recipes_examples_and_types(given, tmp_path):
+    distribution = setuptools.Distribution({"packages": []})
+    build = given["cmdclass"]["build_py"](distribution)
+    build.build_lib, build.editable_mode, build.packages, build.py_modules = str(tmp_path), False, [], []
+    build.data_files = []
+    (tmp_path / "align_engine").mkdir()
+    build.run()
+    held = tmp_path / "align_engine" / shipped.INSIDE
+    assert {path.stem for path in (held / "recipes").glob("*.yaml")} == shipped.recipes().keys()
+    assert (held / "examples" / "plain_torch.py").is_file() and (
+        held / "recipes" / "accelerate" / "fsdp2.yaml"
+    ).is_file()
+    assert all((ROOT / folder / "py.typed").exists() for folder in SHIPPED)
+    assert {"py.typed"} <= {*PROJECT["tool"]["setuptools"]["package-data"]["align_engine"]}
+
+
 def test_one_floor_of_python_everywhere():
     floor = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert PROJECT["tool"]["ruff"]["target-version"] == "py" + floor.replace(".", "")
@@ -60,7 +90,19 @@ def test_a_source_distribution_holds_the_repository(tmp_path):
         cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONWARNINGS": "ignore"},
     )  # fmt: skip
     listed = set((tmp_path / "align_engine.egg-info" / "SOURCES.txt").read_text().split())
-    wanted = {"README.md", "LICENSE", "Makefile", "constraints.txt", "setup.py", "pyproject.toml", "MANIFEST.in"}
+    wanted = {
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+        "packaging/align-kernels.toml",
+        "README.md",
+        "LICENSE",
+        "Makefile",
+        "constraints.txt",
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+    }
     for folder in (*SHIPPED, "csrc", "tests", "benches", "recipes", "examples", "docs"):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts]
         wanted |= {path.relative_to(ROOT).as_posix() for path in files if path.suffix not in (".so", ".pyc")}
