@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import os
 import sys
 import traceback
 from collections import ChainMap, deque
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from align_engine import assessment, preparation
 from align_engine import recipe as recipes
 from align_engine.assessment import ASSESSMENT
 from align_engine.errors import AlignError, BadInput, RunFailed, printable, shortened
 from align_engine.preparation import PREPARATION
-from align_engine.recipe import ALIASES, RECIPES, Settings
+from align_engine.recipe import ALIASES, RECIPES, Recipe, Settings
+from align_engine.recipe.foreign import FOREIGN, RENAMED, settle
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import NO, NOTHING, YES
 from align_engine.training import allocator, stops
+from align_engine.version import __version__
 
 SYNONYMS = {"with": "results"}  # flags that no field of Python can be called
 USAGE = """usage: align COMMAND [--flags]
@@ -40,13 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. One of several processes ends with it, and ends the others where it
     fails; one of them says why."""
     own = argparse.ArgumentParser(prog="align", add_help=False, allow_abbrev=False)
-    own.add_argument("--recipe")
+    own.add_argument("--recipe", "--config")
     own.add_argument("--plugin")
     own.add_argument("--debug", action="store_true")
     own.add_argument("--version", action="store_true")
     own, arguments = own.parse_known_args(argv)
     if own.version:
-        print(f"align-engine {metadata.version('align-engine')}")
+        print(f"align-engine {__version__}")
         return 0
     watch, code, sentence, certain = None, 0, None, True
     try:
@@ -115,8 +118,8 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         raise BadInput(f"no command {name!r}; " + (f"did you mean {close[0]!r}?" if close else "see align --help"))
-    if name == "plan":
-        plan(arguments, path)
+    if name in ("plan", "recipes"):
+        COMMANDS[name](arguments, path)
         return
     if name not in RECIPES and name not in TOOLS:
         import tyro
@@ -182,12 +185,13 @@ def plan(arguments: list[str], path: str | None = None) -> None:
 def read(name: str, arguments: list[str], path: str | None) -> tuple[Any, list[str]]:
     """The recipe of a file and of flags, and the arguments that are none of these."""
     kind: Any = RECIPES[name] if name in RECIPES else TOOLS[name]
-    changes, others = flags(kind, arguments)
+    note: Any = partial(print, file=sys.stderr)
+    changes, others = flags(kind, arguments, note)
     if kind.positional and (values := [word for word in others if not word.startswith("-")]):
         section, _ = recipes.fields(kind)[kind.positional]
         changes.setdefault(section, {}).setdefault(kind.positional, []).extend(values)
         others = [word for word in others if word not in values]
-    return recipes.typed(recipes.load(kind, path) if path else kind(), changes, "flags"), others
+    return recipes.typed(recipes.load(kind, path, note) if path else kind(), changes, "flags"), others
 
 
 def explain(name: str, recipe: Settings, others: Sequence[str]) -> None:
@@ -195,32 +199,44 @@ def explain(name: str, recipe: Settings, others: Sequence[str]) -> None:
     if strange := [word for word in others if word not in ("-h", "--help")]:
         if not strange[0].startswith("-"):
             raise BadInput(f"{strange[0]!r} belongs to no flag")
-        known = [f"--{name.replace('_', '-')}" for name in recipes.fields(type(recipe))]
-        raise BadInput(recipes.unknown("flag", strange[0], known))
+        known, name = [f"--{name}" for name in recipes.fields(type(recipe))], strange[0].replace("-", "_")
+        raise BadInput(recipes.unknown("flag", strange[0], known) + recipes.elsewhere(name.strip("_")))
     import tyro
 
     required = getattr(recipe, "required", recipes.REQUIRED)
     for section in vars(recipe).values():
         for field, value in vars(section).items():  # they are printed as defaults
             setattr(section, field, tyro.MISSING if field in required and value == "" else masked(value))
-    said = f"{type(recipe).__doc__}\n\n--recipe FILE: a YAML file of the names below; flags override it."
-    flat = (tyro.conf.OmitArgPrefixes,)
-    tyro.cli(type(recipe), args=["--help"], prog=f"align {name}", description=said, default=recipe, config=flat)
+    said = (
+        f"{type(recipe).__doc__}\n\n--recipe FILE (or --config FILE): a YAML file of the names below, or the name of "
+        "one that `align recipes` lists; flags override it."
+    )
+    flat, shared = (tyro.conf.OmitArgPrefixes,), {*Recipe.__annotations__, "limits"}
+    sections = sorted(vars(recipe), key=lambda one: one in shared)  # those of the method stand first
+    kind = dataclasses.make_dataclass("Help", [(one, type(getattr(recipe, one))) for one in sections])
+    made = kind(**{one: getattr(recipe, one) for one in sections})
+    tyro.cli(kind, args=["--help"], prog=f"align {name}", description=said, default=made, config=flat,
+             use_underscores=True)  # fmt: skip
 
 
-def flags(kind: type[Settings], arguments: Sequence[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def flags(
+    kind: type[Settings], arguments: Sequence[str], note: Callable[[str], None] = lambda text: None
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """What flags say of a recipe's fields.
 
     A flag is read as a line of a recipe's YAML: `--name value`, `--name=value`, values side by side for a list,
-    `--name` or `--no-name` for a switch.
+    `--name` or `--no_name` for a switch; `-` in a name is `_`. A name of TRL's that has another one here is that.
 
+    Args:
+        note: is told of flags of TRL and others that change nothing here.
     Returns:
         section -> field -> text (a list: texts), as `recipes.typed` takes it; and the arguments that are none of them.
     Raises:
-        BadInput: a flag without its value.
+        BadInput: a flag without its value; one of TRL's or others that asks for what is said otherwise here.
     """
     known, waiting, others = recipes.fields(kind), deque(arguments), list[str]()
     changes: dict[str, dict[str, Any]] = {}
+    theirs: dict[str, Any] = {}
 
     def next_value(words: Sequence[str] = ()) -> str | None:
         """The next argument, unless it is a flag, or none of `words` where some are given."""
@@ -233,20 +249,27 @@ def flags(kind: type[Settings], arguments: Sequence[str]) -> tuple[dict[str, dic
         name = name.replace("-", "_")
         name = SYNONYMS.get(name, name)
         off = name.removeprefix("no_") if not equals else ""
-        if word.startswith("--") and off != name and off in known and known[off][1].kind is bool:
+        if word.startswith("--") and off != name and (off in FOREIGN or (off in known and known[off][1].is_switch)):
             name, equals, value = off, "=", "false"
+        name = RENAMED[name] if RENAMED.get(name) in known else name
+        if word.startswith("--") and name not in known and name in FOREIGN and issubclass(kind, Recipe):
+            theirs[name] = value if equals else " ".join(iter(next_value, None)) or "true"
+            continue
         if not word.startswith("--") or name not in known:
             others.append(word)
             continue
         section, field = known[name]
-        if field.kind is bool and not equals:
-            value = next_value((*YES, *NO, *NOTHING)) or "true"
+        if field.is_switch and not equals:
+            value = next_value((*YES, *NO, *NOTHING, *map(str, get_args(field.kind)))) or "true"
+        elif not equals and field.bare and (not waiting or waiting[0].startswith("-")):
+            value = field.bare
         elif not equals:
             values = list(iter(next_value, None)) if field.is_list else [next_value()]
             if values in ([], [None]):
                 raise BadInput(f"{word} needs a value")
             value = values if field.is_list else values[0]
         changes.setdefault(section, {})[name] = value
+    settle(theirs, known, "flags", note)
     return changes, others
 
 
@@ -259,6 +282,27 @@ def env(json: bool = False) -> None:
     from align_engine.reports.environment import show
 
     show(as_json=json)
+
+
+def list_recipes(arguments: list[str], path: str | None = None) -> None:
+    """The recipes that come with the package; of those that are named their YAML.
+
+    align recipes                  the names, and where the files and the examples lie
+    align recipes NAME > my.yaml   a copy to change; --recipe NAME reads it as it is
+    """
+    from align_engine.recipe import shipped
+
+    if {"-h", "--help"} & {*arguments}:
+        print(inspect.getdoc(list_recipes))
+        return
+    if arguments:
+        print("\n".join(shipped.find(name).read_text(encoding="utf-8") for name in arguments), end="")
+        return
+    known = shipped.recipes()
+    width = max(map(len, known))
+    for name, file in known.items():
+        print(f"{name:{width}}  {shipped.summary(file)}")
+    print(f"\nfiles in {shipped.folder('recipes')}, with those of accelerate; examples in {shipped.folder('examples')}")
 
 
 def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), workers: int = 2) -> None:
@@ -280,7 +324,7 @@ def demo(output_dir: Path = Path("runs/demo"), seeds: tuple[int, ...] = (0,), wo
 
 TOOLS = ChainMap[str, Any](PREPARATION, ASSESSMENT)  # commands that are settings and train nothing
 COMMANDS = ChainMap[str, Any](
-    {"plan": plan, "env": env, "demo": demo}, *TOOLS.maps, RECIPES
+    {"plan": plan, "recipes": list_recipes, "env": env, "demo": demo}, *TOOLS.maps, RECIPES
 )  # with those that a plugin registers
 
 if __name__ == "__main__":

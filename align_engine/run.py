@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from align_engine.models.modelfiles import check_path
 from align_engine.planning import cards
 from align_engine.planning.cards import size
 from align_engine.planning.fit import fitted
-from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RmRecipe, RolloutSection, SftLoss
+from align_engine.recipe import OnlineEval, OnlineRecipe, Recipe, RmRecipe, RolloutSection, SftLoss, TrainSection
 from align_engine.recipe.secrets import masked
+from align_engine.recipe.values import NO, YES
 from align_engine.reports import benchmarks, card, hub
 from align_engine.rollouts import rewards
 from align_engine.rollouts.source import Prompts, Rollouts
@@ -114,7 +115,7 @@ def fit(
     data = recipe.data
     shared, evaluation = (recipe, algorithm, tokenizer, folder, accelerator), None
     source = load_source(data.dataset_name, data.dataset_train_split, data.dataset_config, *shared)
-    if data.eval_dataset_name or data.dataset_test_split:
+    if (data.eval_dataset_name or data.dataset_test_split) and recipe.eval.eval_strategy != "no":
         where, config = data.eval_dataset_name or data.dataset_name, data.dataset_config
         config = None if data.eval_dataset_name else config
         evaluation = load_source(where, data.dataset_test_split, config, *shared, training=False)
@@ -161,7 +162,8 @@ def learn(
         if isinstance(recipe, OnlineRecipe):
             folder.truncate(samples.FILE, engine.progress.step)
     settings = masked(recipes.flat(recipe))
-    accelerator.init_trackers("align", config={key: str(value) for key, value in settings.items()})
+    settings = {key: str(value) for key, value in settings.items()}
+    accelerator.init_trackers("align", config=settings, init_kwargs=run_names(recipe.output.run_name))
     accelerator.print(summary(engine, source, steps))
     journal = Journal(folder.metrics, accelerator, steps, engine.progress.step, name)
     with journal.bar:
@@ -181,6 +183,18 @@ def learn(
         tracker.finish()
 
 
+def run_names(name: str | None) -> dict[str, Any]:
+    """What accelerate's trackers take so that they call the run so."""
+    known = {
+        "wandb": "name",
+        "trackio": "name",
+        "mlflow": "run_name",
+        "swanlab": "experiment_name",
+        "clearml": "task_name",
+    }
+    return {tracker: {keyword: name} for tracker, keyword in known.items()} if name else {}
+
+
 @contextlib.contextmanager
 def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Iterator[tuple[RunFolder, bool]]:
     """The folder of the run, inside the block this run's alone, and whether it holds the run already, finished.
@@ -192,6 +206,7 @@ def open_folder(name: str, recipe: Recipe, accelerator: Accelerator) -> Iterator
     folder = RunFolder(recipe.output.output_dir, {"algorithm": name, **recipes.identity(recipe, processes)})
     if not overwrite:
         check_share(folder, recipe, processes)
+        check_resume(folder, recipe.output.resume_from_checkpoint)
     if folder.finished(overwrite):
         accelerator.print(f"{folder.path} holds this run, finished: nothing to do (model in {folder.final})")
         yield folder, True
@@ -230,6 +245,29 @@ def check_share(folder: RunFolder, recipe: Recipe, processes: int) -> None:
     )
 
 
+def check_resume(folder: RunFolder, wanted: str | None) -> None:
+    """Refuse to begin, or to go on, where `resume_from_checkpoint` asks for the other or for another checkpoint.
+
+    Raises:
+        BadInput: with the way out.
+    """
+    if wanted is None:
+        return
+    held, there, said = folder.record()["identity"], folder.checkpoints(), f"resume_from_checkpoint = {wanted!r}"
+    place = f"output_dir = {str(folder.path)!r}"
+    if wanted.lower() in NO:
+        if held:
+            raise BadInput(f"{said}: {place} holds a run: give another folder, or --overwrite to delete that run")
+    elif wanted.lower() in YES:
+        if not held:
+            raise BadInput(f"{said}: {place} holds no run to go on with: leave it out to begin one")
+    elif (path := Path(wanted).expanduser().resolve()) not in [one.resolve() for one in there]:
+        raise BadInput(f"{said} is no checkpoint of {place}" + (f": there is {there[-1]}" if there else ""))
+    elif path != there[-1].resolve():
+        later = ", ".join(one.name for one in there if one.name > path.name)
+        raise BadInput(f"{said} is not the last one: delete {later}, and the same command goes on from it")
+
+
 def check_extent(folder: RunFolder, recipe: Recipe, steps: int) -> None:
     """Refuse another number of steps than the folder's run was begun with, where that changes the steps already done.
 
@@ -248,7 +286,7 @@ def check_extent(folder: RunFolder, recipe: Recipe, steps: int) -> None:
     done = int(checkpoints[-1].name.rpartition("-")[2])
     if done > steps:
         raise BadInput(f"{held}, of which {done} are done already: more than {steps}")
-    warmups = {math.ceil(number * train.warmup_ratio) for number in (before, steps)}
+    warmups = {optimiser.warmup(train, number) for number in (before, steps)}
     steady = train.lr_scheduler_type == "constant"
     if not steady and not (train.lr_scheduler_type == "constant_with_warmup" and len(warmups) == 1):
         raise BadInput(
@@ -325,7 +363,7 @@ def check_choices(recipe: Recipe, accelerator: Accelerator) -> None:
                 check_path(spec, field)
     check_device(recipe, accelerator.device)
     check_tasks(recipe, accelerator)
-    check_schedule(recipe.train.lr_scheduler_type, recipe.train.learning_rate)
+    check_schedule(recipe.train)
     optimiser.check(recipe.train, accelerator.device, accelerator.distributed_type == DistributedType.FSDP)
     try:
         if recipe.kernels.impl != "eager":
@@ -377,28 +415,33 @@ def check_loss(algorithm: Algorithm, recipe: Recipe) -> None:
         raise BadInput(str(error)) from error
 
 
-def check_schedule(kind: str, learning_rate: float) -> None:
-    """Refuse a schedule of transformers that cannot be built here, or not be stepped: some need arguments that a recipe
-    does not have."""
-    from transformers import SchedulerType, get_scheduler
+def check_schedule(train: TrainSection) -> None:
+    """Refuse a schedule of transformers that cannot be built, or not be stepped: some need lr_scheduler_kwargs."""
+    from transformers import SchedulerType
 
-    def why_not(kind: str) -> str | None:
+    def why_not(train: TrainSection) -> str | None:
         parameter = torch.zeros(1, requires_grad=True)
-        optimizer = torch.optim.SGD([parameter], lr=learning_rate)
+        optimizer = torch.optim.SGD([parameter], lr=train.learning_rate)
         try:
-            schedule = get_scheduler(kind, optimizer, 0, 2)
+            schedule = optimiser.schedule(replace(train, warmup_ratio=0.0, warmup_steps=0.0), optimizer, 2)
             optimizer.step()
             schedule.step()
             schedule.get_last_lr()
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            if isinstance(error, BadInput):
+                raise
             return str(error)
         return None
 
+    kind, more = train.lr_scheduler_type, train.lr_scheduler_kwargs
     known = [kind.value for kind in SchedulerType]
-    if kind not in known or why_not(kind):
-        why = f"cannot run: {why_not(kind)}" if kind in known else "is not one of transformers'"
-        some = ", ".join(one for one in known if not why_not(one))
-        raise BadInput(f"lr_scheduler_type = {kind!r} {why}; choose one of {some}")
+    if kind not in known:
+        plain = [replace(train, lr_scheduler_type=one, lr_scheduler_kwargs=None) for one in known]
+        some = ", ".join(one.lr_scheduler_type for one in plain if not why_not(one))
+        raise BadInput(f"lr_scheduler_type = {kind!r} is not one of transformers'; choose one of {some}")
+    if why := why_not(train):
+        given = f"lr_scheduler_kwargs = {more!r}" if more else "without lr_scheduler_kwargs"
+        raise BadInput(f"lr_scheduler_type = {kind!r} {given}: it cannot run: {why}")
 
 
 def quiet_libraries() -> None:

@@ -15,7 +15,7 @@ from align_engine.training.algorithm import Algorithm
 
 ALGORITHMS: dict[str, Algorithm] = {row.name: row for row in (SFT, RM, DPO, SIMPO, ORPO, CPO, KTO, RLOO, GRPO, PPO)}
 TOOLS = (  # commands that train nothing
-    "plan", "env", "demo", "generate", "pairs", "tokens", "balance", "strip", "audit", "repair",
+    "plan", "recipes", "env", "demo", "generate", "pairs", "tokens", "balance", "strip", "audit", "repair",
     "rate", "ratings", "samples", "report", "advise", "chat", "merge", "eval", "diagnose",
 )  # fmt: skip
 

@@ -13,8 +13,8 @@
 | prompt | prompt | string | list of messages |
 
 Of n answers in `chosen` and m in `rejected` (as reward-bench-2 has them) each of the n is preferred to each of the m.
-A message is a dict with `role` and `content`. Columns that are not named here are ignored, but for `tools` and
-`chat_template_kwargs`, which reach the chat template.
+A message is a dict with `role` and `content`, a string or a list of {"type": "text", "text": ...}. Columns that are not
+named here are ignored, but for `tools` and `chat_template_kwargs`, which reach the chat template.
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ def _checked(value: Any, key: str) -> Text:
 def _message(message: Any, key: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRow(f"'{key}' holds {message!r:.60}, expected messages with 'role' and 'content'")
-    content = message.get("content")
+    content = text_of(message.get("content"))
     # Arrow fills the keys that other messages have with None; templates would print it
-    message = {name: value for name, value in message.items() if value is not None}
+    message = {name: value for name, value in {**message, "content": content}.items() if value is not None}
     if content is None and message.get("tool_calls"):
         return {**message, "content": ""}
     if not isinstance(content, str):
@@ -163,6 +163,16 @@ def _message(message: Any, key: str) -> dict[str, Any]:
     if not content and message["role"] == "assistant" and key != "prompt" and not message.get("tool_calls"):
         raise BadRow(f"'{key}' holds an empty answer")
     return message
+
+
+def text_of(content: Any) -> Any:
+    """The text of a message's content that is written as parts, [{"type": "text", "text": ...}, ...]: joined as they
+    stand. Content of any other kind, parts that are no text among it, as it is."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content
+    texts = [part.get("text") for part in content]
+    is_text = [part.get("type", "text") == "text" and isinstance(text, str) for part, text in zip(content, texts)]
+    return "".join(texts) if all(is_text) else content
 
 
 def _with_prompt(parts: dict[str, list[Text]], unit: regex.Pattern[str]) -> dict[str, list[Text]]:

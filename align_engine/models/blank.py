@@ -70,7 +70,7 @@ def build(path: str, base: str | None, section: ModelSection, kind: Any, options
     config = AutoConfig.from_pretrained(
         base or path, trust_remote_code=section.trust_remote_code, revision=revision, **own
     )
-    dtype = getattr(config, "dtype", None) if section.dtype == "auto" else getattr(torch, section.dtype)
+    dtype = getattr(config, "dtype", None) if section.dtype in ("auto", None) else getattr(torch, section.dtype)
     model = (kind or AutoModelForCausalLM).from_config(
         config, dtype=dtype or torch.float32, trust_remote_code=section.trust_remote_code, **attention
     )

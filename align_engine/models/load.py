@@ -155,7 +155,7 @@ def _load(
     options["revision"] = section.model_revision
     try:
         loaded: Any = (kind or AutoModelForCausalLM).from_pretrained(
-            path, dtype=section.dtype, trust_remote_code=section.trust_remote_code, **options
+            path, dtype=section.dtype or "auto", trust_remote_code=section.trust_remote_code, **options
         )
     except Exception as error:
         raise BadInput(f"cannot load the model {path!r}: {_reason(error)}") from error
@@ -244,7 +244,7 @@ def _quantised(section: ModelSection) -> dict[str, Any]:
         raise BadInput(f"load_in_{bits}bit = True: bitsandbytes is not installed (pip install bitsandbytes)")
     from transformers import BitsAndBytesConfig
 
-    compute = getattr(torch, section.dtype, torch.bfloat16)  # that of `auto`
+    compute = getattr(torch, section.dtype or "auto", torch.bfloat16)  # that of `auto`
     # FSDP2 cuts 4-bit weights whose bytes are stored as numbers of a kind that has gradients, and leaves others whole
     stored: dict[str, Any] = {"bnb_4bit_quant_storage": compute} if parse_flag_from_env("ACCELERATE_USE_FSDP") else {}
     config = BitsAndBytesConfig(

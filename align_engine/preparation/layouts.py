@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import datasets
 
-from align_engine.data.formats import BadRow, Messages, Text, is_conversational
+from align_engine.data.formats import BadRow, Messages, Text, is_conversational, text_of
 from align_engine.errors import BadInput
 from align_engine.preparation import folder
 from align_engine.preparation.sections import MappedInput
@@ -121,7 +121,7 @@ def _message(message: Any, column: str) -> dict[str, str]:
         raise BadRow(f"'{column}' holds {message!r:.60}, expected messages")
     if "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
-    role, content = message.get("role"), message.get("content")
+    role, content = message.get("role"), text_of(message.get("content"))
     if role not in ROLES:
         raise BadRow(f"'{column}' holds a message from {role!r:.60}, expected one of {', '.join(ROLES)}")
     if not isinstance(content, str):

@@ -5,6 +5,7 @@ bears no prefix. Nothing here imports torch: `align --help` is to be quick.
 """
 
 from align_engine.recipe.files import (
+    elsewhere,
     load,
     save,
     typed,
@@ -112,6 +113,7 @@ __all__ = [
     "SimpoRecipe",
     "TrainSection",
     "check",
+    "elsewhere",
     "fields",
     "flat",
     "identity",

@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from align_engine.errors import BadInput
-from align_engine.recipe.recipes import Settings, fields
+from align_engine.recipe import foreign, shipped
+from align_engine.recipe.recipes import RECIPES, Recipe, Settings, fields
 from align_engine.recipe.secrets import masked
 from align_engine.recipe.values import parse
 
 R = TypeVar("R", bound=Settings)
 
 
-def load(kind: type[R], path: str | Path) -> R:
+def load(kind: type[R], path: str | Path, note: Callable[[str], None] = lambda text: None) -> R:
     """Read a recipe from YAML.
 
     Every value is text until its field says what it is, as that of a flag is; nothing in it is expanded: `${...}` is
@@ -25,17 +26,20 @@ def load(kind: type[R], path: str | Path) -> R:
 
     Args:
         kind: the algorithm's recipe class; fields that the file leaves out keep its defaults.
-        path: file whose keys are field names, at the top level or under their section's name.
+        path: file whose keys are field names, at the top level or under their section's name; or the name of a recipe
+            that comes with the package.
+        note: is told of settings of TRL and others that change nothing here. Default: nobody is.
     Raises:
-        BadInput: no such file, not YAML, an unknown key (with the nearest known one), a value of the wrong type.
+        BadInput: no such file, not YAML, an unknown key (with the nearest known one, or what serves instead), a value
+            of the wrong type.
     """
     import yaml
 
     from align_engine.recipe import yaml_text
 
-    where = f"recipe {path}"
+    where, path = f"recipe {path}", shipped.find(path)
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8-sig"), yaml_text.TextLoader)
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), yaml_text.TextLoader)
     except OSError as error:
         raise BadInput(f"{where}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -46,6 +50,19 @@ def load(kind: type[R], path: str | Path) -> R:
         raise BadInput(f"{where} is not readable YAML: {yaml_text.sentence(error)}") from error
     if not isinstance(content, dict):
         raise BadInput(f"{where} holds no `name: value` lines")
+    if issubclass(kind, Recipe):
+        names = fields(kind).keys() | vars(kind()).keys()
+
+        def is_other(name: Any) -> bool:
+            is_value = name in foreign.FOREIGN and not isinstance(content[name], dict)  # `model: gpt2`, not a section
+            return name not in names or (name not in fields(kind) and is_value)
+
+        others = {str(name): value for name, value in content.items() if is_other(name)}
+        content = {name: value for name, value in content.items() if name not in others}
+        for name, value in foreign.settle(others, names, where, note).items():
+            if name in content:
+                raise BadInput(f"{where}: `{name}` stands there twice, once under its older name")
+            content[name] = value
     return typed(kind(), _into_sections(kind, content, where), where)
 
 
@@ -81,6 +98,12 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
     )
 
 
+def elsewhere(name: str) -> str:
+    """The end of that sentence where other methods have the setting."""
+    methods = [method for method, kind in RECIPES.items() if name in fields(kind)]
+    return f" (`{name}` is a setting of {', '.join(methods)})" if methods else ""
+
+
 def _into_sections(kind: type[Settings], content: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
     known, sections = fields(kind), vars(kind())
     tree: dict[str, dict[str, Any]] = {}
@@ -90,7 +113,7 @@ def _into_sections(kind: type[Settings], content: dict[str, Any], where: str) ->
             raise BadInput(f"{where}: `{key}` is a section: it takes `name: value` lines, not {reprlib.repr(value)}")
         for name, inner in (value or {}).items() if is_section else [(key, value)]:
             if name not in known:
-                raise BadInput(f"{where}: {unknown('key', name, known)}")
+                raise BadInput(f"{where}: {unknown('key', name, known)}{elsewhere(name)}")
             section = known[name][0]
             if is_section and section != key:
                 raise BadInput(f"{where}: `{name}` belongs under `{section}`, not under `{key}`")

@@ -198,7 +198,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "sft": SftRecipe, "rm": RmRecipe, "dpo": DpoRecipe, "simpo": SimpoRecipe, "orpo": OrpoRecipe, "cpo": CpoRecipe,
     "kto": KtoRecipe, "rloo": RlooRecipe, "grpo": GrpoRecipe, "ppo": PpoRecipe, "iterate": IterateRecipe,
 }  # fmt: skip
-ALIASES = {"direct": "rloo"}  # another name of a command
+ALIASES = {"direct": "rloo", "reward": "rm"}  # another name of a command
 
 
 def flat(recipe: Settings) -> dict[str, Any]:

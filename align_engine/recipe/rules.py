@@ -19,9 +19,11 @@ PATHS = {"model_name_or_path", "ref_model_name_or_path", "value_model_name_or_pa
          "server_weights", "pairs_name", "reward_model", "reward_models", "encoder", "findings", "checkers",
          "tasks", "include_path", "eval_tasks", "classifier", "evaluation", "run", "runs", "results", "json",
          "project_dir", "run_dir", "gold_name", "guideline"}  # fmt: skip
-NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "save_total_limit", "logging_steps", "save_steps",
+NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "run_name", "resume_from_checkpoint", "save_total_limit",
+                       "logging_strategy", "logging_steps", "logging_first_step", "save_strategy", "save_steps",
                        "dataset_num_proc", "tune_malloc", "fit", "log_completions", "num_completions_to_print",
                        "push_to_hub", "hub_model_id", "hub_private_repo", "wait_for_marks")  # fmt: skip
+TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward"}  # names of its scripts
 R = TypeVar("R", bound=Settings)
 
 
@@ -41,6 +43,10 @@ def check(recipe: R, required: Sequence[str] = REQUIRED) -> R:
             if value := getattr(section, name):
                 home = list(map(os.path.expanduser, value)) if isinstance(value, list) else os.path.expanduser(value)
                 setattr(section, name, home)
+    if isinstance(recipe, Recipe):
+        recipe.model.dtype = recipe.model.dtype or "auto"
+        if _asks_for_the_test_split(recipe):
+            recipe.data.dataset_test_split = "test"
     values = flat(recipe)
     missing = [name for name in required if name not in recipe.optional and not values.get(name, True)]
     broken = [f"{name} = {values[name]!r} is required" for name in missing]
@@ -52,6 +58,12 @@ def check(recipe: R, required: Sequence[str] = REQUIRED) -> R:
     if broken:
         raise BadInput("; ".join(broken))
     return recipe
+
+
+def _asks_for_the_test_split(recipe: Recipe) -> bool:
+    """Whether there are to be evaluations and nothing says on what: TRL takes the split `test` then."""
+    named = recipe.data.eval_dataset_name or recipe.data.dataset_test_split or recipe.eval.eval_tasks
+    return recipe.eval.eval_strategy in ("steps", "epoch") and not named
 
 
 def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -69,14 +81,9 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
         yield "eval_reward_funcs", "takes scorers, not people"
     if twice := set(get("eval_reward_funcs") or ()) & set(get("reward_funcs") or ()):
         yield "eval_reward_funcs", f"names {min(twice)!r}, which is one of reward_funcs and asked in evaluations anyway"
-    measured = evaluation or values["eval_tasks"]
-    if values["eval_steps"] and not measured:
-        yield "eval_steps", "needs eval_dataset_name or dataset_test_split, or eval_tasks"
-    for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if values[name] and not (values["eval_steps"] and measured):
-            yield name, "needs eval_steps and an evaluation dataset, or eval_tasks"
-        elif values[name] and not evaluation and not values["metric_for_best_model"]:
-            yield name, "needs metric_for_best_model, as TASK/METRIC: with eval_tasks alone there is no loss to go by"
+    yield from _evaluation_conflicts(values, evaluation)
+    if values["warmup_ratio"] and values["warmup_steps"]:
+        yield "warmup_steps", f"does not go with warmup_ratio = {values['warmup_ratio']}: leave one of them out"
     for name in ("hub_model_id", "hub_private_repo"):
         if values[name] is not None and not values["push_to_hub"]:
             yield name, "needs --push_to_hub"
@@ -105,6 +112,24 @@ def _conflicts(recipe: Recipe, values: dict[str, Any]) -> Iterator[tuple[str, st
         yield "desirable_weight", "and undesirable_weight are both 0: no row would count"
 
 
+def _evaluation_conflicts(values: dict[str, Any], evaluation: str | None) -> Iterator[tuple[str, str]]:
+    strategy, measured = values["eval_strategy"], evaluation or values["eval_tasks"]
+    if values["eval_steps"] and not measured and strategy is None:
+        yield (
+            "eval_steps",
+            "needs eval_dataset_name, dataset_test_split, eval_tasks, or eval_strategy: steps for `test`",
+        )
+    often = strategy in ("steps", "epoch") or (strategy is None and values["eval_steps"])
+    needs = "needs eval_steps, or eval_strategy: steps or epoch, and an evaluation dataset, or eval_tasks"
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if values[name] and not (often and measured):
+            yield name, needs
+        elif values[name] and not evaluation and not values["metric_for_best_model"]:
+            yield name, "needs metric_for_best_model, as TASK/METRIC: with eval_tasks alone there is no loss to go by"
+    if values["save_strategy"] == "best" and not (often and measured):
+        yield "save_strategy", needs
+
+
 def _reference_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     kind, path = values.get("reference", "auto"), values.get("ref_model_name_or_path")
     if kind.startswith("adapter") and not values["use_peft"]:
@@ -122,6 +147,8 @@ def _rollout_conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "reward_funcs", "takes 'human' alone, without other scorers"
     if values["wait_for_marks"] and scorers != ["human"]:
         yield "wait_for_marks", "is for reward_funcs human: other scorers answer at once"
+    for name in TRL_REWARDS & {*scorers, *(values.get("eval_reward_funcs") or ())}:
+        yield "reward_funcs", f"names {name!r}, which is TRL's: trl.rewards:{name} is that function"
     if len(set(scorers)) < len(scorers):
         yield "reward_funcs", "names a scorer twice: give it one of the reward_weights"
     if weights is not None and len(weights) != len(scorers):

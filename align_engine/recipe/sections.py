@@ -10,8 +10,9 @@ import dataclasses
 from dataclasses import field
 from typing import Annotated, Literal, dataclass_transform
 
-from align_engine.recipe.values import Count, Finite, Names, NotNegative, Part, Positive, Range, Share
+from align_engine.recipe.values import Bare, Count, Finite, Keywords, Names, NotNegative, Part, Positive, Range, Share
 
+Scorers = Annotated[list[str], Names("none", whole=("http://", "https://"))]
 Rate = Annotated[float, Range("(0, 1e30]")]  # what AdamW makes of it fits into float32
 
 
@@ -30,8 +31,8 @@ class ModelSection(Section):
     """Folder or hub name of the model to train; its tokenizer is taken from the same place."""
     model_revision: str = "main"
     """Branch, tag or commit on the hub, of the model, its tokenizer and its reference."""
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    """Type of the weights in memory; `auto` keeps what the checkpoint says."""
+    dtype: Literal["float32", "bfloat16", "auto"] | None = "float32"
+    """Type of the weights in memory; `auto`, or None, keeps what the checkpoint says."""
     trust_remote_code: bool = False
     """Run the code that lies beside a model of another architecture than transformers has. Read it before."""
     attn_implementation: str | None = None
@@ -197,7 +198,7 @@ class RmLoss(Section):
 class RolloutSection(Section):
     """Rollouts."""
 
-    reward_funcs: list[str] = field(default_factory=list)
+    reward_funcs: Scorers = field(default_factory=list)
     """What scores completions: `module:function` or `file.py:function` (TRL's signature), the folder of a reward model,
     `http://...` of a scorer, or `human`: a file in the run's folder that people fill in."""
     reward_weights: list[Finite] | None = None
@@ -387,7 +388,7 @@ class TrainSection(Section):
     optim: str | None = None
     """Optimiser by transformers' name: adamw_torch, adafactor, sgd, adamw_8bit, paged_adamw_8bit, lion_8bit, ...; or
     muon (None: adamw_torch_fused on a GPU, else adamw_torch)."""
-    optim_args: str | None = None
+    optim_args: Annotated[str, Keywords()] | None = None
     """Further arguments of it, as momentum=0.9,nesterov=true."""
     adam_beta1: Annotated[float, Range("[0, 1)")] = 0.9
     """Decay of the mean of the gradients, of AdamW and its kin."""
@@ -411,8 +412,12 @@ class TrainSection(Section):
     """Optimiser steps; overrides num_train_epochs where positive."""
     lr_scheduler_type: str = "linear"
     """Schedule of the learning rate, one of transformers': linear, cosine, constant_with_warmup, ..."""
+    lr_scheduler_kwargs: Annotated[str, Keywords()] | None = None
+    """Further arguments of the schedule, as min_lr_rate=0.1."""
     warmup_ratio: Share = 0.0
     """Share of the steps in which the learning rate rises from 0."""
+    warmup_steps: NotNegative = 0.0
+    """The same in steps; a number below 1 is a share of them."""
     weight_decay: NotNegative = 0.0
     """Weight decay (not on biases and norms)."""
     max_grad_norm: NotNegative = 1.0
@@ -442,6 +447,10 @@ class EvalSection(Section):
 
     per_device_eval_batch_size: Count = 8
     """Rows in one forward pass of the evaluation."""
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    """When to evaluate. steps: every eval_steps (None: logging_steps). epoch: after each. Both take the split `test`
+    where nothing else is named. no: never, whatever data there are. None: every eval_steps. At the end too, but for
+    `no`."""
     eval_steps: Count | None = None
     """Evaluate every so many steps (None: at the end only)."""
     load_best_model_at_end: bool = False
@@ -464,7 +473,7 @@ class EvalSection(Section):
 class OnlineEval(EvalSection):
     """Evaluation."""
 
-    eval_reward_funcs: list[str] = field(default_factory=list)
+    eval_reward_funcs: Scorers = field(default_factory=list)
     """Further scorers, as reward_funcs are, asked in evaluations alone and never learnt from: where the reward rises
     and what they say falls, the reward is over-optimised."""
 
@@ -477,8 +486,20 @@ class OutputSection(Section):
     with the same folder goes on where it stopped."""
     overwrite: bool = False
     """Delete the run that output_dir holds and start afresh."""
+    run_name: str | None = None
+    """Name of the run in trackers that have names for runs."""
+    resume_from_checkpoint: Annotated[str, Bare("true")] | None = None
+    """The same command goes on from its last checkpoint anyway. true: refuse to begin a run. A checkpoint of
+    output_dir: refuse to go on from another one. false: refuse to go on."""
+    logging_strategy: Literal["steps", "epoch", "no"] = "steps"
+    """When to write metrics: every logging_steps, after each epoch, or never."""
     logging_steps: Count = 10
     """Write metrics every so many steps."""
+    logging_first_step: bool = False
+    """And of the first step."""
+    save_strategy: Literal["steps", "epoch", "best", "no"] = "steps"
+    """When to write a checkpoint: every save_steps, after each epoch, after each evaluation better than those before,
+    or never. One is written where the run is stopped, and with steps and epoch at its end."""
     save_steps: Count = 500
     """Write a checkpoint every so many steps."""
     save_total_limit: Count | None = None
@@ -491,7 +512,7 @@ class OutputSection(Section):
     """Repository to upload to, org/name (None: the name of output_dir, of the token's owner)."""
     hub_private_repo: bool | None = None
     """Whether that repository is private (None: as its owner's settings have it)."""
-    callbacks: list[str] = field(default_factory=list)
+    callbacks: Annotated[list[str], Names("none")] = field(default_factory=list)
     """TrainerCallbacks of transformers by import path, `module:Class` or `file.py:Class`."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from align_engine.errors import BadInput
@@ -29,9 +30,9 @@ def find(place: str | Path) -> Path:
     Raises:
         BadInput: neither, with the nearest name.
     """
-    path, known = Path(place), recipes()
-    if path.exists():
-        return path
+    known = recipes()
+    if os.path.exists(place):  # False for a path that the system cannot look at
+        return Path(place)
     name = str(place).removeprefix("recipes/").removesuffix(".yaml")
     if name in known:
         return known[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
+ON, OFF = "on", "off"  # a Literal with both is a switch with a third way
 YES, NO = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
 NOTHING = ("none", "null", "~", "")
 
@@ -50,13 +52,31 @@ class Range:
 
 @dataclass(frozen=True)
 class Names:
-    """Marks a list of names: as text they stand with commas between them.
+    """Marks a list of names: as text they stand with commas or spaces between them.
 
     Args:
         nothing: a word for the empty list.
+        whole: beginnings of names that may hold commas.
     """
 
     nothing: str
+    whole: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bare:
+    """Marks a field whose flag may stand without a value.
+
+    Args:
+        value: what it has then.
+    """
+
+    value: str
+
+
+@dataclass(frozen=True)
+class Keywords:
+    """Marks text of the form name=value,name=value, which may also be given as a mapping or as JSON."""
 
 
 Finite = Annotated[float, Range("(-inf, inf)")]
@@ -78,6 +98,17 @@ class Field(NamedTuple):
     def is_list(self) -> bool:
         """Whether it holds several values."""
         return get_origin(self.kind) is list
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether its bare name turns it on."""
+        return self.kind is bool or {ON, OFF} <= set(get_args(self.kind))
+
+    @property
+    def bare(self) -> str | None:
+        """What the flag without a value stands for; None where it needs one."""
+        marked = next((mark.value for mark in self.marks if isinstance(mark, Bare)), None)
+        return "true" if self.is_switch else marked
 
     @property
     def range(self) -> Range | None:
@@ -108,7 +139,11 @@ def parse(field: Field, value: Any) -> Any:
         return _list(field, value) or (None if field.optional else [])
     if field.optional and (value is None or is_nothing(value)):
         return None
+    if any(isinstance(mark, Keywords) for mark in field.marks):
+        value = _keywords(value)
     if get_origin(field.kind) is Literal:
+        if field.is_switch and str(value).lower() in (*YES, *NO):
+            return ON if _bool(value) else OFF
         if value not in get_args(field.kind):
             raise ValueError(f"is none of {', '.join(get_args(field.kind))}")
         return value
@@ -132,10 +167,13 @@ def _list(field: Field, value: Any) -> list[Any]:
     values = [value] if isinstance(value, str) else [] if value is None and field.optional else value
     if not isinstance(values, list | tuple):
         raise ValueError("is not a list")
-    names = [mark.nothing for mark in field.marks if isinstance(mark, Names)]
+    marks = [mark for mark in field.marks if isinstance(mark, Names)]
+    names = [mark.nothing for mark in marks]
     if names or inner.kind is not str:
-        parts = [one.split(",") if isinstance(one, str) else [one] for one in values]
+        whole = tuple(start for mark in marks for start in mark.whole)
+        parts = [one.split(",") if isinstance(one, str) and not one.startswith(whole) else [one] for one in values]
         values = [one.strip() if isinstance(one, str) else one for part in parts for one in part]
+        values = [one for one in values if one != ""] if len(values) > 1 else values  # `q_proj, v_proj` in a shell
     if len(values) == 1 and is_nothing(values[0], *names):
         return []
     try:
@@ -179,6 +217,16 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _keywords(value: Any) -> Any:
+    """A mapping, or JSON of one, as name=value,name=value; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    if not isinstance(value, dict):
+        return value
+    return ",".join(f"{name}={one}" for name, one in value.items())
 
 
 def _text(value: Any) -> str:

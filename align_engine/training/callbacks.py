@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from align_engine import recipe as recipes
 from align_engine.errors import BadInput, RunFailed
 from align_engine.training.importing import foreign, load_object
+from align_engine.training.optimiser import keywords
 
 if TYPE_CHECKING:
     from align_engine.recipe import Recipe
@@ -108,6 +109,8 @@ def arguments(recipe: Recipe, total: int) -> Any:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     values = {name: value for name, value in recipes.flat(recipe).items() if name in known}
     wanted = recipe.eval.load_best_model_at_end or recipe.eval.early_stopping_patience
+    wanted = wanted or recipe.output.save_strategy == "best"
+    values["lr_scheduler_kwargs"] = keywords(recipe.train.lr_scheduler_kwargs, "lr_scheduler_kwargs")
     metric = (recipe.eval.metric_for_best_model or "loss") if wanted else None
     if values["greater_is_better"] is None:
         values["greater_is_better"] = not (metric or "loss").endswith("loss")

@@ -71,8 +71,6 @@ class Engine:
         accelerator: Accelerator,
         longest: int = 0,
     ) -> None:
-        from transformers import get_scheduler
-
         train, self.progress, self.longest = recipe.train, Progress(), longest
         self.algorithm, self.recipe, self.accelerator = algorithm, recipe, accelerator
         self.reference: Callable[[Batch], Tensor] | None = None  # fills ref_logps, where batches do not carry them
@@ -85,9 +83,7 @@ class Engine:
         optimizer = optimiser.make(model, recipe, accelerator.device)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.offload = Offload(self.model, accelerator.device) if train.activation_offloading else None
-        self.scheduler = get_scheduler(
-            train.lr_scheduler_type, optimizer, math.ceil(total_steps * train.warmup_ratio), total_steps
-        )
+        self.scheduler = optimiser.schedule(train, optimizer, total_steps)
         # objects with state_dict and load_state_dict that go into checkpoints beside model and optimiser
         self.kept: dict[str, Any] = {"scheduler": self.scheduler, "progress": self.progress}
         self.after_step: Callable[[int], None] | None = None  # of a reference that follows the model

@@ -81,30 +81,34 @@ class Training:
             callbacks.call("on_epoch_end")
             said += self.health.epoch()
 
-        def due(every: int | None, wish: bool) -> bool:
+        def due(strategy: str | None, every: int | None, wish: bool) -> bool:
             last = progress.step == self.total or callbacks.control.should_training_stop
-            return last or wish or bool(every and progress.step % every == 0)
+            if strategy == "epoch":
+                every = self.source.steps_per_epoch
+            return wish or (strategy not in ("no", "best") and (last or bool(every and progress.step % every == 0)))
 
         found, best = {}, False
+        strategy, output = options.eval.eval_strategy, options.output
+        every = options.eval.eval_steps or (output.logging_steps if strategy == "steps" else None)
         measured = self.evaluation or self.benchmarks
-        if measured and due(options.eval.eval_steps, callbacks.control.should_evaluate):
+        if measured and due(strategy, every, callbacks.control.should_evaluate):
             with self.journal.clock("eval"):
                 found = self.evaluation.evaluate(self.engine) if self.evaluation else {}
                 found |= self.benchmarks(self.engine) if self.benchmarks else {}
             best = callbacks.evaluated(found)
             said += self.health.evaluation(found)
-        if due(options.output.logging_steps, callbacks.control.should_log):
+        first = output.logging_first_step and progress.step == 1
+        if due(output.logging_strategy, output.logging_steps, callbacks.control.should_log or first):
             means, progress.sums = {"loss": 0.0} | progress.sums.means(), Sums()
             said += self.health.log(means)
             self._log({**means, "num_tokens": progress.num_tokens, **self.journal.throughput()})
             self._samples(self.source.samples)
         if found:
-            assert self.evaluation is not None
             self._log(found)
-            self._samples([row | {"eval": True} for row in self.evaluation.samples])
+            self._samples([row | {"eval": True} for row in (self.evaluation.samples if self.evaluation else ())])
         for text in said:
             self.journal.warn(progress.step, text)
-        if best or due(options.output.save_steps, callbacks.control.should_save or self.stopping):
+        if best or due(output.save_strategy, output.save_steps, callbacks.control.should_save or self.stopping):
             self.save()
 
     def save(self) -> None:

@@ -20,6 +20,7 @@ from align_engine.data.json_text import loads
 from align_engine.errors import RunFailed
 from align_engine.training import samples
 from align_engine.training.ranks import gathered
+from align_engine.training.screen import Columns
 
 if TYPE_CHECKING:
     from align_kernels import LossOutput
@@ -125,7 +126,7 @@ class Clock:
 
 
 class Journal:
-    """Where the numbers go: a line of metrics.jsonl, accelerate's trackers, a line or a progress bar on the screen."""
+    """Where the numbers go: a line of metrics.jsonl, accelerate's trackers, columns and a bar on the screen."""
 
     def __init__(self, path: Path, accelerator: Any, total_steps: int, first_step: int, title: str) -> None:
         from rich.console import Console
@@ -135,6 +136,7 @@ class Journal:
         self.console = Console(quiet=not accelerator.is_main_process)
         self.bar = Progress(console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task(title, total=total_steps, completed=first_step)
+        self.columns = Columns(total_steps, self.console.width if self.console.is_terminal else None)
         self.tokens, self.clock = 0.0, Clock(accelerator.device)
 
     def advance(self, tokens: float) -> None:
@@ -162,8 +164,8 @@ class Journal:
         if not self.accelerator.is_main_process:
             return
         _append(self.path, [{"step": step, **record}])
-        numbers = "  ".join(f"{name} {record[name]:.5g}" for name in SHOWN if name in record)
-        self.console.print(f"step {step}/{self.bar.tasks[0].total}  {numbers}", highlight=False, soft_wrap=True)
+        for text in self.columns.lines(step, record):
+            self.say(text)
 
     def add_samples(self, step: int, rows: Sequence[dict[str, Any]], shown: Sequence[dict[str, Any]]) -> None:
         """Append rows for `step` to samples.jsonl, and show some on the screen. The first process alone does."""
@@ -180,10 +182,6 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     except OSError as error:
         then = "The checkpoints are whole; make room and run the same command again"
         raise RunFailed(f"cannot write {path}: {error.strerror}. {then}") from error
-
-
-SHOWN = ("reward", "loss", "rewards/accuracies", "rewards/margins", "mean_token_accuracy", "grad_norm", "learning_rate",
-         "eval_loss", "eval_rewards/accuracies", "eval_mean_token_accuracy", "tokens_per_second")  # fmt: skip
 
 
 def line(row: dict[str, Any]) -> str:

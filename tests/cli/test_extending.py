@@ -437,7 +437,7 @@ def test_a_preference_loss_with_an_option_is_one_file_and_a_field_of_the_recipe(
     code = [sys.executable, "-c", textwrap.dedent(CHECKS), str(tmp_path / "batch.pt"), *command]
     done = subprocess.run(code, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "--focal-gamma" in done.stdout and "How much less sure pairs count with focal." in done.stdout
+    assert "--focal_gamma" in done.stdout and "How much less sure pairs count with focal." in done.stdout
     assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["focal_gamma"] == 0.0
     (record,) = (line for line in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in line)
     assert record["loss"] == pytest.approx(math.log(2), abs=1e-5)  # with gamma = 0 it is sigmoid, at the reference

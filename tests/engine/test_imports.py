@@ -14,6 +14,7 @@ import align_engine
 
 PACKAGE = Path(__file__).parents[2] / "align_engine"
 ORDER = (  # each imports from those to its right alone; of rooms in one line none imports the other
+    ("",),  # the package's own __init__
     ("__main__",),
     ("cli",),
     ("demo",),
@@ -26,7 +27,7 @@ ORDER = (  # each imports from those to its right alone; of rooms in one line no
     ("training",),
     ("models",),
     ("data", "recipe", "integrations"),
-    ("errors",),
+    ("errors", "version"),
 )
 
 

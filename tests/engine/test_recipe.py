@@ -41,8 +41,8 @@ def test_sections_and_bare_names_are_the_same(tmp_path):
 
 TRL_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "rm": "RewardConfig", "grpo": "GRPOConfig",
                "rloo": "RLOOConfig", "cpo": "cpo.CPOConfig", "orpo": "orpo.ORPOConfig"}  # fmt: skip
-# not given; one or several; a choice in place of a switch
-SAME_MEANING = [("", None), ([], "none"), ("sigmoid", ["sigmoid"]), (0.0, None), ("off", False)]
+# not given; one or several; a choice in place of a switch; no evaluation where there are no data for one
+SAME_MEANING = [("", None), ([], "none"), ("sigmoid", ["sigmoid"]), (0.0, None), ("off", False), (None, "no")]
 TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True),
                "optim": (None, "adamw_torch_fused")}  # fmt: skip
 
@@ -69,8 +69,8 @@ def test_a_setting_that_trl_has_bears_its_default():
         pairs = {key: (ours[key], theirs[key]) for key in shared if ours[key] != theirs[key]}
         differing |= {key: pair for key, pair in pairs.items() if pair not in SAME_MEANING}
     assert differing == TRL_DIFFERS
-    readme = (FOLDER.parent / "README.md").read_text()
-    assert all(name in readme for name in TRL_DIFFERS)
+    page = (FOLDER.parent / "docs" / "from-trl.md").read_text()
+    assert all(name in page for name in TRL_DIFFERS)
 
 
 def test_a_saved_recipe_reads_back(tmp_path):
