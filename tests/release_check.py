@@ -107,8 +107,7 @@ def attempt(name: str, interpreter: str, folder: Path) -> None:
     if not found:
         raise FileNotFoundError(f"no {package} {suffix} for {version} in {folder / 'dist'}")
     place = folder / f"env-{version}-{name.replace(' ', '-')}"
-    python, work = python_of(place, interpreter), folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
+    python, work = python_of(place, interpreter), place / "work"
     work.mkdir()
     pins = ("--constraint", ROOT / "constraints.txt")
     run(python, "-m", "pip", "install", "--quiet", "--no-compile", *pins, found[0], env=variables)
