@@ -88,7 +88,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
      "float16 loses small gradients: --bf16, or --dtype bfloat16"),
     ("bf16_full_eval", OFF, "--bf16 serves training and evaluation"),
     ("tf32", "none", "TF32 is as torch has it: export TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1"),
-    ("gradient_checkpointing_kwargs activation_checkpointing_kwargs", "none use_reentrant:false",
+    ("activation_checkpointing_kwargs", "none use_reentrant:false",
      "--gradient_checkpointing is torch's, not reentrant"),
     ("torch_compile torch_compile_backend torch_compile_mode jit_mode_eval", OFF,
      "models are not compiled; the head and the loss are fused kernels (align env)"),

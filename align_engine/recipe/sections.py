@@ -428,8 +428,8 @@ class TrainSection(Section):
     """Compute in bfloat16 (None: on a GPU that can, not on a CPU)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    gradient_checkpointing_kwargs: Literal["selective=true"] | None = None
-    """Recompute all but what attention gives (None: that too): a layer keeps twice as much."""
+    gradient_checkpointing_kwargs: Annotated[Literal["selective=true"], Keywords("use_reentrant=false")] | None = None
+    """Recompute all but what attention gives (None, or use_reentrant=false: that too): a layer keeps twice as much."""
     activation_offloading: bool = False
     """Keep what the backward pass needs in the CPU's memory meanwhile: less memory of a GPU, for time on the bus."""
     tune_malloc: bool = True

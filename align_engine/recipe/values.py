@@ -76,7 +76,13 @@ class Bare:
 
 @dataclass(frozen=True)
 class Keywords:
-    """Marks text of the form name=value,name=value, which may also be given as a mapping or as JSON."""
+    """Marks text of the form name=value,name=value, which may also be given as a mapping or as JSON.
+
+    Args:
+        nothing: such text that stands for None, in lower case.
+    """
+
+    nothing: str = ""
 
 
 Finite = Annotated[float, Range("(-inf, inf)")]
@@ -139,8 +145,11 @@ def parse(field: Field, value: Any) -> Any:
         return _list(field, value) or (None if field.optional else [])
     if field.optional and (value is None or is_nothing(value)):
         return None
-    if any(isinstance(mark, Keywords) for mark in field.marks):
-        value = _keywords(value)
+    for mark in field.marks:
+        if isinstance(mark, Keywords):
+            value = _keywords(value)
+            if field.optional and mark.nothing and str(value).lower() == mark.nothing:
+                return None
     if get_origin(field.kind) is Literal:
         if field.is_switch and str(value).lower() in (*YES, *NO):
             return ON if _bool(value) else OFF

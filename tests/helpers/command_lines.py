@@ -112,7 +112,7 @@ LINES = (
     Line("alignment-handbook, ORPO", "orpo",
          "model_revision: main\ntorch_dtype: bfloat16\nbeta: 0.05\ngradient_checkpointing_kwargs:\n"
          "  use_reentrant: true\nhub_model_id: mine\npush_to_hub: true\nsave_strategy: \"no\"\n",
-         ("gradient_checkpointing_kwargs", "not reentrant")),
+         ("gradient_checkpointing_kwargs", "is none of selective=true")),
     Line("open-r1, SFT", "sft",
          "eval_strategy: 'no'\ngradient_checkpointing: true\ngradient_checkpointing_kwargs:\n  use_reentrant: false\n"
          "do_eval: false\nlearning_rate: 4.0e-05\nlog_level: info\nlogging_strategy: steps\n"
