@@ -435,13 +435,14 @@ def check_schedule(train: TrainSection) -> None:
 
     kind, more = train.lr_scheduler_type, train.lr_scheduler_kwargs
     known = [kind.value for kind in SchedulerType]
+    why = f"cannot run: {reason}" if kind in known and (reason := why_not(train)) else None
     if kind not in known:
+        why = "is not one of transformers'"
+    if why:
+        given = f", lr_scheduler_kwargs = {more!r}" if more else ""
         plain = [replace(train, lr_scheduler_type=one, lr_scheduler_kwargs=None) for one in known]
         some = ", ".join(one.lr_scheduler_type for one in plain if not why_not(one))
-        raise BadInput(f"lr_scheduler_type = {kind!r} is not one of transformers'; choose one of {some}")
-    if why := why_not(train):
-        given = f"lr_scheduler_kwargs = {more!r}" if more else "without lr_scheduler_kwargs"
-        raise BadInput(f"lr_scheduler_type = {kind!r} {given}: it cannot run: {why}")
+        raise BadInput(f"lr_scheduler_type = {kind!r}{given} {why}; choose one of {some}")
 
 
 def quiet_libraries() -> None:

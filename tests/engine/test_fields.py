@@ -8,7 +8,7 @@ import pytest
 from align_engine import recipe as recipes
 from align_engine.cli import flags
 from align_engine.errors import BadInput
-from align_engine.recipe import RECIPES, DpoRecipe, GrpoRecipe, IterateRecipe, PpoRecipe, SftRecipe, flat
+from align_engine.recipe import RECIPES, DpoRecipe, GrpoRecipe, IterateRecipe, PpoRecipe, SftRecipe, TrainSection, flat
 from align_engine.run import check_schedule
 
 
@@ -248,11 +248,13 @@ def test_schedules_that_need_more_than_a_recipe_has_are_refused_with_those_that_
         with pytest.raises(
             BadInput, match=f"lr_scheduler_type = '{kind}' .*; choose one of linear, cosine, "
         ) as caught:
-            check_schedule(kind, 1e-4)
+            check_schedule(TrainSection(lr_scheduler_type=kind, learning_rate=1e-4))
         assert "plateau" not in str(caught.value).partition("choose")[2]
-    check_schedule("polynomial", 1e-4)
+    check_schedule(TrainSection(lr_scheduler_type="polynomial", learning_rate=1e-4))
+    floor = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": "min_lr_rate=0.1"}
+    check_schedule(TrainSection(**floor))
     with pytest.raises(BadInput, match=r"lr_end \(1e-07\) must be smaller"):
-        check_schedule("polynomial", 1e-8)
+        check_schedule(TrainSection(lr_scheduler_type="polynomial", learning_rate=1e-8))
 
 
 def test_what_is_written_of_a_recipe_holds_no_secret(tmp_path):
