@@ -155,7 +155,8 @@ def write(
         *(effects_table(f"What sways {name}", one.effects, one.spread) for name, one in zip(names, cards)),
     ]  # fmt: skip
     curves = {name: (found.confidence, found.accuracy) for name, found in zip(names, calibrated)}
-    figure = line_chart("Share ordered right, by confidence", curves | {"calibrated": ([0.5, 1.0], [0.5, 1.0])})
+    figure = line_chart("Share ordered right, by confidence", curves | {"calibrated": ([0.5, 1.0], [0.5, 1.0])},
+                        "confidence")  # fmt: skip
     facts = {
         one.name: {
             "accuracy": [

@@ -7,7 +7,7 @@ interrupted call goes on behind the last of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +148,27 @@ def write(
         f"{clusters.threshold:.3g}); {wanted.sum():,} rows are kept: at most {asked.cap:,} and at least "
         f"{asked.floor:,} of each cluster."
     )
-    lines = [
-        (i, int(size), f"{size / len(rows):.2%}", int(many), f"{many / wanted.sum():.2%}", " / ".join(some))
-        for i, (size, many, some) in enumerate(zip(clusters.sizes, wanted, texts))
-    ]
-    header = ("cluster", "prompts", "share", "kept", "share of the sample", "the nearest to its centre")
-    tables = [Table(f"Clusters{f' (the {SHOWN} largest)' * (len(lines) > SHOWN)}", header, lines[:SHOWN])]
-    details = [Table("Smaller clusters", header, lines[SHOWN:])] if len(lines) > SHOWN else []
+    tables, details = cluster_tables(clusters.sizes, wanted, texts)
     report.write(place, "Prompts in balance", lead, facts, tables, [picture(clusters, embeddings)], details)
+
+
+def cluster_tables(
+    sizes: np.ndarray, wanted: np.ndarray, texts: Sequence[Sequence[str]]
+) -> tuple[list[Table], list[Table]]:
+    """Numbers of the clusters and prompts near their centres: the largest ones, and the rest."""
+    numbers = [
+        (i, int(size), f"{size / sizes.sum():.2%}", int(many), f"{many / wanted.sum():.2%}")
+        for i, (size, many) in enumerate(zip(sizes, wanted))
+    ]
+    near = [(i, *some, *[""] * (EXAMPLES - len(some))) for i, some in enumerate(texts)]
+    headers = ("cluster", "prompts", "share", "kept", "share of the sample"), ("cluster", *["near"] * EXAMPLES)
+    largest = f" (the {SHOWN} largest)" * (len(numbers) > SHOWN)
+    found = [(f"Clusters{largest}", "Smaller clusters"), ("Prompts near their centres", "Prompts of smaller clusters")]
+    parts = [
+        [Table(names[place], header, rows[part]) for names, header, rows in zip(found, headers, (numbers, near))]
+        for place, part in enumerate((slice(SHOWN), slice(SHOWN, None)))
+    ]
+    return parts[0], parts[1] if len(numbers) > SHOWN else []
 
 
 def examples(rows: datasets.Dataset, column: str, clusters: Clusters) -> list[list[str]]:

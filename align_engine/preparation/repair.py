@@ -206,9 +206,10 @@ def write(
         "scores_std": {one.name: one.spread for one in cards},
         "effects": {one.name: {edit.name: edit.effect for edit in one.effects} for one in cards},
     }
+    taken = "1 bias was" if len(names) == 1 else f"{len(names)} biases were"
     lead = (
-        f"{len(names)} biases were taken out of the head of {settings.repair.model_name_or_path}, whose scores of "
-        f"answers without openings keep {kept:.1%} of their spread; the model is in {FINAL}, and these figures are of "
+        f"{taken} taken out of the head of {settings.repair.model_name_or_path}, whose scores of answers without "
+        f"openings keep {kept:.1%} of their spread; the model is in {FINAL}, and these figures are of "
         f"{len(before.right)} other pairs."
     )
     report.write(place, "A reward model repaired", lead, facts, tables, details=details)

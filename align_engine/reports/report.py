@@ -58,7 +58,9 @@ class Figure(NamedTuple):
     png: bytes
 
 
-def line_chart(title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+def line_chart(
+    title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], x_label: str = "step"
+) -> Figure:
     """Curves by name, each (steps, values). A curve of few points is drawn with dots."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -74,8 +76,8 @@ def line_chart(title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[
             style = "o-" if len(x) <= 12 else "-"
             axes.plot(x, y, style, color=colour, linewidth=1.7, markersize=4, label=name)
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=x_label == "step", nbins=6))
         axes.grid(color=GRID, linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#aab4c0")

@@ -126,10 +126,11 @@ def write(place: ResultFolder, seeds: Sequence[int]) -> None:
         "over as it is": {one: {name: interval(gains(one, name)) for name in names[2:]} for one in MEASURES},
         "outcome": verdicts,
     }  # fmt: skip
+    several = f"Mean of {len(seeds)} seeds ± half of the 95 % interval. " if len(seeds) > 1 else ""
     lead = (
         "Columns 1 to 3: share of pairs that the reward model orders right; 4: greedy answers to held-out prompts. "
-        f"Mean of {len(seeds)} seeds ± half of the 95 % interval. A clamp acts on the policy's training: it leaves the "
-        "reward model, and with it columns 1 and 2, as they are. " + " ".join(verdicts)
+        f"{several}A clamp acts on the policy's training: it leaves the reward model, and with it columns 1 and 2, as "
+        f"they are. {' '.join(verdicts)}"
     )
     bars = {one: interval(values("own", one)) for one in names[1:] if not math.isnan(values("own", one)[0])}
     heights = {name: (mean, 0.0 if math.isnan(half) else half) for name, (mean, half) in bars.items()}
