@@ -145,6 +145,7 @@ def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolde
         if accelerator.is_main_process:
             folder.adopt(f"{here.name}/train")
         train(options.method, round_recipe(recipe, model, here, number))
+        accelerator.free_memory()  # of the round's model, which refers to itself
         trained = str(here / "train" / "final")
         model = merge(model, here, folder, accelerator, section) if section.use_peft else trained
     if accelerator.is_main_process:

@@ -1,5 +1,6 @@
 """RLOO, GRPO and PPO end to end on a tiny model."""
 
+import gc
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from align_engine.algorithms.ppo import ppo
 from align_engine.data.batches import Batch
 from align_engine.errors import BadInput
 from align_engine.iterate import iterate, kept
+from align_engine.models import load
 from align_engine.recipe import GrpoRecipe, IterateRecipe, PpoRecipe, RlooRecipe
 from align_engine.recipe.sections import PpoLoss
 from align_engine.rollouts import source
@@ -21,6 +23,7 @@ from align_engine.rollouts.completion import Completion
 from align_engine.run import train
 from align_engine.training import metrics
 from align_engine.training.checkpoint import RunFolder
+from align_engine.training.engine import Engine
 from align_engine.training.health import warnings
 from align_engine.training.stops import Stopped
 
@@ -268,6 +271,22 @@ def test_iterate_samples_each_batch_once_however_often_it_stops(model, prompts, 
     for name in ("samples.jsonl", "pairs.jsonl"):
         assert (whole.path / "round-1" / name).read_text() == (cut.path / "round-1" / name).read_text()
     assert same_bits(whole.final, cut.final) and not (cut.path / "round-1" / "answers").exists()
+
+
+def test_a_rounds_model_is_gone_before_another_is_loaded(model, prompts, tmp_path, monkeypatch):
+    def engines():
+        return sum(type(one) is Engine for one in gc.get_objects())
+
+    def load_model(*arguments, once=load.load_model, **more):
+        alive.append(engines())
+        return once(*arguments, **more)
+
+    gc.collect()
+    alive, before = [], engines()
+    monkeypatch.setattr(load, "load_model", load_model)
+    settings = dict(use_peft=True, max_steps=2, reference="previous")  # "initial" is a second model, of an engine's
+    iterate(iterate_recipe(model, prompts, tmp_path / "run", **settings))
+    assert len(alive) == 6 and set(alive) == {before}
 
 
 def test_iterate_with_lora_goes_on_from_the_merged_model(model, prompts, tmp_path):
