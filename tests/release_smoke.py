@@ -58,7 +58,8 @@ def check_engine(built: str) -> None:
     pairs = tiny.write_rows(Path("pairs.jsonl"), tiny.preference_rows(8))
     align("sft", "--model_name_or_path", model, "--dataset_name", rows, "--output_dir", "sft", "--max_steps", 2)
     align("dpo", "--recipe", "demo-dpo", "--model_name_or_path", "sft/final", "--dataset_name", pairs,
-          "--eval_dataset_name", "none", "--output_dir", "dpo", "--max_length", 60, "--max_steps", 2)  # fmt: skip
+          "--eval_dataset_name", "none", "--eval_steps", "none", "--output_dir", "dpo", "--max_length", 60,
+          "--max_steps", 2)  # fmt: skip
     assert (Path("dpo") / "report.html").exists() and (Path("dpo") / "final" / "model.safetensors").exists()
 
 
