@@ -93,7 +93,7 @@ def made(settings: EvalRecipe) -> Plan:
         rows, asked = answers.read(settings.data, specs, settings.benchmarks.limit)
     elif people := [one.name for one in specs if one.column]:
         raise BadInput(f"model {people[0]!r}: a column needs dataset_name, the data that hold it")
-    endpoints = generate.endpoints_of(specs + [judging] * bool(judging), settings)
+    endpoints = generate.endpoints_of([*specs, judging] if judging else specs, settings)
     return Plan(specs, judging, tasks, checkers, rows, asked, endpoints)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from numpy.typing import ArrayLike
 
 from align_engine.assessment.intervals import Estimate
 from align_engine.reports.report import COLOURS, GRID, INK, Figure
@@ -52,15 +54,15 @@ def dots(title: str, found: Mapping[str, Estimate], line: tuple[float, str] | No
 
 
 def histogram(
-    title: str, x_label: str, groups: Mapping[str, Sequence[float]], ends: tuple[float, float] | None = None
+    title: str, x_label: str, groups: Mapping[str, ArrayLike], ends: tuple[float, float] | None = None
 ) -> Figure:
     """How often values occur in each group, as shares of it; `ends` of the scale. Default None: those of the values."""
     import numpy as np
 
     canvas, axes = _axes(title)
-    everything = np.concatenate([np.asarray(values, float) for values in groups.values()])
-    edges = np.histogram_bin_edges(everything, 24, ends)
-    for colour, (name, values) in zip(COLOURS, groups.items()):
+    arrays = {name: np.asarray(values, float) for name, values in groups.items()}
+    edges = np.histogram_bin_edges(np.concatenate(list(arrays.values())), 24, ends)
+    for colour, (name, values) in zip(COLOURS, arrays.items()):
         weights = np.full(len(values), 1 / max(len(values), 1))
         axes.hist(values, edges, weights=weights, color=colour, alpha=0.55, label=name)
     axes.set_xlabel(x_label, color=INK)
@@ -70,9 +72,7 @@ def histogram(
     return Figure(title, _png(canvas))
 
 
-def points(
-    title: str, x_label: str, y_label: str, groups: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-) -> Figure:
+def points(title: str, x_label: str, y_label: str, groups: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Figure:
     """(x, y) of each group."""
     canvas, axes = _axes(title)
     for colour, (name, (x, y)) in zip(COLOURS, groups.items()):

@@ -7,7 +7,7 @@ in between. Limits are `alone`, or of the excess over a reference (`beside`): re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -346,6 +346,7 @@ def _change(x: np.ndarray, y: np.ndarray) -> Estimate:
     """From the first to the last of x, by the median of all slopes (Theil-Sen) with its interval."""
     from scipy.stats import theilslopes
 
-    slope, _, low, high = theilslopes(y, x)
+    slopes: Any = theilslopes(y, x)
+    slope, _, low, high = slopes
     length = float(x[-1] - x[0])
     return Estimate(float(slope) * length, (float(low) * length, float(high) * length), len(x))

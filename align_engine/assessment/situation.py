@@ -50,7 +50,8 @@ def situation(section: SituationSection) -> Situation:
         BadInput: data or a model that cannot be read, GPUs of unknown memory.
     """
     gpus, card = device(section.gpus, section.memory)
-    have, rows = set(section.have), None
+    have: set[str] = set(section.have)
+    rows = None
     if section.dataset_name:
         found = load_rows(section.dataset_name)
         have, rows = have | kinds(found), len(found)

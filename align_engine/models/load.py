@@ -181,7 +181,7 @@ def _load_adapter(
     """As `_load`, of a folder of adapters: its base model, and the adapter in it. It may bring the model's head."""
     from peft import PeftConfig, PeftModel
 
-    own = {"revision": section.model_revision}
+    own: dict[str, Any] = {"revision": section.model_revision}
     try:
         saved: Any = PeftConfig.from_pretrained(path, **own)
         brought = set(getattr(saved, "modules_to_save", None) or ())

@@ -100,7 +100,7 @@ def groups(origins: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[st
     return found
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
+def wilson(right: float, total: int) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927)."""
     share, z2 = right / total, Z * Z / total
     centre, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / total + z2 / total / 4)

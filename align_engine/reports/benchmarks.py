@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -158,7 +158,9 @@ def of_model(model: Any, tokenizer: Any, batch_size: int, progress: bool = True)
     """
     from lm_eval.models.huggingface import HFLM
 
-    class Quiet(HFLM):
+    base: Any = HFLM
+
+    class Quiet(base):
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not progress)
 
@@ -259,7 +261,7 @@ def _score(name: str, result: dict[str, Any], tasks: dict[str, Any], limit: int 
     return Score(name, metric, metrics[first], error, int(examples), chance, metrics)
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

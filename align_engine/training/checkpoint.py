@@ -55,7 +55,7 @@ class RunFolder:
     """
 
     product = "final"  # the file or folder that a finished run has made
-    extent = EXTENT  # parts of the identity that a later call may change, to go on from there
+    extent: tuple[str, ...] = EXTENT  # parts of the identity that a later call may change, to go on from there
 
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
         # other people's code may change the current folder while the run goes on

@@ -55,7 +55,7 @@ def defaults(kind):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # of TRL's experimental part
 def test_a_setting_that_trl_has_bears_its_default():
-    """Read from TRL 1.16's own dataclasses; README names the three defaults that differ."""
+    """Read from TRL 1.16's own dataclasses; docs/from-trl.md names the defaults that differ."""
     import trl
 
     common = defaults(trl.ScriptArguments) | defaults(trl.ModelConfig)
