@@ -165,7 +165,7 @@ def test_from_flags_to_json(tmp_path, capsys, monkeypatch):
     assert "(talk, slide 6" in printed and printed.count("# Which method") == 2
     assert not list(tmp_path.glob("*.align-tmp"))
     assert cli.main([*flags[:-1], str(rows)]) == 2
-    assert "is or holds dataset_name" in capsys.readouterr().err
+    assert "is there already and no earlier advice" in capsys.readouterr().err
     (tmp_path / "notes.json").write_text("{}")
     assert cli.main([*flags[:-1], str(tmp_path / "notes.json")]) == 2
     assert "is there already and no earlier advice" in capsys.readouterr().err
