@@ -107,7 +107,7 @@ def test_an_error_of_one_rank_ends_both_with_its_code_and_one_sentence(
 def test_an_error_of_both_ranks_is_said_once(pair, command, tmp_path):
     codes, _, complaint = pair.run(tmp_path, *command, "--learning_rat", 1, TROUBLE="no -1")
     assert codes == [2, 2] and not (tmp_path / "run").exists()
-    said_once(complaint, "unknown flag `--learning_rat`; did you mean `--learning-rate`?")
+    said_once(complaint, "unknown flag `--learning_rat`; did you mean `--learning_rate`?")
 
 
 def test_a_frozen_rank_is_found_within_a_minute(monkeypatch):

@@ -467,7 +467,7 @@ def test_a_server_that_hangs_fails_in_bounded_time(serve, loaded, monkeypatch):
 
 def test_the_key_of_a_server_is_used_and_stands_nowhere(serve, model, prompts, tmp_path, capsys, monkeypatch):
     server, tracked = serve(), []
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config: tracked.append(str(config)))
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, name, config, **options: tracked.append(str(config)))
     url = server.url.replace("http://", "http://me:hunter2@")
     flags = dict(model_name_or_path=model, dataset_name=prompts, output_dir=tmp_path / "run", max_steps=1,
                  reward_funcs=f"{url}/score?api_key=sesame", server_base_url=f"{url}?api_key=sesame",

@@ -147,4 +147,4 @@ def test_help_needs_no_torch(name):
     code = f"import sys; from align_engine.cli import main\ntry: main(['{name}', '--help'])\nexcept SystemExit: pass\n"
     heavy = "print(sorted({'torch', 'transformers', 'datasets', 'openai', 'sklearn'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code + heavy], capture_output=True, text=True, check=True)
-    assert "--dataset-name" in done.stdout and done.stdout.splitlines()[-1] == "[]"
+    assert "--dataset_name" in done.stdout and done.stdout.splitlines()[-1] == "[]"
