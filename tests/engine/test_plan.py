@@ -374,7 +374,9 @@ def test_experts_and_other_architectures_need_no_formula(tmp_path):
         recipe = made("sft", tmp_path / f"of {kind}")
         recipe.model.model_name_or_path = str(tmp_path / kind)
         found = rehearse("sft", recipe, HERE, EACH)
-        assert found.peak.parts["weights"] > 0 and any(phase.parts["activations"] > 0 for phase in found.phases)
+        # a checkpoint may take more than the step's activations, which lie in the memory that it leaves to malloc
+        assert found.peak.parts["weights"] > 0 and found.peak.peak > 2.5 * found.peak.parts["weights"]
+        assert found.flops > 0
 
 
 def test_numbers_are_not_needed_of_a_torch_tensor(tmp_path):
