@@ -14,6 +14,7 @@ from align_engine.errors import BadInput
 from align_engine.integrations import hook
 from align_engine.integrations.hook import head_module, head_weights, hooked_head
 from align_engine.integrations.logits import read_logits
+from align_engine.integrations.trl_forward import ReplacedForward
 from align_kernels import linear_logprobs, logprobs_from_logits
 from align_kernels.api import LogProbs
 
@@ -126,28 +127,13 @@ class Bound:
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-class FusedForward:
+class FusedForward(ReplacedForward):
     """The forward of a model that gives log-probs where it is asked for them."""
 
     def __init__(self, kind: type, own: Any, path: str, temperature: float, cast_lm_head_to_fp32: bool) -> None:
-        self.kind, self.path = kind, path
-        self.own = own  # a forward of the instance that others put there
+        super().__init__(kind, own)
+        self.path = path
         self.temperature, self.cast_lm_head_to_fp32 = temperature, cast_lm_head_to_fp32
-
-    @property
-    def replaced(self) -> Any:
-        return self.kind.forward if self.own is None else self.own
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.replaced)
-        if self.own is None:
-            return signature
-        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return signature.replace(parameters=[this, *signature.parameters.values()])
-
-    def plain(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.kind.forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
 
     def score(self, head: dict[str, Any], hidden: Tensor, targets: Tensor) -> LogProbs:
         options: dict[str, Any] = dict(targets=targets, temperature=self.temperature, **head)

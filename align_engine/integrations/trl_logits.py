@@ -9,7 +9,6 @@ or, where it is nothing of these, from logits made whole.
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from align_engine.errors import BadInput
 from align_engine.integrations.hook import hooked_head
+from align_engine.integrations.trl_forward import ReplacedForward
 from align_kernels import linear_logprobs
 from align_kernels.api import LogProbs
 
@@ -173,7 +173,7 @@ def reader(name: str, theirs: Any) -> Any:
     return read
 
 
-class LogitsForward:
+class LogitsForward(ReplacedForward):
     """The forward of a model that gives `Logits`, but where it generates.
 
     Args:
@@ -182,22 +182,8 @@ class LogitsForward:
     """
 
     def __init__(self, kind: type, own: Any, chunked: type | None) -> None:
-        self.kind, self.own, self.chunked = kind, own, chunked
-
-    @property
-    def replaced(self) -> Any:
-        return self.kind.forward if self.own is None else self.own
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.replaced)
-        if self.own is None:
-            return signature
-        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        return signature.replace(parameters=[this, *signature.parameters.values()])
-
-    def plain(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.kind.forward(model, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
+        super().__init__(kind, own)
+        self.chunked = chunked
 
     def __call__(
         self,
