@@ -8,6 +8,7 @@ and gradients, measured in a process of its own. All of it takes some 80 minutes
 
     python benches/peers.py [--shapes 0 1 2 3] [--heads trained frozen] [--seconds 40] [--json results.json]
     ONEDNN_MAX_CPU_ISA=AVX512_CORE python benches/peers.py --bf16    # bfloat16 storage without bfloat16 units
+    ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 python benches/peers.py    # as without AVX-512
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "../require.h"
+#include "processor.h"
 
 namespace align {
 namespace {
@@ -18,11 +19,6 @@ void check(const char* name, const Matrix& x, int64_t rows, int64_t cols) {
 }
 
 #ifdef __x86_64__
-bool supported() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
-
 int64_t slice(int64_t size, int64_t parts, int64_t step) { return ((size + parts - 1) / parts + step - 1) / step * step; }
 
 struct Free {
@@ -48,7 +44,7 @@ float* scratch(int64_t count) {
 
 bool product_advised() {
 #ifdef __x86_64__
-  return supported() && __builtin_cpu_is("amd") && !__builtin_cpu_supports("avx512f");
+  return serves_avx2() && __builtin_cpu_is("amd") && !serves_avx512();
 #else
   return false;
 #endif
@@ -56,7 +52,7 @@ bool product_advised() {
 
 #ifdef __x86_64__
 void product(const Product& p, int threads) {
-  require(supported(), "product needs a processor with AVX2 and FMA");
+  require(serves_avx2(), "product needs a processor with AVX2 and FMA");
   require(threads >= 1, "threads must be >= 1, got ", threads);
   require(p.m >= 0 && p.n >= 0 && p.k >= 1, "sizes must be >= 0, k >= 1, got ", p.m, ", ", p.n, ", ", p.k);
   if (p.m == 0 || p.n == 0) return;

@@ -2,6 +2,7 @@
 #include "tile.h"
 
 #include "../require.h"
+#include "processor.h"
 
 #include <algorithm>
 #include <atomic>
@@ -23,13 +24,8 @@ const std::vector<const Isa*>& isas() {
   static const std::vector<const Isa*> list = [] {
     std::vector<const Isa*> found{&baseline_isa};
 #ifdef __x86_64__
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-      found.push_back(&avx2_isa);
-      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        found.push_back(&avx512_isa);
-    }
+    if (serves_avx2()) found.push_back(&avx2_isa);
+    if (serves_avx512()) found.push_back(&avx512_isa);
 #endif
     found.push_back(nullptr);
     return found;

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import torch
 from torch import Tensor
 
-from align_kernels.head import read_head
+from align_kernels.head import HeadOptions
 
 NUMBERS = (numbers.Real, torch.SymInt, torch.SymFloat)
 Function = TypeVar("Function", bound=Callable)
@@ -40,12 +40,12 @@ def public(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-HEAD = {name: kind for name, kind in hints(read_head).items() if name not in ("hidden", "weight", "targets")}
+HEAD = hints(HeadOptions)
 OPTIONS: dict[Callable, Mapping[str, Any]] = {}  # of a function with `**head`: what that takes beside the head's
 
 
 def takes(options: Mapping[str, Any]) -> Callable[[Function], Function]:
-    """Note which keywords, name -> type, the `**head` of a function takes beside those of `read_head`. The mapping may
+    """Note which keywords, name -> type, the `**head` of a function takes beside `HeadOptions`. The mapping may
     grow later."""
 
     def note(function: Function) -> Function:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,42 +130,44 @@ class Needs(NamedTuple):
         return Needs(*(grad and x is not None and x.requires_grad for x in tensors))
 
 
-def read_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    temperature: float | Tensor = 1.0,
-    ignore_index: int = -100,
-    grad_clamp: LogitGradClamp | None = None,
-    drop_mass: float = 0.0,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-    tp_group: torch.distributed.ProcessGroup | None = None,
-    impl: str = "auto",
-    workspace: int | None = None,
-) -> tuple[Head, Settings, Needs]:
-    """Every keyword of `linear_logprobs`, checked."""
+class HeadOptions(NamedTuple):
+    """The keywords of `linear_logprobs`, where they are explained."""
+
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0
+    ignore_index: int = -100
+    grad_clamp: LogitGradClamp | None = None
+    drop_mass: float = 0.0
+    lora: tuple[Tensor, Tensor, float] | None = None
+    tp_group: torch.distributed.ProcessGroup | None = None
+    impl: str = "auto"
+    workspace: int | None = None
+
+
+def read_head(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> tuple[Head, Settings, Needs]:
+    """A call of `linear_logprobs`, checked. **head: `HeadOptions`."""
+    given = HeadOptions(**head)
     hidden, targets = local("hidden", hidden), local("targets", targets)
-    weight, bias, lora, tp_group = local_head(weight, bias, lora, tp_group)
+    weight, bias, lora, tp_group = local_head(weight, given.bias, given.lora, given.tp_group)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head, scalar = flatten(hidden, weight, targets, bias, local("temperature", temperature), lora, ignore_index)
+    temperature = local("temperature", given.temperature)
+    tensors, scalar = flatten(hidden, weight, targets, bias, temperature, lora, given.ignore_index)
     settings = Settings(
-        Transform(float(logit_scale), None if softcap is None else float(softcap), scalar),
-        None if grad_clamp is None else LogitGradClamp(*grad_clamp),
+        Transform(float(given.logit_scale), None if given.softcap is None else float(given.softcap), scalar),
+        None if given.grad_clamp is None else LogitGradClamp(*given.grad_clamp),
         1.0 if lora is None else float(lora[2]),
-        float(drop_mass),
-        int(ignore_index),
-        impl,
-        None if workspace is None else int(workspace),
+        float(given.drop_mass),
+        int(given.ignore_index),
+        given.impl,
+        None if given.workspace is None else int(given.workspace),
         None if tp_group is None else tp_group.group_name,
     )
-    return head, settings.check(), Needs.of(head)
+    return tensors, settings.check(), Needs.of(tensors)
 
 
 def flatten(

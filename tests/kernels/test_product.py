@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,3 +211,12 @@ def test_large_products_are_taken_and_those_of_two_dtypes(monkeypatch):
     assert products.takes(torch.zeros(63, 64), a[:63], b.bfloat16())  # torch.mm takes no two dtypes
     monkeypatch.setattr(products, "ADVISED", False)
     assert not products.takes(torch.zeros(64, 64), a, b)
+
+
+@pytest.mark.parametrize("named, left", [("default", 1), ("avx2", 2), ("avx512", 3)])
+def test_torchs_own_variable_limits_the_instruction_sets(named: str, left: int):
+    found = subprocess.run(
+        [sys.executable, "-c", "from align_kernels.backends import cpu; print(*cpu.arguments._C.available_isas())"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": named}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.split() == cpu.arguments._C.available_isas()[:left]

@@ -1,0 +1,9 @@
+// What the processor serves, as far as ATEN_CPU_CAPABILITY allows: torch's own kernels keep to that variable too.
+#pragma once
+
+namespace align {
+#ifdef __x86_64__
+bool serves_avx2();  // with FMA
+bool serves_avx512();
+#endif
+}  // namespace align
