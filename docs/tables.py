@@ -19,6 +19,7 @@ import griffe
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels")]
 
+from align_engine.preparation import PREPARATION  # noqa: E402
 from align_engine.recipe import RECIPES, fields, flat  # noqa: E402
 from align_engine.recipe.values import Field  # noqa: E402
 from align_engine.reports import legend  # noqa: E402
@@ -57,16 +58,16 @@ def shown(default: Any) -> str:
 
 
 @functools.cache
-def package() -> Any:
-    return griffe.load("align_engine.recipe")
+def source(module: str) -> Any:
+    return griffe.load(module)
 
 
 def helps(section: Any) -> dict[str, str]:
     """The help of each field of a section: the text below it in the source, its own or its parents'."""
     found: dict[str, str] = {}
     for kind in reversed(type(section).__mro__[:-1]):
-        source = package()[f"{kind.__module__}.{kind.__name__}".removeprefix("align_engine.recipe.")]
-        found |= {name: one.docstring.value for name, one in source.attributes.items() if one.docstring}
+        attributes = source(kind.__module__)[kind.__name__].attributes
+        found |= {name: one.docstring.value for name, one in attributes.items() if one.docstring}
     return found
 
 
@@ -94,6 +95,14 @@ def of_section(name: str) -> str:
     return settings(*first_with(name))
 
 
+def of_command(name: str) -> str:
+    """The settings of a command that prepares data, without those of its input and result."""
+    kind: Any = PREPARATION[name]
+    sections = [section for part, section in vars(kind()).items() if part not in ("data", "output")]
+    header, *rest = (settings(section, kind).splitlines() for section in sections)
+    return "\n".join([*header, *(line for lines in rest for line in lines[2:]), ""])
+
+
 def differing() -> str:
     """Settings of shared sections whose default depends on the method."""
     defaults = {name: flat(kind()) for name, kind in RECIPES.items()}
@@ -116,6 +125,9 @@ def first_with(name: str) -> tuple[Any, Any]:
 TABLES: dict[str, Callable[[], str]] = {
     **{f"loss {name}": lambda name=name: of_method(name) for name in RECIPES if hasattr(RECIPES[name](), "loss")},
     **{f"section {name}": lambda name=name: of_section(name) for name in SHARED},
+    **{f"command {name}": lambda name=name: of_command(name) for name in PREPARATION},
+    "input of commands": lambda: settings(PREPARATION["pairs"]().data, PREPARATION["pairs"]),
+    "result of commands": lambda: settings(PREPARATION["pairs"]().output, PREPARATION["pairs"]),
     "differing defaults": differing,
     "metrics": lambda: legend.markdown().replace("<", "&lt;") + "\n",
 }

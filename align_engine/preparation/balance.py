@@ -42,6 +42,7 @@ def run(settings: BalanceRecipe) -> None:
     rows = with_prompts(rows, asked.column, settings.data.bad_rows)
     earlier = Path(asked.encoder) / FILE
     encode = None if earlier.exists() else load_encoder(asked.encoder, asked.trust_remote_code)
+    apart = 0.0 if encode is None else strangers(encode)
     if settings.data.dry_run:
         return folder.dry(map(dict, rows))
     with folder.opened("balance", settings, rows, inputs.facts(settings)) as place:
@@ -51,7 +52,6 @@ def run(settings: BalanceRecipe) -> None:
             found, apart = taken(place, earlier, len(rows))
         else:
             found = Embeddings(place.growing(FILE), len(rows))
-            apart = strangers(encode)
             found.fill(lambda a, b: [prompt_text(one) for one in rows[a:b][asked.column]], encode, _say(len(rows)))
         clusters = cluster(found.batches, asked.threshold, asked.distance, asked.n_clusters, apart)
         wanted = kept(clusters.sizes, asked.cap, asked.floor)

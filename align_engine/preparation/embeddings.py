@@ -16,6 +16,7 @@ from align_engine.training.importing import load_object
 
 Encode = Callable[[list[str]], Any]  # -> [n, D], of any numbers
 
+ALIKE = 0.999  # mean cosine from which on an encoder tells nothing apart
 BATCH = 1024  # texts encoded, and embeddings read, at a time
 
 STRANGERS = (  # texts that have nothing in common
@@ -29,10 +30,20 @@ STRANGERS = (  # texts that have nothing in common
 
 
 def strangers(encode: Encode) -> float:
-    """The mean cosine of texts that have nothing in common, 0 at least: an encoder may give any two texts 0.7."""
+    """The mean cosine of texts that have nothing in common, 0 at least: an encoder may give any two texts 0.7.
+
+    Raises:
+        BadInput: it tells none of them from another.
+    """
     found = unit(np.asarray(encode(list(STRANGERS)), np.float32))
     pairs = np.triu_indices(len(found), 1)
-    return max(0.0, float((found @ found.T)[pairs].mean()))
+    mean = max(0.0, float((found @ found.T)[pairs].mean()))
+    if mean > ALIKE:
+        raise BadInput(
+            f"the encoder gives texts that have nothing in common one embedding (cosine {mean:.4f} of "
+            f"{STRANGERS[0]!r}, {STRANGERS[1]!r} and others), so it tells no topics apart: give another encoder"
+        )
+    return mean
 
 
 def load_encoder(spec: str, trust_remote_code: bool = False) -> Encode:

