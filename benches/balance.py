@@ -102,8 +102,8 @@ def main(count: int, kills: int, folder: Path) -> None:
     found = json.loads((out / "report.json").read_text())
     kept = Counter(json.loads(line)["cluster"] for line in (out / "rows.jsonl").open())
     print(f"{count:,} prompts, {WIDTH} numbers each ({held:.2f} GiB as float32): {seconds:.0f} s in "
-          f"{kills + 1} starts, peak memory {most:.2f} GiB; {found['subclusters']:,} subclusters, {len(found['clusters'])} clusters, "
-          f"cap {cap:,}, floor {floor:,}")  # fmt: skip
+          f"{kills + 1} starts, peak memory {most:.2f} GiB; {found['subclusters']:,} subclusters, "
+          f"{len(found['clusters'])} clusters, cap {cap:,}, floor {floor:,}")  # fmt: skip
     for (topic, size), one in zip(planted.most_common(), found["clusters"]):
         assert kept[one["cluster"]] == min(max(one["size"], floor), cap)
         print(f"  {topic:6} planted {size:8,}  found {one['size']:8,} ({one['size'] / size - 1:+.1%})  "

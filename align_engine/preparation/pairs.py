@@ -268,7 +268,7 @@ def tell(
     ]
     facts = {"by": by, **counts, "chosen_is_longer": longer}
     facts["between"] = [{"chosen": a, "rejected": b, "pairs": count} for (a, b), count in between.most_common()]
-    figure = bar_chart("Pairs", {names[pair]: (float(count), 0.0) for pair, count in shown[:6]}, "pairs")
+    figure = bar_chart("Pairs", {names[pair]: (count, 0) for pair, count in shown[:6]}, "pairs")
     report.write(place, "align pairs", lead, facts, tables, [figure] if pairs else [])
     print(f"{lead} Rows in {place.path / folder.ROWS}, report in {place.path / report.NAMES[-1]}")
 

@@ -78,7 +78,7 @@ def _told(told: Told) -> list[str]:
 def table_markdown(table: Table) -> str:
     """A table as Markdown."""
     rows = [[cell(value) for value in row] for row in (table.header, *table.rows)]
-    rows.insert(1, ["---", *("---" if table.prose else "---:" for _ in table.header[1:])])
+    rows.insert(1, ["---" if table.prose or words else "---:" for words in table.words])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from align_engine import recipe as recipes
@@ -39,7 +40,7 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {  # file name -> (title, metri
 
 
 class Table(NamedTuple):
-    """A table of the page; the first column is a label, numbers are right-aligned."""
+    """A table of the page; the first column is a label, other columns are aligned to the right unless they hold words."""
 
     title: str
     header: Sequence[str]
@@ -49,6 +50,15 @@ class Table(NamedTuple):
     def prose(self) -> bool:
         """Whether it holds text that must wrap, rather than numbers to align."""
         return any(len(cell) > 30 for row in self.rows for cell in row if isinstance(cell, str))
+
+    @property
+    def words(self) -> list[bool]:
+        """Of each column, whether it is aligned to the left: the first, and those with a text that begins as no number
+        does."""
+        return [
+            place == 0 or any(isinstance(cell, str) and cell and cell[0] not in "0123456789+-.±" for cell in cells)
+            for place, (_, *cells) in enumerate(zip_longest(self.header, *self.rows))
+        ]
 
 
 class Figure(NamedTuple):
@@ -98,7 +108,8 @@ def bar_chart(title: str, bars: dict[str, tuple[float, float]], y_label: str) ->
     drawn = axes.bar(list(bars), heights, yerr=errors if any(errors) else None, color=COLOURS[0], width=0.55, capsize=4)
     if len(bars) > 4:
         axes.tick_params(axis="x", labelrotation=30)
-    axes.bar_label(drawn, fmt="%.1f", padding=4, color=INK, fontweight="bold")
+    whole = all(isinstance(height, int) for height in heights)
+    axes.bar_label(drawn, fmt="{:,.0f}" if whole else "{:.1f}", padding=4, color=INK, fontweight="bold")
     axes.set_ylim(0, 1.2 * max(*heights, 1e-9))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_ylabel(y_label, color=INK)
