@@ -40,7 +40,7 @@ PANELS: dict[str, tuple[str, tuple[str, ...]]] = {  # file name -> (title, metri
 
 
 class Table(NamedTuple):
-    """A table of the page; the first column is a label, other columns are aligned to the right unless they hold words."""
+    """A table of the page; the first column is a label, other columns are to the right unless they hold words."""
 
     title: str
     header: Sequence[str]
