@@ -19,6 +19,7 @@ from align_engine.preparation.folder import ResultFolder
 from align_engine.reports.report import Table, bar_chart
 
 REWARD_MODELS = ("as it is", "strip", "as it is, repaired", "strip, repaired")  # in the order of the audits
+INTERVAL = "mean ± half of the 95 % interval by Student's t, whose degrees of freedom are the seeds less 1"
 
 
 class Variant(NamedTuple):
@@ -45,6 +46,15 @@ MEASURES = {
     "score": "judge's grade of the policy",
     "opening": f'its answers that begin with "{task.OPENING}"',
 }
+ADDS = (  # what is asked about -> the variants with it and without
+    ("strip", "strip", "as it is"),
+    ("clamp", "clamp", "as it is"),
+    ("clamp, after strip", "strip + clamp", "strip"),
+    ("repair", "repair", "as it is"),
+    ("repair, after both", "all", "strip + clamp"),
+    ("strip + clamp", "strip + clamp", "as it is"),
+    ("all", "all", "as it is"),
+)
 CLAIMS = (("test", "falls", "does not fall", -1), ("own", "rises", "does not rise", 1))  # the talk's: strip + clamp
 
 
@@ -109,24 +119,26 @@ def write(place: ResultFolder, seeds: Sequence[int]) -> None:
     def values(measure: str, name: str) -> list[float]:
         return [one[measure].get(name, math.nan) for one in each.values()]
 
-    def gains(measure: str, name: str) -> list[float]:
-        return [a - b for a, b in zip(values(measure, name), values(measure, "as it is"))]
+    def gains(measure: str, name: str, base: str) -> list[float]:
+        return [a - b for a, b in zip(values(measure, name), values(measure, base))]
 
     header = ("per cent", *MEASURES.values())
     means = [[name, *(shown(*interval(values(one, name))) for one in MEASURES)] for name in names]
-    over = [[name, *(shown(*interval(gains(one, name)), "+") for one in MEASURES)] for name in names[2:]]
+    adds = {part: {one: interval(gains(one, *two)) for one in MEASURES} for part, *two in ADDS}
+    added = [[part, *(shown(*found[one], "+") for one in MEASURES)] for part, found in adds.items()]
     single = [[f"{name}, seed {seed}", *(shown(found[one].get(name, math.nan), math.nan) for one in MEASURES)]
               for name in names for seed, found in each.items()]  # fmt: skip
-    verdicts = [verdict(measure, *claim, gains(measure, "strip + clamp")) for measure, *claim in CLAIMS]
+    verdicts = [verdict(measure, *claim, adds["strip + clamp"][measure]) for measure, *claim in CLAIMS]
     facts = {
         "seeds": list(seeds),
+        "interval": INTERVAL,
         "each": {str(seed): found for seed, found in each.items()},
         "mean": {one: {name: interval(values(one, name)) for name in names if name in each[seeds[0]][one]}
                  for one in MEASURES},
-        "over as it is": {one: {name: interval(gains(one, name)) for name in names[2:]} for one in MEASURES},
+        "adds": adds,
         "outcome": verdicts,
     }  # fmt: skip
-    several = f"Mean of {len(seeds)} seeds ± half of the 95 % interval. " if len(seeds) > 1 else ""
+    several = f"Of {len(seeds)} seeds: {INTERVAL}. " if len(seeds) > 1 else ""
     lead = (
         "Columns 1 to 3: share of pairs that the reward model orders right; 4: greedy answers to held-out prompts. "
         f"{several}A clamp acts on the policy's training: it leaves the reward model, and with it columns 1 and 2, as "
@@ -135,15 +147,15 @@ def write(place: ResultFolder, seeds: Sequence[int]) -> None:
     bars = {one: interval(values("own", one)) for one in names[1:] if not math.isnan(values("own", one)[0])}
     heights = {name: (mean, 0.0 if math.isnan(half) else half) for name, (mean, half) in bars.items()}
     figures = [bar_chart("Pairs of the policy's own answers ordered right", heights, "per cent")] if bars else []
-    tables = [Table("Outcome", header, means), Table("Over as it is, seed by seed", header, over)]
+    tables = [Table("Outcome", header, means), Table("What each part adds, seed by seed", header, added)]
     plain = _plain(facts)
     report.write(place, "A reward model and a tell", lead, plain, tables, figures, [Table("Seeds", header, single)])
     print(report.markdown("A reward model and a tell", lead, tables))
 
 
-def verdict(measure: str, yes: str, no: str, sign: int, gains: Sequence[float]) -> str:
-    """Whether what the talk says of a measure is seen."""
-    mean, half = interval(gains)
+def verdict(measure: str, yes: str, no: str, sign: int, gain: tuple[float, float]) -> str:
+    """Whether what the talk says of a measure is seen in what strip and clamp add to it."""
+    mean, half = gain
     if math.isnan(mean):
         return f"Accuracy on {MEASURES[measure]} cannot be told: the judge grades all of them alike."
     seen = "as the talk says" if sign * mean - half > 0 else "these seeds do not show what the talk says"
