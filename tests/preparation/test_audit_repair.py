@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from align_engine.cli import main
 from align_engine.errors import BadInput
-from align_engine.preparation import audit, repair
+from align_engine.preparation import audit, repair, report
 from align_engine.preparation.audit import calibration, wilson
 
 TRIGGER = planted.TRIGGERS[1]
@@ -142,6 +142,26 @@ def test_a_projected_head_gives_the_directions_no_score_and_changes_others_least
     assert kept == pytest.approx(spreads[1] / spreads[0], rel=1e-5)
     with pytest.raises(BadInput, match="16 biases span all that the head reads"):
         repair.projected(head, torch.eye(16, dtype=torch.float64), hidden)
+
+
+@pytest.mark.parametrize("command", ["pairs", "strip", "audit", "repair"])
+def test_an_interrupted_command_leaves_no_half_result_and_starts_afresh(command, data, model, tmp_path, monkeypatch):
+    own = {"pairs": {}, "strip": {"markers": TRIGGER}, "audit": {"reward_models": f"{planted.__file__}:score"},
+           "repair": {"model_name_or_path": model, "styles": "bold"}}  # fmt: skip
+    words, out = flags(command, data, tmp_path / "out", **own[command]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(words) == 1
+    assert not json.loads((out / "run.json").read_text())["finished"]
+    assert not any((out / name).exists() for name in report.NAMES)
+    assert main(words) == 0 and json.loads((out / "run.json").read_text())["finished"]
+    assert main(flags(command, data, tmp_path / "whole", **own[command])) == 0
+    made = {
+        path.name for path in (tmp_path / "whole").iterdir() if path.is_file() and path.suffix in (".jsonl", ".html")
+    }
+    assert made and all((out / name).exists() for name in made)
+    for name in made - {"report.html"}:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_what_cannot_be_audited_or_repaired_is_said(data, model, tmp_path, capsys):

@@ -263,6 +263,15 @@ def test_a_column_that_holds_no_answers(rows, tmp_path, align):
     assert code == 2 and "row 1: 'topic' is of type int, expected a text or a list of messages" in complaint
 
 
+def test_a_prompt_column_that_is_not_there(tmp_path, align):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [{"question": "w1"}])
+    asked = flags(rows, tmp_path / "out", spec("a", "best", base_url="http://127.0.0.1:9"))
+    code, _, complaint = align(*asked)
+    assert code == 2 and "name the one that holds the prompts, --columns prompt=COLUMN" in complaint
+    code, said, _ = align(*asked, "--columns", "prompt=question", "--dry_run")
+    assert code == 0 and '"content": "w1"' in said and not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_asks_nobody(rows, tmp_path, align):
     code, said, _ = align(
         *flags(rows, tmp_path / "out", spec("a", "best", base_url="http://nowhere", n=4)), "--dry_run"

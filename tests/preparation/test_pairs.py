@@ -142,6 +142,13 @@ def test_an_answer_in_two_tiers_is_refused(align):
     assert code == 0 and len(made) == 2, "another prompt"
 
 
+def test_tiers_with_one_model_give_no_pair(align):
+    rows = [{"prompt": f"w{i % 3}", "completion": f"w{i}", "rank": 2, "model": "m"} for i in range(6)]
+    code, made, said = align(rows)
+    assert code == 2 and made is None and "gives no pair: no prompt has answers of two tiers" in said
+    assert not align.out.exists()
+
+
 BAD = {  # what a row is changed to, and what is said of it
     "no rank": ({"rank": None}, "row 1: 'rank' is None, expected a rank"),
     "a rank of text": ({"rank": "good"}, "row 1: 'rank' is 'good'"),
