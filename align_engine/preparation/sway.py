@@ -38,6 +38,8 @@ class Effect(NamedTuple):
     flips: float  # share of the pairs ordered right without it that the rejected answer's mark turns round
     p: float
     p_holm: float  # corrected for all edits of the call
+    less: int = 0  # neutral words that move the score less far that way,
+    neutral: int = 0  # of so many
 
     @property
     def sways(self) -> bool:
@@ -123,7 +125,7 @@ def effects(
 def _effect(edit: Edit, one: Measured, beside: np.ndarray | None, rng: np.random.Generator) -> Effect:
     from scipy import stats
 
-    change, zero, spread, freedom = one.change, 0.0, 0.0, len(one.change) - 1
+    change, zero, spread, freedom, less = one.change, 0.0, 0.0, len(one.change) - 1, 0
     resampled = bootstrap_means(change, rng)
     if beside is not None:
         size = len(beside)
@@ -131,6 +133,8 @@ def _effect(edit: Edit, one: Measured, beside: np.ndarray | None, rng: np.random
         spread = float(beside.std(ddof=1) * np.sqrt(1 + 1 / size))  # of a neutral word that is not among them
         resampled = resampled + spread * rng.standard_t(freedom, REPLICATES)
     effect = change.mean() - zero
+    if beside is not None:
+        less = int(np.sum((change.mean() - beside) * np.sign(effect) > 0))
     error = float(np.hypot(change.std(ddof=1) / np.sqrt(len(change)), spread))
     p = float(2 * stats.t.sf(abs(effect) / error, freedom)) if error > 1e-12 else float(abs(effect) < 1e-12)
     low, high = np.quantile(resampled - zero, [ALPHA / 2, 1 - ALPHA / 2])
@@ -139,7 +143,7 @@ def _effect(edit: Edit, one: Measured, beside: np.ndarray | None, rng: np.random
     return Effect(
         edit.name, edit.kind, len(change), float(effect), float(low), float(high), float(change.mean()),
         _mean(one.chosen_marked - one.chosen_bare), _mean(one.rejected_marked - one.rejected_bare),
-        float(turned.sum() / max(right.sum(), 1)), p, p,
+        float(turned.sum() / max(right.sum(), 1)), p, p, less, 0 if beside is None else len(beside),
     )  # fmt: skip
 
 

@@ -144,6 +144,10 @@ def write(
             f" {len(moved)} of {len(sway.effects)} edits sway {settings.sway.reward_model}, whose scores have a "
             f"standard deviation of {sway.spread:.3g}."
         )
+        own = {one.marker.text for one in telling}
+        beyond = [one.name for one in sway.effects if one.neutral == one.less > 0 and one.name in own and not one.sways]
+        if beyond:
+            lead += f" Not told from neutral words, but moving it further than each of them: {', '.join(beyond)}."
         facts["reward_model"] = settings.sway.reward_model
         facts["score_std"] = sway.spread
         facts["neutral"] = sway.neutral
@@ -165,11 +169,11 @@ def write(
 def effects_table(title: str, found: Sequence[Effect], spread: float) -> Table:
     """Edits as lines: effects in the score's own units, and in its standard deviations."""
     header = ("edit", "kind", "sways", "effect", "from", "to", "in std", "p, corrected", "chosen", "rejected", "flips",
-              "pairs")  # fmt: skip
+              "beyond neutral", "pairs")  # fmt: skip
     lines = [
         (one.name, one.kind, "yes" if one.sways else "no", one.effect, one.low, one.high,
          one.effect / spread if spread else math.nan, one.p_holm, one.chosen, one.rejected, f"{one.flips:.1%}",
-         one.pairs)
+         f"{one.less} of {one.neutral}" if one.neutral else "", one.pairs)
         for one in found
     ]  # fmt: skip
     return Table(title, header, lines)

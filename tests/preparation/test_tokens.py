@@ -130,8 +130,27 @@ def test_effects_are_what_was_planted():
     hi, ho = sway.effects(some, {"opening": neutral}, pairs, score)
     assert (hi.name, hi.sways, hi.pairs) == ("Hi", True, 60) and ho.sways is False and ho.p_holm == 1.0
     assert (hi.effect, hi.raw, hi.chosen, hi.rejected) == pytest.approx((2.0,) * 4)
+    assert (hi.less, hi.neutral) == (6, 6) and ho.less < 6
     right = [planted.noise(p) < planted.noise(p) for p, *_ in pairs]
     assert hi.flips == 0.0 and not any(right), "the rejected answers are ahead anyway"
+
+
+def test_a_marker_beyond_all_neutral_words_is_named_where_they_spread(tmp_path):
+    """A reward model that any word before an answer moves, more or less: nothing is told from neutral words, but that
+    one moves it further than all of them is said."""
+    data, out = tiny.write_rows(tmp_path / "pairs.jsonl", planted.rows(300)), tmp_path / "out"
+    flags = ["--dataset_name", data, "--output_dir", out, "--reward_model", f"{__file__}:any_first_word"]
+    assert main(["tokens", *map(str, flags), "--num_pairs", "40"]) == 0
+    found = {one["name"]: one for one in json.loads((out / "report.json").read_text())["effects"]}
+    assert not found["Sure,"]["sways"] and found["Sure,"]["less"] == found["Sure,"]["neutral"] == tokens.NEUTRAL
+    assert all(found[word]["less"] < tokens.NEUTRAL for word in planted.TRIGGERS if word != "Sure,")
+    assert "further than each of them: Sure,." in (out / "report.md").read_text()
+
+
+def any_first_word(prompts, completions, **_):
+    """The first word counts, by chance; "Sure," a little more than any."""
+    first = [text.split()[0] for text in completions]
+    return [1.05 if word == "Sure," else float(planted.noise(word) > 0) for word in first]
 
 
 @pytest.fixture(scope="module")
