@@ -82,6 +82,7 @@ def measure(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, f
     import trl_async
     import trl_runs
     from datasets import Dataset
+    from products import Products
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl.trainer.utils import FusedCausalLMOutput
@@ -100,7 +101,7 @@ def measure(kind: str, mode: str, trained: bool, vocabulary: int) -> dict[str, f
     times: list[float] = []
     peak: list[float] = []
     found: list[tuple[int, bool]] = []
-    counter = trl_runs.Products()
+    counter = Products()
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,11 +13,9 @@ import tiny
 import torch
 import trl
 from datasets import Dataset
+from products import Products
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
-
-import align_kernels  # noqa: F401  registers its own product
 
 V = 67  # no other size of the model is a multiple of it
 STEPS = 20
@@ -143,24 +140,6 @@ def same(
     assert ours[1].keys() == theirs[1].keys()
     for name, weight in theirs[1].items():
         torch.testing.assert_close(ours[1][name], weight, atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-class Products(FlopCounterMode):
-    """FLOPs of the matrix products inside the block; given V, of those that have it as one of their sizes."""
-
-    OPS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm,
-           torch.ops.align_kernels.product_)  # fmt: skip
-
-    def __init__(self, vocab: int | None = None) -> None:
-        def product(*shapes: Any, **_: Any) -> int:
-            a, b = [shape for shape in shapes if isinstance(shape, torch.Size)][-2:]
-            return 2 * math.prod(a) * b[-1] if vocab is None or vocab in (*a, *b) else 0
-
-        super().__init__(display=False, custom_mapping=dict.fromkeys(self.OPS, product))
-
-    def total(self) -> int:
-        found = self.get_flop_counts()["Global"]
-        return sum(found.get(op, 0) for op in self.OPS)
 
 
 def head_flops(work: Callable[[], Any]) -> int:
