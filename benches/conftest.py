@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("benches", "", "kernels", "tests/helpers")]
 PACKAGES = "align-engine torch transformers trl liger-kernel cut-cross-entropy verl quack-kernels numpy".split()
-BUSY = 1.5  # processes that want a core, before anything is measured
 CANNOT_RUN = pytest.StashKey[list[dict[str, str]]]()
+LOAD = pytest.StashKey[float]()  # processes that wanted a core before anything was measured
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,18 +23,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[CANNOT_RUN] = []
+    config.stash[CANNOT_RUN], config.stash[LOAD] = [], round(os.getloadavg()[0], 2)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What figures depend on, and no name of the machine."""
     import torch
 
-    cpu = machine_info["cpu"]
+    cpu, python = machine_info["cpu"], machine_info["python_version"]
+    machine_info.clear()
     machine_info["cpu"] = {key: cpu[key] for key in ("brand_raw", "arch", "count") if key in cpu}
-    machine_info["node"] = ""
-    machine_info["threads"] = torch.get_num_threads()
+    machine_info |= {"python_version": python, "threads": torch.get_num_threads()}
     machine_info["instructions"] = torch.backends.cpu.get_cpu_capability()
-    machine_info["load_before"] = round(os.getloadavg()[0], 2)
+    machine_info["load_before"] = config.stash[LOAD]
     machine_info["versions"] = {}
     for name in PACKAGES:
         try:

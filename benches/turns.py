@@ -27,7 +27,6 @@ from questions import Batch, Question, Truth, errors, make, truth
 PATIENCE = 600.0  # seconds for one answer of a method
 ROUNDS = 3  # at least
 MOST_ROUNDS = 25
-SHM = Path("/dev/shm")
 ENVIRONMENT = {  # threads that wait sleep, since another process is at work then; one core compiles
     "OMP_WAIT_POLICY": "passive",
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -201,13 +200,16 @@ def players_of(question: Question) -> list[str]:
 
 @contextlib.contextmanager
 def inputs(question: Question) -> Iterator[str]:
-    """Path of a question's inputs and of its answer in float64."""
-    with tempfile.TemporaryDirectory(dir=SHM if SHM.is_dir() else None) as folder:
-        path = f"{folder}/inputs.pt"
+    """Path of a question's inputs and of its answer in float64: in memory, and gone with this process at the latest."""
+    file = os.memfd_create("inputs")
+    try:
+        path = f"/proc/{os.getpid()}/fd/{file}"
         if not question.what.endswith(" step"):
             batch = make(question)
             torch.save((tuple(batch), tuple(truth(question, batch))), path)
         yield path
+    finally:
+        os.close(file)
 
 
 class Race:

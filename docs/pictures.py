@@ -6,6 +6,7 @@ python docs/pictures.py            # `make docs-pictures`
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
+import figures
 
 OUT = Path(__file__).parent / "pictures"
 INK, FAINT, GRID = "#1c2733", "#6b7786", "#d5dbe3"
@@ -185,8 +189,43 @@ def clamp() -> Figure:
     return figure
 
 
+def bars(key: Callable[[dict[str, Any]], float | None], label: str, **scale: Any) -> Figure:
+    """A panel for the first group of each question of benches/results/bench.json, a bar for each method."""
+    run = figures.read(figures.RESULT)
+    groups = [found[-1] for what in figures.WHATS if (found := figures.groups_of(run, what))]
+    figure = Figure(figsize=(9, 2.6 * math.ceil(len(groups) / 2)), layout="constrained")
+    for place, group in enumerate(groups):
+        axes = figure.add_subplot(math.ceil(len(groups) / 2), 2, place + 1)
+        ours = run.groups[group][figures.OURS]
+        values = {method: key(one | {"ours": ours}) for method, one in run.groups[group].items()}
+        order = sorted((m for m, value in values.items() if value is not None), key=lambda m: values[m])
+        for y, method in enumerate(order):
+            mine = method.startswith(figures.OURS)
+            colour = BLUE if mine else FAINT if method == figures.GEMMS else RED
+            axes.barh(y, values[method], color=colour, height=0.65, alpha=0.9 if mine else 0.55)
+            axes.text(values[method], y, f" {values[method]:.3g}", va="center", fontsize=8)
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.invert_yaxis()
+        axes.set(**scale)
+        axes.margins(x=0.18)
+        axes.set_title(group, loc="left", fontsize=9, fontweight="bold")
+        axes.set_xlabel(label, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def bench_time() -> Figure:
+    return bars(lambda one: one["seconds"] / one["ours"]["seconds"], "time over that of align_kernels")
+
+
+def bench_memory() -> Figure:
+    known = lambda one: max(one["peak_mb"], 1.0) if one["errors"] else None  # noqa: E731
+    return bars(known, "peak MB above inputs and gradients", xscale="log")
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     "head": head, "schedules": schedules, "tree": tree, "compaction": compaction, "clamp": clamp,
+    "bench_time": bench_time, "bench_memory": bench_memory,
 }  # fmt: skip
 
 

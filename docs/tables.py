@@ -1,4 +1,5 @@
-"""Fills the tables of docs/ that say what the code says: settings with their defaults, ranges and help.
+"""Fills the tables of docs/ that say what the code says: settings with their defaults, ranges and help; and what
+benches/results/bench.json says.
 
 python docs/tables.py            # writes what has changed between the marks <!-- table NAME --> and <!-- end -->
 python docs/tables.py --check    # exit code 1 where a page is behind the code
@@ -17,7 +18,9 @@ from typing import Any, Literal, get_args, get_origin
 import griffe
 
 DOCS = Path(__file__).parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "kernels")]
+sys.path[:0] = [str(DOCS.parent / folder) for folder in ("", "kernels", "benches")]
+
+import figures  # noqa: E402
 
 from align_engine.preparation import PREPARATION  # noqa: E402
 from align_engine.recipe import RECIPES, fields, flat  # noqa: E402
@@ -129,6 +132,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "input of commands": lambda: settings(PREPARATION["pairs"]().data, PREPARATION["pairs"]),
     "result of commands": lambda: settings(PREPARATION["pairs"]().output, PREPARATION["pairs"]),
     "differing defaults": differing,
+    "bench about": figures.about,
+    **{f"bench {what}": lambda what=what: figures.over_ours(what) for what in figures.WHATS},
+    "bench everything": figures.everything,
     "metrics": lambda: legend.markdown().replace("<", "&lt;") + "\n",
 }
 
@@ -142,7 +148,7 @@ def main(check: bool) -> int:
     behind = {page: new for page in sorted(DOCS.rglob("*.md")) if (new := filled(page.read_text())) != page.read_text()}
     for page, new in behind.items():
         if check:
-            print(f"{page.relative_to(DOCS)} is behind the code: python docs/tables.py")
+            print(f"{page.relative_to(DOCS)} is behind the code or the figures: python docs/tables.py")
         else:
             page.write_text(new)
     return int(check and bool(behind))
