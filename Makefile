@@ -57,8 +57,17 @@ docs: $(VENV)/.installed-dev
 docs-pictures: $(VENV)/.installed-dev
 	$(BIN)/python docs/pictures.py
 
-bench: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest benches --benchmark-only
+# align_kernels beside its peers, a quarter of an hour on two cores: benches/results/bench.json, its page and pictures
+bench: $(VENV)/.installed-dev build/peers
+	PYTHONPATH=build/peers $(BIN)/python -m pytest benches/bench_questions.py -q -rs --benchmark-json benches/results/bench.json
+	$(BIN)/python docs/tables.py
+	$(BIN)/python docs/pictures.py
+
+# peers of which a file is used, without what the rest of them asks for
+build/peers: constraints.txt
+	$(BIN)/pip install --quiet --no-deps --upgrade --constraint constraints.txt --target $@ verl quack-kernels \
+		|| echo "verl and QuACK are not there: the benchmark will say so"
+	mkdir -p $@ && touch $@
 
 # the table of docs/LOG.md: align_kernels beside eager, TRL, Liger, torch.compile and Cut Cross-Entropy
 bench-peers: $(VENV)/.installed-dev

@@ -79,14 +79,18 @@ def answer(method: Method, question: Question, b: Batch) -> Tensor:
     return out.detach()
 
 
+def products(x: Tensor, w: Tensor, count: int) -> None:
+    """The first `count` of those that log-probs and their gradients need: logits, dX, dW."""
+    z = torch.mm(x, w.T)
+    if count > 1:
+        torch.mm(z, w)
+    if count > 2:
+        torch.mm(z.T, x)
+
+
 def gemms(question: Question, b: Batch) -> None:
     """The matrix products that the answer needs, and nothing else."""
-    x, w = b.hidden.detach()[kept(b)], b.weight.detach()
-    z = torch.mm(x, w.T)
-    if question.what != "forward":
-        torch.mm(z, w)
-    if question.trained:
-        torch.mm(z.T, x)
+    products(b.hidden.detach()[kept(b)], b.weight.detach(), question.products)
 
 
 # -- shapes -------------------------------------------------------------------------------------------------------

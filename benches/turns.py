@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import signal
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -155,14 +154,18 @@ def play(pipe: Connection, method: str, log: str) -> None:
 
 
 # -- the process that watches -------------------------------------------------------------------------------------
+def in_memory(name: str) -> Path:
+    """A file that other processes of this user can open, gone with this process at the latest."""
+    return Path(f"/proc/{os.getpid()}/fd/{os.memfd_create(name)}")
+
+
 class Player:
     """One method in a process of its own, started when it is first needed and again after it has died."""
 
     def __init__(self, method: str, target: Callable[..., None] = play) -> None:
         self.method, self.target = method, target
         self.process: Any = None
-        self.folder = tempfile.TemporaryDirectory(prefix="align-bench-")
-        self.log = Path(self.folder.name) / "log"
+        self.log = in_memory("log")
 
     def ask(self, *order: Any) -> dict[str, Any]:
         """Its reply; one with a `reason` where it has none."""
@@ -191,7 +194,7 @@ class Player:
             self.process.kill()
             self.process.join()
             self.process = None
-            self.log.unlink(missing_ok=True)
+            self.log.write_text("")
 
 
 def players_of(question: Question) -> list[str]:
@@ -200,16 +203,15 @@ def players_of(question: Question) -> list[str]:
 
 @contextlib.contextmanager
 def inputs(question: Question) -> Iterator[str]:
-    """Path of a question's inputs and of its answer in float64: in memory, and gone with this process at the latest."""
-    file = os.memfd_create("inputs")
+    """Path of a question's inputs and of its answer in float64."""
+    path = in_memory("inputs")
     try:
-        path = f"/proc/{os.getpid()}/fd/{file}"
         if not question.what.endswith(" step"):
             batch = make(question)
             torch.save((tuple(batch), tuple(truth(question, batch))), path)
-        yield path
+        yield str(path)
     finally:
-        os.close(file)
+        os.close(int(path.name))
 
 
 class Race:

@@ -1,104 +1,91 @@
-"""Cross-entropy of LM heads: time beside eager torch, peers and bare GEMMs, peak memory and error.
+"""The questions of ../questions.py about LM heads: time beside peers and bare GEMMs, peak memory and errors.
 
-The softmax is dense (random) or peaked (the target's probability 0.8 to 0.9). The GEMMs are one, two or three of the
-same shape, 4096 rows at a time. Errors are of samples, against float64, over the largest true value.
+The GEMMs are those that the answer needs, 4096 rows at a time. Errors are against float64, over the largest true value.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import torch
+import methods
+import questions
 from common import Lab
-from methods import Batch, Method, methods, step
+from methods import OURS, Method
+from questions import Batch, Question
 from torch import Tensor
 
-SAMPLES = 64
+from align_kernels import linear_logprobs
+from align_kernels.backends import triton
+
 CHUNK = 4096
-GEMMS = "bare GEMMs"
-TRAINED = ("trained", "late")
 
 
-def make(lab: Lab, name: str, n: int, kind: str, mode: str) -> Batch:
-    d, v = lab.head(name)
-    made = dict(device=lab.device, dtype=lab.dtype)
-    weight = torch.randn(v, d, **made) * d**-0.5
-    targets = torch.randint(0, v, (n,), device=lab.device)
-    hidden = torch.randn(n, d, **made)
-    if kind == "peaked":  # a logit of 14 against v of about 1: p = e^14 / (e^14 + v e^0.5), about 0.8 to 0.9
-        hidden = hidden * 0.5 + 14 * weight[targets] / weight[targets].square().sum(1, keepdim=True)
-    g = torch.randn(n, device=lab.device) / n
-    return Batch(
-        hidden.detach().requires_grad_(mode != "forward"), weight.detach().requires_grad_(mode in TRAINED), targets, g
-    )
+@contextmanager
+def through_tiles() -> Iterator[None]:
+    """The Triton backend without its forward that writes no logits."""
+    before = triton.on_chip.why_not
+    triton.on_chip.why_not = lambda hidden, weight: "tiles are measured"
+    try:
+        yield
+    finally:
+        triton.on_chip.why_not = before
 
 
-def gemms(b: Batch, mode: str) -> None:
-    x, w = b.hidden.detach(), b.weight.detach()
-    for rows in x.split(CHUNK):
-        z = rows @ w.T
-        if mode != "forward":
-            torch.mm(z, w)
-        if mode in TRAINED:
-            torch.mm(z.T, rows)
+def tiles(b: Batch) -> Tensor:
+    with through_tiles():
+        return linear_logprobs(b.hidden, b.weight, b.targets, impl="triton").logp
 
 
-class Truth:
-    """Cross-entropy of some rows, and some rows of dX and of dW, in float64."""
-
-    def __init__(self, b: Batch, mode: str) -> None:
-        (n, _), v, device = b.hidden.shape, len(b.weight), b.weight.device
-        x, w = b.hidden.detach(), b.weight.detach().double()
-        g = b.g.double() if mode == "late" else torch.full((n,), 1 / n, dtype=torch.float64, device=device)
-        self.rows = torch.randperm(n, device=device)[:SAMPLES]
-        self.columns = torch.cat((b.targets[: SAMPLES // 2], torch.randperm(v, device=device)[: SAMPLES // 2])).unique()
-        z = x[self.rows].double() @ w.T
-        here = torch.arange(len(self.rows), device=device)
-        self.nll = z.logsumexp(1) - z[here, b.targets[self.rows]]
-        p = z.softmax(1)
-        p[here, b.targets[self.rows]] -= 1
-        self.dx = g[self.rows, None] * (p @ w)
-        self.dw = torch.zeros(len(self.columns), x.shape[1], dtype=torch.float64, device=device)
-        for some in torch.arange(n, device=device).split(1024) if mode in TRAINED else ():
-            part = x[some].double()
-            z = part @ w.T
-            r = (z[:, self.columns] - z.logsumexp(1, keepdim=True)).exp()
-            r -= (self.columns == b.targets[some, None]).double()
-            self.dw += (r * g[some, None]).T @ part
-
-    def errors(self, method: Method, b: Batch, mode: str) -> dict[str, float]:
-        out = step(method, b, mode)
-        if mode == "forward":
-            return {"error of log p": float((out[self.rows] - self.nll).abs().max())} if out.dim() else {}
-        found = {"error of dX": relative(b.hidden.grad, self.rows, self.dx)}
-        if mode in TRAINED:
-            found["error of dW"] = relative(b.weight.grad, self.columns, self.dw)
-        return found
+def known(question: Question, dry: bool) -> dict[str, Method]:
+    """Every way to answer: the library's backends by name, and the peers that are written for a GPU or run anywhere."""
+    own = ("triton", "torch", "cpu") if dry else ("triton", "cuda", "torch")
+    found = {f"{OURS}, {impl}": methods.ours(impl) for impl in own}
+    if question.what == "forward":
+        found[f"{OURS}, triton through tiles"] = Method(tiles)
+    if not dry:
+        found["Liger CuTe"] = Method(methods.liger_cute)
+    for_a_gpu = ("Liger", "Cut Cross-Entropy", "torch.compile")  # or too slow to compile in a trial
+    peers = {name: method for name, method in methods.METHODS.items() if name != OURS}
+    return found | {name: method for name, method in peers.items() if not (dry and name in for_a_gpu)}
 
 
-def relative(grad: Tensor | None, rows: Tensor, true: Tensor) -> float:
-    assert grad is not None
-    return float((grad[rows].double() - true).abs().max() / true.abs().max())
+def made(lab: Lab, question: Question) -> tuple[Question, Batch]:
+    """The question as this device asks it, and its inputs."""
+    if lab.dry:
+        question = Question(
+            question.what, "tiny", lab.rows(question.rows), question.trained, question.softmax, clamp=question.clamp
+        )
+    batch = questions.make(question, lab.device, time.time_ns() % 2**31)
+    return question, batch.to_train(question)
 
 
-def race(lab: Lab, head: str, mode: str, rows: int = 8192, kind: str = "dense") -> None:
-    torch.manual_seed(time.time_ns() % 2**31)
-    n = lab.rows(rows)
-    b = make(lab, head, n, kind, mode)
-    known = methods(lab.dry)
-    if mode != "forward":
-        del known["align_kernels, triton through tiles"]
-    runs = {key: lambda m=m: step(m, b, mode) for key, m in known.items()}
-    took = lab.race({GEMMS: lambda: gemms(b, mode), **runs})
-    bare = took[GEMMS].milliseconds
-    b.hidden.grad = b.weight.grad = None
+def gemms(question: Question, b: Batch) -> None:
+    w = b.weight.detach()
+    for rows in b.hidden.detach()[b.targets != questions.IGNORE].split(CHUNK):
+        methods.products(rows, w, question.products)
+
+
+def race(lab: Lab, **asked: Any) -> None:
+    question, b = made(lab, Question(**asked))
+    ways = known(question, lab.dry)
+
+    def run(method: Method) -> Tensor:
+        b.forget()
+        return methods.answer(method, question, b)
+
+    took = lab.race({methods.GEMMS: lambda: gemms(question, b), **{key: lambda m=m: run(m) for key, m in ways.items()}})
+    bare = took[methods.GEMMS].milliseconds
+    b.forget()
     lab.free()
-    truth, _ = lab.attempt("float64", lambda: Truth(b, mode))
+    true, _ = lab.attempt("float64", lambda: questions.truth(question, b))
     for key, measured in took.items():
         more = {"peak MiB": measured.peak_mib, "note": measured.note}
         if measured.milliseconds and bare:
             more["share of bare GEMMs"] = bare / measured.milliseconds
-        if measured.milliseconds and key in known and truth is not None:
-            errors, reason = lab.attempt(key, lambda key=key: truth.errors(known[key], b, mode))
-            more |= errors or {"note": reason}
-        lab.record(key, measured.milliseconds, "ms", rows=n, softmax=kind, **more)
+        if measured.milliseconds and key in ways and true is not None:
+            errors, reason = lab.attempt(key, lambda m=ways[key]: questions.errors(question, b, run(m), true))
+            more |= {f"error of {what}": error for what, error in (errors or {}).items()} or {"note": reason}
+        lab.record(key, measured.milliseconds, "ms", rows=question.rows, **more)

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from common import Lab
-from heads import make
-from methods import Batch
+from heads import made
+from questions import Batch, Question
 
 from align_kernels import explain, linear_logprobs, sft_loss
 from align_kernels.schedules import aliasing
 from align_kernels.schedules.request import profiled
 
 GIB = 1 << 30
-MODES = ("frozen", "trained", "late")
+MODES = {"frozen": ("sft", False), "trained": ("sft", True), "late": ("gradient", True)}
 
 
 @contextmanager
@@ -35,18 +35,18 @@ def planned(device: str, aliases: bool = True, **fields: Any) -> Iterator[None]:
 
 
 def step(b: Batch, mode: str, workspace: int | None, impl: str) -> None:
-    b.hidden.grad = b.weight.grad = None
+    b.forget()
     if mode == "late":
-        linear_logprobs(b.hidden, b.weight, b.targets, impl=impl, workspace=workspace).logp.backward(-b.g)
+        linear_logprobs(b.hidden, b.weight, b.targets, impl=impl, workspace=workspace).logp.backward(b.g)
     else:
         sft_loss(b.hidden, b.weight, b.targets, impl=impl, workspace=workspace).loss.backward()
 
 
 def plans(lab: Lab) -> None:
     impl, device = "torch" if lab.dry else "triton", lab.device.type
-    n, unit = (40, 1 << 12) if lab.dry else (8192, GIB)
-    for mode in MODES:
-        b = make(lab, "Qwen2.5-7B", n, "dense", mode)
+    unit = 1 << 12 if lab.dry else GIB
+    for mode, (what, trained) in MODES.items():
+        _, b = made(lab, Question(what, "Qwen2.5-7B", 8192, trained, dtype="bfloat16"))
 
         def measure(what: str, workspace: int | None = None, profile: Any = (), b: Batch = b, mode: str = mode) -> None:
             with planned(device, **dict(profile)):

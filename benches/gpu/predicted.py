@@ -30,7 +30,7 @@ PREDICTED: dict[str, dict[str, float | tuple[float, float]]] = {
         "dW fp32 written, 4096 rows": 694,
         "dW fp32 added to, 4096 rows": 657,
     },
-    "7B forward": {
+    "forward, Qwen2.5-7B, dense, bfloat16": {
         "align_kernels, triton": 15.6,
         "align_kernels, triton through tiles": (14.9, 14.6),
         "align_kernels, cuda": (14.9, 14.6),
@@ -38,21 +38,21 @@ PREDICTED: dict[str, dict[str, float | tuple[float, float]]] = {
         "Liger CuTe": 12.4,
         "QuACK": 12.4,
     },
-    "7B frozen": {
+    "sft, Qwen2.5-7B, frozen, dense, bfloat16": {
         "align_kernels, triton": (32.2, 31.5),
         "align_kernels, cuda": (32.2, 31.5),
         "TRL": 40,
         "Liger CuTe": 51,
         "QuACK": 25,
     },
-    "7B trained": {
+    "sft, Qwen2.5-7B, trained, dense, bfloat16": {
         "align_kernels, triton": (45.7, 44.4),
         "align_kernels, cuda": (45.7, 44.4),
         "TRL": 55,
         "Liger CuTe": 51,
         "QuACK": (37, 32),
     },
-    "7B late": {
+    "gradient, Qwen2.5-7B, trained, dense, bfloat16": {
         "align_kernels, triton": (59, 57.5),
         "align_kernels, cuda": (59, 57.5),
         "TRL": 54,

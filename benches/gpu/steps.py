@@ -11,13 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import methods
 import torch
-import torch.nn.functional as F
 from common import Lab
+from questions import Batch, Question
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
-
-from align_kernels import dpo_loss, grpo_loss
 
 MODELS = {
     "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
@@ -28,7 +27,6 @@ MODELS = {
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
             vocab_size=211, tie_word_embeddings=True)  # fmt: skip
 SEQUENCES, LENGTH = 8, 1024
-BETA = 0.1
 
 
 class Step:
@@ -62,6 +60,13 @@ class Step:
         optimizer = torch.optim.AdamW if adam else torch.optim.SGD
         self.optimizer = optimizer(trained, lr=1e-6, fused=not lab.dry)
 
+    def inputs(self, hidden: Tensor) -> Batch:
+        nothing = torch.zeros((), device=hidden.device)
+        good = torch.arange(len(self.ids), device=hidden.device) % 2 == 0
+        return Batch(
+            hidden, self.weight, self.targets, nothing, self.ref, self.old, self.advantages, good, nothing
+        )  # fmt: skip
+
     def run(self, loss: Callable[[Step, Tensor], Tensor]) -> None:
         hidden = self.body(input_ids=self.ids, use_cache=False).last_hidden_state
         loss(self, hidden).backward()
@@ -69,49 +74,12 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-# -- log-probs of the others --------------------------------------------------------------------------------------
-def eager_logps(s: Step, hidden: Tensor) -> Tensor:
-    z = F.linear(hidden, s.weight).float()
-    return z.log_softmax(-1).gather(-1, s.targets.clamp(min=0)[..., None])[..., 0]
-
-
-def trl_logps(s: Step, hidden: Tensor) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    labels = s.targets.clamp(min=0).flatten()
-    outputs = ("entropy", "mean_logits", "is_top1")
-    x = hidden.flatten(0, 1)
-    out = ChunkedLogProbFunction.apply(x, s.weight, None, labels, 1.0, 32768, None, 1.0, outputs)
-    return out[0].view(s.targets.shape)
-
-
-def dpo_of(logps: Tensor, s: Step) -> Tensor:
-    chosen, rejected = ((logps * (s.targets != -100)).sum(1) - s.ref).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-def grpo_of(logps: Tensor, s: Step) -> Tensor:
-    ratio, a, mask = (logps - s.old).exp(), s.advantages[:, None], s.targets != -100
-    value = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
-    return (value * mask).sum() / mask.sum()
-
-
-Loss = Callable[[Step, Tensor], Tensor]
-
-
-def losses(kind: str, dry: bool) -> dict[str, Loss]:
-    def ours(impl: str) -> Loss:
-        if kind == "dpo":
-            return lambda s, x: dpo_loss(x, s.weight, s.targets, s.ref, beta=BETA, impl=impl).loss
-        return lambda s, x: grpo_loss(x, s.weight, s.targets, s.old, s.advantages, impl=impl).loss
-
-    of = dpo_of if kind == "dpo" else grpo_of
+def losses(kind: str, dry: bool) -> dict[str, Callable[[Step, Tensor], Tensor]]:
     own = ("cpu", "torch") if dry else ("triton", "cuda", "torch")
-    return {
-        **{f"align_kernels, {impl}": ours(impl) for impl in own},
-        "TRL's head": lambda s, x: of(trl_logps(s, x), s),
-        "eager": lambda s, x: of(eager_logps(s, x), s),
-    }
+    ways = {f"{methods.OURS}, {impl}": methods.ours(impl) for impl in own}
+    ways |= {peer: methods.METHODS[peer] for peer in ("TRL", "eager")}
+    question = Question(f"{kind} step", "", SEQUENCES)
+    return {key: lambda s, x, m=m: methods.value(m, question, s.inputs(x)) for key, m in ways.items()}
 
 
 def steps(lab: Lab, model: str, trained: str) -> None:
@@ -123,7 +91,7 @@ def steps(lab: Lab, model: str, trained: str) -> None:
     for kind in ("dpo", "grpo"):
         runs = {f"{kind}, {key}": lambda f=f: made.run(f) for key, f in losses(kind, lab.dry).items()}
         took = lab.race(runs)
-        peer = took[f"{kind}, TRL's head"].milliseconds
+        peer = took[f"{kind}, TRL"].milliseconds
         for key, measured in took.items():
             more = {"peak MiB": measured.peak_mib, "note": measured.note}
             if measured.milliseconds and peer:

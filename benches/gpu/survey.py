@@ -47,31 +47,43 @@ class Part(NamedTuple):
     options: dict[str, Any] | None = None
 
 
-def head(part: str, name: str, mode: str, seconds: float, dry: float, **more: Any) -> Part:
-    return Part(part, "heads:race", seconds, dry, dict(head=name, mode=mode, **more))
+def head(
+    what: str, name: str, seconds: float, trained: bool = False, softmax: str = "dense", rows: int = 8192,
+    clamp: float | None = None,
+) -> Part:  # fmt: skip
+    """A question of ../questions.py, by its name there."""
+    asked = dict(what=what, head=name, rows=rows, trained=trained, softmax=softmax, dtype="bfloat16", clamp=clamp)
+    said = [what, name] + ["trained" if trained else "frozen"] * (what != "forward") + [softmax, "bfloat16"]
+    said += [f"clamp {clamp}"] * (clamp is not None) + [f"{rows} rows"] * (rows != 8192)
+    return Part(", ".join(said), "heads:race", seconds, 2, asked)
 
 
+SMALL, SEVEN, LLAMA, GEMMA = "Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3-8B", "Gemma-2-2B"
 PARTS = (
     Part("right", "right:calls", 25, 8),
     Part("gemms", "gemms:gemms", 20, 1),
-    head("7B forward", "Qwen2.5-7B", "forward", 15, 2),
-    head("7B frozen", "Qwen2.5-7B", "frozen", 15, 2),
-    head("7B trained", "Qwen2.5-7B", "trained", 20, 2),
-    head("7B late", "Qwen2.5-7B", "late", 15, 2),
+    head("forward", SEVEN, 15),
+    head("sft", SEVEN, 15),
+    head("sft", SEVEN, 20, trained=True),
+    head("gradient", SEVEN, 15, trained=True),
     Part("row kernels", "rows:rows", 40, 5),
     Part("planner", "plans:plans", 40, 3),
     Part("tests", "checks:tests", 170, 25),
     Part("sanitizer", "checks:sanitizer", 50, 6),
     Part("profile", "checks:profile", 30, 6),
-    head("0.5B trained", "Qwen2.5-0.5B", "trained", 12, 2),
-    head("0.5B frozen", "Qwen2.5-0.5B", "frozen", 12, 2),
-    head("Llama trained", "Llama-3-8B", "trained", 12, 2),
-    head("Llama forward", "Llama-3-8B", "forward", 10, 2),
-    head("7B trained, 2048 rows", "Qwen2.5-7B", "trained", 10, 2, rows=2048),
-    head("7B trained, peaked", "Qwen2.5-7B", "trained", 12, 2, kind="peaked"),
+    head("sft", SMALL, 12, trained=True),
+    head("sft", SMALL, 12),
+    head("sft", LLAMA, 12, trained=True),
+    head("forward", LLAMA, 10),
+    head("sft", SEVEN, 10, trained=True, rows=2048),
+    head("sft", SEVEN, 12, trained=True, softmax="peaked"),
     Part("step 0.5B", "steps:steps", 40, 4, dict(model="0.5B", trained="LoRA")),
     Part("step 7B", "steps:steps", 60, 4, dict(model="7B", trained="LoRA")),
     Part("step 7B, all trained", "steps:steps", 60, 4, dict(model="7B", trained="all")),
+    *(head(what, SMALL, 12, trained=True) for what in ("dpo", "grpo", "kto", "ppo-clip")),
+    head("dpo", SMALL, 12, trained=True, clamp=0.1),
+    *(head(what, SEVEN, 20) for what in ("dpo", "grpo")),
+    *(head(what, GEMMA, 12, trained=what == "sft") for what in ("forward", "sft")),
 )
 
 
@@ -224,7 +236,9 @@ def lay_out(carry: Path) -> None:
     for built in (carry / "extensions" / "align_kernels").glob("*.so"):
         if f"-{sys.version_info.major}{sys.version_info.minor}-" in built.name:
             shutil.copy2(built, ROOT / "kernels" / "align_kernels" / built.name)
-    paths = [str(ROOT / folder) for folder in ("benches/gpu", "", "kernels", "tests/helpers")] + [str(carry / "peers")]
+    paths = [str(ROOT / folder) for folder in ("benches/gpu", "benches", "", "kernels", "tests/helpers")] + [
+        str(carry / "peers")
+    ]
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     os.environ |= dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")

@@ -10,9 +10,11 @@ import tempfile
 from pathlib import Path
 
 import heads
+import methods
+import questions
 import torch
 from common import Lab, Setting
-from methods import methods, step
+from questions import Question
 from rows import Tile, variants
 
 
@@ -20,12 +22,16 @@ def warm(i: int, of: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Setting(False, Path(folder), ""), "warm", float("inf"), frozenset(), lambda what: None)
         lab.head = lambda name: (64, 152064)  # type: ignore[method-assign]
+        questions.HEADS["warm"] = (64, 152064)
         torch.manual_seed(i)
         todo = []
-        for mode in ("forward", "trained", "late"):
-            b = heads.make(lab, "", 64, "dense", mode)
-            named = methods(False).items()
-            todo += [(key, lambda m=m, b=b, mode=mode: step(m, b, mode)) for key, m in named if "CuTe" not in key]
+        for what in ("forward", "sft", "gradient"):
+            question, b = heads.made(lab, Question(what, "warm", 64, what != "forward", dtype="bfloat16"))
+            todo += [
+                (key, lambda m=m, q=question, b=b: methods.answer(m, q, b))
+                for key, m in heads.known(question, False).items()
+                if "CuTe" not in key
+            ]
         tile = Tile(lab, 64)
         todo += variants(tile)
         for what, run in todo[i::of]:

@@ -20,7 +20,9 @@ CODE = ROOT / "benches" / "gpu"
 def survey(monkeypatch):
     """The module, with all that its processes import on the path."""
     monkeypatch.setattr(
-        sys, "path", [str(CODE), str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests/helpers"), *sys.path]
+        sys,
+        "path",
+        [str(CODE), *(str(ROOT / folder) for folder in ("benches", "", "kernels", "tests/helpers")), *sys.path],
     )
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setitem(sys.modules, "survey", None)
@@ -39,7 +41,9 @@ def command(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_a_dry_run_of_some_parts(tmp_path: Path):
-    parts = ["right", "gemms", "7B forward", "7B late"]
+    forward, late = "forward, Qwen2.5-7B, dense, bfloat16", "gradient, Qwen2.5-7B, trained, dense, bfloat16"
+    dpo = "dpo, Qwen2.5-0.5B, trained, dense, bfloat16, clamp 0.1"
+    parts = ["right", "gemms", forward, late, dpo]
     done = command("--dry", "--out", str(tmp_path), "--parts", *parts)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = lines(tmp_path)
@@ -52,14 +56,23 @@ def test_a_dry_run_of_some_parts(tmp_path: Path):
     assert len(right) == 2 * 3 * 4 * 2 - 2 * 3 and all(0 <= row["value"] <= 1 for row in right), right
     found = {(row["part"], row["what"]): row for row in measured}
     for impl in ("triton", "torch", "cpu"):
-        assert found["7B forward", f"align_kernels, {impl}"]["error of log p"] < 1e-5
-        late = found["7B late", f"align_kernels, {impl}"]
-        assert late["value"] > 0 and late["error of dX"] < 1e-5 and late["error of dW"] < 1e-5, late
-    assert found["7B late", "align_kernels, triton"]["predicted"] == 59
-    assert "quack" in found["7B forward", "QuACK"]["note"]  # not installed: its reason stands in its line
+        assert found[forward, f"align_kernels, {impl}"]["error of log p"] < 1e-5
+        for part in (late, dpo):
+            row = found[part, f"align_kernels, {impl}"]
+            assert row["value"] > 0 and row["error of dX"] < 1e-5 and row["error of dW"] < 1e-5, row
+    assert found[late, "align_kernels, triton"]["predicted"] == 59
+    assert found[dpo, "TRL"]["note"] == "CannotRun: it has no clamp"  # the reason stands in its line
     table = (tmp_path / "survey.md").read_text()
     assert all(f"\n## {part}\n" in table for part in parts) and table in done.stdout
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_parts_bear_the_names_of_the_questions(survey):
+    """Those of benches/questions.py, but for the rows, which are others on a GPU; each once."""
+    asked = importlib.import_module("questions").Question
+    parts = [part for part in survey.PARTS if part.call == "heads:race"]
+    assert all(part.name.startswith(asked(**part.options).name) for part in parts) and len(parts) > 15
+    assert len({part.name for part in survey.PARTS}) == len(survey.PARTS)
 
 
 def run(survey, folder: Path, *calls: str) -> list[dict]:
