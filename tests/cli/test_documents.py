@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import yaml
-from documents import CURRENT, PAGES, ROOT, commands, name_of, write_files
+from documents import CURRENT, FENCE, PAGES, ROOT, commands, name_of, write_files
+from markdown.extensions.toc import slugify
 
 from align_engine import cli
 from align_engine.recipe.foreign import FOREIGN
@@ -18,6 +19,11 @@ README = (ROOT / "README.md").read_text()
 LONGEST_CELL = 300  # characters of a README's cell
 FIGURED = [page for page in CURRENT if page.name not in ("architectures.md", "gpu_registers.md")]  # these are made
 UNITS = r"times|seconds|s\b|min\b|minutes|hours|ms\b|MB|MiB|GB\b|GiB|GFLOP/s|points|prompts a second"
+FIGURE = re.compile(rf"(\d[\d,.]*\d|\d)(?: to \d[\d.]*)?\s?(?:{UNITS})")
+COMMAND = r"(?m)(?:`|^ {4})(?:\w+=\S+ )*(?:nice -n \d+ )?(?:python|pytest|make|align|tests/\w+\.sh)\b"
+NOT_MEASURED = {  # sizes of cards and examples, limits, arithmetic that stands beside it
+    *("24GB", "80GiB", "40GB", "5 GB", "2 GiB", "40 s", "120 seconds", "10 seconds"),
+}
 
 
 @pytest.mark.parametrize("path", CURRENT, ids=name_of)
@@ -136,14 +142,35 @@ def measured() -> str:
     return (ROOT / "docs/LOG.md").read_text() + results
 
 
+@functools.cache
+def sections() -> dict[str, str]:
+    """Those of the log, by the anchors that pages link."""
+    parts = re.split(r"^## ", (ROOT / "docs/LOG.md").read_text(), flags=re.MULTILINE)[1:]
+    return {slugify(part.partition("\n")[0], "-"): part for part in parts}
+
+
+def paragraphs(page) -> list[str]:
+    """Without blocks, and without tables that docs/tables.py writes and holds to what was measured."""
+    written = re.sub(r"<!-- table bench .*?<!-- end -->", "", page.read_text(), flags=re.DOTALL)
+    return re.split(r"\n\s*\n", FENCE.sub("", written))
+
+
 @pytest.mark.parametrize("page", FIGURED, ids=name_of)
-def test_measured_figures_stand_in_the_log(page):
-    """Numbers with a unit of time, speed or memory, where a sentence says that they were measured, and whole tables."""
-    for paragraph in re.split(r"\n\s*\n", page.read_text()):
+def test_a_measured_figure_stands_in_the_log_beside_its_command(page):
+    """Numbers with a unit of time, speed or memory, in paragraphs that give a date or link the log: they stand in the
+    sections that are linked, where a command stands too; or anywhere in the log and in benches/results, and the
+    paragraph has the command. All others are none that were measured."""
+    for paragraph in paragraphs(page):
+        found = list(FIGURE.finditer(paragraph))
         if not re.search(r"LOG\.md|20\d\d-\d\d-\d\d", paragraph):
-            continue
-        for number in re.findall(rf"(\d[\d,.]*\d|\d)(?: to \d[\d.]*)?\s?(?:{UNITS})", paragraph):
-            assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d])", measured()), f"{number} in: {paragraph}"
+            said = {" ".join(figure[0].split()) for figure in found}
+            assert said <= NOT_MEASURED, f"{said - NOT_MEASURED} in: {paragraph}"
+        elif found:
+            linked = "".join(sections()[anchor] for anchor in re.findall(r"LOG\.md#([\w-]+)", paragraph))
+            assert re.search(COMMAND, paragraph) or re.search(COMMAND, linked), f"no command: {paragraph}"
+            for figure in found:
+                stands = rf"(?<![\d.]){re.escape(figure[1])}(?![\d])"
+                assert re.search(stands, linked or measured()), f"{figure[1]} in: {paragraph}"
 
 
 def test_figures_bear_date_machine_and_command():
