@@ -22,14 +22,13 @@ SMALL, SEVEN, LLAMA, GEMMA = "Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3-8B", "Gemma-
 BF16 = {"dtype": "bfloat16"}
 QUESTIONS = [
     Question("forward", SMALL, 128),
-    Question("forward", SEVEN, 64),
-    Question("forward", LLAMA, 64),
-    Question("forward", GEMMA, 64),
+    Question("forward", SEVEN, 32),
+    Question("forward", LLAMA, 32),
+    Question("forward", GEMMA, 32),
     Question("forward", SMALL, 128, **BF16),
     Question("gradient", SMALL, 128),
     Question("gradient", SMALL, 128, trained=True),
     Question("gradient", SMALL, 128, softmax="peaked"),
-    Question("gradient", SMALL, 128, trained=True, softmax="peaked"),
     Question("gradient", SMALL, 128, **BF16),
     Question("gradient", SEVEN, 32),
     Question("gradient", LLAMA, 32),
@@ -42,8 +41,6 @@ QUESTIONS = [
     Question("dpo", SMALL, 64, trained=True),
     Question("dpo", SMALL, 64, trained=True, clamp=0.1),
     Question("kto", SMALL, 64),
-    Question("kto", SMALL, 64, trained=True),
-    Question("ppo-clip", SMALL, 64),
     Question("ppo-clip", SMALL, 64, trained=True),
     Question("grpo", SMALL, 64),
     Question("grpo", SMALL, 64, trained=True),
@@ -109,7 +106,7 @@ def test_question(figure: Figure, benchmark: Any, figures: Callable, question: Q
     benchmark.extra_info |= {
         "method": method,
         "rows": question.rows,
-        "peak_mb": figure.peak_mb,
+        "peak_mb": None if method == GEMMS else figure.peak_mb,  # theirs would count their results
         "gflop": figure.flops / 1e9 if figure.flops else None,  # none are seen inside torch's own operator
         "errors": figure.errors,
     }
