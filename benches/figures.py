@@ -37,7 +37,7 @@ def about() -> str:
     gone = [name for name, version in said["versions"].items() if not version]
     lines = [
         f"{said['date']}, commit {said['commit'][:7]}, `{said['command']}`",
-        f"{said['cpu']['brand_raw']}, {said['cpu']['count']} cores, {said['instructions']}, {said['threads']} threads",
+        f"{said['cpu']['brand_raw']}, {said['cpu']['count']} cores, {said['instructions']}, threads: {said['threads']}",
         f"Python {said['python_version']}, {there}" + (f"; not installed: {', '.join(gone)}" if gone else ""),
     ]
     if said["load_before"] > QUIET:

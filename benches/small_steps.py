@@ -54,7 +54,8 @@ class StepWork:
             hidden_size=d, intermediate_size=4 * d, num_hidden_layers=LAYERS, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=v, tie_word_embeddings=True,
         )  # fmt: skip
-        self.model: Any = Qwen2ForCausalLM(config).to(dtype).train()
+        model: Any = Qwen2ForCausalLM(config)
+        self.model = model.to(dtype).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6)
         collate = batches.collate_pairs if question.what == "dpo step" else batches.collate_rollouts
         self.batch = collate(rows(question), pad_id=None if method == TREES else 0)

@@ -190,12 +190,12 @@ def clamp() -> Figure:
 
 
 def bars(key: Callable[[dict[str, Any]], float | None], label: str, **scale: Any) -> Figure:
-    """A panel for the first group of each question of benches/results/bench.json, a bar for each method."""
+    """A panel for the last group of each question of benches/results/bench.json, a bar for each method."""
     run = figures.read(figures.RESULT)
     groups = [found[-1] for what in figures.WHATS if (found := figures.groups_of(run, what))]
-    figure = Figure(figsize=(9, 2.6 * math.ceil(len(groups) / 2)), layout="constrained")
+    figure = Figure(figsize=(5.5, 2.1 * len(groups)), layout="constrained")  # narrow, for a phone
     for place, group in enumerate(groups):
-        axes = figure.add_subplot(math.ceil(len(groups) / 2), 2, place + 1)
+        axes = figure.add_subplot(len(groups), 1, place + 1)
         ours = run.groups[group][figures.OURS]
         values = {method: key(one | {"ours": ours}) for method, one in run.groups[group].items()}
         order = sorted((m for m, value in values.items() if value is not None), key=lambda m: values[m])
