@@ -137,8 +137,8 @@ def test_rankings_compared(short, tmp_path, capsys, monkeypatch):
         b["stats"]["median"] *= 3.1
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     one["align_kernels"]["stats"]["median"], one["eager"]["stats"]["median"] = 2.0, 1.0
-    said["benchmarks"].remove(one["verl"])
-    said["cannot_run"].append({"group": group, "method": "verl", "reason": "it is gone"})
+    said["benchmarks"].remove(one["TRL"])
+    said["cannot_run"].append({"group": group, "method": "TRL", "reason": "it is gone"})
     (tmp_path / "new.json").write_text(json.dumps(said))
 
     def run(new):
