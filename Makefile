@@ -1,4 +1,4 @@
-# make demo | make ladder | make story | make test-quick | make test | make check | make docs | make bench | make gpu-registers | make release-check
+# make demo | make ladder | make story | make test-quick | make test | make check | make docs | make bench | make gpu-registers | make gpu-plans | make release-check
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/*/*)
 # by all cores, where pip takes one; some packages ship files of another Python's syntax
 BYTECODE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
-.PHONY: demo ladder story test test-quick check docs docs-pictures bench bench-peers gpu-registers architectures release-check clean
+.PHONY: demo ladder story test test-quick check docs docs-pictures bench bench-peers gpu-registers gpu-plans architectures release-check clean
 
 # `align` and what it needs
 $(VENV)/.installed: $(SOURCES)
@@ -76,6 +76,10 @@ bench-peers: $(VENV)/.installed-dev
 # docs/gpu_registers.md: every Triton kernel compiled for every GPU, which needs none
 gpu-registers: $(VENV)/.installed-dev
 	PYTHONPATH=kernels:tests $(BIN)/python tests/triton_compile.py
+
+# docs/gpu_plans.md: what the planner chooses on a GPU, and how long a model says that it takes
+gpu-plans: $(VENV)/.installed-dev
+	PYTHONPATH=kernels $(BIN)/python benches/gpu/model.py
 
 # the table of docs/architectures.md, each line checked as it is written
 architectures: $(VENV)/.installed-dev

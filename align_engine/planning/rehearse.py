@@ -114,7 +114,8 @@ def rehearse(name: str, recipe: Recipe, card: Card, each: Lengths, rollout: Roll
         BadInput: no configuration, or one that no model can be built from.
     """
     ledger = Ledger(None if card.gpu else Heap())
-    rehearsal = Rehearsal("cuda" if card.gpu else "cpu", lambda tensor: ledger.name([tensor], "head"))
+    took = lambda tensor: ledger.name([tensor], "head")  # noqa: E731
+    rehearsal = Rehearsal("cuda", took, card.size) if card.gpu else Rehearsal("cpu", took)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger, blank.blank(), rehearsal.acting():
         return _Stage(name, recipe, card, each, rollout, ledger, rehearsal).play()
 

@@ -1,4 +1,4 @@
-"""What the planner chooses between, on the 7B head at 8192 rows: workspace, rows per chunk, logits in dW's memory.
+"""What the planner chooses between, on the 7B head at 8192 rows: workspace and rows per chunk.
 
 With a workspace that holds all logits a gradient that comes late finds them kept, else they are made again.
 """
@@ -6,7 +6,7 @@ With a workspace that holds all logits a gradient that comes late finds them kep
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from common import Lab
@@ -14,24 +14,21 @@ from heads import made
 from questions import Batch, Question
 
 from align_kernels import explain, linear_logprobs, sft_loss
-from align_kernels.schedules import aliasing
-from align_kernels.schedules.request import profiled
+from align_kernels.schedules import waves
 
 GIB = 1 << 30
 MODES = {"frozen": ("sft", False), "trained": ("sft", True), "late": ("gradient", True)}
 
 
 @contextmanager
-def planned(device: str, aliases: bool = True, **fields: Any) -> Iterator[None]:
-    """Another profile of the device, and no logits in memory of dW."""
-    columns = aliasing.aliased_columns
-    if not aliases:
-        aliasing.aliased_columns = lambda *_: 0
+def chunks_of(rows: int) -> Iterator[None]:
+    """Chunks of so many rows, whatever the planner thinks of them."""
+    before = waves.chunk_rows
+    waves.chunk_rows = lambda head, n, least, most: max(min(rows, n, most), 1)
     try:
-        with profiled(device, **fields):
-            yield
+        yield
     finally:
-        aliasing.aliased_columns = columns
+        waves.chunk_rows = before
 
 
 def step(b: Batch, mode: str, workspace: int | None, impl: str) -> None:
@@ -43,13 +40,13 @@ def step(b: Batch, mode: str, workspace: int | None, impl: str) -> None:
 
 
 def plans(lab: Lab) -> None:
-    impl, device = "torch" if lab.dry else "triton", lab.device.type
+    impl = "torch" if lab.dry else "triton"
     unit = 1 << 12 if lab.dry else GIB
     for mode, (what, trained) in MODES.items():
         _, b = made(lab, Question(what, "Qwen2.5-7B", 8192, trained, dtype="bfloat16"))
 
-        def measure(what: str, workspace: int | None = None, profile: Any = (), b: Batch = b, mode: str = mode) -> None:
-            with planned(device, **dict(profile)):
+        def measure(what: str, workspace: int, chunks: Any = None, b: Batch = b, mode: str = mode) -> None:
+            with chunks or nullcontext():
                 took = lab.race({what: lambda: step(b, mode, workspace, impl)})[what]
                 loss = None if mode == "late" else "sft"
                 plan = explain(b.hidden, b.weight, b.targets, loss=loss, impl=impl, workspace=workspace)
@@ -59,9 +56,6 @@ def plans(lab: Lab) -> None:
 
         for size in (2, 4, 8):
             measure(f"{mode}, {size} GiB", size * unit)
-        for rows in (1024, 1152, 2048, 2304, 4096, 8192):
-            chunks = dict(max_rows=rows, trained_rows=rows, frozen_rows=rows, workspace=8 * unit)
-            measure(f"{mode}, {rows} rows a chunk", profile=chunks)
-        if mode == "trained":
-            measure(f"{mode}, not aliased", profile=dict(aliases=False))
+        for rows in (1024, 1152, 2048, 2304, 3584, 4096, 8192):
+            measure(f"{mode}, {rows} rows a chunk", 8 * unit, chunks_of(rows))
         lab.free()

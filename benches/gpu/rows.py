@@ -32,6 +32,7 @@ class Tile:
         self.out = torch.empty_like(self.narrow)
         self.targets = torch.randint(0, self.v, (n,), device=device)
         self.state = empty(n, device)
+        self.reference = torch.empty(n, device=device)
         self.g = torch.full((n,), 1 / n, device=device)
         self.common: dict[str, Any] = dict(offset=0, vocab=self.v, bias=None, scale=1.0, softcap=None, temperature=1.0)
         self.finished = self.state.clone()
@@ -44,6 +45,11 @@ class Tile:
 
     def backward(self, backend, z: Tensor, out: Tensor) -> None:
         backend.backward(z, self.finished, self.targets, self.g, None, clamp=None, out=out, **self.common)
+
+    def exponentials(self, z: Tensor, out: Tensor) -> None:
+        linear = {key: value for key, value in self.common.items() if key != "softcap"}
+        self.reference.fill_(-torch.inf)
+        triton.exponentials(z, self.state, self.targets, self.reference, out=out, **linear)
 
     def linear(self) -> None:
         triton.on_chip.forward(self.x, self.w, self.state, self.targets, **self.common)
@@ -76,6 +82,8 @@ def shipped(t: Tile) -> list[tuple[str, Run, int]]:
             (f"{name} backward, fp32 to bf16", partial(t.backward, backend, t.z, t.out), 6),
             (f"{name} backward, bf16", partial(t.backward, backend, t.narrow, t.out), 4),
         ]
+    made.append(("triton exponentials, fp32 to bf16", partial(t.exponentials, t.z, t.out), 6))
+    made.append(("triton exponentials, bf16", partial(t.exponentials, t.out, t.out), 4))  # in place: z is read twice
     return made
 
 
@@ -97,6 +105,11 @@ def variants(t: Tile) -> list[tuple[str, Run]]:
                 partial(under, triton.BACKWARD, other, call),
             )
         )
+    for u, warps in itertools.product((8, 16, 32), (4, 8)):
+        other = dict(BLOCK=32 * warps, U=u, num_warps=warps)
+        call = partial(t.exponentials, t.z, t.out)
+        what = f"triton exponentials, fp32 to bf16, U {u}, {warps} warps"
+        made.append((what, partial(under, triton.EXPONENTIALS, other, call)))
     return made
 
 
@@ -114,7 +127,7 @@ def on_chip(t: Tile) -> list[tuple[str, Run]]:
 
 def rows(lab: Lab) -> None:
     t = Tile(lab, lab.rows(4096))
-    bytes_of = {"forward, fp32, B": 4, "backward, fp32 t": 6}
+    bytes_of = {"forward, fp32, B": 4, "backward, fp32 t": 6, "exponentials, fp32 t": 6}
     for what, run, moved in shipped(t):
         lab.rate(what, run, 1e-6 * moved * t.z.numel(), "GB/s")
     for what, run in variants(t)[:: 11 if lab.dry else 1]:

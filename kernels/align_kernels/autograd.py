@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from align_kernels.backends.state import read
-from align_kernels.head import Head, Needs, Settings, check_rows
+from align_kernels.head import Head, Needs, Settings, any_wrong, check_rows
 from align_kernels.schedules.base import Closed, Schedule
 from align_kernels.schedules.device_losses import on_device
 from align_kernels.schedules.plan import start
-from align_kernels.sums import float_dtype
-from align_kernels.units import LossCall, Objective, Span, Units, keep_rows
+from align_kernels.schedules.tiles import Chunk
+from align_kernels.sums import float_dtype, read_back, waits
+from align_kernels.units import LossCall, Objective, Span, Units, read_rows
 
 TENSORS = len(Head._fields)  # of a head, None where it has none
 
@@ -42,6 +43,16 @@ def _dense(grads: Sequence[Tensor | None], hidden: Tensor) -> list[Tensor]:
 
 def needed(grads: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needs)]
+
+
+def with_live(chunks: list[Chunk], g: Tensor, h: Tensor | None, *, asked: bool) -> list[Chunk]:
+    """The chunks of rows with coefficients g and h [n], with the numbers of rows that have one; where it is not `asked`
+    for, every row of a GPU counts as one, as looking would wait for it."""
+    sizes = [len(chunk.targets) for chunk in chunks]
+    if asked or not waits(g):
+        active = g != 0 if h is None else (g != 0) | (h != 0)
+        sizes = read_back(torch.stack([part.sum() for part in active.split(sizes)])) if sizes else sizes
+    return [chunk.with_live(live) for chunk, live in zip(chunks, sizes)]
 
 
 TWICE = 'cannot differentiate a fused operator twice: pass impl="eager" where second derivatives are needed'
@@ -90,10 +101,11 @@ class Saved(NamedTuple):
 def logprobs_forward(head: Head, settings: Settings, needs: Needs) -> tuple[tuple[Tensor, ...], Saved]:
     """The six fields [N], and what is saved for the backward."""
     hidden, targets = head.hidden, head.targets
-    kept = keep_rows(targets, settings.ignore_index)
+    kept, (wrong,) = read_rows(targets != settings.ignore_index, any_wrong(head, targets, settings))
     schedule = start(head, settings, needs, kept)
     tiled, states = schedule.tiled, []
-    check_rows(targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
+    if wrong:
+        check_rows(targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
     schedule.begin(len(kept))
     for chunk in tiled.chunks(0, len(kept)):
         state, saved = schedule.forward(chunk)
@@ -117,16 +129,16 @@ def logprobs_backward(
     schedule = start(head, settings, needs, saved.kept)
     tiled, dhidden = schedule.tiled, _zeros_like(hidden, needs.hidden)
     of_chunks = schedule.unpacked(saved.values, saved.layout)
-    begin = 0
-    for chunk in tiled.chunks(0, count):
-        end = begin + len(chunk.targets)
-        if g_logp is None:
-            g = torch.zeros(end - begin, dtype=float_dtype(hidden), device=hidden.device)
-        else:
-            g = g_logp[chunk.rows].contiguous()
-        h = None if g_entropy is None else g_entropy[chunk.rows].contiguous()
-        tiled.scatter(schedule.backward(chunk, saved.state[begin:end], next(of_chunks), g, h), chunk, dhidden)
-        begin = end
+    if g_logp is None:
+        g = torch.zeros(count, dtype=float_dtype(hidden), device=hidden.device)
+    else:
+        g = g_logp[saved.kept]
+    h = None if g_entropy is None else g_entropy[saved.kept]
+    spans, chunks = list(tiled.spans(0, count)), list(tiled.chunks(0, count))
+    for (begin, end), chunk in zip(spans, with_live(chunks, g, h, asked=schedule.drops or h is not None)):
+        part = None if h is None else h[begin:end]
+        dx = schedule.backward(chunk, saved.state[begin:end], next(of_chunks), g[begin:end], part)
+        tiled.scatter(dx, chunk, dhidden)
     return _dense((dhidden, *tiled.grads.finish()), hidden)
 
 
@@ -142,13 +154,15 @@ def loss_forward(
     empty tensor.
     """
     hidden = head.hidden
-    units = Units(call.loss.unit, targets, settings.ignore_index, call.paired(side))
+    wrong = any_wrong(head, targets.reshape(-1), settings)
+    units = Units(call.loss.unit, targets, settings.ignore_index, call.paired(side), wrong)
     kept, dhidden = units.rows(len(head.targets)), _zeros_like(hidden, needs.hidden)
     schedule = start(head, settings, needs, kept, call, side, units.largest)
     tiled = schedule.tiled
-    check_rows(head.targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
+    if units.wrong:
+        check_rows(head.targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
     objective = on_device(Objective(call, units, side, 1.0 / num_items, any(needs)), tiled.backend)
-    spans = list(units.groups(*schedule.group_rows))
+    spans = list(units.groups(*schedule.group_rows, tiled.plan.even))
     schedule.reserve([end - begin for _, _, begin, end in spans])
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     sums = torch.zeros(len(call.loss.metrics), dtype=torch.float64, device=hidden.device)
@@ -181,7 +195,8 @@ def close(schedule: Schedule, objective: Objective, span: Span, dhidden: Tensor 
     dtype = float_dtype(tiled.head.hidden)
     g, g_entropy = g.to(dtype), None if g_entropy is None else g_entropy.to(dtype)
     begin = 0
-    for chunk, (part, saved) in zip(chunks, done) if objective.derive else ():
+    chunks = with_live(chunks, g, g_entropy, asked=objective.call.sparse) if objective.derive else []
+    for chunk, (part, saved) in zip(chunks, done):
         rows = slice(begin, begin + len(part))
         h = None if g_entropy is None else g_entropy[rows].contiguous()
         tiled.scatter(schedule.backward(chunk, part, saved, g[rows].contiguous(), h), chunk, dhidden)
@@ -264,7 +279,7 @@ class FusedLoss(torch.autograd.Function):
             )
         ctx.spent = True
         # a factor of one, the usual case, must not cost a pass over dW; reading it is free only on a CPU
-        same = grad.device.type == "cpu" and grad.item() == 1.0
+        same = not waits(grad) and grad.item() == 1.0
         dhidden, dweight, dbias, dA, dB = (
             g if g is None or same else g.mul_(grad) for g in needed(ctx.saved_tensors, ctx.needs)
         )

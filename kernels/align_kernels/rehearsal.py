@@ -44,10 +44,13 @@ class Rehearsal:
     Args:
         device: whose plans they take: "cpu", or "cuda" for those of a GPU, on fake tensors of a CPU all the same.
         took: told each tensor that stands for a call's workspace.
+        memory: bytes of the GPU, of which a workspace is a share; 0: not known.
     """
 
-    def __init__(self, device: str = "cpu", took: Callable[[Tensor], None] = lambda tensor: None) -> None:
-        self.device, self.took = device, took
+    def __init__(
+        self, device: str = "cpu", took: Callable[[Tensor], None] = lambda tensor: None, memory: int = 0
+    ) -> None:
+        self.device, self.took, self.memory = device, took, memory
         self.plans: list[Plan] = []
         self._real: dict[torch.Size, Tensor] = {}
 
@@ -135,10 +138,12 @@ class Rehearsal:
             tiled.dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
             tiled.logits_dtype = torch.promote_types(tiled.dtype, torch.float32)
             tiled.own_gemm = tiled.casts_weight = False
-            return planned(dataclasses.replace(request_of(tiled, call, side, largest), device=self.device))
+            asked = request_of(tiled, call, side, largest)
+            return planned(dataclasses.replace(asked, device=self.device, memory=self.memory, may_alias=False))
 
         with _disable_current_modes():
-            tiled = TiledHead(head._replace(targets=real.reshape(-1)), settings, needs, kept, of_device)
+            ordered = call is None or call.loss.unit != "pair"
+            tiled = TiledHead(head._replace(targets=real.reshape(-1)), settings, needs, kept, of_device, ordered)
         self.plans.append(tiled.plan)
         return tiled
 

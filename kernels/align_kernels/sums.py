@@ -11,6 +11,30 @@ def float_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def scalar(x: float | Tensor, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """A number as a tensor [] of a device, filled there: a copy from the CPU would wait. A tensor as it is, moved."""
+    if isinstance(x, Tensor):
+        return x.to(device=device or x.device, dtype=dtype or x.dtype)
+    return torch.full((), x, device=device, dtype=dtype)
+
+
+def waits(x: Tensor) -> bool:
+    """Whether to look at a number of x is to wait for a device; on a CPU it is there."""
+    return x.device.type != "cpu"
+
+
+def read_back(numbers: Tensor) -> list[int]:
+    """Whole numbers [n] of a device, for which the CPU waits until all that was queued is done: once a call."""
+    return numbers.tolist()
+
+
+def positions(mask: Tensor, count: int) -> Tensor:
+    """Where a mask [n] of `count` trues is true, int64 ascending, without waiting for the device."""
+    place = torch.where(mask, mask.cumsum(0) - 1, count)
+    everywhere = torch.arange(len(mask), device=mask.device)
+    return everywhere.new_empty(count + 1).scatter_(0, place, everywhere)[:count]
+
+
 def add_at(out: Tensor, index: Tensor, x: Tensor) -> Tensor:
     """Add x [n, ...] to out [m, ...] at index [n] (int64, any order and repeats), in place; returns `out`.
 

@@ -14,12 +14,18 @@ from torch import Tensor
 from align_kernels.backends.state import read
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import PAIRED, Level, Loss, Unit, find
-from align_kernels.sums import add_at, take_at
+from align_kernels.sums import add_at, positions, read_back, take_at
 
 
 def keep_rows(targets: Tensor, ignore_index: int) -> Tensor:
     """Positions that have a target: prompt, padding and ignored rows never meet the head."""
-    return (targets != ignore_index).nonzero()[:, 0]
+    return read_rows(targets != ignore_index)[0]
+
+
+def read_rows(mask: Tensor, *numbers: Tensor) -> tuple[Tensor, list[int]]:
+    """Where the mask [N] is true, and whole numbers of the device, for which it is waited once."""
+    count, *rest = read_back(torch.cat([x.reshape(-1).long() for x in (mask.sum(), *numbers)]))
+    return positions(mask, count), rest
 
 
 def spread(values: Sequence[Tensor], targets: Tensor, ignore_index: int) -> list[Tensor]:
@@ -85,40 +91,61 @@ def plain(name: str, value: Any) -> Any:
     return value
 
 
+def cut(begin: int, end: int, size: int, even: bool) -> Iterator[tuple[int, int]]:
+    """The fewest pieces of at most `size` that hold begin .. end: of about one size, or of `size` and a last one."""
+    count = -(-(end - begin) // size)
+    for i in range(count):
+        if even:
+            yield begin + (end - begin) * i // count, begin + (end - begin) * (i + 1) // count
+        else:
+            yield begin + size * i, min(begin + size * (i + 1), end)
+
+
 Span = tuple[int, int, int, int]  # of a group of units: first unit, end unit, first row, end row
 
 
 class Units:
     """Where a batch may be cut: kept rows in the order of their units, and the units' sizes."""
 
-    def __init__(self, unit: Unit, targets: Tensor, ignore_index: int, pairs: Tensor | None = None) -> None:
+    def __init__(
+        self, unit: Unit, targets: Tensor, ignore_index: int, pairs: Tensor | None = None, wrong: Tensor | None = None
+    ) -> None:
+        """`wrong`: a bool of the device that is read with the sizes."""
         self.unit, self.pairs, self.tied = unit, pairs, None
         sequences, length = (1, targets.shape[0]) if targets.dim() == 1 else targets.shape
-        flat = targets.reshape(-1)
-        kept = keep_rows(flat, ignore_index)
-        self.sequences, self.size = sequences, len(flat)
-        sequence, order = kept // max(length, 1), torch.arange(len(kept), device=kept.device)
+        mask = targets.reshape(sequences, length) != ignore_index
+        self.sequences, self.size = sequences, targets.numel()
+        # rows of each unit; a token is its own unit, whose sizes are all one and need no count
+        sizes = mask.sum(1)
         if unit == "pair":
             if pairs is not None:
                 self.tied = tied(pairs, sequences)
-                pair, self.count = self.tied[sequence], int(self.tied.max()) + 1 if sequences else 0
+                self.count = int(self.tied.max()) + 1 if sequences else 0
+                sizes = add_at(sizes.new_zeros(self.count), self.tied, sizes)
             elif sequences % 2:
                 raise ValueError(
                     f"pairs need an even number of sequences (chosen half, rejected half), got {sequences}"
                 )
             else:
-                pair, self.count = sequence % (sequences // 2), sequences // 2
-            order = torch.argsort(pair, stable=True)
-            kept, sequence, place = kept[order], sequence[order], pair[order]
+                self.count = sequences // 2
+                sizes = sizes.view(2, self.count).sum(0)
         elif unit == "sequence":
-            place, self.count = sequence, sequences
+            self.count = sequences
         elif unit == "batch":
-            place, self.count = torch.zeros_like(sequence), 1
+            self.count, sizes = 1, sizes.sum(0, keepdim=True)
         else:
-            place, self.count = torch.arange(len(kept), device=kept.device), len(kept)
+            sizes = sizes[:0]
+        flag = sizes.new_zeros(1) if wrong is None else wrong
+        kept, (found, *counts) = read_rows(mask.reshape(-1), flag, sizes)
+        self.wrong, self.sizes = bool(found), None if unit == "token" else counts
+        sequence, order = kept // max(length, 1), torch.arange(len(kept), device=kept.device)
+        if unit == "token":
+            self.count = len(kept)
+        elif unit == "pair":
+            pair = sequence % max(self.count, 1) if self.tied is None else self.tied[sequence]
+            order = torch.argsort(pair, stable=True)
+            kept, sequence = kept[order], sequence[order]
         self.kept, self.order, self.sequence = kept, order, sequence
-        # a token is its own unit: sizes are all one and need no count
-        self.sizes = None if unit == "token" else torch.bincount(place, minlength=self.count).tolist()
 
     def rows(self, size: int) -> Tensor:
         """Where the kept rows lie in a head of so many: one for every position, or for those that are kept alone."""
@@ -128,17 +155,15 @@ class Units:
     def largest(self) -> int:
         return 1 if self.sizes is None else max(self.sizes, default=0)
 
-    def groups(self, capacity: int, most: int) -> Iterator[Span]:
+    def groups(self, capacity: int, most: int, even: bool) -> Iterator[Span]:
         """(first unit, end unit, first row, end row): runs of whole units, or one unit. The first has at most `most`
-        rows, the others `capacity`."""
+        rows, the others `capacity`; `even`: groups of tokens are of about one size."""
         if self.sizes is None:
             n = len(self.kept)
             begin = min(n, most) if most > capacity else 0
             if begin:
                 yield 0, begin, 0, begin
-            count = -(-(n - begin) // capacity)
-            for i in range(count):
-                span = begin + (n - begin) * i // count, begin + (n - begin) * (i + 1) // count
+            for span in cut(begin, n, capacity, even):
                 yield *span, *span
             return
         first = begin = end = 0

@@ -17,7 +17,8 @@ from align_engine.recipe.foreign import FOREIGN
 
 README = (ROOT / "README.md").read_text()
 LONGEST_CELL = 300  # characters of a README's cell
-FIGURED = [page for page in CURRENT if page.name not in ("architectures.md", "gpu_registers.md")]  # these are made
+MADE = ("architectures.md", "gpu_registers.md", "gpu_plans.md")
+FIGURED = [page for page in CURRENT if page.name not in MADE]
 UNITS = r"times|seconds|s\b|min\b|minutes|hours|ms\b|MB|MiB|GB\b|GiB|GFLOP/s|points|prompts a second"
 FIGURE = re.compile(rf"(\d[\d,.]*\d|\d)(?: to \d[\d.]*)?\s?(?:{UNITS})")
 COMMAND = r"(?m)(?:`|^ {4})(?:\w+=\S+ )*(?:nice -n \d+ )?(?:python|pytest|make|align|tests/\w+\.sh)\b"

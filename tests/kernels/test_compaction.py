@@ -493,7 +493,7 @@ def test_what_waits_is_small():
     values, layout = compaction.pack([saved], store.own)
     whole = len(store.own)
     assert len(values) < 0.1 * whole and len(values) + len(layout) < 0.2 * whole
-    (again,) = compaction.unpack(values, layout, V)
+    (again,) = compaction.unpack(tiled, values, layout)
     assert again.logits is not None and not len(again.logits.own) and torch.equal(again.dense, saved.dense)
     for a, b in zip(again.blocks, saved.blocks, strict=True):
         assert torch.equal(a.rows, b.rows) and torch.equal(a.columns, b.columns) and torch.equal(a.z, b.z)

@@ -163,6 +163,7 @@ schedules.base
 schedules.tiles
 schedules.aliasing schedules.sharded
 schedules.request
+schedules.waves
 units dispatch
 eager gemm arguments
 head

@@ -87,7 +87,7 @@ class Exponentials(Protocol):
         targets: Tensor,  # (n,) int64
         reference: Tensor,  # (n,) float32, updated in place, -inf before the first tile
         *,
-        out: Tensor,  # (n, c), may be z
+        out: Tensor,  # (n, c) in the dtype of the GEMMs, may be z
         **linear: Unpack[Linear],
     ) -> None: ...
 

@@ -14,15 +14,17 @@ SUM_X = 2  # sum of exp(l - m) (l - m)
 SUM_SQ = 3  # sum of exp(l - m)^2
 TOTAL = 4  # sum of l
 TARGET = 5  # the target's logit
-ARGMAX = 6  # first index of the max over the whole vocabulary, -1 before any column
+ARGMAX = 6  # first index of the max over the whole vocabulary, -1 before any column; made on a chip that writes no
+#             logits, the target's index where that is the first max, else another one near it, in order
 COLUMNS = 8  # the last one is unused
-
-EMPTY = (-torch.inf, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0)  # before any column
 
 
 def empty(n: int, device: torch.device) -> Tensor:
     """The state [n, 8] of rows of which nothing is seen yet."""
-    return torch.tensor(EMPTY, dtype=torch.float64, device=device).repeat(n, 1)
+    state = torch.zeros(n, COLUMNS, dtype=torch.float64, device=device)
+    state[:, MAX].fill_(-torch.inf)  # filled there: a copy from the CPU would wait for the device
+    state[:, ARGMAX].fill_(-1.0)
+    return state
 
 
 def entropy(state: Tensor) -> Tensor:

@@ -99,8 +99,9 @@ def exponentials(
     reference.copy_(torch.where(peak <= reference + HEADROOM, reference, peak))
     base = torch.where(reference == -torch.inf, torch.zeros_like(reference), reference)
     e = (l - base.to(l.dtype)[:, None]).exp()
-    here = ((targets >= offset) & (targets < offset + z.shape[1])).nonzero()[:, 0]
-    e[here, targets[here] - offset] = 0.0
+    here = (targets >= offset) & (targets < offset + z.shape[1])
+    column = (targets - offset).clamp(0, z.shape[1] - 1)[:, None]
+    e.scatter_(1, column, torch.where(here[:, None], 0.0, e.gather(1, column)))
     out.copy_(e)
 
 
@@ -125,11 +126,11 @@ def backward(
     log_p = (l - state[:, MAX].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
     p = log_p.exp()
     here = (targets >= offset) & (targets < offset + z.shape[1])
-    rows = here.nonzero()[:, 0]
-    columns = targets[rows] - offset
+    column = (targets - offset).clamp(0, z.shape[1] - 1)[:, None]
     r = -p
     # 1 - p of the target without cancellation, from the state's precision
-    r[rows, columns] = -torch.expm1(state[rows, TARGET] - state[rows, MAX] - log_sum[rows]).to(dtype)
+    residual = -torch.expm1(state[:, TARGET] - state[:, MAX] - log_sum).to(dtype)[:, None]
+    r.scatter_(1, column, torch.where(here[:, None], residual, r.gather(1, column)))
     g = g_logp.to(dtype)[:, None]
     if clamp is None:
         d = g * r

@@ -21,6 +21,7 @@ from align_kernels.head import read_head
 from align_kernels.losses.family import Family, Function
 from align_kernels.losses.gate import ProbGate
 from align_kernels.losses.registry import PAIRED, Unit, find
+from align_kernels.sums import scalar
 from align_kernels.units import LossCall, loss_late
 
 Items = float | Tensor | None
@@ -95,8 +96,8 @@ def run_loss(
     if spec.per == "pair":
         paired = side.get(PAIRED)
         count = len(targets) // 2 if paired is None else paired.shape[1]
-    counted = torch.as_tensor(count, device=targets.device).clamp(min=1)
-    items = torch.as_tensor(counted if num_items is None else num_items, device=targets.device).double()
+    counted = scalar(count, targets.device).clamp(min=1)
+    items = scalar(counted if num_items is None else num_items, targets.device).double()
     given = {key: x.detach() for key, x in side.items() if x is not None}
     call = LossCall(spec, spec.read(hyper), gate, tuple(given)).plain()
     sides = list(given.values())
@@ -136,7 +137,7 @@ def kept(targets: Tensor, head: dict[str, Any]) -> Tensor:
 def share(num_items: Items, units: int, counted: Tensor | int, num_counted: Items) -> Tensor:
     """Weight of something that is a mean over `num_counted` (default: those `counted` in this call) beside a loss that
     is a mean over `num_items` (default: its `units` in this call)."""
-    items, of = (torch.as_tensor(own if x is None else x) for x, own in ((num_items, units), (num_counted, counted)))
+    items, of = (scalar(own if x is None else x) for x, own in ((num_items, units), (num_counted, counted)))
     return items.double() / of.double().clamp(min=1)
 
 

@@ -19,7 +19,7 @@ from align_kernels.fused.core import (
     run_loss,
 )
 from align_kernels.losses.kto import LOSS_TYPES
-from align_kernels.sums import float_dtype
+from align_kernels.sums import float_dtype, scalar
 
 
 @of_head
@@ -64,7 +64,7 @@ def kto_loss(
     check_one_of("loss_type", loss_type, LOSS_TYPES)
     check_marks(beta, targets, ref_logps, desirable)
     rows = targets.shape[:1]
-    kl = torch.as_tensor(kl, dtype=float_dtype(hidden), device=hidden.device).detach()
+    kl = scalar(kl, hidden.device, float_dtype(hidden)).detach()
     check_shape("kl", kl, torch.Size(()), rows)
     kl = torch.zeros_like(kl) if loss_type == "apo_zero_unpaired" else kl
     side = {"ref_logps": ref_logps, "desirable": desirable, "kl": kl.expand(rows)}
@@ -106,7 +106,7 @@ def bco_loss(
     """
     check_call(bco_loss)
     check_marks(beta, targets, ref_logps, desirable)
-    delta = torch.as_tensor(delta, dtype=float_dtype(hidden), device=hidden.device).detach()
+    delta = scalar(delta, hidden.device, float_dtype(hidden)).detach()
     check_shape("delta", delta, torch.Size(()))
     if weights is not None:
         check_shape("weights", weights, targets.shape[:1])

@@ -13,6 +13,7 @@ from align_kernels.losses.common import REWARDS, bradley_terry, rewards_of
 from align_kernels.losses.divergences import F_DIVERGENCES
 from align_kernels.losses.family import Family, Limit, NotNegative, Positive, Smoothing
 from align_kernels.losses.registry import register_loss
+from align_kernels.sums import scalar
 
 
 class Pairs(NamedTuple):
@@ -81,7 +82,7 @@ def ipo(x: Pairs, *, beta: float, average: bool = True) -> Tensor:
 @PAIR_LOSSES.add(divergences=True)
 def exo_pair(x: Pairs, *, beta: float, label_smoothing: Annotated[float, EXO] = 0.0) -> Tensor:
     """KL((sigma(z), sigma(-z)) || (1 - e, e)), z = beta delta, e = label_smoothing > 0, arXiv:2402.00856 eq. 16."""
-    z, e = beta * x.delta, torch.tensor(label_smoothing, dtype=x.w.dtype, device=x.w.device)
+    z, e = beta * x.delta, scalar(label_smoothing, x.w.device, x.w.dtype)
     return z.sigmoid() * (F.logsigmoid(z) - torch.log1p(-e)) + (-z).sigmoid() * (F.logsigmoid(-z) - e.log())
 
 

@@ -6,7 +6,7 @@ They differ in what is saved between the forward and the backward of a chunk:
     online       no gradient for the head, plain logits: dX beside the softmax   4NVD
     frozen       no gradient for the head: dX without its factor g, kept         4NVD
     one pass     the loss closes inside a chunk: g is known while the logits are 6NVD, head frozen 4NVD
-    keep         all logits fit in the workspace and wait for g                  6NVD, head frozen 4NVD
+    keep         all logits, or their exponentials, fit and wait for g           6NVD, head frozen 4NVD
     recompute    the logits are made again when g arrives                        8NVD, head frozen 6NVD
     compaction   the columns that carry all but drop_mass wait for g             (2 + 4d)NVD, head frozen (2 + 2d)NVD
 
@@ -23,7 +23,7 @@ from align_kernels.schedules.base import Schedule
 from align_kernels.schedules.compaction import CompactFrozen, Compaction, CompactOnePass
 from align_kernels.schedules.dense import Forward, Frozen, Keep, OnePass, Recompute
 from align_kernels.schedules.device_losses import OnePassOfTokens
-from align_kernels.schedules.exponentials import Online, PlainOnePass
+from align_kernels.schedules.exponentials import Online, PlainKeep, PlainOnePass
 
 # in the order in which they are asked; the last serves every call
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -34,6 +34,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
         CompactFrozen,
         Frozen,
         Compaction,
+        PlainKeep,
         Keep,
         CompactOnePass,
         OnePassOfTokens,

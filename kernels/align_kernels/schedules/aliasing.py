@@ -25,20 +25,26 @@ def aliased_columns(rows: int, vocab: int, width: int, tile: int) -> int:
     return max(columns // STEP * STEP, 0)
 
 
+def pitch(columns: int, step: int) -> int:
+    """Elements from one row of a tile to the next, where rows begin at multiples of `step`."""
+    return -(-columns // step) * step
+
+
 class Store(NamedTuple):
     """Room for all raw logits of a chunk, tile after tile: the first columns at the end of a dW that is still to be
-    written, the others in `own`."""
+    written, the others in `own`. Only the last tile may be no multiple of `step` wide."""
 
     own: Tensor  # flat
+    step: int  # at multiples of which rows of a tile begin
     dw: Tensor | None = None  # flat
     columns: int = 0  # of those in dw
 
     def tile(self, n: int, v0: int, v1: int) -> Tensor:
         """Logits [n, v1 - v0] of some columns of n rows, all in one of the two memories."""
-        place, begin = self.own, n * (v0 - self.columns)
+        place, begin, width = self.own, n * (v0 - self.columns), pitch(v1 - v0, self.step)
         if self.dw is not None and v0 < self.columns:
             place, begin = self.dw, len(self.dw) + begin
-        return place[begin : begin + n * (v1 - v0)].view(n, v1 - v0)
+        return place[begin : begin + n * width].view(n, width)[:, : v1 - v0]
 
 
 # -- sizes of a first chunk ---------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Schedule:
     schedule: ClassVar[str]  # as a plan says it; several classes may share it
     compact: ClassVar[bool] = False
     keeps: ClassVar[bool] = True  # the logits of a chunk, until its gradient is made
+    drops: ClassVar[bool] = True  # rows without a coefficient of their log-prob, when that arrives late
     # (objective, span, dhidden) -> Closed of a schedule that closes a group of units by itself
     close: Callable[[Objective, Span, Tensor | None], Closed] | None = None
 
@@ -75,7 +76,8 @@ class Schedule:
         saved = max(r.limit - kept - scratch, 0) if saves else 0
         return Plan(
             cls.schedule, r.backend, r.rows, r.vocab, r.width, chunk, first or chunk, tile, kept + scratch + saved,
-            passes, why, cls.name, r.late, compact=cls.compact, aliased=first > 0, saved=saved, own_gemm=r.own_gemm,
+            passes, why, cls.name, r.late, compact=cls.compact, aliased=first > 0, even=r.device == "cpu", saved=saved,
+            own_gemm=r.own_gemm,
         )  # fmt: skip
 
     # -- the passes ------------------------------------------------------------------------------------------------

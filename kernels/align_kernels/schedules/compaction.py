@@ -154,7 +154,7 @@ def _gather(tiled: TiledHead, store: Store, n: int, rows: Tensor, columns: Tenso
     """Raw logits [m, K] from n rows that lie tile after tile."""
     V, wide = tiled.head.weight.shape[0], tiled.plan.tile_cols
     first = columns // wide * wide
-    width = (V - first).clamp_(max=wide)
+    width = (V - first).clamp_(max=wide).add_(tiled.step - 1).div_(tiled.step, rounding_mode="floor").mul_(tiled.step)
     return store.own.take(rows[:, None] * width + (first * (n - 1) + columns))
 
 
@@ -243,7 +243,7 @@ def save(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, room: int,
 
     Dense rows that do not fit there are made again; a chunk that is `alone` stays whole.
     """
-    n, V = len(chunk.targets), tiled.head.weight.shape[0]
+    n, V = len(chunk.targets), tiled.columns
     every = torch.arange(n, device=state.device)
     blocks, dense, used = [], [every[:0]], 0
     for block in cut(tiled, chunk, state, store, every, dense, entropy=True):
@@ -280,7 +280,7 @@ def pack(chunks: list[Saved], like: Tensor) -> tuple[Tensor, Tensor]:
     return one, torch.cat(layout) if layout else like.new_empty(0, dtype=torch.int64)
 
 
-def unpack(values: Tensor, layout: Tensor, V: int) -> Iterator[Saved]:
+def unpack(tiled: TiledHead, values: Tensor, layout: Tensor) -> Iterator[Saved]:
     """What `pack` was given, as views."""
 
     def take(size: int) -> Tensor:
@@ -294,7 +294,7 @@ def unpack(values: Tensor, layout: Tensor, V: int) -> Iterator[Saved]:
         sizes = [count, *pairs]
         parts = layout[1 + length :].split([*sizes, len(layout) - 1 - length - sum(sizes)])
         dense, layout = parts[0], parts[-1]
-        logits = Store(take(count * V)) if has_logits else None
+        logits = tiled.stored(take(count * tiled.columns)) if has_logits else None
         index = list(zip(parts[1:-1:2], parts[2:-1:2]))
         blocks = [Block(rows, columns, take(len(rows) * len(columns)).view(len(rows), -1)) for rows, columns in index]
         yield Saved(blocks, dense, logits)
@@ -353,7 +353,7 @@ class Compaction(Schedule):
         return pack(self.saved, super().packed()[0])
 
     def unpacked(self, values: Tensor, layout: Tensor) -> Iterator[Saved]:
-        return unpack(values, layout, self.tiled.head.weight.shape[0])
+        return unpack(self.tiled, values, layout)
 
 
 class Compacting(Schedule):

@@ -67,7 +67,7 @@ class Forward(Schedule):
         r, why = request, "nothing needs a gradient"
         if not r.on_chip:
             why += f"; logits pass through tiles: {r.tiles_because}" if r.tiles_because else ""
-            return cls.sized(r, r.profile.max_rows, 1, why)
+            return cls.sized(r, r.passing_rows(cls.scratch(r)), 1, why)
         chunk = max(min(r.rows, r.profile.max_rows, int(r.limit / (r.vocab * r.on_chip + 1))), 1)
         taken = math.ceil(chunk * r.vocab * r.on_chip)
         return Plan(
@@ -117,7 +117,7 @@ class Keep(Schedule):
         self.values = saved.own
 
     def unpacked(self, values: Tensor, layout: Tensor) -> Iterator[Store]:
-        yield Store(values)
+        yield self.tiled.stored(values)
 
 
 class Recompute(Schedule):
@@ -133,7 +133,8 @@ class Recompute(Schedule):
     @classmethod
     def plan(cls, request: Request) -> Plan:
         why = Keep.why_not(request) if request.late else OnePass.why_not(request)
-        return cls.sized(request, request.profile.max_rows, request.passes + 1, str(why))
+        rows = request.passing_rows(cls.scratch(request), logits=2)
+        return cls.sized(request, rows, request.passes + 1, str(why))
 
     @classmethod
     def scratch(cls, request: Request) -> int:
@@ -173,7 +174,11 @@ class OnePass(Schedule):
         return request.gradient_itemsize
 
     def reserve(self, sizes: Sequence[int]) -> None:
-        self.store = self.tiled.store_beside(sizes) if sizes else None
+        self.store = self.tiled.store_beside(sizes, self.kept_dtype) if sizes else None
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        return self.tiled.logits_dtype
 
     def room(self, n: int) -> Store:
         """For all logits of n rows; that of the chunk before is free again."""
@@ -190,6 +195,8 @@ class OnePass(Schedule):
 
 class Unscaled(Schedule):
     """With a frozen head dX over g is made at once and saved; a gradient of the entropy makes the logits again."""
+
+    drops = False
 
     def backward(
         self, chunk: Chunk, state: Tensor, saved: Tensor, g: Tensor, g_entropy: Tensor | None
@@ -249,4 +256,4 @@ class Frozen(Unscaled):
     def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         state = softmax(self.tiled, chunk, self.store)
         one = torch.ones(len(state), dtype=float_dtype(self.tiled.head.hidden), device=state.device)
-        return state, Schedule.backward(self, chunk, state, self.store, one, None)
+        return state, self.tiled.whole(self.gradient(Rows(chunk, state, one, None), None, self.store), None, len(one))

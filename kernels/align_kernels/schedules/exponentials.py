@@ -10,11 +10,15 @@ with a near the row's largest logit so far, and the backward needs no pass over 
 of rows of X and dX. The sum over v needs no lse either: with a frozen head dX is made tile by tile beside the softmax
 ("online"), and no logits are kept.
 
+Where GEMMs read 16 bits (on a GPU, bfloat16) the exponentials do too, beside float32 logits that pass through a tile:
+half the memory of kept logits, so that twice as many rows can wait for a gradient that arrives late ("keep").
+
 Letters: n rows of a chunk, V columns on this rank, D hidden size, R rank of a LoRA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,12 +26,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from align_kernels.backends.state import MAX, SUM, TARGET
+from align_kernels.schedules import dense
 from align_kernels.schedules.aliasing import Store
-from align_kernels.schedules.dense import OnePass, Unscaled
+from align_kernels.schedules.dense import Keep, OnePass, Unscaled
 from align_kernels.schedules.request import Plan, Request
 from align_kernels.schedules.tiles import Chunk, Rows, TiledHead
+from align_kernels.sums import waits
 
-GATHERED = 256  # rows of W that are copied at a time
+GATHERED = 256  # rows of W that are copied at a time on a CPU
+GATHERED_GPU = 4096  # a guess: launches cost more there; not yet measured
+
+Kept = tuple[Store, list[Tensor]]  # of a chunk: its exponentials, and the reference [n] of each tile
 
 
 class Factors(NamedTuple):
@@ -77,7 +86,8 @@ class Pull:
     def _with_target(self, total: Tensor, w: Tensor, factors: Factors) -> Tensor:
         if self.reference is not None:
             total *= factors.scale(self.reference)[:, None]
-        blocks = (x.split(GATHERED) for x in (total, factors.places, factors.at_target[:, None]))
+        some = GATHERED if total.device.type == "cpu" else GATHERED_GPU
+        blocks = (x.split(some) for x in (total, factors.places, factors.at_target[:, None]))
         for part, place, at_target in zip(*blocks):
             part.addcmul_(w[place].to(part.dtype), at_target)
         return total
@@ -97,7 +107,8 @@ def factors(tiled: TiledHead, chunk: Chunk, state: Tensor) -> Factors:
 def forward(tiled: TiledHead, chunk: Chunk, store: Store | None = None) -> tuple[Tensor, list[Tensor], Pull | None]:
     """The finished softmax state [n, 8] of a chunk, and the reference [n] of each tile.
 
-    With a `store` the exponentials stay there; without, dX over g is made beside them.
+    With a `store` the exponentials stay there; without, dX over g is made beside them. On a CPU a reference that no row
+    has left stands in the list again, as the same tensor: asking a GPU would wait for it.
     """
     n, write = len(chunk.targets), tiled.backend.exponentials
     assert write is not None
@@ -105,13 +116,14 @@ def forward(tiled: TiledHead, chunk: Chunk, store: Store | None = None) -> tuple
     reference, references = tiled.zeros(n).fill_(-torch.inf), []
     for v0, v1 in tiled.tiles(store):
         w = tiled.weight(slice(v0, v1))
-        z = tiled.scratch(n, v1 - v0, tiled.dtype) if store is None else store.tile(n, v0, v1)
+        e = tiled.scratch(n, v1 - v0, tiled.dtype) if store is None else store.tile(n, v0, v1)
+        z = e if tiled.dtype == tiled.logits_dtype else tiled.scratch(n, v1 - v0, tiled.logits_dtype)
         tiled.logits(chunk, w, v0, v1, z)
-        write(z, state, chunk.targets, reference, out=z, **tiled.linear(chunk, v0, v1))
-        moved = not references or not torch.equal(reference, references[-1])
-        references.append(reference.clone() if moved else references[-1])
+        write(z, state, chunk.targets, reference, out=e, **tiled.linear(chunk, v0, v1))
+        stays = bool(references) and not waits(z) and torch.equal(reference, references[-1])
+        references.append(references[-1] if stays else reference.clone())
         if pull is not None:
-            pull.add(z, references[-1], w, v0, v1)
+            pull.add(e, references[-1], w, v0, v1)
     return tiled.merged(state), references, pull
 
 
@@ -129,18 +141,18 @@ class Online(Unscaled):
             return "a logit's gradient is more than its probability times a constant"
         if request.drop_mass > 0:
             return "columns are dropped"
-        if request.sparse and OnePass.why_not(request) is None:
+        if request.sparse and PlainOnePass.why_not(request) is None:
             return "g is often zero, and known while the logits are there: fewer rows have a gradient"
         return None
 
     @classmethod
     def plan(cls, request: Request) -> Plan:
         why = "the head is frozen and its logits plain, so dX is made beside the softmax and no logits are kept"
-        return cls.sized(request, request.profile.max_rows, request.passes, why)
+        return cls.sized(request, request.passing_rows(cls.scratch(request)), request.passes, why)
 
     @classmethod
     def scratch(cls, request: Request) -> int:
-        return request.itemsize
+        return request.itemsize + request.gradient_itemsize
 
     def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         tiled = self.tiled
@@ -152,6 +164,35 @@ class Online(Unscaled):
         return state, dx
 
 
+def gradient(
+    tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store, references: Sequence[Tensor]
+) -> Tensor | None:
+    """`dense.gradient` from the exponentials in `store` and the reference [n] of each tile."""
+    n, grads = len(rows.g), tiled.grads
+    rows = rows if live is None else rows.select(live)
+    chunk, g, needs = rows.chunk, rows.g[:, None], tiled.needs
+    left = factors(tiled, chunk, rows.state)
+    pull = Pull(tiled, len(g)) if needs.hidden or needs.lora_A else None
+    seen, a, x, xa = None, references[0], chunk.x, chunk.xa
+    for (v0, v1), reference in zip(tiled.tiles(store), references) if len(g) else ():
+        e = store.tile(n, v0, v1)
+        if live is not None:
+            e = torch.index_select(e, 0, live, out=tiled.scratch(len(live), v1 - v0, tiled.dtype))
+        if seen is not reference:
+            seen, a = reference, reference if live is None else reference[live]
+            x, xa = scaled(chunk, left.scale(a)[:, None] * g)
+        if pull is not None:
+            pull.add(e, a, tiled.weight(slice(v0, v1)), v0, v1)
+        grads.add(slice(v0, v1), e, x, xa)
+    if len(g):
+        grads.add_rows(left.places, *scaled(chunk, left.at_target[:, None] * g))
+    dx, dxb = (None, None) if pull is None else pull.finish(left)
+    if dxb is not None:
+        grads.add_lora_A(dxb * g, chunk.x)
+    grads.started |= len(g) > 0
+    return dx * g if dx is not None and needs.hidden else None
+
+
 class PlainOnePass(OnePass):
     """One pass whose logits are plain: their exponentials take their place."""
 
@@ -161,38 +202,88 @@ class PlainOnePass(OnePass):
     def why_not(cls, request: Request) -> str | None:
         if not request.plain:
             return "a logit's gradient is more than its probability times a constant"
-        return "columns are dropped" if request.drop_mass > 0 else super().why_not(request)
+        return "columns are dropped" if request.drop_mass > 0 else super().why_not(request.of_exponentials)
 
-    def forward(self, chunk: Chunk) -> tuple[Tensor, tuple[Store, list[Tensor]]]:
+    @classmethod
+    def plan(cls, request: Request) -> Plan:
+        return super().plan(request.of_exponentials)
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        return self.tiled.dtype
+
+    def forward(self, chunk: Chunk) -> tuple[Tensor, Kept]:
         store = self.room(len(chunk.targets))
         state, references, _ = forward(self.tiled, chunk, store)
         return state, (store, references)
 
-    def gradient(self, rows: Rows, live: Tensor | None, saved: tuple[Store, list[Tensor]]) -> Tensor | None:
-        (store, references), tiled, grads = saved, self.tiled, self.tiled.grads
-        n = len(rows.g)
-        rows = rows if live is None else rows.select(live)
-        chunk, g, needs = rows.chunk, rows.g[:, None], tiled.needs
-        left = factors(tiled, chunk, rows.state)
-        pull = Pull(tiled, len(g)) if needs.hidden or needs.lora_A else None
-        seen, a, x, xa = None, references[0], chunk.x, chunk.xa
-        for (v0, v1), reference in zip(tiled.tiles(store), references) if len(g) else ():
-            e = store.tile(n, v0, v1)
-            if live is not None:
-                e = e[live]
-            if seen is not reference:
-                seen, a = reference, reference if live is None else reference[live]
-                x, xa = scaled(chunk, left.scale(a)[:, None] * g)
-            if pull is not None:
-                pull.add(e, a, tiled.weight(slice(v0, v1)), v0, v1)
-            grads.add(slice(v0, v1), e, x, xa)
-        if len(g):
-            grads.add_rows(left.places, *scaled(chunk, left.at_target[:, None] * g))
-        dx, dxb = (None, None) if pull is None else pull.finish(left)
-        if dxb is not None:
-            grads.add_lora_A(dxb * g, chunk.x)
-        grads.started |= len(g) > 0
-        return dx * g if dx is not None and needs.hidden else None
+    def gradient(self, rows: Rows, live: Tensor | None, saved: Kept) -> Tensor | None:
+        return gradient(self.tiled, rows, live, *saved)
+
+
+class PlainKeep(Keep):
+    """The exponentials of all logits fit in the workspace and are saved until g arrives: one chunk.
+
+    A gradient of the entropy makes the logits again.
+    """
+
+    name = "plain keep"
+
+    @classmethod
+    def why_not(cls, request: Request) -> str | None:
+        if not request.plain:
+            return "a logit's gradient is more than its probability times a constant"
+        if not request.gradient_itemsize:
+            return "exponentials take as much room as logits, which serve a gradient of the entropy too"
+        if request.drop_mass > 0:
+            return "columns are dropped"
+        if not request.late:
+            return "g is known while its logits are there"
+        if request.of_exponentials.rows > request.of_exponentials.room:
+            return f"g arrives later and {cls.size(request)} do not fit in {request.limit_in_words} beside a tile"
+        return None
+
+    @staticmethod
+    def size(request: Request) -> str:
+        return request.of_exponentials.logits_in_words.replace("logits", "exponentials")
+
+    @classmethod
+    def plan(cls, request: Request) -> Plan:
+        r = request.of_exponentials
+        return cls.sized(r, r.rows, r.passes, f"{cls.size(request)} fit and wait for g")
+
+    @classmethod
+    def scratch(cls, request: Request) -> int:
+        """Of exponentials: logits beside them, and their gradient where the entropy has one."""
+        return request.itemsize + request.gradient_itemsize
+
+    def memory(self, values: Tensor | None = None) -> tuple[Tensor, Store, Tensor]:
+        """`values`, or room for them, in the dtype of logits: exponentials, and the references [tiles, n]."""
+        tiled, n = self.tiled, len(self.tiled.kept)
+        exact = torch.promote_types(tiled.dtype, torch.float32)
+        tiles, of = len(list(tiled.tiles())), tiled.logits_dtype
+        first = tiles * n * exact.itemsize // of.itemsize
+        if values is None:
+            values = tiled.empty(first + -(-n * tiled.columns * tiled.dtype.itemsize // of.itemsize), dtype=of)
+        return values, tiled.stored(values[first:].view(tiled.dtype)), values[:first].view(exact).view(tiles, n)
+
+    def forward(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        values, store, references = self.memory()
+        state, found, _ = forward(self.tiled, chunk, store)
+        torch.stack(found, out=references)
+        return state, values
+
+    def gradient(self, rows: Rows, live: Tensor | None, saved: Tensor) -> Tensor | None:
+        if rows.g_entropy is not None:
+            return dense.gradient(self.tiled, rows, live, None, consume=True)
+        _, store, references = self.memory(saved)
+        return gradient(self.tiled, rows, live, store, references.unbind())
+
+    def save(self, saved: Tensor) -> None:
+        self.values = saved
+
+    def unpacked(self, values: Tensor, layout: Tensor) -> Iterator[Tensor]:
+        yield values
 
 
 def scaled(chunk: Chunk, factor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from align_kernels.head import Head, Needs, Settings
@@ -41,16 +42,19 @@ def request_of(tiled: TiledHead, call: LossCall | None, side: Sequence[Tensor], 
         backend=tiled.backend_name,
         own_gemm=tiled.own_gemm,
         workspace=settings.workspace,
+        **device_of(head.weight.device),
         needs_input=needs.hidden,
         needs_head=needs.head,
         needs_weight=needs.weight,
-        # a kernel that closes a loss of tokens takes whole rows of logits
-        may_alias=tiled.logits_dtype == float_dtype(head.weight)
+        # a GPU likes one wide tile better; a kernel that closes a loss of tokens takes whole rows of logits
+        may_alias=head.weight.device.type == "cpu"
+        and tiled.logits_dtype == float_dtype(head.weight)
         and not (by_token and tiled.backend.losses is not None),
         late=call is None,
         scale_free=clamp is None or clamp.units == "residual",
-        plain=same
-        and tiled.backend.exponentials is not None
+        # their factors, of rows, ask for the range of float32: that of bfloat16 too, not that of float16
+        plain=tiled.backend.exponentials is not None
+        and tiled.dtype != torch.float16
         and clamp is None
         and settings.transform.softcap is None
         and not (needs.bias or entropy),
@@ -65,6 +69,14 @@ def request_of(tiled: TiledHead, call: LossCall | None, side: Sequence[Tensor], 
     )
 
 
+def device_of(device: torch.device) -> dict[str, int]:
+    """Bytes and multiprocessors of a GPU, nothing of anything else and where no GPU can be asked."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(device)
+    return dict(memory=found.total_memory, processors=found.multi_processor_count)
+
+
 def start(
     head: Head,
     settings: Settings,
@@ -75,5 +87,7 @@ def start(
     largest_unit: int = 1,
 ) -> Schedule:
     """The schedule of a call over its `kept` rows."""
-    tiled = TiledHead(head, settings, needs, kept, lambda tiled: plan(request_of(tiled, call, side, largest_unit)))
+    ordered = call is None or call.loss.unit != "pair"
+    planned = lambda tiled: plan(request_of(tiled, call, side, largest_unit))  # noqa: E731
+    tiled = TiledHead(head, settings, needs, kept, planned, ordered)
     return SCHEDULES[tiled.plan.name](tiled)

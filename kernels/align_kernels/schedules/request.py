@@ -12,21 +12,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from align_kernels.schedules import waves
+
 MIB = 1 << 20
 STEP = 64  # a tile's columns are a multiple of it
 BLOCK_ROWS = 128  # rows of a block that is compacted
 MOST_COLUMNS = 0.3  # of the vocabulary that such a block keeps: with more, dense GEMMs are cheaper (docs/LOG.md)
 
 
+def row_step(device: str) -> int:
+    """Elements at multiples of which the rows of a tile of logits begin: a GPU's GEMMs and kernels read 16 bytes at a
+    time of aligned rows, whatever V is; a CPU's do not mind."""
+    return 1 if device == "cpu" else STEP
+
+
 class Profile(NamedTuple):
-    """What a device likes. Rows per chunk trade the traffic of W and dW against the size of the kept logits."""
+    """What a device likes. Rows per chunk trade the traffic of W and dW against the size of the kept logits; those of a
+    GPU are chosen by its waves (waves.py), and `max_rows` is what it may have in narrow tiles."""
 
     tile_bytes: int  # a tile of logits that stays in cache between the GEMM and the row kernel
     min_rows: int  # below this many rows a chunk, making the logits twice is cheaper than streaming dW again
     max_rows: int  # more rows a chunk gain nothing
     trained_rows: int  # the same where logits are kept: fewer cost a few per cent and halve the memory
     frozen_rows: int  # and with a frozen head, where no dW is streamed
-    workspace: int  # default limit in bytes
+    workspace: int  # default limit in bytes, where the size of the device's memory is not known
+    share: float = 0.0  # of that memory, which is the default limit where it is known
 
 
 PROFILES = {
@@ -35,7 +45,13 @@ PROFILES = {
     ),
     # estimates until measured: benches/results
     "cuda": Profile(
-        tile_bytes=1 << 62, min_rows=512, max_rows=4096, trained_rows=4096, frozen_rows=1024, workspace=2048 * MIB
+        tile_bytes=1 << 62,
+        min_rows=512,
+        max_rows=4096,
+        trained_rows=4096,
+        frozen_rows=1024,
+        workspace=2048 * MIB,
+        share=1 / 20,
     ),
 }
 
@@ -46,7 +62,7 @@ def profile_of(device: str) -> Profile:
 
 
 @contextmanager
-def profiled(device: str, **fields: int) -> Iterator[Profile]:
+def profiled(device: str, **fields: float) -> Iterator[Profile]:
     """Within, plans for `device` are made by another profile: its own with some fields replaced."""
     before = PROFILES[device]
     PROFILES[device] = before._replace(**fields)
@@ -72,6 +88,8 @@ class Request:
     backend: str
     own_gemm: bool = False  # the backend's matrix products of this size are faster than torch's on this machine
     workspace: int | None = None  # limit in bytes; None: the device's default
+    memory: int = 0  # bytes of the device, 0: not known
+    processors: int = 0  # multiprocessors of a GPU, 0: not known
     needs_input: bool  # whether hidden needs a gradient
     needs_head: bool  # and anything of the head: weight, bias, LoRA
     needs_weight: bool  # and the weight; a bias costs no GEMM and a LoRA two of its rank
@@ -100,12 +118,13 @@ class Request:
 
     @property
     def limit(self) -> int:
-        return self.workspace or self.profile.workspace
+        return self.workspace or int(self.memory * self.profile.share) or self.profile.workspace
 
     @property
     def row_bytes(self) -> int:
         """Of the logits of a row."""
-        return max(self.vocab * self.itemsize, 1)
+        step = row_step(self.device)
+        return max(-(-self.vocab // step) * step * self.itemsize, 1)
 
     @property
     def copied(self) -> int:
@@ -122,6 +141,12 @@ class Request:
         """For logits that are kept: the rest holds the gradient of a wide tile, or the copy of its weight."""
         share = 4 if self.gradient_itemsize else 8 if self.copied else 0
         return self.limit - (self.limit // share if share else 0)
+
+    @property
+    def of_exponentials(self) -> Request:
+        """The same call where exponentials are kept, in the dtype of gradients, and logits pass beside them."""
+        kept, beside = self.gradient_itemsize, self.itemsize
+        return dataclasses.replace(self, itemsize=kept, gradient_itemsize=beside) if kept else self
 
     # -- rows ------------------------------------------------------------------------------------------------------
     @property
@@ -144,8 +169,20 @@ class Request:
         """Whether all logits do; the rest of the workspace holds the gradient of a tile."""
         return self.rows * self.row_bytes <= self.limit - self.limit // 16
 
+    def by_waves(self, most: int, logits: int) -> int:
+        """Rows of a chunk on a GPU, `most` of them at most, where logits are made so many times."""
+        head = waves.Head(self.vocab, self.width, logits, self.needs_input, self.needs_weight, self.processors)
+        return waves.chunk_rows(head, self.rows, max(self.least, self.largest_unit), most)
+
+    def passing_rows(self, each: int, logits: int = 1) -> int:
+        """Rows of a chunk whose logits pass through a tile of `each` bytes a logit."""
+        most = self.profile.max_rows
+        return most if self.device == "cpu" else self.by_waves(max(self.limit // (self.vocab * each), most), logits)
+
     def kept_rows(self, apart: int = 0) -> int:
         """Rows of a chunk whose logits are kept, where `apart` of all rows lie elsewhere."""
+        if self.device != "cpu":
+            return self.by_waves(self.room, 1)
         most = self.profile.trained_rows if self.needs_head else self.profile.frozen_rows
         most = max(min(self.profile.max_rows, most), self.largest_unit)
         if self.workspace:  # a limit that was asked for is used whole
@@ -188,6 +225,7 @@ class Plan:
     late: bool  # g arrives after the forward has returned
     compact: bool = False  # the backward may take fewer columns: see compaction.py
     aliased: bool = False  # the first chunk's logits lie in dW's memory where they can: see aliasing.py
+    even: bool = True  # chunks of about one size, else of chunk_rows and a last one
     saved: int = 0  # bytes of the workspace for compacted blocks that are saved until g arrives
     on_chip: bool = False  # no logits are written: the GEMM leaves only statistics
     own_gemm: bool = False  # the backend multiplies, not torch

@@ -23,9 +23,10 @@ from align_kernels.dispatch import BACKENDS, pick
 from align_kernels.gemm import gemm_dtype, logits_dtype
 from align_kernels.head import Head, Needs, Settings
 from align_kernels.schedules import sharded
-from align_kernels.schedules.aliasing import Store, aliased_columns
-from align_kernels.schedules.request import Plan
-from align_kernels.sums import add_at, float_dtype
+from align_kernels.schedules.aliasing import Store, aliased_columns, pitch
+from align_kernels.schedules.request import Plan, row_step
+from align_kernels.sums import add_at, float_dtype, positions, read_back
+from align_kernels.units import cut
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Chunk:
     targets: Tensor  # (n,)
     temperature: Tensor | float
     inputs: Callable[[], tuple[Tensor, Tensor | None]]  # makes x and xa: a gradient that is there already needs neither
+    live: int | None = None  # rows with a coefficient, where that is known
 
     @cached_property
     def _inputs(self) -> tuple[Tensor, Tensor | None]:
@@ -48,6 +50,10 @@ class Chunk:
     @property
     def xa(self) -> Tensor | None:  # (n, R): scaling * x @ A.T
         return self._inputs[1]
+
+    def with_live(self, live: int) -> Chunk:
+        """The same chunk, with the number of its rows that have a coefficient."""
+        return dataclasses.replace(self, live=live, inputs=lambda: self._inputs)
 
     def select(self, index: Tensor) -> Chunk:
         """The chunk of some of its rows. `rows` no longer apply: the caller scatters."""
@@ -77,8 +83,11 @@ class Rows(NamedTuple):
 
     def live(self) -> Tensor | None:
         """Those that have, int64, ascending; None: all."""
+        if self.chunk.live == len(self.g):
+            return None
         active = self.active()
-        return None if bool(active.all()) else active.nonzero()[:, 0]
+        (count,) = read_back(active.sum()[None]) if self.chunk.live is None else (self.chunk.live,)
+        return None if count == len(active) else positions(active, count)
 
 
 class Piece(NamedTuple):
@@ -181,12 +190,13 @@ class TiledHead:
     """One call: the head's tensors, the plan and the backend, with the memory that its tiles share."""
 
     def __init__(
-        self, head: Head, settings: Settings, needs: Needs, kept: Tensor, plan: Callable[[TiledHead], Plan]
-    ) -> None:
+        self, head: Head, settings: Settings, needs: Needs, kept: Tensor, plan: Callable[[TiledHead], Plan],
+        ordered: bool = True,
+    ) -> None:  # fmt: skip
         self.head, self.settings, self.needs = head, settings, needs
         self.kept = kept  # (n,) int64: positions of the flat batch that have a target, in the order they are run
         # every position as it lies: rows are views, no copies (pairs are run pair by pair, in another order)
-        self.as_it_lies = len(kept) == len(head.targets) and bool((kept.diff() > 0).all())
+        self.as_it_lies = ordered and len(kept) == len(head.targets)
         dtypes = head.hidden.dtype, head.weight
         self.dtype, self.logits_dtype = gemm_dtype(*dtypes), logits_dtype(*dtypes)
         self.group = None if settings.tp_group is None else sharded.group_of(settings.tp_group)
@@ -202,6 +212,7 @@ class TiledHead:
         self.own_gemm, self.product = own is not None, partial(_product, own)
         self.casts_weight = head.weight.dtype != self.dtype and not (own is not None and own.reads(head.weight.dtype))
         self.plan = plan(self)
+        self.step = row_step(head.weight.device.type)
         self.bias = None if head.bias is None else head.bias.to(torch.promote_types(self.dtype, torch.float32))
         self._scratch: dict[torch.dtype, Tensor] = {}
         self._weight: Tensor | None = None
@@ -226,28 +237,38 @@ class TiledHead:
 
     def store(self, n: int) -> Store:
         """Room for all logits of n rows, tile after tile."""
-        return Store(self.empty(n * self.head.weight.shape[0], dtype=self.logits_dtype))
+        return self.stored(self.empty(n * self.columns, dtype=self.logits_dtype))
 
-    def store_beside(self, sizes: Sequence[int]) -> Store:
+    def stored(self, own: Tensor) -> Store:
+        """All logits of a chunk that are kept in `own`, flat."""
+        return Store(own, self.step)
+
+    @property
+    def columns(self) -> int:
+        """Of a row of this rank's logits in a store."""
+        return pitch(self.head.weight.shape[0], self.step)
+
+    def store_beside(self, sizes: Sequence[int], dtype: torch.dtype) -> Store:
         """Room for all logits of any chunk, of `sizes` rows each, but those of the first that lie in dW's memory."""
         p, V = self.plan, self.head.weight.shape[0]
-        needed = [n * V for n in sizes]
+        needed = [n * self.columns for n in sizes]
         if p.aliased:
             needed[0] -= sizes[0] * aliased_columns(sizes[0], V, p.width, p.tile_cols)
-        return Store(self.empty(max(needed), dtype=self.logits_dtype))
+        return self.stored(self.empty(max(needed), dtype=dtype))
 
     def alias(self, store: Store, n: int) -> Store:
         """`store` for n rows, with the memory of dW while nothing stands there."""
         if not self.plan.aliased or self.grads.weight is None or self.grads.started:
             return store
         V, D = self.grads.weight.shape
-        return Store(store.own, self.grads.weight.view(-1), aliased_columns(n, V, D, self.plan.tile_cols))
+        return Store(store.own, self.step, self.grads.weight.view(-1), aliased_columns(n, V, D, self.plan.tile_cols))
 
     def scratch(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A tile [n, columns] whose memory the next one of this dtype takes."""
         if dtype not in self._scratch:
-            self._scratch[dtype] = self.empty(self.plan.first_rows * self.plan.tile_cols, dtype=dtype)
-        return self._scratch[dtype][: n * columns].view(n, columns)
+            self._scratch[dtype] = self.empty(self.plan.first_rows * pitch(self.plan.tile_cols, self.step), dtype=dtype)
+        width = pitch(columns, self.step)
+        return self._scratch[dtype][: n * width].view(n, width)[:, :columns]
 
     # -- chunks, tiles and their products --------------------------------------------------------------------------
     def chunk(self, begin: int, end: int) -> Chunk:
@@ -266,10 +287,8 @@ class TiledHead:
         return Chunk(index, head.targets[index].contiguous(), temperature, inputs)
 
     def spans(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """The first row and the end of each of the fewest chunks, all of about one size, that hold begin .. end."""
-        count = -(-(end - begin) // self.plan.first_rows)
-        for i in range(count):
-            yield begin + (end - begin) * i // count, begin + (end - begin) * (i + 1) // count
+        """The first row and the end of each of the fewest chunks that hold begin .. end."""
+        return cut(begin, end, self.plan.first_rows, self.plan.even)
 
     def chunks(self, begin: int, end: int) -> Iterator[Chunk]:
         return (self.chunk(*span) for span in self.spans(begin, end))
