@@ -23,6 +23,8 @@ from triton.runtime import driver
 
 from align_kernels.backends import triton as backend
 from align_kernels.backends.triton import linear, rows
+from align_kernels.schedules.aliasing import pitch
+from align_kernels.schedules.request import row_step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -143,14 +145,18 @@ def row_calls(
     dtype: torch.dtype, out: torch.dtype, V: int, full: bool, n: int = ROWS, offset: int = 0
 ) -> Callable[[], None]:
     def call() -> None:
-        z, state = torch.empty(n, V, dtype=dtype), torch.empty(n, 8, dtype=torch.float64)
+        wide = pitch(V, row_step("cuda"))
+        z, state = torch.empty(n, wide, dtype=dtype)[:, :V], torch.empty(n, 8, dtype=torch.float64)
         targets, g = torch.empty(n, dtype=torch.int64), torch.empty(n)
         common = dict(offset=offset, vocab=V + offset, **(everything(n, V) if full else PLAIN))
         clamp, h = ((0.1, 0.5, "residual"), g) if full else (None, None)
         backend.forward(z, state, targets, **common)
-        dz = z if out == dtype else torch.empty(n, V, dtype=out)
+        dz = z if out == dtype else torch.empty(n, wide, dtype=out)[:, :V]
         backend.backward(z, state, targets, g, h, clamp=clamp, out=dz, **common)
         backend.peaks(z, state, targets, targets, out=torch.empty(V), **common)
+        if out != torch.float16:
+            del common["softcap"]
+            backend.exponentials(z, state, targets, g, out=dz, **common)
 
     return call
 
@@ -204,7 +210,7 @@ def table(made: dict[str, list[tuple[str, Report]]]) -> str:
         "differ: there the float32 forward for sm_90 takes 95 registers. Times on a GPU are not yet measured.",
         "",
         "matmul, async, wide: instructions that multiply matrices, copies from global to shared memory that are",
-        "asynchronous, loads of 16 bytes a thread.",
+        "asynchronous, loads of 16 bytes a thread. Instructions a logit are in [the log](LOG.md).",
         "",
         "| target | kernel | for | warps | registers | spilled | shared bytes | matmul | async | wide |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -96,7 +96,7 @@ def kernel(logits: int, size: int, instructions: float, card: Card) -> float:
 def between(schedule: str, logits: int, card: Card, one_pass: bool) -> float:
     """Seconds of the kernels between the GEMMs."""
     if one_pass and schedule != "recompute":
-        return kernel(logits, 6, 14.7, card)
+        return kernel(logits, 6, 13.5, card)
     return kernel(logits, 4, 27, card) + kernel(logits, 6, 35, card)
 
 

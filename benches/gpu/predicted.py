@@ -1,7 +1,7 @@
 """What was expected of an H100 before anything ran on one, and of an H200 where that differs.
 
 Milliseconds of the 7B head (D = 3584, V = 152064) at 8192 rows: GEMMs at 730 TFLOP/s, 5 % more where they write
-float32; row kernels by their instructions (27 a logit forward, 35 backward, 15 for exponentials in one pass) or their
+float32; row kernels by their instructions (27 a logit forward, 35 backward, 14 for exponentials in one pass) or their
 bytes at 3.0 TB/s (4.3 on an H200); the forward without logits by 13 instructions a logit in its epilogue, 24 before;
 peers by their own figures, scaled by FLOPs. Rates of GEMMs are 730 TFLOP/s times the share of 132 multiprocessors that
 tiles of 128 x 256 keep busy.

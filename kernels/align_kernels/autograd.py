@@ -19,7 +19,6 @@ from align_kernels.head import Head, Needs, Settings, any_wrong, check_rows
 from align_kernels.schedules.base import Closed, Schedule
 from align_kernels.schedules.device_losses import on_device
 from align_kernels.schedules.plan import start
-from align_kernels.schedules.tiles import Chunk
 from align_kernels.sums import float_dtype, read_back, waits
 from align_kernels.units import LossCall, Objective, Span, Units, read_rows
 
@@ -45,14 +44,13 @@ def needed(grads: Sequence[Tensor], needs: Needs) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needs)]
 
 
-def with_live(chunks: list[Chunk], g: Tensor, h: Tensor | None, *, asked: bool) -> list[Chunk]:
-    """The chunks of rows with coefficients g and h [n], with the numbers of rows that have one; where it is not `asked`
-    for, every row of a GPU counts as one, as looking would wait for it."""
-    sizes = [len(chunk.targets) for chunk in chunks]
-    if asked or not waits(g):
-        active = g != 0 if h is None else (g != 0) | (h != 0)
-        sizes = read_back(torch.stack([part.sum() for part in active.split(sizes)])) if sizes else sizes
-    return [chunk.with_live(live) for chunk, live in zip(chunks, sizes)]
+def live_rows(sizes: list[int], g: Tensor, h: Tensor | None, *, asked: bool) -> list[int]:
+    """How many rows of chunks of these sizes have a coefficient, of g and h [n]; where it is not `asked` for, every row
+    of a GPU counts as one, as looking would wait for it."""
+    if not sizes or (waits(g) and not asked):
+        return sizes
+    active = g != 0 if h is None else (g != 0) | (h != 0)
+    return read_back(torch.stack([part.sum() for part in active.split(sizes)]))
 
 
 TWICE = 'cannot differentiate a fused operator twice: pass impl="eager" where second derivatives are needed'
@@ -134,11 +132,13 @@ def logprobs_backward(
     else:
         g = g_logp[saved.kept]
     h = None if g_entropy is None else g_entropy[saved.kept]
-    spans, chunks = list(tiled.spans(0, count)), list(tiled.chunks(0, count))
-    for (begin, end), chunk in zip(spans, with_live(chunks, g, h, asked=schedule.drops or h is not None)):
-        part = None if h is None else h[begin:end]
-        dx = schedule.backward(chunk, saved.state[begin:end], next(of_chunks), g[begin:end], part)
-        tiled.scatter(dx, chunk, dhidden)
+    spans = list(tiled.spans(0, count))
+    live = live_rows([end - begin for begin, end in spans], g, h, asked=schedule.drops or h is not None)
+    for (begin, end), some in zip(spans, live):
+        chunk, state, part = tiled.chunk(begin, end).with_live(some), saved.state[begin:end], None
+        if h is not None:
+            part = h[begin:end]
+        tiled.scatter(schedule.backward(chunk, state, next(of_chunks), g[begin:end], part), chunk, dhidden)
     return _dense((dhidden, *tiled.grads.finish()), hidden)
 
 
@@ -195,11 +195,14 @@ def close(schedule: Schedule, objective: Objective, span: Span, dhidden: Tensor 
     dtype = float_dtype(tiled.head.hidden)
     g, g_entropy = g.to(dtype), None if g_entropy is None else g_entropy.to(dtype)
     begin = 0
-    chunks = with_live(chunks, g, g_entropy, asked=objective.call.sparse) if objective.derive else []
-    for chunk, (part, saved) in zip(chunks, done):
+    sizes = [len(part) for part, _ in done] if objective.derive else []
+    live = live_rows(sizes, g, g_entropy, asked=objective.call.sparse)
+    for chunk, some, (part, saved) in zip(chunks, live, done):
         rows = slice(begin, begin + len(part))
         h = None if g_entropy is None else g_entropy[rows].contiguous()
-        tiled.scatter(schedule.backward(chunk, part, saved, g[rows].contiguous(), h), chunk, dhidden)
+        dx = schedule.backward(chunk.with_live(some), part, saved, g[rows].contiguous(), h)
+        tiled.scatter(dx, chunk, dhidden)
+        del dx  # not beside that of the next chunk
         begin = rows.stop
     return Closed(state, value, sums)
 

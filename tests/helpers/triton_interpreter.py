@@ -8,6 +8,7 @@ the order of programs are silent there. Here the first two raise, and programs r
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -143,7 +144,8 @@ def launch(stock: Callable) -> Callable:
         global current
         current = Launch(tensors_of([*args, *keywords.values()]))
         try:
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # tl.max of nothing but NaN
                 stock(self, *args, **keywords)
             current.check_races(self.fn.__name__)
         finally:

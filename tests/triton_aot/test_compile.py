@@ -36,11 +36,14 @@ def test_target(target: str):
             assert report.asynchronous or target == "gfx942", f"{what} copies to shared memory synchronously"
         elif report.kernel in ("forward_kernel", "backward_kernel") and "50257" not in name:
             assert report.wide_loads, f"{what} loads less than 16 bytes a thread"
+        elif report.kernel == "exponentials_kernel":  # whatever the number of columns: rows are padded
+            assert report.wide_loads, f"{what} loads less than 16 bytes a thread"
         if report.kernel == "statistics_kernel" and target == "sm_90":
             waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", report.assembly)
             assert "1" in waits, f"{what} waits for every product before it begins the next"
     kernels = {report.kernel for _, report in made[target]}
-    assert kernels == {"forward_kernel", "backward_kernel", "peaks_kernel", "statistics_kernel", "merge_kernel"}
+    rows = {"forward_kernel", "exponentials_kernel", "backward_kernel", "peaks_kernel"}
+    assert kernels == rows | {"statistics_kernel", "merge_kernel"}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])

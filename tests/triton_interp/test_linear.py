@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,10 +39,15 @@ class Head:
             softcap=softcap,
             temperature=torch.rand(n, generator=rng) + 0.5 if temperature == "rows" else temperature,
         )
+        self.targets[::3] = self.logits().argmax(1)[::3] + offset
 
-    def state(self) -> Tensor:
-        state = empty_state(len(self.x))
-        triton.on_chip.forward(self.x, self.w, state, self.targets, **self.common)
+    def state(self, *cuts: int) -> Tensor:
+        """Folded from shards of the vocabulary that end at the cuts."""
+        state, c, V = empty_state(len(self.x)), self.common, len(self.w)
+        for begin, end in itertools.pairwise((0, *cuts, V)):
+            bias = None if c["bias"] is None else c["bias"][begin:end]
+            common = c | dict(offset=c["offset"] + begin, bias=bias)
+            triton.on_chip.forward(self.x, self.w[begin:end], state, self.targets, **common)
         return state
 
     def logits(self) -> Tensor:
@@ -67,7 +74,9 @@ def check(head: Head, state: Tensor) -> None:
     for name, (got, expected) in true.items():
         error = ((got - expected).abs() / size).max()
         assert error <= 4e-6, f"{name}: {error:.2e}"
-    assert torch.equal(argmax.long() - offset, l.argmax(1))
+    first = l.argmax(1)
+    assert torch.equal(argmax == head.targets, first == local), "correct"
+    assert torch.equal((argmax.long() - offset) // 128, first // 128), "the part of the maximum"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -91,12 +100,8 @@ def test_a_shard_of_the_vocabulary():
 
 
 def test_a_second_shard_is_folded_into_the_first():
-    whole = Head(9, 400, 32)
-    state = empty_state(9)
-    for begin, end in ((0, 150), (150, 400)):
-        w = whole.w[begin:end]
-        triton.on_chip.forward(whole.x, w, state, whole.targets, **(whole.common | dict(offset=begin)))
-    check(whole, state)
+    whole = Head(9, 400, 32, bias=True)
+    check(whole, whole.state(256))
 
 
 def test_no_rows():
@@ -104,14 +109,18 @@ def test_no_rows():
     assert head.state().shape == (0, 8)
 
 
-def test_large_logits_and_ties(architecture):
-    """Logits of +-1e4 that are exact; many columns share the maximum, in one part and in several."""
+@pytest.mark.parametrize("cuts", [(), (128, 512)], ids=["whole", "shards"])
+def test_large_logits_and_ties(cuts: tuple, architecture):
+    """Logits of +-1e4 that are exact; many columns share the maximum, in one part and in several: only the first of
+    them is the target's."""
     head = Head(6, 700, 16)
     head.x.zero_()[:, 0] = torch.tensor([1.0, 1.0, -1.0, 100.0, -100.0, 0.0])
     head.w.zero_()[:, 0] = (torch.arange(700) % 101 - 50).to(head.w.dtype) * 2
-    state = head.state()
-    check(head, state)
-    assert state[:, 6].tolist() == [100, 100, 0, 100, 0, 0]
+    for target in (0, 99, 100, 101, 201, 699):
+        head.targets.fill_(target)
+        state = head.state(*cuts)
+        check(head, state)
+        assert (state[:, 6] == target).tolist() == [target == first for first in (100, 100, 0, 100, 0, 0)]
 
 
 def test_nan_and_minus_infinity(architecture):

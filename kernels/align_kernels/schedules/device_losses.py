@@ -56,7 +56,7 @@ class OnePassOfTokens(OnePass):
         chunk, w = tiled.chunk(span[2], span[3]), tiled.head.weight
         n, V = len(chunk.targets), len(w)
         z = tiled.logits(chunk, w, 0, V, self.room(n).tile(n, 0, V))
-        out = z if tiled.dtype == tiled.logits_dtype else tiled.scratch(n, V, tiled.dtype)
+        out = z if tiled.dtype == tiled.logits_dtype else tiled.tile(n, V, tiled.dtype)
         state, common = tiled.new_state(n), tiled.common(chunk, 0, V)
         rows = objective.units.kept[span[2] : span[3]]
         picked = {name: x.reshape(-1)[rows].float() for name, x in zip(call.given, objective.side)}

@@ -177,7 +177,7 @@ def gradient(
     for (v0, v1), reference in zip(tiled.tiles(store), references) if len(g) else ():
         e = store.tile(n, v0, v1)
         if live is not None:
-            e = torch.index_select(e, 0, live, out=tiled.scratch(len(live), v1 - v0, tiled.dtype))
+            e = torch.index_select(e, 0, live, out=tiled.tile(len(live), v1 - v0, tiled.dtype))
         if seen is not reference:
             seen, a = reference, reference if live is None else reference[live]
             x, xa = scaled(chunk, left.scale(a)[:, None] * g)

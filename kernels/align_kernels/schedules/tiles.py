@@ -263,6 +263,11 @@ class TiledHead:
         V, D = self.grads.weight.shape
         return Store(store.own, self.step, self.grads.weight.view(-1), aliased_columns(n, V, D, self.plan.tile_cols))
 
+    def tile(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A tile [n, columns] of its own, about to be written whole."""
+        width = pitch(columns, self.step)
+        return self.empty(n, width, dtype=dtype)[:, :columns]
+
     def scratch(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A tile [n, columns] whose memory the next one of this dtype takes."""
         if dtype not in self._scratch:

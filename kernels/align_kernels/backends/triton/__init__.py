@@ -11,17 +11,18 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, Transform
+from align_kernels.backends.arguments import Clamp, Linear, Transform
 from align_kernels.backends.triton import on_chip
 from align_kernels.backends.triton.arguments import checks, head_of, why_not
 
 __all__ = ["backward", "exponentials", "forward", "losses", "on_chip", "peaks", "products", "why_not"]
 
-exponentials = products = losses = None
+products = losses = None
 
 # columns of a block and warps of a program
 FORWARD = dict(BLOCK=1024, num_warps=4)
 BACKWARD = dict(BLOCK=2048, num_warps=4)
+EXPONENTIALS = dict(BLOCK=128, U=16, num_warps=4)
 PEAKS = dict(ROWS=8, BLOCK=256, num_warps=4)
 
 
@@ -44,6 +45,44 @@ def forward(
             _rows().forward_kernel[(n,)](
                 z, state, targets, *head[:2], z.stride(0), c, transform["offset"], *head[2:], **flags, **FORWARD
             )
+
+
+HEADROOM = 30.0  # nats: sums of exp(2 * 30) over any vocabulary are finite in float32
+
+
+def exponentials(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8) float64, updated in place
+    targets: Tensor,  # (n,) int64
+    reference: Tensor,  # (n,) float32, updated in place, -inf before the first tile
+    *,
+    out: Tensor,  # (n, c) float32 | bfloat16, may be z
+    **linear: Unpack[Linear],
+) -> None:
+    """`forward` without a softcap, which also writes exp(l - reference), 0 at the target, and reads each logit once.
+
+    A row takes for its reference the largest of its first logits and of its target's, and keeps it while its maximum
+    is less than HEADROOM above it; else it is done again. What is more than 87 below the reference vanishes.
+
+    Raises:
+        ValueError: as in `forward`, or an `out` of float16, whose range is too small.
+    """
+    on, (n, c), transform = checks(z), z.shape, Transform(**linear, softcap=None)
+    on.state(state, n)
+    head, flags = head_of(on, (n, c), targets, transform)
+    on.tensor("reference", reference, torch.float32, (n,))
+    on.out(out, z)
+    if out.dtype == torch.float16:
+        raise ValueError("out must be float32 or bfloat16, got torch.float16, whose range is too small")
+    del flags["SOFTCAP"]
+    bias, temperature, scale, _, inverse = head
+    look = c if out.data_ptr() == z.data_ptr() else min(c, EXPONENTIALS["BLOCK"] * EXPONENTIALS["U"])
+    if n and c:
+        with torch.cuda.device_of(z):
+            _rows().exponentials_kernel[(n,)](
+                z, out, state, targets, reference, bias, temperature, z.stride(0), out.stride(0), c, look,
+                transform["offset"], scale, inverse, HEADROOM, **flags, **EXPONENTIALS,
+            )  # fmt: skip
 
 
 def backward(

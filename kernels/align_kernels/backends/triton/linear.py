@@ -1,14 +1,16 @@
 """The forward whose logits never leave the chip: a GEMM with the softmax's statistics in its epilogue, and a merge.
 
-A program multiplies BN rows of x by BV rows of w and leaves, per row and PART columns, six numbers: the maximum m of
-the logits, the sums of exp(l - m), exp(l - m) (l - m), exp(l - m)^2 and l, and the first place of m.
+A program multiplies BN rows of x by BV rows of w and leaves, per row and PART columns, five numbers: the maximum m of
+the logits, and the sums of exp(l - m), exp(l - m) (l - m), exp(l - m)^2 and l. The program whose columns hold a row's
+target leaves the target's logit and the largest one before it in its part: with the maxima they tell whether the target
+is the first of the row's largest logits, and no place of a maximum is carried along.
 """
 
 # pyright: reportGeneralTypeIssues=false
 import triton
 import triton.language as tl
 
-from align_kernels.backends.triton.rows import FAR, LOWEST, at_least, fold, inverse_temperature, logits
+from align_kernels.backends.triton.rows import FAR, LOWEST, at_least, exp, fold, inverse_temperature, logits
 
 PART = tl.constexpr(128)
 
@@ -29,25 +31,38 @@ def statistics(
 ):  # fmt: skip
     """Write the numbers of PART columns from `first` on, in an order in which nothing spills.
 
-    ZEROS: the columns beyond V hold zeros.
+    ZEROS: the columns beyond V hold zeros. Only the last part has such columns, and few parts have targets: what is
+    theirs alone stands behind a branch that whole programs take or leave.
     """
     place = tl.arange(0, PART)
-    outside = (first + place >= V)[None, :]
     bias = tl.load(bias_ptr + first + place, mask=first + place < V, other=0.0)[None, :] if BIAS else 0.0
     l, _ = logits(acc, bias, scale, cap, k, BIAS, SOFTCAP)
-    here = (target >= first) & (target < tl.minimum(first + PART, V))
-    picked = tl.sum(tl.where(place[None, :] == (target - first).to(tl.int32)[:, None], l, 0.0), 1)
-    tl.store(picked_ptr + rows, picked, mask=some & here)
+    here = some & (target >= first) & (target < tl.minimum(first + PART, V))
+    if tl.max(here.to(tl.int32), 0) > 0:
+        column = (target - first).to(tl.int32)[:, None]
+        before = tl.max(tl.where(place[None, :] < column, l, -float("inf")), 1)
+        tl.store(picked_ptr + rows, tl.sum(tl.where(place[None, :] == column, l, 0.0), 1), mask=here)
+        tl.store(picked_ptr + n + rows, before, mask=here)
     some = some & (first < V)
     at = parts_ptr + (first // PART).to(tl.int64) * n + rows
     step = tl.cdiv(V, PART).to(tl.int64) * n
-    tl.store(at + 4 * step, tl.sum(l if ZEROS else tl.where(outside, 0.0, l), 1), mask=some)
-    l = tl.where(outside | (l < LOWEST), LOWEST, l)
-    m, arg = tl.max(l, 1, return_indices=True)
+    # not at all where every column is inside: an `if` would become a choice for every logit of every part. With a bias
+    # it may: there the loop's registers spill on sm_100
+    outside = (first + place >= V)[None, :]
+    if not ZEROS:
+        for _ in tl.range(V, first + PART, PART, num_stages=1):
+            l = tl.where(outside, 0.0, l)
+    tl.store(at + 4 * step, tl.sum(l, 1), mask=some)
+    if BIAS:
+        l = tl.where(outside, LOWEST, l)
+    else:
+        for _ in tl.range(V, first + PART, PART, num_stages=1):
+            l = tl.where(outside, LOWEST, l)
+    l = tl.maximum(l, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+    m = tl.max(l, 1)
     tl.store(at, m, mask=some)
-    tl.store(at + 5 * step, arg.to(tl.float32), mask=some)
     t = l - m[:, None]
-    e = tl.exp(t)
+    e = exp(t)
     tl.store(at + step, tl.sum(e, 1), mask=some)
     tl.store(at + 2 * step, tl.sum(e * t, 1), mask=some)
     tl.store(at + 3 * step, tl.sum(e * e, 1), mask=some)
@@ -58,8 +73,8 @@ def statistics(
 def statistics_kernel(
     x_ptr,  # (n, D), or its descriptor
     w_ptr,  # (V, D), or its descriptor
-    parts_ptr,  # (6, parts of V, n) float32
-    picked_ptr,  # (n,) float32: the target's logit
+    parts_ptr,  # (5, parts of V, n) float32
+    picked_ptr,  # (2, n) float32: the target's logit, and the largest one before it in its part
     target_ptr,  # (n,) int64
     bias_ptr,  # (V,) float32
     temperature_ptr,  # (n,) float32
@@ -126,8 +141,8 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["n", "V", "offset"])
 def merge_kernel(
-    parts_ptr,  # (6, parts, n) float32
-    picked_ptr,  # (n,) float32
+    parts_ptr,  # (5, parts, n) float32
+    picked_ptr,  # (2, n) float32
     state_ptr,  # (n, 8) float64
     target_ptr,  # (n,) int64
     n,
@@ -149,7 +164,7 @@ def merge_kernel(
         peak = tl.maximum(peak, tl.load(at + tl.cast(begin, tl.int64) * n, mask=both, other=LOWEST))
     peak = tl.max(peak, 0)
     s, a, q = tl.zeros((BP, BN), tl.float64), tl.zeros((BP, BN), tl.float64), tl.zeros((BP, BN), tl.float64)
-    total, arg = tl.zeros((BP, BN), tl.float64), tl.full((BP, BN), 2147483647, tl.int32)
+    total, first = tl.zeros((BP, BN), tl.float64), tl.full((BP, BN), 2147483647, tl.int32)
     for begin in range(0, parts, BP):
         both = (begin + part < parts)[:, None] & some[None, :]
         here = at + tl.cast(begin, tl.int64) * n
@@ -161,14 +176,20 @@ def merge_kernel(
         a += (f * (tl.load(here + 2 * step, mask=both, other=0.0) + si * t)).to(tl.float64)
         q += (f * f * tl.load(here + 3 * step, mask=both, other=0.0)).to(tl.float64)
         total += tl.load(here + 4 * step, mask=both, other=0.0).to(tl.float64)
-        first = tl.load(here + 5 * step, mask=both, other=0.0).to(tl.int32) + ((begin + part) * PART)[:, None]
-        arg = tl.minimum(arg, tl.where(both & (m == peak[None, :]), first, 2147483647))
-    peak = tl.where(peak == LOWEST, -float("inf"), peak).to(tl.float64)
-    where = (tl.min(arg, 0) + offset).to(tl.float64)
+        first = tl.minimum(first, tl.where(both & (m == peak[None, :]), (begin + part)[:, None], 2147483647))
     target = tl.load(target_ptr + rows, mask=some, other=-1) - offset
     here = (target >= 0) & (target < V)
-    picked = tl.load(picked_ptr + rows, mask=some & here, other=0.0).to(tl.float64)
+    picked = tl.load(picked_ptr + rows, mask=some & here, other=0.0)
+    before = tl.load(picked_ptr + n + rows, mask=some & here, other=0.0)
+    first = tl.min(first, 0)
+    top = here & (first == target // PART) & (at_least(picked, LOWEST) == peak) & (before < peak)
+    # a part that begins with the target has its maximum elsewhere, where that is not the target
+    column = first.to(tl.int64) * PART
+    column = tl.where(top, target, column + (here & (column == target)).to(tl.int64))
+    where = (column + offset).to(tl.float64)
+    peak = tl.where(peak == LOWEST, -float("inf"), peak).to(tl.float64)
     state_ptr += rows.to(tl.int64) * 8
     fold(
-        state_ptr, some, peak, where, tl.sum(s, 0), tl.sum(a, 0), tl.sum(q, 0), tl.sum(total, 0), picked, here
+        state_ptr, some, peak, where, tl.sum(s, 0), tl.sum(a, 0), tl.sum(q, 0), tl.sum(total, 0),
+        picked.to(tl.float64), here,
     )  # fmt: skip

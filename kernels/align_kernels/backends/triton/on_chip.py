@@ -12,7 +12,7 @@ from align_kernels.backends.triton.arguments import CODES, architecture, head_of
 
 MERGE = dict(BP=16, BN=32, num_warps=4)
 PART = 128  # columns of one entry of the statistics, linear.PART
-STATISTICS = 24 / PART  # bytes per logit that `forward` takes
+STATISTICS = 20 / PART  # bytes per logit that `forward` takes
 
 # tiles of `forward`, by what shared memory and registers hold (docs/gpu_registers.md)
 WIDE = dict(BN=128, BV=256, BD=64, GROUP=16, num_warps=8, num_stages=4)
@@ -60,8 +60,8 @@ def forward(
     if tile is WIDE and flags["SOFTCAP"]:  # tanh and 256 columns do not fit in the registers
         tile = DEEP
     tiles = -(-V // tile["BV"])
-    parts = torch.empty(6, -(-V // PART), n, dtype=torch.float32, device=x.device)
-    picked = torch.empty(n, dtype=torch.float32, device=x.device)
+    parts = torch.empty(5, -(-V // PART), n, dtype=torch.float32, device=x.device)
+    picked = torch.empty(2, n, dtype=torch.float32, device=x.device)
     offset, tma = transform["offset"], isinstance(arch, int) and arch >= 90
     flags |= dict(TMA=tma, EVEN=D % tile["BD"] == 0)
     operands = (x, weight)

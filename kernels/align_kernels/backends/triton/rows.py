@@ -10,6 +10,13 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-3.0e38)  # stands for the maximum of nothing, so that no difference of maxima is NaN
 FAR = tl.constexpr(-1.0e30)  # exp(FAR) is 0, and 0 * FAR is not NaN as 0 * -inf is
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """exp of a float32, 0 where that is no normal number: tl.exp takes three instructions more to tell those apart."""
+    return tl.exp2(x * LOG2E)
 
 
 # NaN must come through: tl.maximum and tl.minimum drop it
@@ -144,6 +151,137 @@ def forward_kernel(
     total = tl.sum(total.to(tl.float64), 0)
     where = (arg + offset).to(tl.float64)
     fold(state_ptr, True, peak.to(tl.float64), where, s + seen, a, q + seen, total, l.to(tl.float64), here)
+
+
+@triton.jit
+def block_of_exponentials(
+    z_ptr, out_ptr, bias_ptr, begin, c, scale, inverse, reference, target, s, a, q, total, m, before,
+    FULL: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """One step of `sweep`. FULL: every column lies inside, so that rows which begin at multiples of 16 bytes are read
+    and written 16 bytes at a time whatever c is."""
+    columns = begin + tl.arange(0, BLOCK)[:, None] * U + tl.arange(0, U)[None, :]
+    inside = columns < c
+    if FULL:
+        z = tl.load(z_ptr + columns)
+        bias = tl.load(bias_ptr + columns) if BIAS else 0.0
+    else:
+        z = tl.load(z_ptr + columns, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0) if BIAS else 0.0
+    l, _ = logits(z, bias, scale, 1.0, inverse, BIAS, False)
+    total += tl.sum(l, 1)  # 0 outside
+    if not FULL:
+        l = tl.where(inside, l, LOWEST)
+    t = tl.maximum(l - reference, FAR, propagate_nan=tl.PropagateNan.ALL)
+    if (target >= begin) & (target < begin + BLOCK * U):
+        earlier = tl.max(tl.where(columns < target, l, LOWEST), 1)
+        before = tl.max(tl.maximum(m, earlier), 0)
+        t = tl.where(columns == target, FAR, t)
+    m = tl.maximum(m, tl.max(l, 1))
+    e = exp(t)
+    if FULL:
+        tl.store(out_ptr + columns, e.to(out_ptr.dtype.element_ty))
+    else:
+        tl.store(out_ptr + columns, e.to(out_ptr.dtype.element_ty), mask=inside)
+    return s + tl.sum(e, 1), a + tl.sum(e * t, 1), q + tl.sum(e * e, 1), total, m, before
+
+
+@triton.jit
+def sweep(
+    z_ptr, out_ptr, bias_ptr, c, scale, inverse, reference, target,
+    BIAS: tl.constexpr, BLOCK: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Write exp(l - reference) of a row, and sum it without its target.
+
+    Returns the sums s, a, q of exp(l - reference), of all l, and of l the maximum and the one before the target.
+    """
+    s, a, q = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    total, m = tl.zeros((BLOCK,), tl.float32), tl.full((BLOCK,), LOWEST, tl.float32)
+    before = tl.max(m, 0)
+    whole = c // (BLOCK * U) * (BLOCK * U)
+    for begin in range(0, whole, BLOCK * U):
+        s, a, q, total, m, before = block_of_exponentials(
+            z_ptr, out_ptr, bias_ptr, begin, c, scale, inverse, reference, target, s, a, q, total, m, before,
+            True, BIAS, BLOCK, U,
+        )  # fmt: skip
+    if whole < c:
+        s, a, q, total, m, before = block_of_exponentials(
+            z_ptr, out_ptr, bias_ptr, whole, c, scale, inverse, reference, target, s, a, q, total, m, before,
+            False, BIAS, BLOCK, U,
+        )  # fmt: skip
+    s, a, q = tl.sum(s.to(tl.float64), 0), tl.sum(a.to(tl.float64), 0), tl.sum(q.to(tl.float64), 0)
+    return s, a, q, tl.sum(total.to(tl.float64), 0), tl.max(m, 0), before
+
+
+@triton.jit
+def exponentials_kernel(
+    z_ptr,  # (n, c)
+    out_ptr,  # (n, c), may be z_ptr
+    state_ptr,  # (n, 8) float64
+    target_ptr,  # (n,) int64
+    reference_ptr,  # (n,) float32
+    bias_ptr,  # (c,) float32
+    temperature_ptr,  # (n,) float32
+    stride,
+    out_stride,
+    c,
+    look,  # columns among which a row without a reference finds its own, all of them where out is z
+    offset,
+    scale,
+    inverse,
+    headroom,  # how far, in nats, a row's maximum may lie above its reference
+    BIAS: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    U: tl.constexpr,
+):
+    """One program folds one row and writes its exponentials in one pass; a row that rose too far above its reference
+    is done again, over its maximum.
+
+    The target's own term is no part of the sums: beside it the rest of a confident row would vanish.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    z_ptr += row * stride
+    out_ptr += row * out_stride
+    inverse = inverse_temperature(inverse, temperature_ptr, row, True, ROW_TEMPERATURE)
+    target = tl.load(target_ptr + row) - offset
+    here = (target >= 0) & (target < c)
+    shift = tl.load(bias_ptr + target, mask=here, other=0.0) if BIAS else 0.0
+    picked, _ = logits(tl.load(z_ptr + target, mask=here, other=0.0), shift, scale, 1.0, inverse, BIAS, False)
+
+    reference = tl.load(reference_ptr + row)
+    none = reference == -float("inf")
+    lane = tl.arange(0, BLOCK * U)
+    top = tl.full((BLOCK * U,), LOWEST, tl.float32)
+    for begin in range(0, tl.where(none | (look == c), look, 0), BLOCK * U):
+        columns = begin + lane
+        inside = columns < look
+        z = tl.load(z_ptr + columns, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0) if BIAS else 0.0
+        l, _ = logits(z, bias, scale, 1.0, inverse, BIAS, False)
+        top = tl.maximum(top, tl.where(inside, l, LOWEST))
+    top = tl.max(top, 0)
+    top = tl.where(none & here, tl.maximum(top, picked), top)
+    reference = tl.where(none | (top > reference + headroom), tl.where(top == LOWEST, 0.0, top), reference)
+    s, a, q, total, peak, before = sweep(
+        z_ptr, out_ptr, bias_ptr, c, scale, inverse, reference, target, BIAS, BLOCK, U
+    )  # fmt: skip
+    if peak > reference + headroom:
+        reference = peak
+        s, a, q, total, peak, before = sweep(
+            z_ptr, out_ptr, bias_ptr, c, scale, inverse, reference, target, BIAS, BLOCK, U
+        )  # fmt: skip
+    tl.store(reference_ptr + row, reference)
+
+    # the first column stands for any other than the target; it is the target only where there is a larger one
+    arg = tl.where(here & (before < peak) & (picked == peak), target, (target == 0).to(tl.int64)) + offset
+    rise = tl.where(peak == LOWEST, 0.0, reference - peak).to(tl.float64)
+    own = tl.where(here & (peak != LOWEST), at_least(picked - peak, FAR), FAR).to(tl.float64)
+    f, e = tl.exp(rise), tl.exp(own)
+    a = f * (a + s * rise) + e * own
+    s, q = f * s + e, f * f * q + e * e
+    peak = tl.where(peak == LOWEST, -float("inf"), peak).to(tl.float64)
+    fold(state_ptr + row * 8, True, peak, arg.to(tl.float64), s, a, q, total, picked.to(tl.float64), here)
 
 
 @triton.jit
