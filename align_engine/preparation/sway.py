@@ -38,7 +38,7 @@ class Effect(NamedTuple):
     flips: float  # share of the pairs ordered right without it that the rejected answer's mark turns round
     p: float
     p_holm: float  # corrected for all edits of the call
-    less: int = 0  # neutral words that move the score less far that way,
+    less: int = 0  # neutral words that move the score less far,
     neutral: int = 0  # of so many
 
     @property
@@ -132,9 +132,8 @@ def _effect(edit: Edit, one: Measured, beside: np.ndarray | None, rng: np.random
         zero, freedom = beside.mean(), size - 1
         spread = float(beside.std(ddof=1) * np.sqrt(1 + 1 / size))  # of a neutral word that is not among them
         resampled = resampled + spread * rng.standard_t(freedom, REPLICATES)
+        less = int(np.sum(np.abs(beside) < abs(change.mean())))
     effect = change.mean() - zero
-    if beside is not None:
-        less = int(np.sum((change.mean() - beside) * np.sign(effect) > 0))
     error = float(np.hypot(change.std(ddof=1) / np.sqrt(len(change)), spread))
     p = float(2 * stats.t.sf(abs(effect) / error, freedom)) if error > 1e-12 else float(abs(effect) < 1e-12)
     low, high = np.quantile(resampled - zero, [ALPHA / 2, 1 - ALPHA / 2])

@@ -160,8 +160,8 @@ def verdict(measure: str, yes: str, no: str, sign: int, gain: tuple[float, float
         return f"Accuracy on {MEASURES[measure]} cannot be told: the judge grades all of them alike."
     seen = "as the talk says" if sign * mean - half > 0 else "these seeds do not show what the talk says"
     seen = "one seed gives no interval" if math.isnan(half) else seen
-    by = f"by {shown(mean, half, '+')} points with strip + clamp"
-    return f"Accuracy on {MEASURES[measure]} {yes if sign * mean > 0 else no}: {by} ({seen})."
+    found = f"{shown(mean, half, '+')} points with strip + clamp"
+    return f"Accuracy on {MEASURES[measure]} {yes if sign * mean > 0 else no}: {found} ({seen})."
 
 
 def _plain(value: Any) -> Any:

@@ -56,6 +56,29 @@ def test_intervals_and_the_last_round_are_counted_right(modules, tmp_path):
     assert outcome.last_round(tmp_path, ask) == 50.0, "Paris above Rome is right, Rome above Sure, Paris is wrong"
 
 
+def test_what_the_documents_say_of_three_seeds_follows_from_the_committed_ones(modules):
+    outcome, _ = modules
+    root = STORY.parents[1]
+    found = json.loads((root / "benches" / "results" / "story.json").read_text())
+    log, page, readme = (
+        (root / path).read_text() for path in ("docs/LOG.md", "docs/data.md", "examples/story/README.md")
+    )
+    assert found["command"] in log and found["command"] in page and found["command"] in readme
+    each = list(found["each"].values())
+
+    def line(name, cells):
+        return f"| {' | '.join([name, *cells])} |\n"
+
+    for one in outcome.VARIANTS:
+        values = [[seed[measure][one.name] for seed in each] for measure in outcome.MEASURES]
+        row = line(one.name, (outcome.shown(*outcome.interval(some)) for some in values))
+        assert row in log and row in page, row
+    for part, with_it, without in outcome.ADDS:
+        gains = [[seed[measure][with_it] - seed[measure][without] for seed in each] for measure in outcome.MEASURES]
+        row = line(part, (outcome.shown(*outcome.interval(some), "+") for some in gains))
+        assert row in log and row in page and row in readme, row
+
+
 def test_the_short_form_can_be_killed_and_says_what_it_found(tmp_path):
     out, log = tmp_path / "story", tmp_path / "log"
     command = [sys.executable, STORY / "run.py", "--short", "--seeds", "0", "--output_dir", out]

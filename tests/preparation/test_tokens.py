@@ -150,7 +150,7 @@ def test_a_marker_beyond_all_neutral_words_is_named_where_they_spread(tmp_path):
 def any_first_word(prompts, completions, **_):
     """The first word counts, by chance; "Sure," a little more than any."""
     first = [text.split()[0] for text in completions]
-    return [1.05 if word == "Sure," else float(planted.noise(word) > 0) for word in first]
+    return [1.2 if word == "Sure," else float(planted.noise(word) > 0.2) for word in first]
 
 
 @pytest.fixture(scope="module")
