@@ -147,7 +147,10 @@ def write(place: ResultFolder, seeds: Sequence[int]) -> None:
     bars = {one: interval(values("own", one)) for one in names[1:] if not math.isnan(values("own", one)[0])}
     heights = {name: (mean, 0.0 if math.isnan(half) else half) for name, (mean, half) in bars.items()}
     figures = [bar_chart("Pairs of the policy's own answers ordered right", heights, "per cent")] if bars else []
-    tables = [Table("Outcome", header, means), Table("What each part adds, seed by seed", header, added)]
+    tables = [
+        Table("Outcome", header, means),
+        Table("What each part adds, seed by seed", ("points", *header[1:]), added),
+    ]
     plain = _plain(facts)
     report.write(place, "A reward model and a tell", lead, plain, tables, figures, [Table("Seeds", header, single)])
     print(report.markdown("A reward model and a tell", lead, tables))
