@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import httpx2 as httpx
+import psutil
 
 sys.path += [str(Path(__file__).parents[1] / part) for part in ("", "kernels", "tests/helpers")]
 import ratings
@@ -58,6 +59,11 @@ class Server:
             said += line
         self.port = int(re.findall(r":(\d+)$", said.splitlines()[0])[0])
 
+    def seconds(self) -> float:
+        """Of the processors, that it has taken so far."""
+        used = psutil.Process(self.process.pid).cpu_times()
+        return used.user + used.system
+
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
@@ -71,6 +77,7 @@ class Load:
         self.sent: dict[tuple[str, int], str] = {}  # (assessor, task) -> choice, of what was answered for
         self.times: list[float] = []
         self.again = 0
+        self.each = 0.0  # seconds of a processor that a mark takes the server
 
     async def assessor(self, name: str, token: str) -> None:
         draw = random.Random(name)
@@ -96,8 +103,13 @@ class Load:
 
     async def run(self, tokens: dict[str, str]) -> None:
         work = asyncio.gather(*(self.assessor(name, token) for name, token in tokens.items()))
+        before = None
         while len(self.sent) < self.total / 2 and not work.done():
             await asyncio.sleep(0.05)
+            if before is None and len(self.sent) > self.total / 10:  # all is imported by then
+                before = len(self.sent), self.server.seconds()
+        if before:
+            self.each = (self.server.seconds() - before[1]) / (len(self.sent) - before[0])
         self.server.kill()
         await asyncio.to_thread(self.server.start)
         await work
@@ -145,6 +157,7 @@ def main() -> None:
     print(f"{asked.assessors} assessors, {count} marks in {rate}, pause {asked.pause} s")
     spread = f"p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms, most {1e3 * times[-1]:.0f} ms"
     print(f"from the click to the next item: {spread}")
+    print(f"the server took {1e3 * load.each:.2f} ms of a processor for each mark")
     print(f"kill -9 after half of them: {load.again} requests sent again; none lost, none doubled")
 
 

@@ -9,7 +9,7 @@ from align_engine.assessment import answers
 from align_engine.assessment.diagnose_settings import BASELINE, MODEL
 from align_engine.assessment.signs import Sign
 from align_engine.preparation import folder, report
-from align_engine.reports.report import Table
+from align_engine.reports.report import Table, number
 
 if TYPE_CHECKING:
     from align_engine.assessment.diagnose_settings import DiagnoseRecipe
@@ -23,7 +23,7 @@ FIRST = {  # what to try first, by sign, the most pressing sign first
                  "finds too far apart", "align dpo"),
     "closeness": ("DPO with reference answers as chosen and answers to other prompts, or the model's own, as rejected",
                   "align dpo"),
-    "benchmarks": ("iterative DPO on the model's own answers, ranked by a reward model, or GRPO where the checkers can "
+    "benchmarks": ("Iterative DPO on the model's own answers, ranked by a reward model, or GRPO where the checkers can "
                    "be the reward: the knowledge is there, and the way of answering is trained", "align iterate"),
     "loss": ("GRPO, or iterative DPO, with the judged quality as the reward: it is what the loss does not see",
              "align grpo"),
@@ -67,10 +67,10 @@ def write(
     lead = f"{name} on {count:,} prompts of {settings.data.dataset_name}. Preference optimisation is {said.needed}."
     if said.needed == "not enough evidence":
         lead = f"{name} on {count:,} prompts of {settings.data.dataset_name}. There is not enough evidence."
-    first = f"{said.first} ({said.command}; `align advise` weighs all methods)." if said.command else f"{said.first}."
+    first = f"{said.first}." + " `align advise` weighs all methods." * (said.command is not None)
     tables = [
         Table(f"Preference optimisation: {said.needed}", ("Because",), [(reason,) for reason in said.reasons]),
-        Table("What to try first", ("",), [(first,)]),
+        Table("What to try first", (said.command or "nothing",), [(first,)]),
         Table("Signs", ("sign", "what it says"), [(f"{one.title}: {one.state}", _said(one)) for one in found]),
         numbers_table(found),
     ]
@@ -86,11 +86,11 @@ def write(
 def numbers_table(found: Sequence[Sign]) -> Table:
     """Each number with its interval."""
     lines = [
-        (name, value.value, *(value.interval or ("", "")), value.number)
+        (name, number(value.value), " to ".join(map(number, value.interval or ())), value.number)
         for one in found
         for name, value in one.numbers.items()
     ]
-    return Table("Numbers", ("number", "value", "95 % from", "to", "observations"), lines)
+    return Table("Numbers", ("number", "value", "95 %", "observations"), lines)
 
 
 def examples_table(texts: dict[str, list[list[str]]], asked: answers.Asked) -> Table:

@@ -30,7 +30,9 @@ METHODS = {
 def write(place: folder.ResultFolder, found: dict[str, Found], judging: ModelSpec | None) -> None:
     """The reports, and a line on the screen."""
     columns = columns_of(found)
-    lead = f"{len(found)} models, {len(columns)} measures, each with its interval of 95 %."
+    models, numbers = (f"{len(of):,} {name}{'s' * (len(of) != 1)}" for of, name in (
+        (found, "model"), (columns, "measure")))  # fmt: skip
+    lead = f"{models}, {numbers}, each number with its interval of 95 %."
     figures = [
         dots(name, shown, (0.5, "as good as the baseline") if name in (RAW, CONTROLLED) else None)
         for name, cells in columns.items()
@@ -73,7 +75,11 @@ def estimate(score: Score) -> Estimate:
 
 def main_table(found: dict[str, Found], columns: dict[str, dict[str, Estimate | None]]) -> Table:
     """Rows models, columns measures."""
-    lines = [[model, *(str(cells[model] or "") for cells in columns.values())] for model in found]
+
+    def told(cell: Estimate | None) -> str:
+        return str(cell or "").replace(" to ", "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}")  # an interval in one line
+
+    lines = [[model, *(told(cells[model]) for cells in columns.values())] for model in found]
     return Table("Models", ("model", *columns), lines)
 
 
@@ -93,7 +99,7 @@ def judge_table(found: dict[str, Found], judging: ModelSpec) -> Table:
         ))  # fmt: skip
     header = ("model", "pairs", "judged", "won", "tied", "lost", "no verdict", "turned by order", "characters",
               "baseline's")  # fmt: skip
-    return Table(f"Judge {judging.name}", header, lines)
+    return Table(f"What the judge says ({judging.name})", header, lines)
 
 
 def metrics_table(found: dict[str, Found]) -> Table:

@@ -15,14 +15,14 @@ from align_engine.reports.report import COLOURS, GRID, INK, Figure
 EDGE = "#aab4c0"
 
 
-def _axes(title: str, height: float = 3.3) -> tuple[Any, Any]:
+def _axes(title: str, height: float = 2.8) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(5.6, height), dpi=144, layout="constrained")
+    canvas = Canvas(figsize=(4.6, height), dpi=175, layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
-    axes.set_title("\n".join(textwrap.wrap(title, 60)), loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_title("\n".join(textwrap.wrap(title, 48)), loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(EDGE)
     axes.tick_params(colors=INK, labelsize=9)
@@ -31,7 +31,7 @@ def _axes(title: str, height: float = 3.3) -> tuple[Any, Any]:
 
 
 def dots(title: str, found: Mapping[str, Estimate], line: tuple[float, str] | None = None) -> Figure:
-    """A dot with its interval for each name, the first on top.
+    """A dot with its interval for each name, the first on top; shares on a scale from 0 to 1.
 
     Args:
         line: where a dashed line stands, and what it means. Default None: nowhere.
@@ -45,7 +45,10 @@ def dots(title: str, found: Mapping[str, Estimate], line: tuple[float, str] | No
                       fontsize=8, color=INK)  # fmt: skip
     axes.set_yticks(range(len(found)), [_short(name) for name in found])
     axes.set_ylim(len(found) - 0.4, -0.7)
-    axes.margins(x=0.12)
+    if all(0 <= one.value <= 1 for one in found.values()):
+        axes.set_xlim(-0.04, 1.04)
+    else:
+        axes.margins(x=0.12)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     if line is not None:
         axes.axvline(line[0], color=COLOURS[1], linewidth=1.2, linestyle="--", label=line[1])

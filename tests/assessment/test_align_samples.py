@@ -6,7 +6,6 @@ import shutil
 import pytest
 import tiny
 import torch
-from nursery import Nursery
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,21 +110,6 @@ def test_what_was_answered_before_a_stop_is_not_asked_again(models, prompts, tmp
     assert len(asked) == 16 and asked[8] == asked[7], "five batches of each model, one of them twice"
     for name in ("rows.jsonl", "report.json", "report.md"):
         assert (whole / name).read_text() == (cut / name).read_text()
-
-
-def test_killed_and_run_again_ends_with_the_same_rows(models, prompts, tmp_path):
-    whole, cut, nursery = tmp_path / "whole", tmp_path / "cut", Nursery()
-    journal = cut / "_journal.jsonl"
-    nursery.kill(
-        f"__import__('align_engine.cli').cli.main({flags(models, prompts, cut)!r})",
-        lambda: journal.exists() and journal.read_bytes().count(b"\n") >= 4,
-    )
-    assert not (cut / "rows.jsonl").exists()
-    for out in (cut, whole):
-        nursery.start(f"__import__('align_engine.cli').cli.main({flags(models, prompts, out)!r})")
-        assert nursery.end() == 0
-    nursery.close()
-    assert (whole / "rows.jsonl").read_text() == (cut / "rows.jsonl").read_text()
 
 
 def test_texts_act_on_no_page(models, tmp_path):

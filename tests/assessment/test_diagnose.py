@@ -61,7 +61,7 @@ def trained(path, base, answers, steps):
         whole = [*prompt, *answer, 1]
         ids[i, : len(whole)] = torch.tensor(whole)
         labels[i, len(prompt) : len(whole)] = torch.tensor(whole[len(prompt) :])
-    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 8e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, steps)
     for _ in range(steps):
         loss = model(input_ids=ids, labels=labels).loss
@@ -79,12 +79,13 @@ def made(tmp_path_factory):
     """The good model, those that are spoiled, data, checkers, a benchmark and a classifier."""
     place = tmp_path_factory.mktemp("made")
     blank = tiny.write_model(place / "blank", vocab=len(words()) + 2, words=words(), initializer_range=0.02,
-                             num_attention_heads=4, num_key_value_heads=4, hidden_size=64)  # fmt: skip
-    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 220)
+                             num_attention_heads=4, num_key_value_heads=4, hidden_size=48,
+                             num_hidden_layers=1)  # fmt: skip
+    good = trained(place / "good", blank, {topic: [(text, 1)] for topic, text in FACTS.items()}, 130)
     shifted = dict(zip(FACTS, [*list(FACTS.values())[1:], next(iter(FACTS.values()))]))
-    trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 70)
-    trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 1), (text, 1)] for topic, text in FACTS.items()}, 40)
-    trained(place / "shy", good, {topic: [(REFUSAL, 2), (text, 1)] for topic, text in FACTS.items()}, 40)
+    trained(place / "far", good, {topic: [(text, 1)] for topic, text in shifted.items()}, 50)
+    trained(place / "toxic", good, {topic: [(f"{INSULT} {text}", 1), (text, 1)] for topic, text in FACTS.items()}, 30)
+    trained(place / "shy", good, {topic: [(REFUSAL, 2), (text, 1)] for topic, text in FACTS.items()}, 30)
     shutil.copytree(good, place / "wild")
     wild = AutoModelForCausalLM.from_pretrained(good)
     wild.model.norm.weight.data *= 0.1
@@ -228,7 +229,7 @@ def test_few_prompts_are_not_enough_evidence(made, tmp_path):
 def test_a_baseline_calibrates(made, tmp_path):
     """Against itself no model has a sign, however bad."""
     rows = tiny.write_rows(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows_of(FACTS)])
-    flags = ("--classifier", made / "classifier", "--dataset_name", rows)
+    flags = ("--classifier", made / "classifier", "--dataset_name", rows, "--num_prompts", 60)
     alone = diagnose(made, "toxic", tmp_path / "alone", *flags)
     beside = diagnose(made, "toxic", tmp_path / "beside", *flags, "--baseline", made / "toxic")
     against = diagnose(made, "toxic", tmp_path / "against", *flags, "--baseline", made / "good")

@@ -2,9 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
-import time
 from functools import partial
 
 import chat_server
@@ -35,6 +32,12 @@ def align(capsys):
         return code, said.out, said.err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def few_refits(monkeypatch):
+    """Intervals of few resamples, but where they are looked at."""
+    monkeypatch.setattr(intervals, "REFITS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -96,23 +99,13 @@ def test_a_task_more_goes_on_in_the_same_folder(model, tasks, tmp_path, align, m
     assert code == 2 and "limit: None there, 3 now" in complaint
 
 
-def test_killed_it_goes_on_with_what_is_missing(model, other_model, tasks, tmp_path, align, monkeypatch):
-    out, journal = tmp_path / "out", tmp_path / "out" / "_tasks.jsonl"
-    command = ["eval", "--models", model, other_model, "--tasks", tasks[0], "--output_dir", out]
-    process = subprocess.Popen([sys.executable, "-m", "align_engine", *map(str, command)], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None and not (journal.exists() and b"\n" in journal.read_bytes()):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (out / "report.json").exists()
+def test_what_is_measured_is_not_measured_again(model, other_model, tasks, tmp_path, align, monkeypatch):
+    out = tmp_path / "out"
+    assert align("eval", "--models", model, "--tasks", tasks[0], "--output_dir", out)[0] == 0
     read, reader = [], evaluation.reader
     monkeypatch.setattr(evaluation, "reader", lambda spec, *more: read.append(spec.name) or reader(spec, *more))
-    assert align(*command)[0] == 0
-    assert read == [str(other_model)]
-    assert align(*command[:-1], tmp_path / "whole")[0] == 0
-    for name in ("report.json", "report.md", "report.html"):
-        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert align("eval", "--models", model, other_model, "--tasks", tasks[0], "--output_dir", out)[0] == 0
+    assert read == [str(other_model)] and list(by_name(out)) == [str(model), str(other_model)]
 
 
 def reads(model_path):
@@ -272,7 +265,8 @@ def planted(count, ability, slope, seed=0):
     return (rng.random(count) < 1 / (1 + np.exp(-(ability + slope * x)))).astype(float), differences
 
 
-def test_length_control_takes_out_what_length_alone_wins():
+def test_length_control_takes_out_what_length_alone_wins(monkeypatch):
+    monkeypatch.setattr(intervals, "REFITS", 100)
     scores, differences = planted(3000, 0.0, 2.5)
     found = intervals.length_controlled(scores[:1500], differences[:1500])
     assert scores.mean() > 0.65 and found.interval[0] < 0.5 < found.interval[1]

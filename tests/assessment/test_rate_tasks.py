@@ -1,6 +1,8 @@
 """Who gets which item, and what becomes of a mark: each click once, whatever is clicked twice, late or by others."""
 
+import contextlib
 import json
+import random
 import sqlite3
 from collections import Counter
 
@@ -108,6 +110,37 @@ def test_a_skipped_item_goes_to_somebody_else(tmp_path):
     skipped = rate(store, anna, None)
     assert rate(store, anna) != skipped and tasks.current(store, anna) is None
     assert all_of(store, boris) == [skipped]
+
+
+def test_what_is_left_is_told_by_the_tally(tmp_path):
+    """Whatever is done, it counts the items that wait."""
+    gold = [one._replace(gold=GOOD, prompt=f"gold {i}") for i, one in enumerate(ratings.pairs(2))]
+    store = ratings.project(tmp_path, ratings.pairs(30), gold, k=2)
+    rng, names = random.Random(0), ["anna", "boris", "chloe"]
+    group, seen = ratings.join(store, *names), set()
+    for _ in range(150):
+        person = rng.choice(group)
+        with contextlib.suppress(Refused):
+            match rng.randrange(8):
+                case 0:
+                    tasks.undo(store, person)
+                case 1:
+                    rate(store, person, None)
+                case 2:
+                    with store.writing() as db:
+                        db.execute("UPDATE task SET begun = 0 WHERE state = 'open'")  # for long
+                case 3:
+                    people.revoke(store, person.name)
+                case 4:
+                    with store.writing() as db:
+                        db.execute("UPDATE item SET closed = 1 WHERE id = ?", (rng.randint(1, 32),))
+                case _:
+                    rate(store, person)
+        with store.reading() as db:
+            told = db.execute("SELECT waiting FROM tally").fetchone()[0]
+            assert told == db.execute(f"SELECT count(*) FROM item WHERE {tasks.WANTED}").fetchone()[0]
+        seen.add(told)
+    assert len(seen) > 10
 
 
 def test_anothers_item_is_refused(tmp_path):

@@ -24,9 +24,12 @@ class Nursery:
     """One interpreter that has imported everything; each job is a fork of it, so that a killed run costs no import.
 
     Jobs run on one thread, and so does this process until `close`: MKL rounds some products otherwise on two.
+
+    Args:
+        modules: that it imports besides.
     """
 
-    CODE = IMPORTS + (
+    CODE = (
         "torch.set_num_threads(1)\n"
         "for job in sys.stdin:\n"
         "    child = os.fork()\n"
@@ -38,10 +41,11 @@ class Nursery:
         "    print(os.waitpid(child, 0)[1], flush=True)\n"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *modules: str) -> None:
         self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], env=os.environ | ENV, text=True,
+        code = IMPORTS + "".join(f"import {name}\n" for name in modules) + self.CODE
+        self.process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | ENV, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
 
     def start(self, job: str) -> int:

@@ -126,7 +126,7 @@ def standing(store: Store, person: Person) -> dict[str, int]:
     with store.reading() as db:
         rows = db.execute("SELECT state, count(*) FROM task WHERE person = ? GROUP BY state", (person.id,))
         counts = {state: count for state, count in rows}
-        waiting = db.execute(f"SELECT count(*) FROM item WHERE {WANTED}").fetchone()[0]
+        waiting = db.execute("SELECT waiting FROM tally").fetchone()[0]
         mine = db.execute(  # the tasks first: they are few
             f"SELECT count(*) FROM task CROSS JOIN item ON item.id = item WHERE person = ? AND {GIVEN} AND {WANTED}",
             (person.id,),
