@@ -10,6 +10,7 @@ from rich.prompt import Prompt
 from align_engine import recipe as recipes
 from align_engine.assessment.guide import guide
 from align_engine.assessment.sections import AdviseRecipe
+from align_engine.assessment.situation import CHECKS
 from align_engine.errors import BadInput
 
 QUESTIONS = {
@@ -34,7 +35,8 @@ def asked(settings: AdviseRecipe) -> AdviseRecipe:
     """
     console = Console()
     for name, question in QUESTIONS.items():
-        if name == "model_size" and settings.situation.model_name_or_path:
+        at = settings.situation
+        if (name == "model_size" and at.model_name_or_path) or (name == "memory" and at.gpus == 0):
             continue
         options = guide()["data"] if name == "have" else guide()["tasks"] if name == "task" else {}
         for word, meaning in options.items():
@@ -49,11 +51,18 @@ def answered(settings: AdviseRecipe, name: str, question: str, console: Console)
     held = default.get(name, getattr(settings.situation, name))
     while True:
         try:
-            text = Prompt.ask(question, console=console, default="" if held is None else str(held))
+            shown = "" if held is None else str(held)
+            text = Prompt.ask(question, console=console, default=shown, show_default=bool(shown))
+        except KeyboardInterrupt:
+            console.print()
+            raise
         except EOFError as error:
             raise BadInput("the questions were left without answers; flags give them: align advise --help") from error
         try:
             changes: dict[str, dict[str, Any]] = {"situation": {name: text or None}}
-            return recipes.check(recipes.typed(settings, changes, "answer"), ())
+            found = recipes.check(recipes.typed(settings, changes, "answer"), ())
+            if name in CHECKS:
+                CHECKS[name](found.situation)
+            return found
         except BadInput as error:
             console.print(f"[red]{str(error).removeprefix('answer: ')}[/red]", highlight=False)

@@ -20,7 +20,7 @@ from align_engine.errors import BadInput, printable
 from align_engine.run import quiet_libraries
 from align_engine.training.checkpoint import SIDE, settle
 
-COMMANDS = "/reset begins anew, /save FILE writes the conversation, /quit ends"
+COMMANDS = "/reset begins anew, /save FILE writes the conversation, /quit ends, Ctrl-C stops an answer"
 
 
 def run(settings: ChatRecipe) -> None:
@@ -48,10 +48,16 @@ def lines() -> Iterator[str]:
     """Messages: of a person at a terminal, or of a pipe, a line each."""
     with contextlib.suppress(AttributeError):
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a pipe may hold what is no text
+    person = sys.stdin.isatty()
     while True:
         try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
+            yield input("> " if person else "")
+        except KeyboardInterrupt:
+            if not person:
+                return
+            print("\n(that line is gone, the conversation stays; /quit or Ctrl-D ends)")
+        except EOFError:
+            print(end="\n" * person)
             return
 
 

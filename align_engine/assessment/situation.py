@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,16 +51,21 @@ def situation(section: SituationSection) -> Situation:
         BadInput: data or a model that cannot be read, GPUs of unknown memory.
     """
     gpus, card = device(section.gpus, section.memory)
-    have: set[str] = set(section.have)
-    rows = None
-    if section.dataset_name:
-        found = load_rows(section.dataset_name)
-        have, rows = have | kinds(found), len(found)
+    held, rows = looked_at(section)
+    have: set[str] = {*section.have, *held}
     more = {"pretrained": section.pretrained, "best-quality": section.best_quality}
     return Situation(
         gpus, card, section.assessors, frozenset(with_prompts(have)), rows, section.task, billions(section),
         frozenset(word for word, said in more.items() if said),
     )  # fmt: skip
+
+
+def looked_at(section: SituationSection) -> tuple[set[str], int | None]:
+    """(What the data set holds, its rows); nothing where none is named. Raises BadInput as `kinds`."""
+    if not section.dataset_name:
+        return set(), None
+    found = load_rows(section.dataset_name)
+    return kinds(found), len(found)
 
 
 def device(gpus: int | None, memory: str | None) -> tuple[int, Card]:
@@ -114,3 +120,10 @@ def billions(section: SituationSection) -> float:
     with torch.device("meta"), blank.blank():
         model: Any = load.load_model(section.model_name_or_path, asked)
     return sum(parameter.numel() for parameter in model.parameters()) / 1e9
+
+
+CHECKS: dict[str, Callable[[SituationSection], Any]] = {  # what a field names is there and can be read, or BadInput
+    "memory": lambda section: device(section.gpus, section.memory),
+    "dataset_name": looked_at,
+    "model_name_or_path": billions,
+}

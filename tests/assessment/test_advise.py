@@ -221,13 +221,20 @@ class Terminal(io.StringIO):
 
 
 def test_questions_on_a_terminal_and_an_answer_that_cannot_be(monkeypatch, capsys):
-    typed = ["many", "1", "24GB", "3", "", "pairs, marks", "safety", "", "8", "no", "yes"]
+    typed = ["many", "1", "lots", "", "24GB", "3", "none.jsonl", "", "pairs, marks", "safety", "./none", "", "8",
+             "no", "yes"]  # fmt: skip
     monkeypatch.setattr(sys, "stdin", Terminal("".join(f"{line}\n" for line in typed)))
     found = asked(AdviseRecipe()).situation
     assert (found.gpus, found.memory, found.assessors, found.dataset_name) == (1, "24GB", 3, None)
     assert (found.have, found.task, found.model_size) == (["pairs", "marks"], "safety", 8.0)
     assert (found.model_name_or_path, found.pretrained, found.best_quality) == (None, False, True)
-    assert "'many' is not a whole number" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for complaint in ("'many' is not a whole number", "memory = 'lots'", "gpus = 1 needs memory", "none.jsonl"):
+        assert complaint in said, "what cannot be is asked again at once, not after the last question"
+    assert said.count("Folder or hub name of the model") == 2 and "()" not in said
+    monkeypatch.setattr(sys, "stdin", Terminal("0\n2\n\n\nchat\n\n\n\n\n"))
+    found = asked(AdviseRecipe()).situation
+    assert (found.gpus, found.memory, found.assessors) == (0, None, 2), "of no GPU nobody asks the memory"
     monkeypatch.setattr(sys, "stdin", Terminal("1\n"))
     with pytest.raises(BadInput, match="left without answers"):
         asked(AdviseRecipe())

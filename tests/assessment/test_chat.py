@@ -2,12 +2,18 @@
 
 import io
 import json
+import os
+import select
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import PATHS
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,6 +118,46 @@ def test_escapes_in_answers_do_not_reach_the_terminal(tmp_path, monkeypatch, cap
     chat.answer(words[3], voices, console)
     assert "\x1b[2J" not in drawn.getvalue() and "\u202e" not in drawn.getvalue()
     assert "─ A ─" in drawn.getvalue() and "─ B ─" in drawn.getvalue()
+
+
+def test_a_person_at_a_terminal(model, tmp_path):
+    """Through a pty: an answer, a line that is dropped, a file, an end by Ctrl-D."""
+    mine, theirs = os.openpty()
+    command = [sys.executable, "-m", "align_engine", "chat", "--model_name_or_path", str(model), "--max_new_tokens"]
+    process = subprocess.Popen(
+        [*command, "80", "--temperature", "9"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "TERM": "xterm"},
+    )  # fmt: skip
+    os.close(theirs)
+    screen, at = "", 0
+
+    def until(text):
+        nonlocal screen, at
+        end = time.monotonic() + 120
+        while text not in screen[at:]:
+            assert process.poll() is None and time.monotonic() < end, screen
+            if select.select([mine], [], [], 0.1)[0]:
+                screen += os.read(mine, 4096).decode()
+        at = screen.index(text, at) + len(text)
+
+    until("Ctrl-C stops an answer")
+    until("> ")
+    os.write(mine, b"w3 w4\n")
+    until(" w")
+    until("> ")
+    os.write(mine, b"w5")
+    until("w5")
+    process.send_signal(signal.SIGINT)
+    until("the conversation stays")
+    until("> ")
+    os.write(mine, f"/save {tmp_path}/talk.jsonl\n".encode())
+    until("written to")
+    until("> ")
+    os.write(mine, b"\x04")
+    assert process.wait(60) == 0 and "Traceback" not in screen and "Loading weights" not in screen
+    os.close(mine)
+    (row,) = map(json.loads, (tmp_path / "talk.jsonl").read_text().splitlines())
+    assert row["messages"][0] == turn("user", "w3 w4") and len(row["messages"]) == 2, "w5 was not said"
 
 
 def test_an_answer_is_stopped_and_what_was_said_stays(model):

@@ -1,15 +1,25 @@
-"""The page of `align report` in Chromium: on a desk and on a phone, by the pointer and by keys."""
+"""The pages of `align report`, `eval` and `diagnose` in Chromium: on a desk, on a phone, by the pointer and by keys."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
 
 import chromium
+import numpy as np
 import pytest
 
 from align_engine import recipe as recipes
+from align_engine.assessment import answers, diagnose_report, eval_report, judge, signs
+from align_engine.assessment.diagnose_settings import DiagnoseRecipe
+from align_engine.assessment.found import Found, Versus
+from align_engine.assessment.intervals import mean
 from align_engine.cli import main
+from align_engine.preparation import generate
+from align_engine.preparation.folder import ResultFolder
+from align_engine.preparation.models import ModelSpec
 from align_engine.recipe import GrpoRecipe
+from align_engine.reports.benchmarks import Score
 from align_engine.training.checkpoint import RunFolder
 
 SHOTS = os.environ.get("ALIGN_SCREENSHOTS")  # a folder for pictures of the pages
@@ -51,10 +61,69 @@ def page(tmp_path_factory):
     return (place / "out" / "report.html").as_uri()
 
 
+def write_eval(path):
+    """The page of `align eval`, of two invented models with a long name and a judge."""
+    text = "An answer of some length, in أكثر من لغة. " * 30
+    specs = [ModelSpec(name=name, column="c") for name in ("base", "runs/a-long-name/of-a-folder/final")]
+    found = {one.name: Found(one) for one in specs}
+    for i, one in enumerate(found.values()):
+        for task in ("instruction_following", "common_sense"):
+            one.scores[task] = Score(
+                task, "acc", 0.4 + 0.2 * i, 0.05, 100, 0.25, {"acc,none": 0.4, "acc_norm,none": 0.5}
+            )
+        one.checked["rewards.py:right"] = mean([0.0, 1.0, 1.0])
+        one.unscored["rewards.py:right"] = 2
+    comparison = judge.Comparison(specs[1].name, 0, text, text, "no")
+    judged = [judge.Judged(comparison, first, 1.0, ("because\n[[A]]", "[[B]]")) for first in (1.0, 0.5)]
+    found[specs[1].name].versus = Versus(mean([1.0, 0.5]), mean([1.0, 0.5]), judged, (600.0, 2.0))
+    found["base"].unable["hellaswag"] = "multiple choice needs an endpoint whose /completions echo log-probs " * 3
+    with folder_of(path, "eval") as place:
+        eval_report.write(place, found, ModelSpec(name="judge", base_url="http://127.0.0.1:1/v1"))
+
+
+def write_diagnosis(path):
+    """The page of `align diagnose`, of invented numbers."""
+    rng = np.random.default_rng(0)
+    found = [
+        signs.benchmarks({"facts": mean(rng.random(80))}, {"facts": 0.25}, mean(rng.random(80) / 9), None),
+        signs.toxic(rng.random((60, 3)), "toxic", rng.random((60, 1)) / 3, "reference answers"),
+        *(signs.missing(name, signs.TITLES[name], "give encoder") for name in ("variance", "closeness")),
+        signs.loss(range(20), [1.0] * 20, range(20), rng.random(20), "rewards/judge/mean"),
+    ]
+    prompt = generate.Prompt([{"role": "user", "content": "What? " * 40}], {}, {})
+    asked = answers.Asked(dict.fromkeys(range(3), prompt), {})
+    settings = DiagnoseRecipe()
+    settings.patient.model_name_or_path, settings.data.dataset_name = "runs/a-long-name/of-a-folder/final", "p.jsonl"
+    texts = {"model": [["This. " * 90, "That."]] * 3}
+    with folder_of(path, "diagnose") as place:
+        diagnose_report.write(place, settings, found, texts, asked)
+
+
+@contextlib.contextmanager
+def folder_of(path, command):
+    place = ResultFolder(path, {"command": command})
+    with place.locked():
+        place.begin({}, False)
+        yield place
+
+
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
     with chromium.started(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
+
+
+@pytest.mark.parametrize("write", [write_eval, write_diagnosis])
+def test_pages_of_eval_and_diagnose_read_well(write, driver, tmp_path):
+    write(tmp_path / "out")
+    for screen in ("DESKTOP", "PHONE"):
+        chromium.size(driver, getattr(chromium, screen))
+        driver.get((tmp_path / "out" / "report.html").as_uri())
+        driver.execute_script("document.querySelectorAll('details').forEach(one => one.open = true)")
+        assert chromium.overflow(driver) <= 0 and chromium.faults(driver) == []
+        assert len(driver.find_elements("css selector", ".figures img")) >= 3
+        if SHOTS:
+            driver.save_screenshot(str(Path(SHOTS) / f"{write.__name__}-{screen.lower()}.png"))
 
 
 @pytest.mark.parametrize("screen", ["DESKTOP", "PHONE"])
