@@ -38,7 +38,7 @@ def run(settings: ChatRecipe) -> None:
         plain = "" if voice.templated else " (it has no chat template: messages are lines of a text)"
         console.print(Text(printable(label + plain)), soft_wrap=True)
     if sys.stdin.isatty():
-        console.print(COMMANDS, soft_wrap=True)
+        console.print(Text(COMMANDS), soft_wrap=True)
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # lines can be edited, and earlier ones called back
     talk(lines(), voices, console)

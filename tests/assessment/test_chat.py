@@ -140,7 +140,7 @@ def test_a_person_at_a_terminal(model, tmp_path):
                 screen += os.read(mine, 4096).decode()
         at = screen.index(text, at) + len(text)
 
-    until("/reset begins anew")
+    until("Ctrl-C stops an answer")
     until("> ")
     os.write(mine, b"w3 w4\n")
     until(" w")
