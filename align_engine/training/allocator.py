@@ -1,8 +1,9 @@
 """A CPU's memory: blocks that are free go back to the system, and large ones lie in huge pages.
 
 glibc keeps freed blocks, and raises the size from which it maps a block apart to 32 MiB: activations of rows of many
-lengths leave holes that nothing fits into, several times what a step needs. Mapped apart from 4 MiB on, they are given
-back at once; what that costs in page faults, huge pages save several times over (benches/bench_cpu_memory.py).
+lengths leave holes that nothing fits into, several times what a step needs, and a few bytes that Python puts into a
+hole spoil it for the next tensor of its size. Blocks that are mapped apart are given back at once; what that costs in
+page faults, huge pages save several times over (benches/bench_cpu_memory.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-MAPPED, TRIMMED = 4 << 20, 64 << 20  # bytes
+MAPPED, TRIMMED = 1 << 20, 64 << 20  # bytes
+LARGE = 2 << 20  # bytes from which torch asks for huge pages
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it once, when it gives out the first memory
 
 
@@ -41,4 +43,4 @@ def _huge() -> bool:
     """Whether torch lays a large block at the begin of a page."""
     import torch
 
-    return torch.empty(MAPPED, dtype=torch.uint8).data_ptr() % 4096 == 0
+    return torch.empty(LARGE, dtype=torch.uint8).data_ptr() % 4096 == 0

@@ -44,7 +44,7 @@ def test_large_blocks_are_mapped_apart(huge):
                           env=around | {"PYTHONPATH": os.pathsep.join(PATHS)})  # fmt: skip
     before, said, after = done.stdout.splitlines()
     assert (before, after) == ("False", "True")
-    assert said.startswith("malloc maps blocks from 4 MiB on apart")
+    assert said.startswith("malloc maps blocks from 1 MiB on apart")
     assert said.endswith("in huge pages" if huge else "THP_MEM_ALLOC_ENABLE=1 was not set before torch")
 
 

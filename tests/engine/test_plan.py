@@ -2,7 +2,11 @@
 
 import gc
 import json
+import os
+import platform
 import shutil
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -388,23 +392,82 @@ def test_numbers_are_not_needed_of_a_torch_tensor(tmp_path):
 
 # -- malloc --------------------------------------------------------------------------------------------------------
 def test_a_heap_keeps_what_was_freed_and_gives_back_its_end():
-    heap = Heap()
+    heap, size = Heap(), 1 << 19
     heap.add(0, MAPPED)
     assert heap.resident == heap.live == 0, "mapped apart"
     for number in range(1, 5):
-        heap.add(number, 1 << 20)
-    assert heap.live == 4 << 20 <= heap.resident < 4.2 * 2**20
+        heap.add(number, size)
+    assert heap.live == 4 * size <= heap.resident < 4.2 * size
     before = heap.resident
     heap.remove(2)
     heap.remove(3)
-    assert heap.live == 2 << 20 and heap.resident == before
-    heap.add(5, 3 << 19)
+    assert heap.live == 2 * size and heap.resident == before
+    heap.add(5, size * 3 // 2)
     assert heap.resident == before, "a hole of two is large enough"
     for number in (1, 4, 5):
         heap.remove(number)
     assert heap.live == 0 and heap.resident == before, "less than TRIMMED is free at its end"
-    for number in range(6, 80):
-        heap.add(number, 1 << 20)
-    for number in range(7, 80):
+    heap.add(6, MAPPED)
+    assert heap.live == MAPPED, "there is room for it in the free end"
+    heap.remove(6)
+    for number in range(7, 160):
+        heap.add(number, size)
+    for number in range(8, 160):
         heap.remove(number)
-    assert heap.resident < 8 << 20
+    assert heap.resident < 5 * size
+
+
+def test_a_huge_page_comes_whole():
+    heap = Heap()
+    heap.add(0, 12 << 20)
+    assert heap.resident == 0, "mapped apart"
+    for number in range(1, 60):  # a free end of 58 blocks
+        heap.add(number, MAPPED // 2)
+    for number in range(1, 60):
+        heap.remove(number)
+    assert heap.resident < 30 << 20
+    heap.add(0, 12 << 20)
+    assert heap.live == 12 << 20 and heap.resident < 30 << 20
+
+
+GLIBCS = """
+import ctypes, random, sys
+from align_engine.planning.heap import Heap
+from align_engine.training import allocator
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+libc, heap, draw, live = ctypes.CDLL(None), Heap(), random.Random(int(sys.argv[1])), {}
+libc.mallinfo2.restype = Mallinfo
+libc.free.argtypes = [ctypes.c_void_p]
+allocator.tune()
+libc.malloc_trim(0)
+before, played, real, number = libc.mallinfo2(), [], [], 0
+for _ in range(4000):
+    if live and draw.random() < (0.3 if len(live) < 150 else 0.7):
+        one = draw.choice(sorted(live))
+        libc.free(live.pop(one))
+        heap.remove(one)
+    else:
+        number, size, place = number + 1, int(2 ** draw.uniform(12, 22.5)), ctypes.c_void_p()
+        align = 4096 if size >= allocator.LARGE else 64
+        assert libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(align), ctypes.c_size_t(size)) == 0
+        live[number] = place
+        heap.add(number, size)
+    now = libc.mallinfo2()
+    real.append(now.arena - before.arena)
+    played.append(heap.size)
+print(sum(real), sum(played), max(real), max(played))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is the oracle")
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_a_heap_is_as_large_as_glibcs(seed):
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", GLIBCS, seed], capture_output=True, text=True, check=True,
+                          env=os.environ | paths)  # fmt: skip
+    real, played, most, most_played = map(int, done.stdout.split())
+    assert played == pytest.approx(real, rel=0.08) and most_played == pytest.approx(most, rel=0.08)
