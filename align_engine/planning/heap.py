@@ -1,9 +1,9 @@
 """What a CPU's malloc keeps of memory that was freed: glibc's, as `training.allocator` sets it.
 
-A freed block joins the free ones beside it. A new one takes the smallest hole that is large enough, else the free end of
-the heap; where neither has room, it is mapped apart from MAPPED bytes on, and goes back to the system when it is freed,
-else the heap grows. The end goes back where TRIMMED bytes are free there; holes below stay, with the pages of theirs
-that were written to. (malloc.c of glibc: _int_malloc, _int_memalign, sysmalloc, _int_free.)
+A freed block joins the free ones beside it. A new one takes the smallest hole that is large enough, else the free end
+of the heap. Where neither has room, it is mapped apart from MAPPED bytes on, and goes back to the system when it is
+freed; else the heap grows. Its end goes back where TRIMMED bytes are free there; holes below stay, with the pages of
+theirs that were written to. (malloc.c of glibc: _int_malloc, _int_memalign, sysmalloc, _int_free.)
 """
 
 from __future__ import annotations
