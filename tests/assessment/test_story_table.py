@@ -92,3 +92,13 @@ def test_form_and_content_are_told_apart(answer, follows, knows, modules):
     doc, grading = {"form": "word", "answer": "Paris"}, modules["grading"]
     assert grading.OPENING == modules["task"].OPENING
     assert (grading.follows(doc, [answer])["acc"], grading.knows(doc, [answer])["acc"]) == (follows, knows)
+
+
+def test_the_documents_table_is_the_committed_one():
+    text = (STORY.parents[1] / "docs" / "eval.md").read_text(encoding="utf-8")
+    models = json.loads((STORY.parents[1] / "benches" / "results" / "story_table.json").read_text())["models"]
+    for one in models:
+        cells = [one[name] for name in ("instruction_following", "common_sense")]
+        told = " | ".join("{:.3f} ({:.3f} to {:.3f})".format(cell["value"], *cell["interval"]) for cell in cells)
+        assert f"| {one['name']} | {told} |" in text and {cell["examples"] for cell in cells} == {200}
+    assert len(models) == 5
