@@ -291,5 +291,6 @@ def test_answers_do_nothing_and_two_tabs_agree(driver, served):
     assert "No entry" not in driver.page_source
     driver.delete_all_cookies()
     driver.get(address)
-    assert "opens with a link" in driver.page_source and chromium.faults(driver) == []
+    assert "opens with a link" in driver.page_source and not driver.find_elements("css selector", "main a")
+    assert chromium.faults(driver) == []
     shot(driver, "message")

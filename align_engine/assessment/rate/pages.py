@@ -254,22 +254,22 @@ def _refusals(made: FastAPI, site: Site) -> None:
 
     @made.exception_handler(NotLetIn)
     def closed(request: Request, error: Exception) -> Response:
-        return site.page(request, "message", 403, title="No entry", sentence=str(error))
+        return site.page(request, "message", 403, title="No entry", sentence=str(error), let_in=False)
 
     @made.exception_handler(Refusal)
     def refused(request: Request, error: Any) -> Response:
-        return site.page(request, "message", error.status, title="Not taken", sentence=error.sentence)
+        return site.page(request, "message", error.status, title="Not taken", sentence=error.sentence, let_in=True)
 
     @made.exception_handler(AlignError)
     def failed(request: Request, error: Exception) -> Response:
         print(f"align: {printable(str(error))}", flush=True)
         sentence = "Your last click was not saved; all earlier ones are. Tell whoever leads the rating, then try again."
-        return site.page(request, "message", 507, title="The server's disk refuses", sentence=sentence)
+        return site.page(request, "message", 507, title="The server's disk refuses", sentence=sentence, let_in=True)
 
     @made.exception_handler(404)
     @made.exception_handler(405)
     def nothing(request: Request, error: Exception) -> Response:
-        return site.page(request, "message", 404, title="Nothing here", sentence="There is no such page.")
+        return site.page(request, "message", 404, title="Nothing here", sentence="There is no such page.", let_in=False)
 
 
 def _pages(made: FastAPI, site: Site) -> None:
