@@ -143,6 +143,30 @@ def test_what_is_left_is_told_by_the_tally(tmp_path):
     assert len(seen) > 10
 
 
+def test_a_project_of_version_1_is_brought_up_to_date(tmp_path):
+    store = ratings.project(tmp_path, ratings.pairs(5))
+    anna, boris = ratings.join(store, "anna", "boris")
+    rate(store, anna)
+    rate(store, anna)
+    with store.writing() as db:  # what it lacked
+        left = db.execute(f"SELECT count(*) FROM item WHERE {tasks.WANTED}").fetchone()[0]
+        for statement in ("TRIGGER item_made", "TRIGGER item_changed", "TABLE tally"):
+            db.execute(f"DROP {statement}")
+        db.execute("PRAGMA user_version = 1")
+    store.close()
+    both = [Store(store.path.parent) for _ in range(2)]
+    with both[1].reading() as db:
+        assert db.execute("SELECT waiting FROM tally").fetchone()[0] == left > 0
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 2
+    assert len(all_of(both[0], boris)) == left and sum(len(one.marks) for one in records.read(both[1])) == left + 2
+    with both[0].reading() as db:
+        assert db.execute("SELECT waiting FROM tally").fetchone()[0] == 0
+    with both[0].writing() as db:
+        db.execute("PRAGMA user_version = 9")
+    with pytest.raises(BadInput, match="of version 9, and this program reads 2"):
+        Store(store.path.parent)
+
+
 def test_anothers_item_is_refused(tmp_path):
     store = ratings.project(tmp_path, ratings.pairs(2))
     anna, boris = ratings.join(store, "anna", "boris")

@@ -38,13 +38,6 @@ CREATE TABLE item (
     ) STRICT;
 CREATE INDEX waiting ON item (place) WHERE closed = 0 AND (wanted > 0 OR gold IS NOT NULL);
 CREATE INDEX of_source ON item (source, closed);
-CREATE TABLE tally (waiting INTEGER NOT NULL) STRICT;  -- rows of the index `waiting`: counting them takes a millisecond
-INSERT INTO tally VALUES (0);
-CREATE TRIGGER item_made AFTER INSERT ON item BEGIN
-    UPDATE tally SET waiting = waiting + (new.closed = 0 AND (new.wanted > 0 OR new.gold IS NOT NULL)); END;
-CREATE TRIGGER item_changed AFTER UPDATE OF closed, wanted, gold ON item BEGIN
-    UPDATE tally SET waiting = waiting + (new.closed = 0 AND (new.wanted > 0 OR new.gold IS NOT NULL))
-        - (old.closed = 0 AND (old.wanted > 0 OR old.gold IS NOT NULL)); END;
 CREATE TABLE answer (
     item INTEGER NOT NULL REFERENCES item, number INTEGER NOT NULL,
     text TEXT NOT NULL, about TEXT NOT NULL,  -- JSON: the answer, other columns of its row
@@ -63,6 +56,16 @@ CREATE TABLE event (  -- every click; nothing is deleted
     id INTEGER PRIMARY KEY, task INTEGER NOT NULL, at REAL NOT NULL, what TEXT NOT NULL, value TEXT,
     comment TEXT NOT NULL) STRICT;
 """
+_WAITS = "({0}.closed = 0 AND ({0}.wanted > 0 OR {0}.gold IS NOT NULL))"
+TALLY = (  # rows of the index `waiting`, which take a millisecond to count; since version 2
+    "CREATE TABLE tally (waiting INTEGER NOT NULL) STRICT",
+    f"INSERT INTO tally SELECT count(*) FROM item WHERE {_WAITS.format('item')}",
+    f"""CREATE TRIGGER item_made AFTER INSERT ON item BEGIN
+        UPDATE tally SET waiting = waiting + {_WAITS.format("new")}; END""",
+    f"""CREATE TRIGGER item_changed AFTER UPDATE OF closed, wanted, gold ON item BEGIN
+        UPDATE tally SET waiting = waiting + {_WAITS.format("new")} - {_WAITS.format("old")}; END""",
+    f"PRAGMA user_version = {VERSION}",
+)
 
 
 class Store:
@@ -81,11 +84,22 @@ class Store:
         self.lock = threading.RLock()
         try:
             self.connection = _connected(self.path)
+            self._bring_up_to_date()
             found = self.connection.execute("PRAGMA user_version").fetchone()[0]
         except sqlite3.Error as error:
             raise BadInput(f"{self.path} cannot be read: {error}; put back a copy of it") from error
         if found != VERSION:
-            raise BadInput(f"{self.path} is of version {found}, and this program reads {VERSION}")
+            raise BadInput(f"{self.path} is of version {found}, and this program reads {VERSION}: take its own release")
+
+    def _bring_up_to_date(self) -> None:
+        """A project of version 1, whole or not at all."""
+        if self.connection.execute("PRAGMA user_version").fetchone()[0] != 1:
+            return
+        self.connection.execute("BEGIN IMMEDIATE")
+        with _ended(self.connection):
+            if self.connection.execute("PRAGMA user_version").fetchone()[0] == 1:  # nobody was faster
+                for statement in TALLY:
+                    self.connection.execute(statement)
 
     def close(self) -> None:
         """Close the file; what the log beside it holds is moved into it."""
@@ -142,9 +156,10 @@ def making(folder: str | Path) -> Iterator[sqlite3.Connection]:
     try:
         with saying(path), contextlib.closing(sqlite3.connect(side, isolation_level=None)) as db:
             db.executescript(TABLES)
-            db.execute(f"PRAGMA user_version = {VERSION}")
             db.execute("BEGIN")
             with _ended(db):
+                for statement in TALLY:
+                    db.execute(statement)
                 yield db
         os.replace(side, path)
     finally:
