@@ -99,10 +99,11 @@ class Saved(NamedTuple):
 def logprobs_forward(head: Head, settings: Settings, needs: Needs) -> tuple[tuple[Tensor, ...], Saved]:
     """The six fields [N], and what is saved for the backward."""
     hidden, targets = head.hidden, head.targets
-    kept, (wrong,) = read_rows(targets != settings.ignore_index, any_wrong(head, targets, settings))
+    wrong = any_wrong(targets, head.temperature, len(head.weight), settings)
+    kept, (bad,) = read_rows(targets != settings.ignore_index, wrong)
     schedule = start(head, settings, needs, kept)
     tiled, states = schedule.tiled, []
-    if wrong:
+    if bad:
         check_rows(targets[kept], None if head.temperature is None else head.temperature[kept], tiled.vocab)
     schedule.begin(len(kept))
     for chunk in tiled.chunks(0, len(kept)):
@@ -154,7 +155,7 @@ def loss_forward(
     empty tensor.
     """
     hidden = head.hidden
-    wrong = any_wrong(head, targets.reshape(-1), settings)
+    wrong = any_wrong(targets.reshape(-1), head.temperature, len(head.weight), settings)
     units = Units(call.loss.unit, targets, settings.ignore_index, call.paired(side), wrong)
     kept, dhidden = units.rows(len(head.targets)), _zeros_like(hidden, needs.hidden)
     schedule = start(head, settings, needs, kept, call, side, units.largest)

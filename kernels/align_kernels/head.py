@@ -235,13 +235,14 @@ def flatten(
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, flat, bias, rows, lora_A, lora_B), scalar
 
 
-def any_wrong(head: Head, targets: Tensor, settings: Settings) -> Tensor:
-    """Whether `check_rows` may name a row, a bool on the device: of targets [N], all that the head has or, where it has
-    those that are kept alone, with the others. With a weight cut over ranks it is looked at in any case."""
+def any_wrong(targets: Tensor, t: Tensor | None, vocab: int, settings: Settings) -> Tensor:
+    """Whether `check_rows` may name a row, a bool on the device: of targets [N] and the temperature t, of all that the
+    head has or, where it has those that are kept alone, of these. With a weight cut over ranks it is looked at in any
+    case."""
     if settings.tp_group is not None:
         return torch.ones((), dtype=torch.bool, device=targets.device)
-    kept, t = targets != settings.ignore_index, head.temperature
-    wrong = (kept & ((targets < 0) | (targets >= head.weight.shape[0]))).any()
+    kept = targets != settings.ignore_index
+    wrong = (kept & ((targets < 0) | (targets >= vocab))).any()
     if t is None:
         return wrong
     served = (t > 0) & t.isfinite()

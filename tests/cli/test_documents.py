@@ -23,7 +23,7 @@ UNITS = r"times|seconds|s\b|min\b|minutes|hours|ms\b|MB|MiB|GB\b|GiB|GFLOP/s|poi
 FIGURE = re.compile(rf"(\d[\d,.]*\d|\d)(?: to \d[\d.]*)?\s?(?:{UNITS})")
 COMMAND = r"(?m)(?:`|^ {4})(?:\w+=\S+ )*(?:nice -n \d+ )?(?:python|pytest|make|align|tests/\w+\.sh)\b"
 NOT_MEASURED = {  # sizes of cards and examples, limits, arithmetic that stands beside it
-    *("24GB", "80GiB", "40GB", "5 GB", "2 GiB", "40 s", "120 seconds", "10 seconds"),
+    *("24GB", "80GiB", "40GB", "5 GB", "2 GiB", "1 MiB", "40 s", "120 seconds", "10 seconds"),
 }
 
 
