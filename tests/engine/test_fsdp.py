@@ -112,5 +112,5 @@ def test_bytes_of_4_bit_weights_are_cut_and_the_steps_are_those_of_one_process(r
     a, b = (load_file(runs / kind / "qlora" / "final" / "adapter_model.safetensors") for kind in ("one", "whole"))
     assert a.keys() == b.keys()
     apart = torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
-    # AdamW's first steps are of the learning rate, 1e-2, whatever the gradient: one near its eps is rounding divided by it
+    # AdamW's first steps are of the learning rate, 1e-2, whatever the gradient: of one near its eps, rounding decides
     assert apart.max() < 1e-3 and (apart > 1e-5).sum() <= 2
