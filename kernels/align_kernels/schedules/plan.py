@@ -88,6 +88,7 @@ def start(
 ) -> Schedule:
     """The schedule of a call over its `kept` rows."""
     ordered = call is None or call.loss.unit != "pair"
-    planned = lambda tiled: plan(request_of(tiled, call, side, largest_unit))  # noqa: E731
-    tiled = TiledHead(head, settings, needs, kept, planned, ordered)
+    tiled = TiledHead(
+        head, settings, needs, kept, lambda tiled: plan(request_of(tiled, call, side, largest_unit)), ordered
+    )
     return SCHEDULES[tiled.plan.name](tiled)
