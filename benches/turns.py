@@ -15,6 +15,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -231,14 +232,18 @@ class Race:
             self.players[method] = Worker(method) if self.short else Player(method)
         return self.players[method]
 
+    def load(self, question: Question, path: str) -> list[tuple[str, dict[str, Any]]]:
+        """The first answer of each method, which nothing times: as many at once as there are threads."""
+        methods = players_of(question)
+        players = [self.player(method) for method in methods]
+        with ThreadPoolExecutor(1 if self.short else torch.get_num_threads()) as pool:
+            return list(zip(methods, pool.map(lambda player: player.ask("load", question, path), players)))
+
     def run(self, question: Question) -> dict[str, Figure]:
         until = time.monotonic() + (self.until - time.monotonic()) / max(len(self.left), 1)
         self.left = [other for other in self.left if other != question]
         with inputs(question) as path:
-            found: dict[str, dict[str, Any]] = {
-                method: {"seconds": []} | self.player(method).ask("load", question, path)
-                for method in players_of(question)
-            }
+            found = {method: {"seconds": []} | reply for method, reply in self.load(question, path)}
             for turn in range(1 if self.short else MOST_ROUNDS):
                 began = time.monotonic()
                 for method, figure in found.items():
