@@ -19,6 +19,9 @@ from questions import HEADS, Question
 from turns import Figure, Race, players_of
 
 SMALL, SEVEN, LLAMA, GEMMA = "Qwen2.5-0.5B", "Qwen2.5-7B", "Llama-3-8B", "Gemma-2-2B"
+IN_SHORT = Question(
+    "dpo", "TinyLlama-1.1B", 256, trained=True
+)  # of the README; rows enough that reading the weight is not all
 BF16 = {"dtype": "bfloat16"}
 QUESTIONS = [
     Question("forward", SMALL, 96),
@@ -36,7 +39,8 @@ QUESTIONS = [
     Question("sft", SMALL, 96, trained=True),
     Question("sft", SMALL, 96, trained=True, **BF16),
     Question("sft", SEVEN, 24, trained=True),
-    Question("sft", GEMMA, 24, trained=True),
+    Question("sft", GEMMA, 24),
+    IN_SHORT,
     Question("dpo", SMALL, 48),
     Question("dpo", SMALL, 48, trained=True),
     Question("dpo", SMALL, 48, trained=True, clamp=0.1),

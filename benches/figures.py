@@ -11,6 +11,7 @@ from compare import GEMMS, Run, read
 RESULT = Path(__file__).parent / "results" / "bench.json"
 OURS = "align_kernels"
 WHATS = ("forward", "gradient", "sft", "dpo", "kto", "ppo-clip", "grpo", "dpo step", "grpo step")
+IN_SHORT = "dpo, TinyLlama-1.1B, trained, dense, float32"
 QUIET = 0.5  # processes that want a core, at most, where nothing else runs
 
 
@@ -75,6 +76,23 @@ def over_ours(what: str) -> str:
     ]
     header = ("", *(group.partition(", ")[2] for group in groups))
     return table(header, rows) + ("\nCannot run:\n\n" + "\n".join(said) + "\n" if said else "")
+
+
+def in_short() -> str:
+    """The one question of the README: each method's time over ours, memory and FLOPs; the slowest last."""
+    methods = read(RESULT).groups[IN_SHORT]
+    ours = methods[OURS]["seconds"]
+    rows = [
+        (
+            method,
+            f"{figure['seconds'] / ours:.2f}",
+            f"{figure['peak_mb']:.0f}",
+            f"{figure['nvd']:.0f}" if figure["nvd"] else "",
+        )
+        for method, figure in sorted(methods.items(), key=lambda item: (item[0] != OURS, item[1]["seconds"]))
+        if method != GEMMS
+    ]
+    return table(("", "time over ours", "peak MB above inputs and gradients", "FLOPs, N V D"), rows)
 
 
 def everything() -> str:
