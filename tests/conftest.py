@@ -1,3 +1,4 @@
+import gc
 import itertools
 import sys
 from pathlib import Path
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(config, items):
     here = {place(item.path) for item in items}
     if config.getoption("markexpr") == "quick" and (gone := {pair for pair in asked - met if pair[0] in here}):
         raise pytest.UsageError(f"quick.py names tests that are not there: {sorted(gone)}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_is_looked_for_among_what_is_new():
+    """A full collection goes through all that has been imported and collected, half a second each time, and every run
+    of a trainer ends with one: what is there when a file's tests begin is left out of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ run further fields of its recipe: packing=on for batches in trees, optim=NAME fo
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
 import sys
@@ -31,6 +30,7 @@ from align_engine.training.checkpoint import SIDE  # noqa: E402
 ONLINE = ("rloo", "grpo", "ppo", "iterate")
 METHODS = (*tiny.OFFLINE, *ONLINE)
 SIGNALS = "SIGKILL,SIGTERM,SIGINT"
+IMPORTS = "import tiny, align_engine.run as run\n"
 
 
 def job(method: str, model: Path, rows: Path, out: Path, more: dict[str, str]) -> str:
@@ -40,13 +40,13 @@ def job(method: str, model: Path, rows: Path, out: Path, more: dict[str, str]) -
     paths = [str(model), str(rows), str(out)]
     if method not in ONLINE:
         settings = common | {"max_steps": 20}
-        return f"run.train({method!r}, tiny.offline({method!r}, *{paths!r}, **{settings!r}))"
+        return f"{IMPORTS}run.train({method!r}, tiny.offline({method!r}, *{paths!r}, **{settings!r}))"
     settings = common | {"max_steps": 6 if method == "iterate" else 12}
     kind = f"__import__('align_engine.recipe').recipe.RECIPES[{method!r}]"
     made = f"tiny.online({kind}, *{paths!r}, **{settings!r})"
     if method == "iterate":
-        return f"__import__('align_engine.iterate').iterate.iterate({made})"
-    return f"run.train({method!r}, {made})"
+        return f"{IMPORTS}__import__('align_engine.iterate').iterate.iterate({made})"
+    return f"{IMPORTS}run.train({method!r}, {made})"
 
 
 def main() -> None:
@@ -67,11 +67,11 @@ def main() -> None:
         rows = tiny.prompt_rows(8) if method in ONLINE else tiny.OFFLINE[method][1](16)
         tiny.write_rows(folder / f"{method}.jsonl", rows)
         if not seconds:  # the first run of all imports what the others find
-            nursery.start(job(method, model, folder / f"{method}.jsonl", folder / "first", more))
-            assert nursery.end() == 0, method
+            first = nursery.start(job(method, model, folder / f"{method}.jsonl", folder / "first", more))
+            assert first.end() == 0, method
         began = time.monotonic()
-        nursery.start(job(method, model, folder / f"{method}.jsonl", folder / f"{method}-whole", more))
-        assert nursery.end() == 0, method
+        whole = nursery.start(job(method, model, folder / f"{method}.jsonl", folder / f"{method}-whole", more))
+        assert whole.end() == 0, method
         seconds[method] = time.monotonic() - began
     number = 0
     while kills < options.kills:
@@ -81,17 +81,15 @@ def main() -> None:
             how = signals[kills % len(signals)]
             child = nursery.start(job(method, model, folder / f"{method}.jsonl", out, more))
             moment = time.monotonic() + rng.uniform(0.1, 1.0) * seconds[method] / (1 + again)
-            while time.monotonic() < moment and Path(f"/proc/{child}").exists():
+            while time.monotonic() < moment and child.runs():
                 time.sleep(0.002)
-            if Path(f"/proc/{child}").exists():
-                os.kill(child, how)
-            status = nursery.end()
-            if status == 0:
+            child.kill(how)
+            if child.end() == 0:
                 break
             kills += 1
             ends[f"{method} {how.name}"] += 1
-        nursery.start(job(method, model, folder / f"{method}.jsonl", out, more))
-        assert nursery.end() == 0, f"{method} does not go on in {out}"
+        last = nursery.start(job(method, model, folder / f"{method}.jsonl", out, more))
+        assert last.end() == 0, f"{method} does not go on in {out}"
         left = [str(path) for path in out.rglob(f"*{SIDE}")]
         same = same_bits(folder / f"{method}-whole" / "final", out / "final")
         wrong += [] if same and not left else [(method, number, left)]

@@ -14,8 +14,8 @@ import time
 import pytest
 import tiny
 import torch
+from nursery import PATHS
 from peft import LoraConfig, PeftModel, get_peft_model
-from processes import PATHS
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -7,7 +7,7 @@ import eval_files
 import pytest
 import ratings
 import tiny
-from nursery import Nursery
+from nursery import alike
 
 from align_engine.assessment import ASSESSMENT
 from align_engine.assessment.rate import tasks
@@ -26,10 +26,10 @@ ELSEWHERE = {"rate", "merge", "chat", "advise"}  # test_rate_browser.py, test_me
 
 @pytest.fixture(scope="module")
 def nursery():
-    made = Nursery(*(f"align_engine.assessment.{name}" for name in WHEN), "lm_eval.evaluator", "sklearn.linear_model",
-                   "lm_eval.models.huggingface", "lm_eval.tasks", "matplotlib.figure")  # fmt: skip
-    yield made
-    made.close()
+    with alike() as made:
+        made.load(*(f"align_engine.assessment.{name}" for name in WHEN), "lm_eval.evaluator", "sklearn.linear_model",
+                  "lm_eval.models.huggingface", "lm_eval.tasks", "matplotlib.figure")  # fmt: skip
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def commands(model, other_model, tmp_path_factory):
 
 def job(name, arguments, out):
     line = [name, *map(str, arguments), "--output_dir", str(out)]
-    return f"os._exit(__import__('align_engine.cli').cli.main({line!r}))"
+    return f"raise SystemExit(__import__('align_engine.cli').cli.main({line!r}))"
 
 
 def files(out: Path):
@@ -77,8 +77,7 @@ def test_killed_it_ends_as_an_unbroken_one(name, commands, nursery, tmp_path):
     assert not json.loads((cut / "run.json").read_text())["finished"]
     assert not (cut / "report.html").exists()
     for out in (cut, whole):
-        nursery.start(job(name, arguments, out))
-        assert nursery.end() == 0
+        assert nursery.start(job(name, arguments, out)).end() == 0
     assert files(cut) == files(whole) and not list(tmp_path.rglob(f"*{SIDE}*"))
     assert json.loads((cut / "report.json").read_text())
     if lines:

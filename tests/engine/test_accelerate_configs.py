@@ -18,7 +18,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from processes import PATHS, free_port
+from nursery import PATHS
+from processes import free_port
 from safetensors.torch import load_file
 
 from align_engine.errors import BadInput

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import tiny
-from processes import PATHS
+from nursery import PATHS
 from runs import same_bits
 
 from align_engine import cli, iterate

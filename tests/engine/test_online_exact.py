@@ -1,16 +1,13 @@
 """Online runs that are killed and run again, accumulated, or shared out over ranks end where the plain one does."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny
-from processes import PATHS, rank_environment
+from nursery import alike
+from processes import run_on_two
 from runs import same_bits
 from safetensors.torch import load_file
 
@@ -27,12 +24,12 @@ SETTINGS = {  # a rollout serves four steps, checkpoints fall inside it
     "ppo": dict(kl_target=0.5, kl_horizon=20.0, num_ppo_epochs=2, steps_per_generation=2),
     "iterate": dict(rounds=2, max_steps=20, per_device_train_batch_size=2, method_settings=["beta=0.3"]),
 }
-CODE = """
-import os, processes, sys, test_online_exact as here
+CODE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_online_exact as here
 for name in sys.argv[1].split():
     here.run(name, *sys.argv[2:4], sys.argv[4] + name, **eval(sys.argv[5]))
-if "RANK" in os.environ:
-    processes.leave()
 """
 
 
@@ -42,21 +39,9 @@ def run(name, model, prompts, out, **settings):
 
 
 @pytest.fixture
-def start():
-    """Runs in another process, which ends with the test at the latest."""
-    begun = []
-
-    def begin(names, model, prompts, out, settings, **more):
-        paths = os.pathsep.join([*PATHS, str(Path(__file__).parent)])
-        command = [sys.executable, "-c", CODE, names, str(model), str(prompts), str(out), repr(settings)]
-        env = os.environ | {"PYTHONPATH": paths} | more
-        begun.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        return begun[-1]
-
-    yield begin
-    for process in begun:
-        process.kill()
-        process.wait()
+def nursery():
+    with alike() as made:
+        yield made
 
 
 @pytest.fixture
@@ -77,20 +62,18 @@ def steady(path):
 
 
 @pytest.mark.parametrize("name", list(KINDS))
-def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, start, tmp_path):
+def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, nursery, tmp_path):
     settings = dict(save_steps=3, logging_steps=1)
     if name != "iterate":
         settings |= dict(max_steps=30, per_device_train_batch_size=4)
     whole = run(name, model, prompts, tmp_path / "whole", **settings)
-    process = start(name, model, prompts, tmp_path / "cut-", settings)
     cut = tmp_path / f"cut-{name}"
     inner = f"round-{random.randint(1, 2)}/train/" if name == "iterate" else ""
     journal, lines = cut / inner / "metrics.jsonl", random.randint(4, 15)
-    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) >= lines):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
+    child = nursery.start(CODE, name, model, prompts, tmp_path / "cut-", settings, out=tmp_path / "said")
+    child.wait_until(lambda: journal.exists() and len(journal.read_text().splitlines()) >= lines)
+    child.kill()
+    assert child.end() == -signal.SIGKILL, child.said()
     assert not (cut / "final").exists()
 
     run(name, model, prompts, cut, **settings)
@@ -101,7 +84,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, prompts, star
         assert (whole.path / part / "samples.jsonl").read_text() == (cut / part / "samples.jsonl").read_text() != ""
 
 
-def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start, tmp_path):
+def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, tmp_path):
     """8 x 1 = 1 x 8 = 2 processes x 4, six steps of two rollouts. Groups of four stand in windows of eight."""
     names = ("rloo", "grpo", "dapo", "ppo", "iterate")
     shared = dict(max_steps=6, learning_rate=1e-4, num_generations=4, dtype="auto")
@@ -110,14 +93,9 @@ def test_accumulation_and_processes_equal_one_big_batch(model64, prompts, start,
         sizes = dict(per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
         return shared | sizes | dict(steps_per_generation=passes)
 
-    ranks = [
-        start(" ".join(names), model64, prompts, tmp_path / "two-", split(4, 1, 2), **rank)
-        for rank in rank_environment(2)
-    ]
+    run_on_two(CODE, " ".join(names), model64, prompts, tmp_path / "two-", split(4, 1, 2))
     one = {name: run(name, model64, prompts, tmp_path / f"one-{name}", **split(8, 1, 2)) for name in names}
     many = {name: run(name, model64, prompts, tmp_path / f"many-{name}", **split(1, 8, 16)) for name in names}
-    output = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(text[-3000:] for text in output)
     for name in names:
         for other in (many[name].path, tmp_path / f"two-{name}"):
             part = "round-2/train" if name == "iterate" else "."

@@ -5,7 +5,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from processes import Ranks
+from processes import run_command
 
 from align_engine.errors import BadInput
 from align_engine.training import ranks
@@ -37,13 +37,6 @@ THEN = "the run ends here; the same command goes on from the last checkpoint"
 ENDED = "has ended without an error of its own (killed, or out of memory)"
 
 
-@pytest.fixture(scope="module")
-def pair():
-    started = Ranks()
-    yield started
-    started.close()
-
-
 @pytest.fixture
 def command(model, completions, tmp_path):
     (tmp_path / "trouble.py").write_text(TROUBLE)
@@ -58,33 +51,33 @@ def said_once(complaint, sentence):
     assert "Traceback" not in complaint and "frame #" not in complaint
 
 
-def test_ranks_that_a_launcher_starts_on_a_cpu_are_one_run_and_long_work_of_one_is_not_frozen(pair, command, tmp_path):
+def test_ranks_that_a_launcher_starts_on_a_cpu_are_one_run_and_long_work_of_one_is_not_frozen(command, tmp_path):
     command += ["--per_device_train_batch_size", 4]
-    codes, said, complaint = pair.run(tmp_path, *command, TROUBLE="busy 1", ALIGN_RANKS_TIMEOUT="2")
+    codes, said, complaint = run_command(tmp_path, *command, TROUBLE="busy 1", ALIGN_RANKS_TIMEOUT="2")
     assert codes == [0, 0], complaint
     assert said.count("3 steps of 8 rows (2 processes, cpu") == 1
     assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["rows_per_step"] == 8
 
 
 @pytest.mark.parametrize(("rank", "codes"), [(0, [-9, 1]), (1, [1, -9])])
-def test_a_killed_rank_ends_the_other_at_once(rank, codes, pair, command, tmp_path):
+def test_a_killed_rank_ends_the_other_at_once(rank, codes, command, tmp_path):
     began = time.monotonic()
-    found, _, complaint = pair.run(tmp_path, *command, TROUBLE=f"killed {rank}")
+    found, _, complaint = run_command(tmp_path, *command, TROUBLE=f"killed {rank}")
     assert found == codes and time.monotonic() - began < 40, "before anything can time out"
     said_once(complaint, f"rank {rank} {ENDED}: {THEN}")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_that_is_told_to_stop_stops_both_after_the_same_step(rank, pair, command, tmp_path):
-    codes, _, complaint = pair.run(tmp_path, *command, "--max_steps", 5, TROUBLE=f"told {rank}")
+def test_one_rank_that_is_told_to_stop_stops_both_after_the_same_step(rank, command, tmp_path):
+    codes, _, complaint = run_command(tmp_path, *command, "--max_steps", 5, TROUBLE=f"told {rank}")
     assert codes == [1, 1]
     said_once(complaint, "stopped after step 3; ")
     assert (tmp_path / "run" / "checkpoint-000003").exists() and not (tmp_path / "run" / "final").exists()
 
 
 @pytest.mark.parametrize(("rank", "codes"), [(0, [-9, 1]), (1, [1, -9])])
-def test_a_frozen_rank_ends_both(rank, codes, pair, command, tmp_path):
-    found, _, complaint = pair.run(tmp_path, *command, TROUBLE=f"frozen {rank}", ALIGN_RANKS_TIMEOUT="2")
+def test_a_frozen_rank_ends_both(rank, codes, command, tmp_path):
+    found, _, complaint = run_command(tmp_path, *command, TROUBLE=f"frozen {rank}", ALIGN_RANKS_TIMEOUT="2")
     assert found == codes
     said_once(complaint, f"rank {rank} has shown no life for 2 s (stopped, or out of reach): {THEN}")
 
@@ -96,16 +89,14 @@ def test_a_frozen_rank_ends_both(rank, codes, pair, command, tmp_path):
         ("broken", 1, "trouble.py line 22): KeyError: 'a key'"),
     ],
 )
-def test_an_error_of_one_rank_ends_both_with_its_code_and_one_sentence(
-    trouble, code, sentence, pair, command, tmp_path
-):
-    codes, _, complaint = pair.run(tmp_path, *command, TROUBLE=f"{trouble} 1")
+def test_an_error_of_one_rank_ends_both_with_its_code_and_one_sentence(trouble, code, sentence, command, tmp_path):
+    codes, _, complaint = run_command(tmp_path, *command, TROUBLE=f"{trouble} 1")
     assert codes == [code, code]
     said_once(complaint, sentence)
 
 
-def test_an_error_of_both_ranks_is_said_once(pair, command, tmp_path):
-    codes, _, complaint = pair.run(tmp_path, *command, "--learning_rat", 1, TROUBLE="no -1")
+def test_an_error_of_both_ranks_is_said_once(command, tmp_path):
+    codes, _, complaint = run_command(tmp_path, *command, "--learning_rat", 1, TROUBLE="no -1")
     assert codes == [2, 2] and not (tmp_path / "run").exists()
     said_once(complaint, "unknown flag `--learning_rat`; did you mean `--learning_rate`?")
 

@@ -6,7 +6,7 @@ import resource
 
 import pytest
 import tiny
-from nursery import Nursery
+from nursery import alike
 from runs import cut_off, same_bits
 
 from align_engine.errors import BadInput, RunFailed
@@ -24,9 +24,8 @@ def steady(folder):
 
 @pytest.fixture(scope="module")
 def nursery():
-    made = Nursery()
-    yield made
-    made.close()
+    with alike() as made:
+        yield made
 
 
 @pytest.mark.parametrize("name", tiny.OFFLINE)
@@ -38,7 +37,8 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, model, nursery, tmp_
     paths = [str(path) for path in (model, rows, tmp_path / "killed")]
     lines, journal = random.randint(2, 9), tmp_path / "killed" / "metrics.jsonl"
     nursery.kill(
-        f"run.train({name!r}, tiny.offline({name!r}, *{paths!r}, **{settings!r}))",
+        f"import tiny\nfrom align_engine.run import train\n"
+        f"train({name!r}, tiny.offline({name!r}, *{paths!r}, **{settings!r}))",
         lambda: journal.exists() and len(journal.read_text().splitlines()) >= lines,
     )
     assert not (tmp_path / "killed" / "final").exists()

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import tiny
-from nursery import Nursery
+from nursery import shared
 from runs import same_bits
 from transformers import TrainerCallback
 
@@ -88,25 +88,23 @@ def test_an_interrupt_before_the_first_step_says_that_nothing_was_saved(model, c
 
 
 def test_a_second_signal_ends_the_process_at_once(model, completions, tmp_path):
-    nursery = Nursery()
-    try:
-        paths = [str(path) for path in (model, completions, tmp_path / "run")]
-        job = f"""
+    paths = [str(path) for path in (model, completions, tmp_path / "run")]
+    child = shared().start(f"""
+import tiny, align_engine.run as run
 from transformers import TrainerCallback
 class Slow(TrainerCallback):
     def on_step_end(self, *_, **__):
         open({str(tmp_path / "asleep")!r}, "w").close()
         __import__("time").sleep(60)
 run.train("sft", tiny.sft(*{paths!r}), callbacks=[Slow])
-"""
-        child = nursery.start(f"exec({job!r})")
-        nursery.wait_until((tmp_path / "asleep").exists)
-        os.kill(child, signal.SIGTERM)
+""")
+    try:
+        child.wait_until((tmp_path / "asleep").exists)
+        child.kill(signal.SIGTERM)
         time.sleep(0.2)
         began = time.monotonic()
-        os.kill(child, signal.SIGTERM)
-        status = nursery.end()
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
+        child.kill(signal.SIGTERM)
+        assert child.end() == -signal.SIGTERM
         assert time.monotonic() - began < 30
     finally:
-        nursery.close()
+        child.stop()

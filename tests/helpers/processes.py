@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-PATHS = [str(ROOT / part) for part in (".", "kernels", "tests/helpers")]  # of every Python that a test starts
-AROUND = "import pictures, processes\npictures.leave_out()\nexec({code!r})\nprocesses.leave()"
+from nursery import shared
+
+AROUND = "import processes\nexec({code!r})\nprocesses.leave()"
+COMMAND = """
+import os, sys
+from align_engine import cli
+
+cli.main(sys.argv[1:])
+os._exit(99)
+"""  # which ends a rank itself
 
 
 def free_port() -> int:
@@ -35,20 +41,17 @@ def run_on_two(code: str, *arguments: Any, **environment: str) -> None:
 
 def run_ranks(world: int, code: str, *arguments: Any, **environment: str) -> None:
     """`code` gets the arguments as sys.argv[1:]; all processes must end well. Their group is closed for them."""
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", AROUND.format(code=code), *map(str, arguments)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)} | rank | environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in rank_environment(world)
-    ]  # fmt: skip
-    try:
-        output = [process.communicate(timeout=240)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * world, "\n".join(text[-3000:] for text in output)
+    with TemporaryDirectory() as folder:
+        started = [
+            shared().start(AROUND.format(code=code), *arguments, out=Path(folder, rank["RANK"]), **rank | environment)
+            for rank in rank_environment(world)
+        ]
+        try:
+            codes = [rank.end() for rank in started]
+        finally:
+            for rank in started:
+                rank.stop()
+        assert codes == [0] * world, "\n".join(rank.said() for rank in started)
 
 
 def leave() -> None:
@@ -68,48 +71,12 @@ def leave() -> None:
     os._exit(0)
 
 
-class Ranks:
-    """One interpreter that has imported everything; each run of the command is two forks of it, so that ranks that
-    fail, die or freeze cost no import. Nothing tells accelerate to take the CPU. torch reads how much its C++ code logs
-    when it is imported; `align` sets that before."""
-
-    CODE = """
-import datasets, json, os, peft, sys, transformers.trainer_callback
-import align_engine.cli, align_engine.training.ranks, align_engine.run
-for line in sys.stdin:
-    job, ranks = json.loads(line), []
-    for environment in job["ranks"]:
-        child = os.fork()
-        if not child:
-            os.environ.update(environment)
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(job[name], os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
-            align_engine.cli.main(job["arguments"])
-            os._exit(99)
-        ranks.append(child)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]), flush=True)
-"""
-
-    def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        self.process = subprocess.Popen([sys.executable, "-c", self.CODE], text=True, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE, env=environment)  # fmt: skip
-
-    def run(self, folder: Path, *arguments: Any, **environment: str) -> tuple[list[int], str, str]:
-        """(exit codes of the two ranks, what both printed, what both complained); they write in a folder."""
-        assert self.process.stdin and self.process.stdout
-        ranks = [
-            {name: value for name, value in (rank | environment).items() if name != "ACCELERATE_USE_CPU"}
-            for rank in rank_environment(2)
-        ]
-        out, err = folder / "out.txt", folder / "err.txt"
-        job = {"ranks": ranks, "arguments": list(map(str, arguments)), "out": str(out), "err": str(err)}
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline()), out.read_text(), err.read_text()
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
+def run_command(folder: Path, *arguments: Any, **environment: str) -> tuple[list[int], str, str]:
+    """`align` on two ranks: (their exit codes, what both printed, what both complained); they write in a folder.
+    Nothing tells accelerate to take the CPU."""
+    out, err = folder / "out.txt", folder / "err.txt"
+    started = []
+    for rank in rank_environment(2):
+        del rank["ACCELERATE_USE_CPU"]
+        started.append(shared().start(COMMAND, *arguments, out=out, err=err, **rank | environment))
+    return [rank.end() for rank in started], out.read_text(), err.read_text()
