@@ -1,7 +1,11 @@
 """What a fresh environment must do, from an empty folder: python release_smoke.py engine|kernels built|"not built"."""
 
+from __future__ import annotations
+
+import importlib.metadata
 import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +16,28 @@ import torch.nn.functional as F
 import align_kernels
 
 HERE = Path(sys.prefix)
+
+
+def check_metadata(distribution: str) -> None:
+    """What the installed distribution says of itself; no file of it lies in another folder."""
+    said = importlib.metadata.metadata(distribution)
+    assert said["Version"] == align_kernels.__version__ and said["Author"] == "align-engine developers"
+    assert said["License-Expression"] == "Apache-2.0" and said.get_all("License-File") == ["LICENSE"]
+    assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= {*(said.get_all("Classifier") or ())}
+    files = importlib.metadata.files(distribution) or []
+    tops = {str(file).split("/")[0] for file in files if ".." not in str(file)}
+    assert tops <= {"align_engine", "align_kernels", f"{distribution.replace('-', '_')}-{said['Version']}.dist-info"}, (
+        tops
+    )
+    assert any(str(file) == "align_kernels/py.typed" for file in files)
+    (wheel,) = (file for file in files if file.name == "WHEEL")
+    print("wheel:", *(line for line in wheel.read_text().splitlines() if line.startswith("Tag")))
+
+
+def check_syntax(*packages: str) -> None:
+    """This Python has nothing to warn of in any file."""
+    folders = [Path(align_kernels.__file__).parents[1] / name for name in packages]
+    subprocess.run([sys.executable, "-W", "error", "-m", "compileall", "-q", "-f", *folders], check=True)
 
 
 def check_kernels(built: str) -> None:
@@ -27,47 +53,72 @@ def check_kernels(built: str) -> None:
     eager = -F.logsigmoid(0.1 * (chosen - rejected)).mean()
     torch.testing.assert_close(out.loss, eager)
     torch.testing.assert_close(grad, torch.autograd.grad(eager, hidden)[0])
+    print(f"dpo_loss {out.loss.item():.6f}, eager {eager.item():.6f}, gradients the same")
     extension = importlib.util.find_spec("align_kernels._C")
     assert (extension is not None) == (built == "built"), extension
-    assert (Path(align_kernels.__file__).parent / "py.typed").exists()
+    if extension is not None:
+        sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+        import elf
+
+        assert elf.unhardened(Path(str(extension.origin)).read_bytes()) == []
 
 
-def align(*arguments: object, code: int = 0) -> str:
+def align(*arguments: object) -> str:
     """What a command prints."""
     done = subprocess.run([HERE / "bin" / "align", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == code, f"align {arguments}: {done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"align {arguments}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 
 
 def check_engine(built: str) -> None:
-    """The command, the recipes by name, a run and one that goes on from it."""
+    """The command, the recipes by name, a plan and a run on what the package ships."""
     import align_engine
 
-    assert HERE in Path(align_engine.__file__).parents
+    assert HERE in Path(align_engine.__file__).parents and (Path(align_engine.__file__).parent / "py.typed").exists()
     assert align_engine.__version__ == align_kernels.__version__ and align_engine.__version__ in align("--version")
     facts = json.loads(align("env", "--json"))
     assert facts["packages"]["align-engine"] == align_engine.__version__
     assert facts["cpu_extension"].startswith("built and in use") == (built == "built"), facts["cpu_extension"]
-    print("align env:", facts["cpu_extension"], "| compiler:", facts["compiler"])
-    assert "qwen2.5-7b-lora-dpo" in align("recipes") and "lora_r: 16" in align("recipes", "qwen2.5-7b-lora-dpo")
-    sys.path.insert(0, str(Path(__file__).parent / "helpers"))
-    import tiny
-
-    model = tiny.write_model(Path("model"))
-    rows = tiny.write_rows(Path("sft.jsonl"), tiny.sft_rows(8))
-    pairs = tiny.write_rows(Path("pairs.jsonl"), tiny.preference_rows(8))
-    align("sft", "--model_name_or_path", model, "--dataset_name", rows, "--output_dir", "sft", "--max_steps", 2)
-    align("dpo", "--recipe", "demo-dpo", "--model_name_or_path", "sft/final", "--dataset_name", pairs,
-          "--eval_dataset_name", "none", "--eval_steps", "none", "--output_dir", "dpo", "--max_length", 60,
-          "--max_steps", 2)  # fmt: skip
+    print("align env: CPU extension", facts["cpu_extension"], "| C++ compiler", facts["compiler"])
+    for status in facts["backends"]:
+        print(f"align env: {status['device']} {status['dtype']} {status['name']}: {status['why_not'] or 'available'}")
+    names = align("recipes")
+    assert "qwen2.5-7b-lora-dpo" in names and "lora_r: 16" in align("recipes", "qwen2.5-7b-lora-dpo")
+    model = prepare()
+    print(align("plan", "dpo", "--recipe", "qwen2.5-7b-lora-dpo", "--model_name_or_path", model, "--memory", "24GB"))
+    said = align("dpo", "--recipe", "demo-dpo", "--model_name_or_path", model, "--dataset_name", "train.jsonl",
+                 "--eval_dataset_name", "held-out.jsonl", "--eval_steps", 2, "--logging_steps", 1,
+                 "--output_dir", "dpo", "--max_steps", 2)  # fmt: skip
+    steps = [json.loads(line) for line in Path("dpo/metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps if "loss" in step] == [1, 2], said
     assert (Path("dpo") / "report.html").exists() and (Path("dpo") / "final" / "model.safetensors").exists()
+    print("align dpo:", *(f"loss {step['loss']:.4f}" for step in steps if "loss" in step))
+
+
+def prepare() -> str:
+    """The rows of the shipped example of own data, and a model of the demo's kind that reads them."""
+    from align_engine.demo.make import make_model, make_tokenizer
+    from align_engine.recipe import shipped
+
+    example = shipped.folder("examples") / "own_data" / "dpo"
+    assert HERE in example.parents
+    runpy.run_path(str(example / "prepare.py"), run_name="__main__")
+    rows = map(json.loads, Path("train.jsonl").read_text().splitlines())
+    turns = [turn for row in rows for side in ("prompt", "chosen", "rejected") for turn in row[side]]
+    tokenizer = make_tokenizer([f"{turn['role']}\n{turn['content']}" for turn in turns], vocab_size=400)
+    for part in (tokenizer, make_model(tokenizer, hidden=32, layers=1)):
+        part.save_pretrained("model")
+    return "model"
 
 
 if __name__ == "__main__":
     what, built = sys.argv[1:]
+    check_metadata(f"align-{what}")
+    check_syntax("align_kernels", *(["align_engine"] if what == "engine" else []))
     check_kernels(built)
     if what == "engine":
         check_engine(built)
     else:
-        assert importlib.util.find_spec("transformers") is None, "align-kernels needs torch alone"
+        others = [name for name in ("transformers", "accelerate", "align_engine") if importlib.util.find_spec(name)]
+        assert not others, "align-kernels needs torch alone"
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}: {what}, extension {built}: works")
