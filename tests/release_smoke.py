@@ -26,9 +26,8 @@ def check_metadata(distribution: str) -> None:
     assert {"Typing :: Typed", "Operating System :: POSIX :: Linux"} <= {*(said.get_all("Classifier") or ())}
     files = importlib.metadata.files(distribution) or []
     tops = {str(file).split("/")[0] for file in files if ".." not in str(file)}
-    assert tops <= {"align_engine", "align_kernels", f"{distribution.replace('-', '_')}-{said['Version']}.dist-info"}, (
-        tops
-    )
+    own = f"{distribution.replace('-', '_')}-{said['Version']}.dist-info"
+    assert tops <= {"align_engine", "align_kernels", own}, tops
     assert any(str(file) == "align_kernels/py.typed" for file in files)
     (wheel,) = (file for file in files if file.name == "WHEEL")
     print("wheel:", *(line for line in wheel.read_text().splitlines() if line.startswith("Tag")))

@@ -110,6 +110,18 @@ def as_yaml(arguments, path):
     return path
 
 
+def as_flags(text):
+    """Lines of YAML as flags: what is nested as JSON."""
+    import yaml
+
+    words = []
+    for name, value in yaml.safe_load(text).items():
+        values = value if isinstance(value, list) and not any(isinstance(one, dict) for one in value) else [value]
+        nested = [json.dumps(one) if isinstance(one, dict | list) else "none" if one is None else one for one in values]
+        words += [f"--{name}", *map(str, nested or ["none"])]
+    return words
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 @pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning", "ignore:.*cast.*:UserWarning")  # of bitsandbytes
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line.where)
@@ -117,12 +129,13 @@ def test_a_command_line_runs_or_is_answered(line, align, model, data, tmp_path):
     own = ["--model_name_or_path", model, "--dataset_name", data[line.command], "--output_dir", tmp_path / "run"]
     if line.is_yaml:
         (tmp_path / "recipe.yaml").write_text(line.text)
-        arguments = ["--config", tmp_path / "recipe.yaml"]
+        arguments, flags = ["--config", tmp_path / "recipe.yaml"], as_flags(line.text)
+        assert read(line.command, own + flags) == read(line.command, own + arguments)
     else:
         arguments = shlex.split(line.text)
         file = as_yaml(arguments, tmp_path / "recipe.yaml")
         if arguments:
-            assert read(align, line.command, own + arguments) == read(align, line.command, [*own, "--config", file])
+            assert read(line.command, own + arguments) == read(line.command, [*own, "--config", file])
     short = ["--max_steps", "1"] + ["--max_completion_length", "4"] * (line.command in ("grpo", "rloo"))
     code, _, complaint = align(line.command, *own, *arguments, *short)
     assert code == (2 if line.answer else 0), complaint
@@ -132,7 +145,7 @@ def test_a_command_line_runs_or_is_answered(line, align, model, data, tmp_path):
     assert "Traceback" not in complaint
 
 
-def read(align, command, arguments):
+def read(command, arguments):
     """The recipe, or what is said of it (without the place)."""
     arguments = list(map(str, arguments))
     path = arguments.pop(place + 1) if (place := (*arguments, "--config").index("--config")) < len(arguments) else None
