@@ -78,13 +78,18 @@ def check_engine(built: str) -> None:
     facts = json.loads(align("env", "--json"))
     assert facts["packages"]["align-engine"] == align_engine.__version__
     assert facts["cpu_extension"].startswith("built and in use") == (built == "built"), facts["cpu_extension"]
-    print("align env: CPU extension", facts["cpu_extension"], "| C++ compiler", facts["compiler"])
+    assert built == "built" or "No module named 'align_kernels._C'" in facts["cpu_extension"]
+    taken: dict[str, str] = {}
     for status in facts["backends"]:
-        print(f"align env: {status['device']} {status['dtype']} {status['name']}: {status['why_not'] or 'available'}")
+        if status["available"]:
+            taken.setdefault(f"{status['device']} {status['dtype']}", status["name"])
+    assert taken["cpu float32"] == ("cpu" if built == "built" else "torch"), taken
+    print("align env: CPU extension:", facts["cpu_extension"], "| C++ compiler:", facts["compiler"], "|", taken)
     names = align("recipes")
     assert "qwen2.5-7b-lora-dpo" in names and "lora_r: 16" in align("recipes", "qwen2.5-7b-lora-dpo")
     model = prepare()
-    print(align("plan", "dpo", "--recipe", "qwen2.5-7b-lora-dpo", "--model_name_or_path", model, "--memory", "24GB"))
+    plan = align("plan", "dpo", "--recipe", "qwen2.5-7b-lora-dpo", "--model_name_or_path", model, "--memory", "24GB")
+    print("align plan:", plan.strip().splitlines()[-1])
     said = align("dpo", "--recipe", "demo-dpo", "--model_name_or_path", model, "--dataset_name", "train.jsonl",
                  "--eval_dataset_name", "held-out.jsonl", "--eval_steps", 2, "--logging_steps", 1,
                  "--output_dir", "dpo", "--max_steps", 2)  # fmt: skip

@@ -130,7 +130,9 @@ def test_a_command_line_runs_or_is_answered(line, align, model, data, tmp_path):
     if line.is_yaml:
         (tmp_path / "recipe.yaml").write_text(line.text)
         arguments, flags = ["--config", tmp_path / "recipe.yaml"], as_flags(line.text)
-        assert read(line.command, own + flags) == read(line.command, own + arguments)
+        found, theirs = read(line.command, own + flags), read(line.command, own + arguments)
+        answered = isinstance(found, str) and all(part in found for part in line.answer)  # the value as it is written
+        assert found == theirs or (line.answer and answered)
     else:
         arguments = shlex.split(line.text)
         file = as_yaml(arguments, tmp_path / "recipe.yaml")

@@ -10,7 +10,7 @@ from torch import Tensor
 from align_kernels.backends.arguments import Checks, Transform, name_of, names_of
 
 try:
-    from align_kernels import _C
+    import align_kernels._C as _C  # `from` would call a missing one a circular import
 
     MISSING = None
 except ImportError as error:

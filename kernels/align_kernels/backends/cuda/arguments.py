@@ -15,7 +15,7 @@ from torch import Tensor
 from align_kernels.backends.arguments import Checks, Clamp, Transform, clamped, name_of, names_of
 
 try:
-    from align_kernels import _cuda
+    import align_kernels._cuda as _cuda  # `from` would call a missing one a circular import
 
     MISSING = None
 except ImportError as error:
