@@ -79,15 +79,17 @@ def _has_hook() -> bool:
         BadInput: neither, or the hook is another.
     """
     import trl
-    from trl.trainer import utils
+    from trl.trainer import base_trainer, utils
 
     version, hook = trl.__version__, getattr(utils, "add_fused_lm_head", None)
+    missing = [name for name in READERS if not hasattr(utils, name)]
+    if not hasattr(base_trainer, "_BaseTrainer"):  # before 1.0 trainers ask more of logits, on transformers 4 alone
+        missing.append("_BaseTrainer")
+    if hook is None and missing:
+        raise BadInput(f"TRL {version} has no {missing[0]}: fuse was run with {RUN}; pip install 'trl>={TESTED[-1]}'")
     if version.rsplit(".", 1)[0] not in TESTED:
         warnings.warn(f"fuse was run with TRL {RUN}, this is {version}: compare a few steps", stacklevel=3)
     if hook is None:
-        missing = [name for name in READERS if not hasattr(utils, name)]
-        if missing:
-            raise BadInput(f"TRL {version} has no {missing[0]}: fuse was run with {RUN}")
         return False
     if hook is add_fused_lm_head:
         return True

@@ -217,7 +217,12 @@ def test_a_release_is_taken_by_its_functions_not_by_its_number(monkeypatch, trl_
         fuse()
     monkeypatch.delattr(utils, "add_fused_lm_head")
     monkeypatch.delattr(utils, "entropy_from_logits")
-    with pytest.raises(BadInput, match=r"TRL 1\.16\.0 has no entropy_from_logits: fuse was run with 1\.16, "):
+    said = r"TRL 1\.16\.0 has no {}: fuse was run with 1\.16, 1\.15, 1\.8; pip install 'trl>=1\.8'"
+    with pytest.raises(BadInput, match=said.format("entropy_from_logits")):
+        fuse()
+    monkeypatch.setattr(utils, "entropy_from_logits", utils.selective_log_softmax, raising=False)
+    monkeypatch.delattr(base_trainer, "_BaseTrainer")
+    with pytest.raises(BadInput, match=said.format("_BaseTrainer")):
         fuse()
 
 
