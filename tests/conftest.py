@@ -10,10 +10,15 @@ import tiny
 import torch
 
 HERE, NUMBERS = Path(__file__).parent, itertools.count()
+FIRST = [f"{name}.py" for name in (  # a minute and more each: last, one would keep a worker while the other has none
+    "kernels/test_triton_interpreted", "kernels/test_triton_compiled", "kernels/test_cuda_build",
+    "preparation/test_story", "kernels/test_benches", "kernels/test_gpu_bench", "engine/test_plan", "cli/test_fuzz_cli",
+)]  # fmt: skip
 
 
 def pytest_configure(config):
     pictures.leave_out()
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
     config.addinivalue_line("markers", "quick: some of every area, see quick.py")
 
 
@@ -29,6 +34,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: FIRST.index(place(item.path)) if place(item.path) in FIRST else len(FIRST))
     asked = {(file, name) for file, names in quick.QUICK.items() for name in names}
     met = set()
     for item in items:

@@ -19,7 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from nursery import PATHS
-from processes import free_port
+from processes import free_port, run_on_two
 from safetensors.torch import load_file
 
 from align_engine.errors import BadInput
@@ -45,6 +45,12 @@ main(sys.argv[1:])
 """
 
 
+def asked(path: Path, *flags: Any) -> Any:
+    """What `accelerate launch` makes of a file and flags."""
+    words = ["--config_file", path, "--main_process_port", free_port(), *flags, "x.py"]
+    return _validate_launch_command(launch_command_parser().parse_args(list(map(str, words))))[0]
+
+
 def test_each_file_is_known_here():
     assert NAMES == sorted(WANTED)
 
@@ -60,9 +66,7 @@ def test_accelerate_knows_every_key_and_asks_for_what_the_file_says(name, monkey
     content: dict[str, Any] = yaml.safe_load(path.read_text())
     for section in ("fsdp_config", "parallelism_config"):
         assert content.get(section, {}).keys() <= known
-    args, *_ = _validate_launch_command(
-        parser.parse_args(["--config_file", str(path), "--main_process_port", str(free_port()), "x.py"])
-    )
+    args = asked(path)
     environment = prepare_multi_gpu_env(args)
     assert environment.items() >= WANTED[name].items() and args.num_processes == 8
     assert ("ACCELERATE_USE_FSDP" in environment) == name.startswith("fsdp2")
@@ -81,17 +85,23 @@ def one(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "rows"), [("ddp", 4), ("fsdp2", 4), ("tp", 8)])
 def test_a_run_of_two_processes_takes_the_steps_of_one(name, rows, one, tmp_path):
-    (tmp_path / "main.py").write_text(SCRIPT)
-    flags = ["--config_file", FOLDER / f"{name}.yaml", "--num_processes", 2, "--main_process_port", free_port()]
-    flags += ["--parallelism_config_tp_size", 2] if name == "tp" else []
+    """Those of fsdp2 are started by the launcher, the others get the environment that it would give them."""
+    flags = ["--num_processes", 2, *(["--parallelism_config_tp_size", 2] if name == "tp" else [])]
     settings = dict(model_name_or_path=one / "model", dataset_name=one / "rows.jsonl", output_dir=tmp_path / "run",
                     dtype="auto", packing="on", max_steps=4, per_device_train_batch_size=rows, learning_rate=1e-3,
                     logging_steps=1, bf16=False)  # fmt: skip
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, tmp_path / "main.py", name, "dpo"]
-    command += [word for key, value in settings.items() for word in (f"--{key}", value)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    arguments = [name, "dpo", *(word for key, value in settings.items() for word in (f"--{key}", value))]
+    path = FOLDER / f"{name}.yaml"
+    if name == "fsdp2":
+        (tmp_path / "main.py").write_text(SCRIPT)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path, *flags]
+        command += ["--main_process_port", free_port(), tmp_path / "main.py", *arguments]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=240)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    else:
+        given = prepare_multi_gpu_env(asked(path, *flags)).items() - os.environ.items()
+        run_on_two(SCRIPT, *arguments, **{key: value for key, value in given if not key.startswith("MASTER_")})
     a, b = (metrics.read(folder / "run" / "metrics.jsonl") for folder in (one, tmp_path))
     for metric in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
         want = [record[metric] for record in a]
