@@ -200,7 +200,7 @@ def _reference(recipe: Recipe, found: Rehearsed, card: Card) -> Change | None:
 
 def _eight_bits(recipe: Recipe, found: Rehearsed, card: Card) -> Change | None:
     there = importlib.util.find_spec("bitsandbytes") is not None
-    if not there or recipe.train.optim not in (None, "adamw_torch", "adamw_torch_fused"):
+    if not there or recipe.train.optim not in ("adamw_torch", "adamw_torch_fused"):
         return None
     why = f"the optimiser's states take {size(found.step.most['optimiser'])}: in 8 bits a quarter"
     return Change("optim", "adamw_8bit", why)

@@ -183,7 +183,7 @@ class _Stage:
         """The recipe with an optimiser that needs no numbers: what another holds is measured on a small weight."""
         recipe, self.state_per_weight = copy.deepcopy(self.recipe), 0.0
         recipe.train.activation_offloading = False
-        name = recipe.train.optim or ("adamw_torch_fused" if self.card.gpu else "adamw_torch")
+        name = recipe.train.optim
         if optimiser.OPTIMISERS.get(name, optimiser.BNB).package is not None:
             with _disable_current_modes():
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

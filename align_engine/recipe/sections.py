@@ -385,9 +385,9 @@ class TrainSection(Section):
 
     learning_rate: Rate = 2e-5
     """Highest learning rate."""
-    optim: str | None = None
+    optim: str = "adamw_torch_fused"
     """Optimiser by transformers' name: adamw_torch, adafactor, sgd, adamw_8bit, paged_adamw_8bit, lion_8bit, ...; or
-    muon (None: adamw_torch_fused on a GPU, else adamw_torch)."""
+    muon."""
     optim_args: Annotated[str, Keywords()] | None = None
     """Further arguments of it, as momentum=0.9,nesterov=true."""
     adam_beta1: Annotated[float, Range("[0, 1)")] = 0.9

@@ -70,7 +70,7 @@ class MuonAndAdamW(Optimizer):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, fused: bool | None,
+        self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float, fused: bool,
         **muon: Any,
     ) -> None:  # fmt: skip
         self.parts: dict[bool, Optimizer] = {}
@@ -97,7 +97,7 @@ def make(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
         BadInput: as `check`.
     """
     train, groups = recipe.train, parameter_groups(model, recipe)
-    kind, options = class_and_options(train, device)
+    kind, options = class_and_options(train)
     if kind is MuonAndAdamW:
         groups = list(_split(groups, _body(model)))
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
@@ -106,11 +106,6 @@ def make(model: nn.Module, recipe: Recipe, device: torch.device) -> Optimizer:
     if options.get("optim_bits") == 8:
         _embeddings_in_32_bits(optimizer, model)
     return optimizer
-
-
-def name_of(train: TrainSection, device: torch.device) -> str:
-    """The optimiser's name, where the recipe leaves it to the device too."""
-    return train.optim or ("adamw_torch_fused" if device.type == "cuda" else "adamw_torch")
 
 
 def check(train: TrainSection, device: torch.device, sharded: bool) -> None:
@@ -122,7 +117,7 @@ def check(train: TrainSection, device: torch.device, sharded: bool) -> None:
         BadInput: no such name, a package that is not installed, a device or shards that it is not for, arguments that
             it does not take.
     """
-    name = name_of(train, device)
+    name = train.optim
     if (kind := OPTIMISERS.get(name)) is None:
         raise BadInput(f"optim = {name!r} is not served; choose one of {', '.join(OPTIMISERS)}")
     if kind.package and importlib.util.find_spec(kind.package) is None:
@@ -135,7 +130,7 @@ def check(train: TrainSection, device: torch.device, sharded: bool) -> None:
     state_per_weight(train, device)
 
 
-def class_and_options(train: TrainSection, device: torch.device) -> tuple[Any, dict[str, Any]]:
+def class_and_options(train: TrainSection) -> tuple[Any, dict[str, Any]]:
     """The optimiser's class and its keywords, as transformers' Trainer has them for the name.
 
     Raises:
@@ -144,7 +139,7 @@ def class_and_options(train: TrainSection, device: torch.device) -> tuple[Any, d
     from transformers import Trainer
     from transformers.training_args import OptimizerNames
 
-    name = name_of(train, device)
+    name = train.optim
     args: Any = SimpleNamespace(
         optim_args=None, **{one: getattr(train, one) for one in ("learning_rate", "adam_beta1", "adam_beta2",
                                                                  "adam_epsilon")}
@@ -153,7 +148,7 @@ def class_and_options(train: TrainSection, device: torch.device) -> tuple[Any, d
     args.optim = OptimizerNames("adamw_torch" if muon else name)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
     if muon:
-        kind, options["fused"] = MuonAndAdamW, True if device.type == "cuda" else None
+        kind, options["fused"] = MuonAndAdamW, True
     taken = inspect.signature(torch.optim.Muon if muon else kind).parameters.keys() - ELSEWHERE
     return kind, options | _optim_args(train.optim_args, name, taken)
 
@@ -253,14 +248,14 @@ def state_per_weight(train: TrainSection, device: torch.device) -> float:
     """Bytes of state for each weight, after one step on a matrix of which an 8-bit optimiser takes 8 bits."""
     weight = nn.Parameter(torch.zeros(128, 128, device=device))
     weight.grad = torch.ones_like(weight)
-    kind, options = class_and_options(train, device)
+    kind, options = class_and_options(train)
     muon = {"muon": True} if kind is MuonAndAdamW else {}
     try:
         optimizer = kind([{"params": [weight], "weight_decay": train.weight_decay, **muon}], **options)
         optimizer.step()
     except Exception as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadInput(f"optim = {name_of(train, device)!r} does not run on {device}: {said}") from error
+        raise BadInput(f"optim = {train.optim!r} does not run on {device}: {said}") from error
     return (
         sum(_bytes(value) for value in optimizer.state[weight].values() if isinstance(value, Tensor)) / weight.numel()
     )

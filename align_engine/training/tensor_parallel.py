@@ -82,7 +82,7 @@ def check(recipe: Recipe, scalar: bool) -> None:
         "load_in_4bit or load_in_8bit": recipe.model.load_in_4bit or recipe.model.load_in_8bit,
         "reference = 'ema'": section is not None and section.reference == "ema",
         "a score head": scalar,
-        f"optim = {recipe.train.optim!r}": recipe.train.optim not in (None, "adamw_torch"),
+        f"optim = {recipe.train.optim!r}": recipe.train.optim not in ("adamw_torch", "adamw_torch_fused"),
     }
     if tensor_parallel_size() > 1 and (found := [what for what, asked in refused.items() if asked]):
         raise BadInput(f"parallelism_config: tp_size = {tensor_parallel_size()} does not go with {found[0]}: use FSDP2")

@@ -56,9 +56,10 @@ def test_a_name_takes_the_steps_of_transformers_trainer(name, wide, tmp_path, mo
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_default_on_a_cpu_is_torchs_plain_adamw(model):
+def test_the_default_is_transformers_own(model, tmp_path):
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", learning_rate=1e-2)
     theirs = AutoModelForCausalLM.from_pretrained(model)
-    expected = steps(torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0), theirs)
+    expected = steps(Trainer(theirs, arguments).create_optimizer(), theirs)
     found = made(model, SftRecipe(train=TrainSection(learning_rate=1e-2)))
     assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
 
@@ -73,7 +74,7 @@ def test_muon_takes_the_matrices_of_the_body_and_adamw_the_rest(model):
     embeddings = [theirs.model.embed_tokens.weight]
     parts = [torch.optim.Muon(body, lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
              torch.optim.AdamW([{"params": embeddings, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}],
-                               lr=1e-2)]  # fmt: skip
+                               lr=1e-2, fused=True)]  # fmt: skip
     expected = steps(SimpleNamespace(step=lambda: [part.step() for part in parts]), theirs)
     assert len(body) + len(norms) + 1 == len(expected) == 20
     assert all(a.equal(b) for a, b in zip(made(model, recipe), expected, strict=True))
@@ -161,7 +162,7 @@ REFUSED = {
     "paged": ({"optim": "paged_adamw_8bit"}, "between a GPU and the CPU, and this run is on a CPU"),
     "arguments": ({"optim": "sgd", "optim_args": "momentum"}, "optim_args = 'momentum' is not of the form name=value"),
     "foreign": ({"optim": "sgd", "optim_args": "ns_steps=3"}, "optim_args: sgd takes no 'ns_steps', but dampening"),
-    "fact": ({"optim_args": "lr=3"}, "adamw_torch takes no 'lr'"),
+    "fact": ({"optim_args": "lr=3"}, "adamw_torch_fused takes no 'lr'"),
     "broken": (
         {"optim": "sgd", "optim_args": "nesterov=true"},
         "'sgd' does not run on cpu: Nesterov momentum requires",
@@ -192,7 +193,7 @@ def test_shards_are_refused_by_name():
 
 
 def test_the_room_on_disk_is_that_of_the_optimisers_state():
-    bytes_per_weight = {None: 8, "adamw_8bit": 2, "sgd": 0, "adafactor": 0, "ademamix": 12, "muon": 4}
+    bytes_per_weight = {"adamw_torch_fused": 8, "adamw_8bit": 2, "sgd": 0, "adafactor": 0, "ademamix": 12, "muon": 4}
     for name, expected in bytes_per_weight.items():
         found = optimiser.state_per_weight(TrainSection(optim=name), CPU)
         assert found == pytest.approx(expected, abs=0.2), name
