@@ -3,6 +3,8 @@
 A new one is a file with a row here, and a recipe in `align_engine.recipe`; from outside of the package, `register`.
 """
 
+import inspect
+
 from align_engine.algorithms.grpo import GRPO
 from align_engine.algorithms.kto import KTO
 from align_engine.algorithms.ppo import PPO
@@ -31,7 +33,8 @@ def register(row: Algorithm, recipe: type[Recipe]) -> None:
 
     Raises:
         ValueError: a name that is taken (the same recipe class again, as a reloaded module brings it, is taken); a
-            field that two sections of the recipe have; rollouts and recipe that do not go together.
+            field that two sections of the recipe have; rollouts and recipe that do not go together; a loss without
+            `num_items`.
     """
     taken = RECIPES.get(row.name)
     same = taken is not None and (taken.__module__, taken.__qualname__) == (recipe.__module__, recipe.__qualname__)
@@ -43,4 +46,8 @@ def register(row: Algorithm, recipe: type[Recipe]) -> None:
     if (row.advantages is not None) != issubclass(recipe, OnlineRecipe):
         has, must = ("has", "must") if row.advantages else ("has no", "must not")
         raise ValueError(f"{row.name!r} {has} advantages, so {recipe.__qualname__} {must} be an OnlineRecipe")
+    if "num_items" not in inspect.signature(row.loss).parameters:
+        raise ValueError(
+            f"the loss of {row.name!r} takes no `num_items`: its sum over a forward pass is to be divided by it"
+        )
     ALGORITHMS[row.name], RECIPES[row.name] = row, recipe

@@ -19,6 +19,7 @@ named here are ignored, but for `tools` and `chat_template_kwargs`, which reach 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -67,6 +68,10 @@ def detect_layout(columns: Sequence[str], kind: Kind) -> tuple[str, ...]:
         if set(layout) <= set(columns):
             return layout
     wanted = " or ".join(" + ".join(f"'{key}'" for key in layout) for layout in LAYOUTS[kind])
+    names = list(dict.fromkeys(key for layout in LAYOUTS[kind] for key in layout))
+    for key in (key for key in names if key not in columns):
+        if near := difflib.get_close_matches(key, [one for one in columns if one not in names], n=1, cutoff=0.8):
+            raise BadInput(f"{kind} data needs the columns {wanted}: is '{near[0]}' meant to be '{key}'?")
     fitting = {other: [len(one) for one in LAYOUTS[other] if set(one) <= set(columns)] for other in LAYOUTS}
     best = max(LAYOUTS, key=lambda other: max(fitting[other], default=0))
     hint = f"; these rows look like {best} data, as {USERS[best]} learns from" if fitting[best] else ""

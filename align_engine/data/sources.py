@@ -128,8 +128,11 @@ def _files(path: str | Path, local: Path) -> DataFilesDict:
     """The data files of each split: the file itself, or those of a folder, all of one type."""
     if local.is_file():
         if local.suffix.lower() not in READERS:
-            packed = ": unpack it first" * (local.suffix.lower() in PACKED)
-            raise BadInput(f"'{path}': unknown file type '{local.suffix}', expected {TYPES}{packed}")
+            way = ": unpack it first" * (local.suffix.lower() in PACKED)
+            if local.suffix.lower() == ".csv":  # which has no types
+                rows = str(local.with_suffix(".jsonl"))
+                way = f": datasets.Dataset.from_csv({str(path)!r}).to_json({rows!r}) writes one"
+            raise BadInput(f"'{path}': unknown file type '{local.suffix}', expected {TYPES}{way}")
         return _stamped({"train": [local]})
     hidden = re.compile(r"(^|/)[._]")
     found = [file for file in sorted(_walk(local, set())) if file.is_file() and file.suffix.lower() in READERS]

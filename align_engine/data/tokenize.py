@@ -34,7 +34,7 @@ CARRIED_TYPES = {
     "label": datasets.Value("bool"),
     **dict.fromkeys(CARRIED["preference"], datasets.Value("float64")),
 }
-WAYS = {"bad": "bad_rows='drop' leaves them out", "long": "overlong='truncate' or 'drop' goes on"}
+WAYS = {"bad": "--bad_rows drop leaves them out", "long": "--overlong truncate, or drop, goes on"}
 SIDES = {"sft": ("completion",), "unpaired": ("completion",), "preference": ("chosen", "rejected"), "prompt": ()}
 
 

@@ -25,7 +25,10 @@ RENAMED = {  # older spellings of TRL and transformers, with the same meaning
 
 OFF = "false none no 0 0.0"
 ANY = "*"
-LAUNCH = "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m align_engine METHOD ... (docs/runs.md)"
+LAUNCH = (
+    "accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m align_engine METHOD ...; `align recipes` says "
+    "where these files lie"
+)
 SAMPLER = (
     "completions are sampled in this process, or by a server that you start: --server_base_url http://HOST:PORT/v1"
 )
@@ -67,7 +70,7 @@ TABLE: tuple[tuple[str, str, str], ...] = (
     ("dataset_text_field", "text", "the column of whole texts is `text`: rename yours"),
     ("dataset_prompt_column", "prompt", "the column of prompts is `prompt`: rename yours"),
     ("system_prompt", "none", "write it as the first message of each row, with role system"),
-    ("dataset_kwargs", ANY, "rows are recognised by their columns (docs/data.md)"),
+    ("dataset_kwargs", ANY, "rows are recognised by their columns (docs/formats.md)"),
     ("dataset_batch_size num_of_sequences chars_per_token preprocessing_num_workers", ANY, "--dataset_num_proc"),
     ("shuffle_dataset", "true", "rows are shuffled in each epoch, in an order that depends on --seed alone"),
     ("data_seed", "none", "--seed orders the rows too"),

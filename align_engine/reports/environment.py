@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = "align-engine align-kernels torch transformers accelerate datasets peft triton flash-attn trl vllm".split()
+PACKAGES = "align-engine torch transformers accelerate datasets peft triton flash-attn trl vllm".split()
 
 
 def gather() -> dict[str, Any]:

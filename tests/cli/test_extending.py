@@ -364,6 +364,8 @@ def test_a_method_that_does_not_fit_is_refused():
         register(replace(DPO, name="clash"), Clash)
     with pytest.raises(ValueError, match=r"'mine' has advantages, so .*DpoRecipe must be an OnlineRecipe"):
         register(replace(GRPO, name="mine"), DpoRecipe)
+    with pytest.raises(ValueError, match="the loss of 'mine' takes no `num_items`"):
+        register(replace(DPO, name="mine", loss=lambda hidden, weight, targets, **head: None), Mine)
     register(replace(DPO, name="mine"), Mine)
     register(replace(DPO, name="mine"), Mine)  # the same again
     assert ALGORITHMS["mine"].loss is DPO.loss and COMMANDS["mine"] is Mine

@@ -192,6 +192,14 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_what_is_said_of_csv_makes_rows_of_it(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('prompt,chosen\n"Why, then?","A ""reason"""\n')
+    with pytest.raises(BadInput, match=r"unknown file type '\.csv'") as caught:
+        load_rows(tmp_path / "a.csv")
+    exec(str(caught.value).partition("parquet: ")[2].removesuffix(" writes one"), {"datasets": datasets})
+    assert load_rows(tmp_path / "a.jsonl").to_list() == [{"prompt": "Why, then?", "chosen": 'A "reason"'}]
+
+
 @pytest.mark.parametrize("harm", ["state.json", "dataset_info.json", "data-00000-of-00001.arrow", "cut"])
 def test_a_damaged_folder_of_datasets_names_the_file(harm: str, tmp_path: Path) -> None:
     datasets.DatasetDict(train=datasets.Dataset.from_list([{"text": "x" * 99}] * 99)).save_to_disk(tmp_path / "saved")
