@@ -253,7 +253,7 @@ NEW = (
     Mutant("guide: the length of the wrong sign", "docs/extending.md",
            "margin + length_alpha * longer", "margin - length_alpha * longer", EXTENDING),
     Mutant("guide: a backend that leaves the entropy out", "docs/extending.md",
-           "targets, g_logp, g_entropy, clamp=clamp,", "targets, g_logp, None, clamp=clamp,", EXTENDING),
+           "z.double(), state, targets, g_logp, g_entropy,", "z.double(), state, targets, g_logp, None,", EXTENDING),
     Mutant("guide: the reference is not read", "docs/extending.md", "refers=always", "refers=lambda recipe: False",
            EXTENDING),
     Mutant("a drop-in's loss is a public name", f"{K}losses/registry.py",

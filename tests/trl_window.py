@@ -1,7 +1,7 @@
 """`fuse` beside the unfused trainers in other releases of TRL; by hand: it installs them.
 
     python tests/trl_window.py [RELEASE ...] [--at FOLDER] [--json FILE]       # default: 1.16.0 1.15.0 1.8.0
-    python tests/trl_window.py --write     # the table of docs/coming_from_trl.md, from benches/results/trl_window.json
+    python tests/trl_window.py --write     # the table of docs/from-trl.md, from benches/results/trl_window.json
 
 Each release takes an environment of its own in FOLDER (default: a temporary folder, deleted), which shares all packages
 of this one but TRL. Twenty steps of DPO, KTO, GRPO, RLOO and SFT are run without `fuse`, with `fuse()` before the
@@ -109,7 +109,7 @@ def main() -> int:
         (options.inside / "found.json").write_text(json.dumps(found))
         return 0
     if options.write:
-        page = ROOT / "docs" / "coming_from_trl.md"
+        page = ROOT / "docs" / "from-trl.md"
         sys.path[:0] = [str(ROOT / "tests" / "helpers")]
         from command_lines import between
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import yaml
-from documents import CURRENT, FENCE, PAGES, ROOT, commands, name_of, write_files
+from documents import COMMAND, CURRENT, FENCE, PAGES, ROOT, blocks, commands, lines, name_of, write_files
 from markdown.extensions.toc import slugify
 
 from align_engine import cli
@@ -21,7 +21,17 @@ MADE = ("architectures.md", "gpu_registers.md", "gpu_plans.md")
 FIGURED = [page for page in CURRENT if page.name not in MADE]
 UNITS = r"times|seconds|s\b|min\b|minutes|hours|ms\b|MB|MiB|GB\b|GiB|GFLOP/s|points|prompts a second"
 FIGURE = re.compile(rf"(\d[\d,.]*\d|\d)(?: to \d[\d.]*)?\s?(?:{UNITS})")
-COMMAND = r"(?m)(?:`|^ {4})(?:\w+=\S+ )*(?:nice -n \d+ )?(?:python|pytest|make|align|tests/\w+\.sh)\b"
+RUN_BY = r"(?m)(?:`|^ {4})(?:\w+=\S+ )*(?:nice -n \d+ )?(?:python|pytest|make|align|tests/\w+\.sh)\b"
+OTHERS = {  # lines of blocks of bash that are no command of `align`: what tries them
+    r"pip install \.|python3 -m venv \.venv && .*": "tests/release_check.py",
+    r"make (demo|test|test-quick|docs|bench)": "test_targets_that_documents_name_are_in_the_makefile",
+    r"cd examples/own_data/dpo|python (prepare|compare)\.py.*": "tests/integrations/test_examples.py",
+    r"python examples/story/(run|table)\.py.*": "tests/preparation/test_story.py, tests/assessment/test_story_table.py",
+    r"python benches/compare\.py .*": "tests/kernels/test_benches.py",
+    r"(head|tail) -n .*|python -c \".*make_demo.*": "test_the_first_page_from_its_first_line_to_its_last",
+    r"cp -r runs/sft/final serving|transformers serve --port 8000": "tests/engine/test_transformers_serve.py",
+    r"(VLLM_\w+=\w+ )?vllm serve .*": "nothing: vLLM was not run, as the page says",
+}
 NOT_MEASURED = {  # sizes of cards and examples, limits, arithmetic that stands beside it
     *("24GB", "80GiB", "40GB", "5 GB", "2 GiB", "1 MiB", "40 s", "120 seconds", "10 seconds"),
 }
@@ -93,6 +103,32 @@ def test_commands_are_taken(monkeypatch, tmp_path, capsys):
             assert code == 0, f"{name_of(page)}: align {' '.join(command)}\n{said.err}"
             assert len(parsed) > before or "usage:" in said.out or "--help" in command, command
     assert len(parsed) > 50
+
+
+def test_every_block_is_of_a_kind_that_is_tried():
+    """Python and whole pages run in test_pages.py, test_extending.py and test_examples.py; rows, JSON and YAML are read
+    there; commands go through test_commands_are_taken, and what a shell is given besides is named above."""
+    used = set()
+    for page in CURRENT:
+        for block in blocks(page):
+            where = f"{name_of(page)}:{block.line}"
+            assert block.language in {"bash", "python", "jsonl", "json", "yaml", "math", "text"}, where
+            for line in lines(block.code) if block.language == "bash" else ():
+                other = {kind for kind in OTHERS if re.fullmatch(kind, line)}
+                assert other or COMMAND.match(line), f"{where}: {line}"
+                used |= other
+        plain = re.sub(r"(?m)^::: .*(\n +.*)*", "", FENCE.sub("", page.read_text()))
+        assert re.findall(r"(?m)^ {4}\S.*", plain) == [], f"{name_of(page)}: a block without a fence"
+    assert used == OTHERS.keys()
+
+
+@pytest.mark.parametrize("page", [page for page in CURRENT if "```text" in page.read_text()], ids=name_of)
+def test_a_command_prints_what_the_page_shows(page, capsys):
+    for block in blocks(page):
+        if block.language == "text":
+            command, *printed = block.code.splitlines()
+            assert command.startswith("$ align ") and cli.main(command.split()[2:]) == 2
+            assert capsys.readouterr().err.splitlines() == printed
 
 
 def test_every_page_is_in_the_nav():
@@ -168,7 +204,7 @@ def test_a_measured_figure_stands_in_the_log_beside_its_command(page):
             assert said <= NOT_MEASURED, f"{said - NOT_MEASURED} in: {paragraph}"
         elif found:
             linked = "".join(sections()[anchor] for anchor in re.findall(r"LOG\.md#([\w-]+)", paragraph))
-            assert re.search(COMMAND, paragraph) or re.search(COMMAND, linked), f"no command: {paragraph}"
+            assert re.search(RUN_BY, paragraph) or re.search(RUN_BY, linked), f"no command: {paragraph}"
             for figure in found:
                 stands = rf"(?<![\d.]){re.escape(figure[1])}(?![\d])"
                 assert re.search(stands, linked or measured()), f"{figure[1]} in: {paragraph}"

@@ -359,7 +359,7 @@ def test_a_typed_recipe_takes_the_test_split_where_evaluations_are_asked_for():
 
 def test_the_page_on_trl_holds_these_tables():
     """`PYTHONPATH=.:kernels python tests/helpers/command_lines.py` writes them."""
-    page = (ROOT / "docs" / "coming_from_trl.md").read_text()
+    page = (ROOT / "docs" / "from-trl.md").read_text()
     for mark, content in tables().items():
         assert between(page, mark, content) == page, mark
     assert len(LINES) >= 30 and sum(not line.answer for line in LINES) >= 15

@@ -1,5 +1,6 @@
 """The blocks of the documents run as they stand: Python, whole pages, the commands and rows of each method."""
 
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import pytest
 import torch
 import workplace
+import yaml
 from documents import CURRENT, ROOT, blocks, commands, lines, name_of, write_files
 
 from align_engine.data.formats import LAYOUTS, detect_layout, normalise
@@ -19,6 +21,7 @@ DOCS = ROOT / "docs"
 SEVERAL_STEPS = {"clip_ratio/region_mean"}  # a rollout must serve
 METHODS = [page for page in sorted((DOCS / "methods").glob("*.md")) if page.stem != "index"]
 ELSEWHERE = {"extending.md": "test_extending.py", "drop-in.md": "test_examples.py", "start.md": "below"}
+ELSEWHERE_TOO = (DOCS / "uses" / "drop-in.md").read_text()  # the README shows its first block
 WITH_PYTHON = [
     page for page in CURRENT if page.name not in ELSEWHERE and any(b.language == "python" for b in blocks(page))
 ]
@@ -51,7 +54,7 @@ def test_python_runs(page, here):
     sys.path.insert(0, str(here))
     names = tensors()
     for block in blocks(page):
-        if block.language == "python" and not block.title and "integrations.trl" not in block.code:
+        if block.language == "python" and not block.title and block.code.strip() not in ELSEWHERE_TOO:
             exec(compile(block.code, f"{name_of(page)}:{block.line}", "exec"), names)
     sys.modules.pop("my_rewards", None)
 
@@ -75,9 +78,17 @@ def test_a_methods_page_trains_on_its_own_rows(page, here):
     assert {name.removeprefix("eval_") for name in named} <= written | SEVERAL_STEPS
 
 
+def test_models_are_listed_as_the_page_on_data_says():
+    (code,) = (block.code for block in blocks(DOCS / "data.md") if block.language == "yaml")
+    shown, file = (yaml.safe_load(text)["models"] for text in (code, (ROOT / "examples" / "tiers.yaml").read_text()))
+    assert len(shown) == len(file) and all(one.items() <= whole.items() for one, whole in zip(shown, file))
+
+
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_rows_are_of_their_kind(page):
     for block in blocks(page):
+        if block.language == "json":
+            json.loads(block.code)
         if block.language != "jsonl":
             continue
         rows = [json.loads(line) for line in block.code.splitlines()]
@@ -87,8 +98,8 @@ def test_rows_are_of_their_kind(page):
             assert normalise(row, detect_layout(list(row), kinds[0]))
 
 
-def test_the_first_page_from_its_first_line_to_its_last(here, capsys):
-    """Ten minutes: the reader's own table and rows, a plan, a run, its report, an answer."""
+def test_the_first_page_from_its_first_line_to_its_last(here, capsys, monkeypatch):
+    """Ten minutes: the reader's own table and rows, a plan, a run, its reports, a talk, an answer."""
     page = DOCS / "start.md"
     write_files(page, here)
     (here / "ratings.csv").write_text("question,good_answer,bad_answer\nWhere?,Here.,Who knows.\n")
@@ -101,12 +112,12 @@ def test_the_first_page_from_its_first_line_to_its_last(here, capsys):
                 subprocess.run(line, shell=True, check=True)
             elif line.startswith("python -c"):
                 assert "make_demo" in line  # tests/engine/test_demo.py makes one
-            elif line.startswith(("align env", "align chat")):
-                continue
             elif line.startswith("align "):
+                monkeypatch.setattr(sys, "stdin", io.StringIO("How long?\n"))  # of align chat
                 (command,) = (words for _, words in commands(page) if " ".join(words)[:12] == line[6:18])
                 hub = [str(here / "hub") if word == workplace.HUB else word for word in command]
-                assert workplace.main(hub) == 0, capsys.readouterr().err
+                short = ["--max_new_tokens", "4"] if command[0] == "chat" else []
+                assert workplace.main(hub + short) == 0, capsys.readouterr().err
     assert json.loads((here / "from_table.jsonl").read_text())["chosen"][0]["content"] == "Here."
     assert (here / "runs/first/report.html").exists() and len((here / "train.jsonl").read_text().splitlines()) == 3
     metrics = [json.loads(line) for line in (here / "runs/first/metrics.jsonl").read_text().splitlines()]
@@ -116,8 +127,9 @@ def test_the_first_page_from_its_first_line_to_its_last(here, capsys):
 
 
 def test_a_scorer_over_http_scores(here):
-    """The server of docs/rewards.md, asked by a run."""
+    """The server of docs/rewards.md, asked as the page says, and by a run."""
     import threading
+    import urllib.request
 
     write_files(DOCS / "rewards.md", here)
     sys.path.insert(0, str(here))
@@ -125,6 +137,9 @@ def test_a_scorer_over_http_scores(here):
 
     server = scorer.serve(port=0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    asked, answered = (block.code for block in blocks(DOCS / "rewards.md") if block.language == "json")
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/score", asked.encode()) as reply:
+        assert json.load(reply) == json.loads(answered)
     tiny_rows = [{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "3 + 5?", "answer": "8"}]
     (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows))
     address = f"http://127.0.0.1:{server.server_port}/score"

@@ -140,7 +140,7 @@ LINES = (
 
 
 def tables() -> dict[str, str]:
-    """The tables of docs/coming_from_trl.md by the marks that they stand between, as Markdown."""
+    """The tables of docs/from-trl.md by the marks that they stand between, as Markdown."""
     from align_engine.recipe.foreign import RENAMED, TABLE
 
     def table(header: str, rows: list[tuple[str, ...]]) -> str:
@@ -173,7 +173,7 @@ def between(text: str, mark: str, content: str) -> str:
 if __name__ == "__main__":  # python tests/helpers/command_lines.py: writes them
     from pathlib import Path
 
-    page = Path(__file__).parents[2] / "docs" / "coming_from_trl.md"
+    page = Path(__file__).parents[2] / "docs" / "from-trl.md"
     text = page.read_text()
     for mark, content in tables().items():
         text = between(text, mark, content)

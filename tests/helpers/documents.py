@@ -13,6 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CURRENT = [path for path in PAGES if path.name != "LOG.md"]  # the log speaks of files as they were
 FENCE = re.compile(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 TITLE = re.compile(r'title="([^"]+)"')
+COMMAND = re.compile(r"(?:\w+=\S+ |printf .* \| )*(?:align|(?:torchrun|accelerate launch) .*-m align_engine)\s+(.*)")
 
 
 class Block(NamedTuple):
@@ -41,7 +42,7 @@ def blocks(page: Path) -> list[Block]:
 def lines(code: str) -> Iterator[str]:
     """The lines of a block of commands, those that go on with a backslash joined, without comments."""
     for line in code.replace("\\\n", " ").splitlines():
-        if words := line.partition(" #")[0].strip():
+        if words := re.split(r"(?:^| )#", line)[0].strip():
             yield words
 
 
@@ -49,15 +50,13 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
     """What is given to `align` in a page's blocks: (folder that was entered, [command, flag, value, ...]). `...` stands
     for what was left out."""
     found = []
-    indented = "\n".join(re.findall(r"^ {4}(\S.*)", FENCE.sub("", page.read_text()), re.MULTILINE))
-    for block in [*blocks(page), Block("", "", indented, 0)]:
+    for block in blocks(page):
         folder = ""
-        for line in lines(block.code) if block.language in ("", "bash") else ():
+        for line in lines(block.code) if block.language == "bash" else ():
             if line.startswith("cd "):
                 folder = line.removeprefix("cd ")
-            launched = re.match(r"(?:align|(?:torchrun|accelerate launch) .*-m align_engine)\s+(.*)", line)
-            if launched and not launched[1].startswith("COMMAND"):
-                found.append((folder, [word for word in shlex.split(launched[1]) if word != "..."]))
+            if command := COMMAND.match(line):
+                found.append((folder, [word for word in shlex.split(command[1]) if word != "..."]))
     return found
 
 
