@@ -75,6 +75,8 @@ def detect_layout(columns: Sequence[str], kind: Kind) -> tuple[str, ...]:
     fitting = {other: [len(one) for one in LAYOUTS[other] if set(one) <= set(columns)] for other in LAYOUTS}
     best = max(LAYOUTS, key=lambda other: max(fitting[other], default=0))
     hint = f"; these rows look like {best} data, as {USERS[best]} learns from" if fitting[best] else ""
+    if not hint and kind == "preference":
+        hint = "; `align pairs --columns prompt=YOURS chosen=YOURS rejected=YOURS` gives yours these names"
     raise BadInput(f"{kind} data needs the columns {wanted}, but there are {sorted(columns)}{hint}")
 
 

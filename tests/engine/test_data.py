@@ -252,6 +252,8 @@ def test_each_fault_has_its_message(row: dict[str, Any], kind: str, message: str
 def test_missing_columns_are_named_with_a_hint() -> None:
     with pytest.raises(BadInput, match=r"'chosen' \+ 'rejected'.*\['completion', 'prompt'\].*look like sft data"):
         prepared([{"prompt": "p", "completion": "x"}], "preference")
+    with pytest.raises(BadInput, match=r"\['bad', 'good', 'question'\]; `align pairs --columns"):
+        prepared([{"question": "p", "good": "x", "bad": "y"}], "preference")
     with pytest.raises(BadInput, match="is 'choosen' meant to be 'chosen'"):
         prepared([{"prompt": "p", "choosen": "x", "rejected": "y"}], "preference")
 
