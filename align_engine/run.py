@@ -484,7 +484,10 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = kind(mixed_precision="bf16" if bf16 else "no", **options)
     ranks.check(accelerator)
     if fsdp and accelerator.num_processes > 1 and accelerator.distributed_type != DistributedType.FSDP:
-        raise BadInput(f"FSDP is asked for; accelerate takes {accelerator.distributed_type} on {accelerator.device}")
+        raise BadInput(
+            f"FSDP is asked for; accelerate takes {accelerator.distributed_type} on {accelerator.device}: "
+            "it is for GPUs; on a CPU launch with torchrun, or with recipes/accelerate/ddp.yaml"
+        )
     return accelerator
 
 
