@@ -54,6 +54,9 @@ def check_kernels(built: str) -> None:
     torch.testing.assert_close(out.loss, eager)
     torch.testing.assert_close(grad, torch.autograd.grad(eager, hidden)[0])
     print(f"dpo_loss {out.loss.item():.6f}, eager {eager.item():.6f}, gradients the same")
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    pools = {line.split()[-1] for line in maps if "libgomp" in line}
+    assert len(pools) == 1, f"torch and the extension share one OpenMP: {pools}"
     extension = importlib.util.find_spec("align_kernels._C")
     assert (extension is not None) == (built == "built"), extension
     if extension is not None:
