@@ -24,6 +24,7 @@ NOT_PART_OF_THE_RUN = ("output_dir", "overwrite", "report_to", "run_name", "resu
                        "dataset_num_proc", "tune_malloc", "fit", "log_completions", "num_completions_to_print",
                        "push_to_hub", "hub_model_id", "hub_private_repo", "wait_for_marks")  # fmt: skip
 TRL_REWARDS = {"accuracy_reward", "reasoning_accuracy_reward", "think_format_reward"}  # names of its scripts
+GIVE = {"reward_funcs": ": a function (file.py:name), the folder of a reward model, an address of HTTP, or human"}
 R = TypeVar("R", bound=Settings)
 
 
@@ -49,7 +50,7 @@ def check(recipe: R, required: Sequence[str] = REQUIRED) -> R:
             recipe.data.dataset_test_split = "test"
     values = flat(recipe)
     missing = [name for name in required if name not in recipe.optional and not values.get(name, True)]
-    broken = [f"{name} = {values[name]!r} is required" for name in missing]
+    broken = [f"{name} = {values[name]!r} is required{GIVE.get(name, '')}" for name in missing]
     for name, (_, taken) in fields(type(recipe)).items():
         if taken.range is not None and any(number not in taken.range for number in numbers(values[name])):
             broken.append(f"{name} = {values[name]!r} {taken.range}")

@@ -153,7 +153,7 @@ def test_every_option_trains(name, settings, model, prompts, tmp_path, monkeypat
 
 def test_what_cannot_be_is_refused(model, prompts, tmp_path):
     for settings, message in (
-        ({"reward_funcs": []}, "reward_funcs = .* is required"),
+        ({"reward_funcs": []}, "reward_funcs = .* is required: a function"),
         ({"reward_funcs": ["tiny:nothing"]}, "has no 'nothing'"),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights"),
         ({"num_generations": 3}, "num_generations = 3 does not divide the 8 completions"),
