@@ -33,18 +33,19 @@ def watched(engine):
     return model
 
 reference.loaded = watched
-flags = sys.argv[1:]
-codes = [cli.main(["dpo", "--model_name_or_path", "org/tiny", "--reference", "frozen", "--max_steps", "1",
-                   "--learning_rate", "1e-12", *flags])]
-out = Path(flags[flags.index("--output_dir") + 1])
-final = load_file(out / "final" / "model.safetensors")["model.embed_tokens.weight"]
-tokens = json.loads((out / "final" / "tokenizer.json").read_text())["model"]["vocab"]
-plain = json.loads((out / "run.json").read_text())["identity"]["files of model_name_or_path"]
-codes.append(cli.main(["dpo", "--model_name_or_path", "org/tiny", "--use_peft", "--max_steps", "1", *flags[:-1],
-                       flags[-1] + "-lora"]))
-lora = json.loads(Path(flags[-1] + "-lora", "final", "adapter_config.json").read_text())
-print(json.dumps({"codes": codes, "policy": float(final.sum()), "reference": asked, "commit": plain,
-                  "tokens": "extra" in tokens, "adapter": [lora["base_model_name_or_path"], lora["revision"]]}))
+for flags in json.loads(sys.argv[1]):
+    asked.clear()
+    codes = [cli.main(["dpo", "--model_name_or_path", "org/tiny", "--reference", "frozen", "--max_steps", "1",
+                       "--learning_rate", "1e-12", *flags])]
+    out = Path(flags[flags.index("--output_dir") + 1])
+    final = load_file(out / "final" / "model.safetensors")["model.embed_tokens.weight"]
+    tokens = json.loads((out / "final" / "tokenizer.json").read_text())["model"]["vocab"]
+    plain = json.loads((out / "run.json").read_text())["identity"]["files of model_name_or_path"]
+    codes.append(cli.main(["dpo", "--model_name_or_path", "org/tiny", "--use_peft", "--max_steps", "1", *flags[:-1],
+                           flags[-1] + "-lora"]))
+    lora = json.loads(Path(flags[-1] + "-lora", "final", "adapter_config.json").read_text())
+    print(json.dumps({"codes": codes, "policy": float(final.sum()), "reference": asked, "commit": plain,
+                      "tokens": "extra" in tokens, "adapter": [lora["base_model_name_or_path"], lora["revision"]]}))
 """
 
 
@@ -68,14 +69,23 @@ def total(cache, commit):
     return float(load_file(file)["model.embed_tokens.weight"].sum())
 
 
-@pytest.mark.parametrize(("flags", "commit"), [([], "0"), (["--model_revision", "v1"], "7")], ids=["main", "v1"])
-def test_policy_tokenizer_and_reference_are_of_the_revision(flags, commit, cache, tmp_path):
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", tiny.preference_rows(4))
-    words = [*flags, "--dataset_name", str(rows), "--output_dir", str(tmp_path / "run")]
+@pytest.fixture(scope="module")
+def runs(cache, tmp_path_factory):
+    """What was found of each commit, by one process: the hub's libraries read where their cache is at import."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = tiny.write_rows(folder / "rows.jsonl", tiny.preference_rows(4))
+    asked = {"0": [], "7": ["--model_revision", "v1"]}
+    words = [[*flags, "--dataset_name", str(rows), "--output_dir", str(folder / commit)]
+             for commit, flags in asked.items()]  # fmt: skip
     place = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True, env=place)
+    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(words)], capture_output=True, text=True, env=place)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(asked, [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"codes"')]))
+
+
+@pytest.mark.parametrize("commit", ["0", "7"], ids=["main", "v1"])
+def test_policy_tokenizer_and_reference_are_of_the_revision(commit, cache, runs):
+    found = runs[commit]
     want = pytest.approx(total(cache, commit), abs=1e-4)
     assert found["codes"] == [0, 0] and found["policy"] == want and found["reference"] == [want]
     assert found["tokens"] == (commit == "7") and found["commit"] == commit * 16
