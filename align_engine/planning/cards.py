@@ -18,7 +18,7 @@ CARDS = {  # GB as the makers print them
 }  # fmt: skip
 SHARE = 0.9  # of a GPU's or a machine's memory: the rest is the system's, and what an allocator cannot use
 # measured with benches/bench_plan.py on a CPU; on a GPU CUDA's context and cuBLAS, not yet measured
-BASE = {"cpu": int(0.6 * GIB), "cuda": 2 * GIB}
+BASE = {"cpu": int(0.7 * GIB), "cuda": 2 * GIB}
 
 
 class Card(NamedTuple):

@@ -48,6 +48,7 @@ class Ledger(TorchDispatchMode):
         self.heap = heap
         self.phases: list[Phase] = []
         self._events: list[tuple[int, int]] = []  # (number of a storage, bytes more or less)
+        self._sums: list[tuple[int, int]] = []  # of a backward pass: (place in _events, what is added to)
         self._named: dict[int, str] = {}
         self._numbers: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
         self._spans: list[tuple[Phase, int, int]] = []
@@ -69,6 +70,10 @@ class Ledger(TorchDispatchMode):
 
     def settle(self) -> list[Phase]:
         """The phases, with their peaks and the parts of these. Names that were given late count from the beginning."""
+        for place, number in self._sums:  # autograd adds in place to what nobody else holds, but where a mode looks on
+            made, *freed = self._events[place : place + 2]
+            if freed == [(number, -made[1])]:
+                self._events[place : place + 2] = *freed, made
         held: Counter[str] = Counter()
         at = 0
 
@@ -103,6 +108,8 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return out
         self._flops += flops(func, args, kwargs or {}, out)
+        if func is aten.add.Tensor and not torch.is_grad_enabled() and torch._C._current_autograd_node() is not None:
+            self._sums.append((len(self._events), self._number(args[0])))
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._number(tensor)

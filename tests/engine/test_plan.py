@@ -117,6 +117,7 @@ def second_step(name, recipe, work):
 CASES = {
     "sft": ("sft", {"gradient_checkpointing": False}),
     "sft recomputed": ("sft", {"gradient_checkpointing": True}),
+    "sft, gradients of a large vocabulary": ("sft", {"vocab": 32768, "per_device_train_batch_size": 2}),
     "sft in bfloat16": ("sft", {"gradient_checkpointing": True, "bf16": True}),
     "dpo, LoRA": ("dpo", {"gradient_checkpointing": False, "use_peft": True}),
     "dpo, trees": ("dpo", {"gradient_checkpointing": False, "packing": "on"}),
