@@ -3,7 +3,7 @@ same bits?
 
     python tests/kills.py [--seed 0] [--signals SIGKILL,SIGTERM,SIGINT] [--methods dpo,grpo] [--set packing=off ...]
 
-Run by hand: some ten minutes. Each run of TABLE is hit, up to three times, by the signals in turn. --set gives every
+Run by hand: some four minutes. Each run of TABLE is hit, up to three times, by the signals in turn. --set gives every
 run further fields of its recipe.
 """
 
