@@ -84,7 +84,7 @@ def test_compaction(benchmark, peaked, schedule, train):
 def test_break_even(benchmark, peaked, train, monkeypatch):
     """The speedup where every block keeps a given share of the columns, needed or not: 256 rows, one pass."""
 
-    def largest(tiled, chunk, state, store, rows, entropy):
+    def largest(tiled, chunk, state, store, rows, level, entropy):
         n, peak = len(chunk.targets), tiled.empty(V, dtype=torch.float32)
         for v0, v1 in tiled.tiles():
             z = store.tile(n, v0, v1)

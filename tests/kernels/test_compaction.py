@@ -218,27 +218,66 @@ def test_dropped_mass(shape: str, impl: str, entropy: bool, tau: float):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_eps_is_the_largest_that_serves(impl: str):
-    """With twice the eps, or its columns alone, some row would lose more than drop_mass."""
-    case = make("spiked")
-    tiled = tiled_head(case, TAU, impl)
+def test_eps_is_the_largest_that_serves(impl: str, monkeypatch):
+    """Thresholds a quarter of a halving higher would drop too much of some row, but where an estimate was too low."""
+    tiled = tiled_head(make("spiked"), TAU, impl)
     (chunk,) = tiled.chunks(0, len(tiled.kept))
     store = tiled.store(len(chunk.targets))
-    state = softmax(tiled, chunk, store)
-    p = transform(case, raw_logits(case, case.leaves(torch.float64))).detach().softmax(1)
-    blocks = list(compaction.cut(tiled, chunk, state, store, torch.arange(len(p)), dense := [], entropy=False))
-    levels = []
-    assert not dense
-    for block in blocks:
-        q = p[block.rows]
-        peak = q.amax(0)
-        peak[chunk.targets[block.rows]] = 1.0
-        eps = peak[block.columns].min()
-        level = 2.0 ** math.ceil(math.log2(TAU / eps))
-        fewer = peak < TAU / level * 2
-        levels.append(level)
-        assert level < 2 or q[:, fewer].sum(1).max() > TAU * 0.999
-    assert len(blocks) > 1 and max(levels) >= 2, "no block shows it"
+    state, suffices, asked = softmax(tiled, chunk, store), compaction._suffices, []
+
+    def recorded(*args) -> bool:
+        asked.append(suffices(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(compaction, "_suffices", recorded)
+    higher = 0
+    for _ in compaction.cut(tiled, chunk, state, store, torch.arange(len(state)), dense := [], entropy=False):
+        assert asked[-1] and not any(asked[:-1])
+        higher += len(asked) > 1
+        asked.clear()
+    assert higher > 1 and not dense
+
+
+def test_the_cheapest_blocks():
+    """Against every way to cut eight rows, and eight pieces of 16 rows."""
+    rng = torch.Generator().manual_seed(0)
+    for piece, each, extra, most in ((1, 0.1, 2, 5), (16, 3, 30, 70), (1, 0, 0, 8)):
+        for _ in range(20):
+            needed = torch.rand(8, 40, generator=rng) < torch.rand(8, 1, generator=rng) ** 3
+            ends = [piece * (i + 1) for i in range(7)] + [8 * piece - piece // 2]
+            edges = [0, *ends]
+            shares = torch.zeros(8, 8, dtype=torch.float64)
+            for i, j in itertools.combinations_with_replacement(range(8), 2):
+                shares[j, i] = needed[i : j + 1].any(0).double().mean()
+
+            def price(i: int, j: int, shares=shares, edges=edges, each=each, extra=extra) -> float:
+                share, rows = float(shares[j - 1, i]), edges[j] - edges[i]
+                return rows if share > compaction.MOST_COLUMNS else min(each + share * (rows + extra), rows)
+
+            ways = []
+            for count in range(8):
+                for inner in itertools.combinations(range(1, 8), count):
+                    cuts = list(itertools.pairwise((0, *inner, 8)))
+                    if all(edges[j] - edges[i] <= most for i, j in cuts):
+                        ways.append(sum(price(i, j) for i, j in cuts))
+            found = support.cheapest(shares, ends, most, each, extra)
+            places = [(edges.index(begin), edges.index(end)) for begin, end, _ in found]
+            assert [i for i, _ in places] == [0, *(j for _, j in places[:-1])] and places[-1][1] == 8
+            assert sum(price(i, j) for i, j in places) == pytest.approx(min(ways))
+            assert [dense for *_, dense in found] == [price(i, j) == edges[j] - edges[i] for i, j in places]
+
+
+def test_shares_of_pieces():
+    rng = torch.Generator().manual_seed(1)
+    sample = torch.randint(0, 9, (37, 50), generator=rng).to(torch.uint8)
+    found = support.Support(torch.zeros(37), torch.randint(0, 5, (37,), generator=rng), sample, 50, None)
+    places = torch.randperm(37, generator=rng)[:30]
+    for piece in (1, 4):
+        shares = found._shares(places, piece)
+        parts = places.split(piece)
+        for i, j in itertools.combinations_with_replacement(range(len(parts)), 2):
+            rows = torch.cat(parts[i : j + 1])
+            assert shares[j, i] == (sample[rows] <= found.level[rows][:, None]).any(0).double().mean()
 
 
 @pytest.mark.parametrize(
@@ -310,11 +349,9 @@ def test_support(tau: float, entropy: bool, monkeypatch):
     wanted = []
     for row in p:
         height = -(row * row.log()).sum()
-        for j in range(support.HALVINGS + 1):
-            dropped = row[row < tau / 2**j]
-            serves = not entropy or (
-                (dropped * (-dropped.log() - height)).sum() <= tau and math.log(tau / 2**j) <= -height
-            )
+        for eps in (tau / 2 ** (j / support.STEPS) for j in range(support.LEVELS + 1)):
+            dropped = row[row < eps]
+            serves = not entropy or ((dropped * (-dropped.log() - height)).sum() <= tau and math.log(eps) <= -height)
             if dropped.sum() <= tau and serves:
                 wanted.append(V - len(dropped))
                 break
@@ -325,13 +362,16 @@ def test_support(tau: float, entropy: bool, monkeypatch):
     assert min(wanted) < max(wanted)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("tau", "most"), [(2**-8, 2.35), (2**-12, 3.0)])
-def test_few_wide_rows_spoil_no_others(tau: float, most: float, seed: int, monkeypatch):
+@pytest.mark.parametrize(
+    ("v", "seed", "tau", "most"),
+    [(20011, seed, tau, most) for seed in range(3) for tau, most in ((2**-8, 2.3), (2**-12, 2.85))]
+    + [(151936, 0, 2**-8, 2.7), (151936, 0, 2**-12, 3.4)],
+)
+def test_few_wide_rows_spoil_no_others(v: int, seed: int, tau: float, most: float, monkeypatch):
     """Rows with a median of one significant column and a tail that needs thousands: GEMMs in units of NVD."""
     monkeypatch.undo()  # blocks of the real size
     torch.manual_seed(seed)
-    n, d, v = 512, 64, 20011
+    n, d = 512, 64
     w = torch.randn(v, d) / 8
     y = torch.multinomial(1.0 / torch.arange(1, v + 1).float(), n, replacement=True)
     hidden = (w[y] * 24 + torch.randn(n, d) * 0.3).requires_grad_()

@@ -1,8 +1,8 @@
 """Column compaction: the backward over the few columns that carry all but `drop_mass` of a peaked softmax.
 
 After a chunk's forward its raw logits and every row's exact log-sum and entropy are known. Rows that need like numbers
-of columns (`support`) form a block; it keeps the columns whose probability reaches eps in one of its rows, and those of
-its targets. eps is the largest of tau, tau / 2, tau / 4, ... (tau = drop_mass) with, for every row t,
+of columns (`support`) form a block; it keeps the columns whose probability reaches eps_t in one of its rows t, and
+those of its targets. The eps_t are estimated, and fall together in steps of 2^(1/4) until, with tau = drop_mass, every
 
     delta_t = 1 - sum of kept p <= tau
     and, where the entropy may need a gradient, sum of dropped p |log p + H| <= tau
@@ -30,13 +30,13 @@ from align_kernels.backends.state import MAX, SUM, SUM_X
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.base import Schedule
 from align_kernels.schedules.dense import Frozen, OnePass, gradient, softmax
-from align_kernels.schedules.request import BLOCK_ROWS, MOST_COLUMNS, Plan, Request
+from align_kernels.schedules.request import BLOCK_ROWS, BLOCK_ROWS_GPU, MOST_COLUMNS, Plan, Request
 from align_kernels.schedules.sharded import total
-from align_kernels.schedules.support import HALVINGS, estimate, levels
+from align_kernels.schedules.support import LEVELS, STEPS, estimate
 from align_kernels.schedules.tiles import Chunk, Piece, Rows, TiledHead
 
 FLAT = 0.01  # of the vocabulary: BLOCK_ROWS rows whose exp(entropy) is more need nearly every column (docs/LOG.md)
-PROBES = 8  # rows of a block that are tried first
+FEW = 16  # rows of a block whose logits are copied to choose its columns
 STEP = 1024  # columns of one gather, GEMM and scatter on a CPU
 STEP_GPU = 8192  # a guess: launches cost more there; not yet measured
 ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
@@ -81,60 +81,58 @@ def cut(
     if len(rows) == 0:
         return
     found = estimate(tiled, chunk, state, store, rows, entropy=entropy)
-    for places, flat in found.blocks(BLOCK_ROWS):
-        block = None if flat else _select(tiled, chunk, state, store, rows[places], entropy)
+    for places, flat in found.blocks(BLOCK_ROWS if rows.device.type == "cpu" else BLOCK_ROWS_GPU):
+        block = None if flat else _select(tiled, chunk, state, store, rows[places], found.level[places], entropy)
         if block is None:
             dense.append(rows[places])
         else:
             yield block
 
 
-def _select(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, entropy: bool) -> Block | None:
-    """The block of these rows, None where it would keep more than MOST_COLUMNS."""
+def _select(
+    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, level: Tensor, entropy: bool
+) -> Block | None:
+    """The block of these rows, whose levels are estimated as `level` [m]; None where it would keep more than
+    MOST_COLUMNS."""
     n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
-    peak = tiled.empty(V, dtype=torch.float32)
-    for v0, v1 in tiled.tiles():
-        z = store.tile(n, v0, v1)
-        tiled.backend.peaks(z, state, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
-    target = chunk.targets[rows] - tiled.offset
-    peak[target[(target >= 0) & (target < V)]] = 0.0
-    # level 0 holds the peaks from tau on, level j those from tau / 2^j to tau / 2^(j - 1)
-    level = levels(peak, tau).to(torch.int16)
-    sizes = torch.bincount(level, minlength=HALVINGS + 2)[:-1].cumsum(0)
-    depth = int((total(sizes.clone(), tiled.group) <= MOST_COLUMNS * tiled.vocab).sum())
-    columns = (level < depth).nonzero()[:, 0]
-    columns = columns[level[columns].sort(stable=True).indices]
-
-    ends = sizes[:depth].tolist()
-
-    def fold(rows: Tensor, begin: int, end: int, kept: Tensor) -> Tensor:
-        """Add columns begin .. end to the states of some rows; their raw logits."""
-        part = chunk.select(rows)
-        z = _gather(tiled, store, n, rows, columns[begin:end])
-        tiled.backend.forward(z, kept, torch.zeros_like(rows), **_common(tiled, part, columns, begin, end))
-        return z
-
-    # a few rows tell for less whether there is a chance, and from which eps on
-    begin, start = 0, len(ends)
-    few = rows[:: max(len(rows) // PROBES, 1)]
-    kept = tiled.new_state(len(few))
-    for j, end in enumerate(ends):
-        fold(few, begin, end, kept)
-        begin = end
-        if _suffices(tiled, state[few], kept, tau, tau / 2**j, entropy):
-            start = j
-            break
-    begin, kept, segments = 0, tiled.new_state(len(rows)), []
-    for j in range(start, len(ends)):
-        segments.append(fold(rows, begin, ends[j], kept))
-        begin = ends[j]
-        if _suffices(tiled, state[rows], kept, tau, tau / 2**j, entropy):
-            return Block(rows, columns[:begin].clone(), torch.cat(segments, 1))
+    # a row's p is measured by the eps with which it is expected to do
+    part, whole, measure = chunk.select(rows), state[rows], 2.0 ** (-level.double() / STEPS)
+    measured = whole.clone()
+    measured[:, SUM] *= measure
+    peak, z = tiled.empty(V, dtype=torch.float32), None
+    if len(rows) <= FEW:  # copied: one call of the backend and not one a tile
+        z = _rows(tiled, store, n, rows)
+        every = torch.arange(len(rows), device=rows.device)
+        tiled.backend.peaks(z, measured, part.targets, every, out=peak, **tiled.common(part, 0, V))
+    else:
+        of_chunk = state.index_copy(0, rows, measured)
+        for v0, v1 in tiled.tiles():
+            tile = store.tile(n, v0, v1)
+            tiled.backend.peaks(tile, of_chunk, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
+    target = part.targets - tiled.offset
+    peak[target[(target >= 0) & (target < V)]] = torch.inf
+    kept, size, columns, segments = tiled.new_state(len(rows)), 0, [], []
+    for j in range(LEVELS):
+        floor = math.log(tau) - j * math.log(2) / STEPS
+        some = (peak >= floor).nonzero()[:, 0]
+        new = int(total(torch.tensor(len(some), device=rows.device), tiled.group))
+        size += new
+        if size > MOST_COLUMNS * tiled.vocab:
+            return None
+        if new == 0:
+            continue
+        peak[some] = -torch.inf
+        segments.append(_gather(tiled, store, n, rows, some) if z is None else z.index_select(1, some))
+        columns.append(some)
+        tiled.backend.forward(segments[-1], kept, torch.zeros_like(rows), **_common(tiled, part, some, 0, len(some)))
+        if _suffices(tiled, whole, kept, tau, tau * measure * 2 ** (-j / STEPS), entropy):
+            return Block(rows, torch.cat(columns), torch.cat(segments, 1))
     return None
 
 
-def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: float, entropy: bool) -> bool:
-    """Whether the columns that were folded into `kept` [m, 8], all with peaks from eps on, are enough for every row."""
+def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: Tensor, entropy: bool) -> bool:
+    """Whether the columns that were folded into `kept` [m, 8], all whose p reaches eps [m] in a row, are enough for
+    each."""
     m, s, a = (kept[:, column] for column in (MAX, SUM, SUM_X))
     log_p = torch.where(s > 0, m - whole[:, MAX] - whole[:, SUM].log(), -torch.inf)
     share = log_p.exp()
@@ -146,8 +144,18 @@ def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: fl
         # every dropped p lies below eps: with eps <= exp(-H) all terms p (log p + H) have one sign
         H = states.entropy(whole)
         dropped = H + minus_entropy - H * delta
-        fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (math.log(eps) + H <= 0)
+        fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (eps.log() + H <= 0)
     return bool(fits.all())
+
+
+def _rows(tiled: TiledHead, store: Store, n: int, rows: Tensor) -> Tensor:
+    """Raw logits [m, V] of some of n rows that lie tile after tile."""
+    V, wide = tiled.head.weight.shape[0], tiled.plan.tile_cols
+    if wide == V:
+        return store.tile(n, 0, V)[rows]
+    tiles = V // wide
+    whole = store.own[: tiles * n * wide].view(tiles, n, wide).transpose(0, 1)[rows].flatten(1)
+    return whole if tiles * wide == V else torch.cat((whole, store.tile(n, tiles * wide, V)[rows]), 1)
 
 
 def _gather(tiled: TiledHead, store: Store, n: int, rows: Tensor, columns: Tensor) -> Tensor:

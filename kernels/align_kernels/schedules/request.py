@@ -16,7 +16,7 @@ from align_kernels.schedules import waves
 
 MIB = 1 << 20
 STEP = 64  # a tile's columns are a multiple of it
-BLOCK_ROWS = 128  # rows of a block that is compacted
+BLOCK_ROWS, BLOCK_ROWS_GPU = 128, 2048  # rows of a block that is compacted; on a GPU a guess, not yet measured
 MOST_COLUMNS = 0.3  # of the vocabulary that such a block keeps: with more, dense GEMMs are cheaper (docs/LOG.md)
 
 
@@ -152,7 +152,8 @@ class Request:
     @property
     def room(self) -> int:
         """Rows whose logits may be kept, in addition to a compacted block."""
-        block = math.ceil(MOST_COLUMNS * min(BLOCK_ROWS, self.rows)) if self.drop_mass > 0 else 0
+        most = BLOCK_ROWS if self.device == "cpu" else BLOCK_ROWS_GPU
+        block = math.ceil(MOST_COLUMNS * min(most, self.rows)) if self.drop_mass > 0 else 0
         return max(self.most // self.row_bytes - block, 0)
 
     @property

@@ -1,12 +1,13 @@
-"""Which rows share a block of columns: those that need like numbers of them to lose no more than `drop_mass`.
+"""Which rows share a block of columns: those whose blocks together cost the least.
 
-A block keeps the columns that any of its rows needs. So rows are ordered by that number and cut into blocks, which
-are halved where that saves products: a few rows that need many columns then spoil no others, and run dense where that
-is cheaper. (The entropy orders badly: 0.99 on one column and the rest on thousands looks narrow.)
+A block keeps the columns that any of its rows needs to lose no more than `drop_mass`. So rows are ordered by the number
+of columns that they need, and cut where the products of all blocks come to the least: a few rows that need many columns
+then spoil no others, and run dense where that is cheaper. (The entropy orders badly: 0.99 on one column and the rest on
+thousands looks narrow.)
 
-The numbers are estimated from every sixteenth run of columns. What a row drops is many small probabilities, which a
+What a row needs is estimated from every sixteenth run of columns. What a row drops is many small probabilities, which a
 sample tells well; few large ones it misses, and rows that need few columns share blocks anyway. The estimate decides
-only which rows go together: the columns of a block are then chosen, and its bound is held, by exact sums.
+which rows go together and with which columns a block begins; its bound is then held by exact sums.
 
 Letters: m rows, S columns of the sample, V columns on this rank.
 """
@@ -32,46 +33,67 @@ from align_kernels.schedules.tiles import Chunk, TiledHead
 RUN = 16  # columns that lie side by side: a cache line of float32
 EVERY = 16  # one run in so many
 LEAST_SAMPLE = 1024  # columns, or all that there are
-LEAST_ROWS = 4  # of a block
-EXTRA_ROWS = 16  # as long as the products of so many rows takes the gathering of a block's columns
-GAIN = 0.05  # of a block's dense products, that halving it must save
-HALVINGS = 20  # of eps, before a row is given up
+EACH, EACH_GPU = 0.1, 150  # as long as the products of so many rows takes a block by itself: estimated
+EXTRA_ROWS = 16  # as long as the products of so many rows takes the gathering of a block's columns, on a CPU
+EXTRA_ROWS_GPU = 1600  # 26 bytes a weight at 3 TB/s beside products at 730 TFLOP/s: estimated
+PIECES = 128  # in which a block's rows may be cut, where it has as many
+STEPS = 4  # levels in which a probability halves
+LEVELS = 20 * STEPS  # before a row is given up
 
 
 class Support(NamedTuple):
     """What a sample tells of rows that may be compacted."""
 
     columns: Tensor  # (m,) estimated number that a row needs
-    level: Tensor  # (m,) int64: it keeps p >= drop_mass / 2^level
+    level: Tensor  # (m,) int64: it keeps p >= drop_mass / 2^(level / STEPS)
     sample: Tensor  # (m, S) uint8: from which level on a row keeps a column
     size: int  # of the sample, on all ranks
-
     group: dist.ProcessGroup | None
 
     def blocks(self, most: int) -> Iterator[tuple[Tensor, bool]]:
         """All rows in blocks of at most `most`: their places (int64), and whether the block runs dense."""
-        for places in self.columns.argsort(stable=True).split(most):
-            for block, price in self._halved(places):
-                yield block, price == len(block)
+        cpu, piece = self.columns.device.type == "cpu", max(most // PIECES, 1)
+        apart = (EACH, EXTRA_ROWS) if cpu else (EACH_GPU, EXTRA_ROWS_GPU)
+        for places in self.columns.argsort(stable=True).split(2 * most):
+            ends = [*range(piece, len(places), piece), len(places)]
+            for begin, end, dense in cheapest(self._shares(places, piece), ends, most, *apart):
+                yield places[begin:end], dense
 
-    def _halved(self, places: Tensor) -> list[tuple[Tensor, float]]:
-        """Blocks, each with the number of dense rows that cost as much."""
-        whole, gain = self._price(places), GAIN * len(places)
-        if whole > gain and len(places) >= 2 * LEAST_ROWS:
-            halves = [block for half in places.tensor_split(2) for block in self._halved(half)]
-            if sum(price for _, price in halves) < whole - gain:
-                return halves
-        return [(places, whole)]
+    def _shares(self, places: Tensor, piece: int) -> Tensor:
+        """[m, m]: the share of columns that pieces i .. j of the rows together need, at [j, i]."""
+        needed = self.sample[places] <= self.level[places][:, None]
+        if piece > 1:
+            needed = torch.stack([part.any(0) for part in needed.split(piece)])
+        m = len(needed)
+        number = torch.arange(1, m + 1, device=places.device)[:, None]
+        last = torch.where(needed, number, 0).cummax(0).values  # of the rows so far that need a column
+        counts = torch.bincount((last + (number - 1) * (m + 1)).view(-1), minlength=m * (m + 1)).view(m, m + 1)
+        return total(counts.flip(1).cumsum(1).flip(1)[:, 1:].double(), self.group) / self.size
 
-    def _price(self, places: Tensor) -> float:
-        kept = (self.sample[places] <= self.level[places].max()).any(0).sum()
-        share = int(total(kept, self.group)) / self.size
-        return len(places) if share > MOST_COLUMNS else min(share * (len(places) + EXTRA_ROWS), len(places))
+
+def cheapest(shares: Tensor, ends: list[int], most: int, each: float, extra: int) -> list[tuple[int, int, bool]]:
+    """Pieces of rows, with these `ends`, put together into blocks of at most `most` rows whose products cost the least,
+    where a block costs as much as `each` rows and its columns as `extra`: begin, end and whether it runs dense.
+    `shares` [m, m] holds the share of columns of pieces i .. j at [j, i]."""
+    edges = torch.tensor([0, *ends], dtype=torch.float64)
+    shares, sizes = shares.cpu(), edges[1:, None] - edges[:-1]
+    price = torch.where(shares > MOST_COLUMNS, sizes, torch.minimum(each + shares * (sizes + extra), sizes))
+    dense, price = price == sizes, torch.where(sizes > most, torch.inf, price)
+    best, first = torch.zeros(len(edges), dtype=torch.float64), []
+    for j in range(len(ends)):
+        best[j + 1], place = (best[: j + 1] + price[j, : j + 1]).min(0)
+        first.append(int(place))
+    cuts, j = [], len(ends)
+    while j:
+        i = first[j - 1]
+        cuts.append((int(edges[i]), ends[j - 1], bool(dense[j - 1, i])))
+        j = i
+    return cuts[::-1]
 
 
 def levels(log_p: Tensor, drop_mass: float) -> Tensor:
-    """0 for p >= drop_mass, j for p from drop_mass / 2^j to drop_mass / 2^(j - 1), HALVINGS + 1 below all."""
-    return (math.log2(drop_mass) - log_p / math.log(2)).ceil_().clamp_(0, HALVINGS + 1)
+    """0 for p >= drop_mass, j for what lies in the j-th of the STEPS in which p halves, LEVELS + 1 below all."""
+    return ((math.log2(drop_mass) - log_p / math.log(2)) * STEPS).ceil_().clamp_(0, LEVELS + 1)
 
 
 def _sample(V: int, device: torch.device) -> Tensor:
@@ -86,7 +108,7 @@ def estimate(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: 
     n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
     some, part, whole = _sample(V, rows.device), chunk.select(rows), state[rows]
     log_sum = (whole[:, MAX] + whole[:, SUM].log()).float()[:, None]
-    sums = torch.zeros(3, len(rows), HALVINGS + 2, device=rows.device)  # columns, mass, -sum p log p of each level
+    sums = torch.zeros(3, len(rows), LEVELS + 2, device=rows.device)  # columns, mass, -sum p log p of each level
     sample = torch.empty(len(rows), len(some), dtype=torch.uint8, device=rows.device)
     for v0, v1 in tiled.tiles():
         begin, end = torch.searchsorted(some, torch.tensor([v0, v1], device=some.device)).tolist()
@@ -106,7 +128,7 @@ def estimate(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: 
     fits = dropped <= tau
     if entropy:
         H = states.entropy(whole).float()[:, None]
-        eps = math.log(tau) - math.log(2) * torch.arange(HALVINGS + 1, device=rows.device)
+        eps = math.log(tau) - math.log(2) / STEPS * torch.arange(LEVELS + 1, device=rows.device)
         fits &= (minus.flip(1).cumsum(1).flip(1)[:, 1:] - H * dropped <= tau) & (eps + H <= 0)
-    level = torch.where(fits.any(1), fits.int().argmax(1), HALVINGS + 1)
+    level = torch.where(fits.any(1), fits.int().argmax(1), LEVELS + 1)
     return Support(count.cumsum(1).gather(1, level[:, None])[:, 0], level, sample, size, tiled.group)
