@@ -69,6 +69,7 @@ PARTS = (
     Part("row kernels", "rows:rows", 40, 5),
     Part("planner", "plans:plans", 40, 3),
     Part("waiting", "waits:waits", 6, 2),
+    Part("graph", "waits:graph", 10, 2),
     Part("tests", "checks:tests", 170, 25),
     Part("sanitizer", "checks:sanitizer", 50, 6),
     Part("profile", "checks:profile", 30, 6),

@@ -14,7 +14,7 @@ from align_kernels import ops
 from align_kernels.arguments import check_call, check_float, public
 from align_kernels.autograd import Logprobs
 from align_kernels.eager import logprobs_eager
-from align_kernels.head import Head, Needs, Settings, read_head
+from align_kernels.head import Head, Needs, Settings, any_wrong, read_head
 from align_kernels.sums import add_at
 from align_kernels.units import spread
 
@@ -66,9 +66,26 @@ def linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **head) -> 
     """
     check_call(linear_logprobs)
     tensors, settings, needs = read_head(hidden, weight, targets, **head)
+    if settings.every_row:
+        return _of_every_row(tensors, settings, needs, targets.shape)
     found = spread(logprobs(tensors, settings, needs)[:6], targets, settings.ignore_index)
     logp, entropy, *rest = (x.reshape(targets.shape) for x in found)
     return LogProbs(logp, entropy, *(x.detach() for x in rest))
+
+
+def _of_every_row(head: Head, settings: Settings, needs: Needs, shape: torch.Size) -> LogProbs:
+    """Those that have no target pass as rows of zeros with the first one, and read 0."""
+    kept = head.targets != settings.ignore_index
+    wrong = any_wrong(head.targets, head.temperature, len(head.weight), settings)
+    torch._assert_async(~wrong, f"targets must lie in [0, {len(head.weight)}), temperatures be finite and above 0")
+    head = head._replace(
+        hidden=head.hidden.where(kept[:, None], 0.0),
+        targets=head.targets.where(kept, 0),
+        temperature=None if head.temperature is None else head.temperature.where(kept, 1.0),
+    )
+    logp, entropy, *rest, correct = logprobs(head, settings, needs)[:6]
+    fields = [*(x.where(kept, 0.0).reshape(shape) for x in (logp, entropy, *rest)), (correct & kept).reshape(shape)]
+    return LogProbs(fields[0], fields[1], *(x.detach() for x in fields[2:]))
 
 
 def logprobs(head: Head, settings: Settings, needs: Needs) -> tuple[Tensor, ...]:

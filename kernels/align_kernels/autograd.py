@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from align_kernels.backends.state import read
+from align_kernels.dispatch import BACKENDS, pick
+from align_kernels.gemm import logits_dtype
 from align_kernels.head import Head, Needs, Settings, any_wrong, check_rows
 from align_kernels.schedules.base import Closed, Schedule
 from align_kernels.schedules.device_losses import on_device
@@ -99,8 +101,11 @@ class Saved(NamedTuple):
 def logprobs_forward(head: Head, settings: Settings, needs: Needs) -> tuple[tuple[Tensor, ...], Saved]:
     """The six fields [N], and what is saved for the backward."""
     hidden, targets = head.hidden, head.targets
-    wrong = any_wrong(targets, head.temperature, len(head.weight), settings)
-    kept, (bad,) = read_rows(targets != settings.ignore_index, wrong)
+    if settings.every_row:  # checked on the device
+        kept, bad = torch.arange(len(targets), device=targets.device), 0
+    else:
+        wrong = any_wrong(targets, head.temperature, len(head.weight), settings)
+        kept, (bad,) = read_rows(targets != settings.ignore_index, wrong)
     schedule = start(head, settings, needs, kept)
     tiled, states = schedule.tiled, []
     if bad:
@@ -134,7 +139,8 @@ def logprobs_backward(
         g = g_logp[saved.kept]
     h = None if g_entropy is None else g_entropy[saved.kept]
     spans = list(tiled.spans(0, count))
-    live = live_rows([end - begin for begin, end in spans], g, h, asked=schedule.drops or h is not None)
+    asked = not settings.every_row and (schedule.drops or h is not None)
+    live = live_rows([end - begin for begin, end in spans], g, h, asked=asked)
     for (begin, end), some in zip(spans, live):
         chunk, state, part = tiled.chunk(begin, end).with_live(some), saved.state[begin:end], None
         if h is not None:
@@ -271,6 +277,9 @@ class FusedLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*rest)
         ctx.save_for_backward(*grads)
         ctx.needs, ctx.others, ctx.spent = needs, len(args) - TENSORS, False
+        hidden, weight = tensors[:2]
+        backend = BACKENDS[pick(settings.impl, weight.device, logits_dtype(hidden.dtype, weight))]
+        ctx.multiply = backend.multiply or Tensor.mul_
         return total, *rest
 
     @staticmethod
@@ -283,8 +292,10 @@ class FusedLoss(torch.autograd.Function):
             )
         ctx.spent = True
         # a factor of one, the usual case, must not cost a pass over dW; reading it is free only on a CPU
-        same = not waits(grad) and grad.item() == 1.0
-        dhidden, dweight, dbias, dA, dB = (
-            g if g is None or same else g.mul_(grad) for g in needed(ctx.saved_tensors, ctx.needs)
-        )
+        grads = needed(ctx.saved_tensors, ctx.needs)
+        if waits(grad) or grad.item() != 1.0:
+            for g in grads:
+                if g is not None:
+                    ctx.multiply(g, grad)
+        dhidden, dweight, dbias, dA, dB = grads
         return dhidden, dweight, None, dbias, None, dA, dB, *(None,) * ctx.others

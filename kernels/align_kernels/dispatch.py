@@ -6,11 +6,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from align_kernels.backends import Backend, Exponentials, Losses, OnChip, Products, cpu, cuda, torch_ops, triton
+from align_kernels.backends import (
+    Backend,
+    Exponentials,
+    Losses,
+    Multiply,
+    OnChip,
+    Products,
+    cpu,
+    cuda,
+    torch_ops,
+    triton,
+)
 
 # as `auto` prefers them; triton before cuda until both are measured
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_ops}
-POWERS = {"exponentials": Exponentials, "on_chip": OnChip, "products": Products, "losses": Losses}
+POWERS = {"exponentials": Exponentials, "on_chip": OnChip, "products": Products, "losses": Losses, "multiply": Multiply}
 
 
 def register_backend(name: str, backend: Backend) -> None:

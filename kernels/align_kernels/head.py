@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from align_kernels.dtensor import local, local_head
+from align_kernels.sums import capturing
 
 
 class LogitGradClamp(NamedTuple):
@@ -83,6 +84,7 @@ class Settings:
     impl: str = "auto"
     workspace: int | None = None
     tp_group: str | None = None
+    every_row: bool = False  # a row for each position, with a target or not: their number is not looked at
 
     def check(self) -> Settings:
         self.transform.check()
@@ -94,6 +96,11 @@ class Settings:
             self.clamp.check()
         if not 0.0 <= self.drop_mass < 1.0:
             raise ValueError(f"drop_mass must lie in [0, 1), got {self.drop_mass}")
+        if self.every_row and (self.impl == "eager" or self.drop_mass or self.tp_group is not None):
+            raise ValueError(
+                'a CUDA graph can capture neither impl="eager" nor drop_mass nor a tp_group, which look at numbers of '
+                f"the device, got {self.impl!r}, {self.drop_mass} and {self.tp_group}"
+            )
         if self.workspace is not None and self.workspace <= 0:
             raise ValueError(f"workspace is a limit in bytes and must be above 0, got {self.workspace}")
         return self
@@ -166,6 +173,7 @@ def read_head(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> t
         given.impl,
         None if given.workspace is None else int(given.workspace),
         None if tp_group is None else tp_group.group_name,
+        capturing(hidden),
     )
     return tensors, settings.check(), Needs.of(tensors)
 
@@ -194,6 +202,11 @@ def flatten(
     if targets.shape != hidden.shape[:-1] and is_fake(hidden) and hidden.dim() == 2:
         flat = flat[: len(hidden)]  # which of them are ignored cannot be read
     elif targets.shape != hidden.shape[:-1]:
+        if capturing(hidden):
+            raise ValueError(
+                "a CUDA graph is being captured, in which hidden needs a row for every target, "
+                f"got {tuple(hidden.shape)} and {tuple(targets.shape)}"
+            )
         kept = (flat != ignore_index).nonzero()[:, 0]
         if hidden.dim() != 2 or len(kept) != len(hidden):
             raise ValueError(

@@ -33,7 +33,7 @@ def encode_settings(settings: Settings, needs: Needs) -> str:
         (
             (t.logit_scale, t.softcap, t.temperature),
             None if s.clamp is None else (float(s.clamp.limit), float(s.clamp.prob_above), s.clamp.units),
-            (s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group),
+            (s.lora_scaling, s.drop_mass, s.ignore_index, s.impl, s.workspace, s.tp_group, s.every_row),
             (needs.hidden, needs.weight, needs.bias, needs.lora_A, needs.lora_B),
         )
     )

@@ -23,6 +23,13 @@ def waits(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on x's device: nothing of it can be looked at."""
+    if torch.compiler.is_compiling() or x.device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
 def read_back(numbers: Tensor) -> list[int]:
     """Whole numbers [n] of a device, for which the CPU waits until all that was queued is done: once a call."""
     return numbers.tolist()

@@ -245,7 +245,7 @@ def test_a_backend_of_a_taken_name_is_refused(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["why_not", "forward", "backward", "peaks", "exponentials", "on_chip", "products", "losses"]
+    "name", ["why_not", "forward", "backward", "peaks", "exponentials", "on_chip", "products", "losses", "multiply"]
 )
 def test_a_backend_without_a_part_of_the_protocol_is_refused(name: str):
     parts = dict(vars(torch_ops))

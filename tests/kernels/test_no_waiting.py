@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from align_kernels import LogitGradClamp, autograd, explain, linear_logprobs, units
+from align_kernels import LogitGradClamp, autograd, explain, head, linear_logprobs, sft_loss, sums, units
 from align_kernels.schedules import exponentials, tiles
 
 from .losses_table import ROWS, TARGETS
@@ -114,3 +115,77 @@ def test_losses(name: str, options: dict, watch: Watch):
         out.loss.backward()
     assert leaves["hidden"].grad is not None and leaves["weight"].grad is not None
     assert watch.reads <= 2
+
+
+# -- the capture of a graph ---------------------------------------------------------------------------------------
+@pytest.fixture
+def captured(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Nothing may be looked at while a graph is captured."""
+    monkeypatch.setattr(head, "capturing", lambda x: True)
+    return watch
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["", "temperature per row"])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_capture_reads_nothing(call: str, rows: bool, captured: Watch, monkeypatch: pytest.MonkeyPatch):
+    """Every position passes, those without a target too: fields and gradients are those of a call that drops them."""
+    _, train, options, of_head, _ = CALLS[call]
+    case = make((3, 11), 207, 32, dtype=HALF, train=train, **of_head)
+    case = with_rows(case) if rows else case
+    assert not case.mask.all()
+    case.tensors["hidden"][~case.mask] = torch.nan
+    if isinstance(case.temperature, Tensor):
+        case.temperature[~case.mask] = -1.0
+    found = []
+    for capture in (True, False):
+        monkeypatch.setattr(head, "capturing", lambda x, capture=capture: capture)
+        t = case.leaves()
+        args, captured.reads = (t["hidden"], t["weight"], case.targets), 0
+        with captured:
+            out = linear_logprobs(*args, impl="torch", **case.keywords(t), **options)
+            if train:
+                (out.logp * 0.5).backward(torch.ones_like(out.logp))
+        assert not capture or captured.reads == 0
+        found.append([*out, *(x.grad for x in t.values() if x.requires_grad)])
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=2e-2 if mine.dtype == HALF else 1e-5, atol=1e-5)
+
+
+def test_a_capture_reads_nothing_for_a_gradient_of_the_entropy(captured: Watch):
+    case = make((3, 11), 207, 32, dtype=HALF, train=BOTH)
+    t = case.leaves()
+    with captured:
+        out = linear_logprobs(t["hidden"], t["weight"], case.targets, impl="torch")
+        torch.autograd.backward([out.logp, out.entropy], [torch.ones_like(out.logp)] * 2)
+    assert captured.reads == 0
+
+
+@pytest.mark.parametrize(("wrong", "value"), [("target", 207), ("target", -1), ("temperature", 0.0)])
+def test_a_capture_checks_on_the_device(wrong: str, value: float, captured: Watch):
+    case = with_rows(make((3, 11), 207, 32, train=frozenset()))
+    place = tuple(case.mask.nonzero()[0])
+    if wrong == "target":
+        case.targets[place] = int(value)
+    else:
+        assert isinstance(case.temperature, Tensor)
+        case.temperature[place] = value
+    t = case.leaves()
+    with pytest.raises(RuntimeError, match="targets must lie in"):
+        linear_logprobs(t["hidden"], t["weight"], case.targets, **case.keywords(t))
+
+
+@pytest.mark.parametrize("options", [dict(drop_mass=0.1), dict(impl="eager")], ids=str)
+def test_a_capture_refuses_what_must_look(options: dict, captured: Watch):
+    t, targets = of_losses(), TARGETS
+    with pytest.raises(ValueError, match="a CUDA graph can capture neither"):
+        linear_logprobs(t["hidden"], t["weight"], targets, **options)
+    with pytest.raises(ValueError, match="capture linear_logprobs, and the loss of its log-probs"):
+        sft_loss(t["hidden"], t["weight"], targets)
+    with pytest.raises(ValueError, match="in which hidden needs a row for every target"):
+        linear_logprobs(t["hidden"][TARGETS != -100], t["weight"], targets)
+
+
+def test_nothing_is_captured_on_a_gpu_that_is_not_there():
+    with FakeTensorMode():
+        assert not sums.capturing(torch.empty(1, device="cuda"))
+    assert not sums.capturing(torch.empty(1))

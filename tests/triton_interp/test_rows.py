@@ -145,6 +145,25 @@ def test_out_may_be_z(dtype: torch.dtype):
     assert torch.equal(case.z, apart)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, -0.3, torch.nan])
+@pytest.mark.parametrize("n", [0, 1, 4096, 9001])
+def test_multiply(n: int, factor: float, dtype: torch.dtype, monkeypatch):
+    monkeypatch.setattr(triton, "PROGRAMS", 2)  # the first of them takes more than one block
+    x = torch.randn(n, 1, generator=torch.Generator().manual_seed(n)).to(dtype)
+    expected = (x.float() * factor).to(dtype)
+    triton.multiply(x, torch.tensor(factor))
+    torch.testing.assert_close(x, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_factor_of_one_reads_and_writes_nothing(monkeypatch):
+    monkeypatch.setitem(triton.MULTIPLY, "BLOCK", 1 << 20)
+    x = torch.empty(1 << 22)
+    poisoned = x.view(torch.int32).fill_(0x7F800001).clone()  # signalling: a product would make them quiet
+    triton.multiply(x, torch.tensor(1.0))
+    assert torch.equal(x.view(torch.int32), poisoned)
+
+
 @pytest.mark.parametrize("shape", [(0, 40), (4, 0)])
 def test_no_rows_and_no_columns(shape: tuple):
     z, state, g = torch.empty(shape), empty_state(shape[0]), torch.empty(shape[0])

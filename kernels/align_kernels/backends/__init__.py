@@ -76,6 +76,9 @@ class Backend(Protocol):
     @property
     def losses(self) -> Losses | None: ...
 
+    @property
+    def multiply(self) -> Multiply | None: ...
+
 
 class Exponentials(Protocol):
     """`forward` without a softcap, which also writes exp(l - reference), 0 at the target."""
@@ -132,6 +135,12 @@ class Products(Protocol):
     def product(self, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         """out (m, n) (+)= a (m, k) @ b (k, n)."""
         ...
+
+
+class Multiply(Protocol):
+    """A tensor times a number of its device, in place; where that is 1 nothing else is read or written."""
+
+    def __call__(self, x: Tensor, factor: Tensor) -> None: ...
 
 
 class Losses(Protocol):

@@ -90,6 +90,11 @@ def run_loss(
     if spec.unit != "token" and targets.dim() != 2:
         raise ValueError(f"{name} needs targets [B, T], one row per sequence, got shape {tuple(targets.shape)}")
     tensors, settings, needs = read_head(hidden, weight, targets, **head)
+    if settings.every_row:
+        raise ValueError(
+            f"{name} looks at the number of rows that have a target, which the capture of a CUDA graph forbids: "
+            "capture linear_logprobs, and the loss of its log-probs"
+        )
     mask = targets != settings.ignore_index
     tokens = mask.sum()
     count = tokens if spec.per == "token" else len(targets)

@@ -15,7 +15,7 @@ from align_kernels.backends.arguments import Clamp, Linear, Transform
 from align_kernels.backends.triton import on_chip
 from align_kernels.backends.triton.arguments import checks, head_of, why_not
 
-__all__ = ["backward", "exponentials", "forward", "losses", "on_chip", "peaks", "products", "why_not"]
+__all__ = ["backward", "exponentials", "forward", "losses", "multiply", "on_chip", "peaks", "products", "why_not"]
 
 products = losses = None
 
@@ -24,6 +24,8 @@ FORWARD = dict(BLOCK=1024, num_warps=4)
 BACKWARD = dict(BLOCK=2048, num_warps=4)
 EXPONENTIALS = dict(BLOCK=128, U=16, num_warps=4)
 PEAKS = dict(ROWS=8, BLOCK=256, num_warps=4)
+MULTIPLY = dict(BLOCK=2048, num_warps=4)
+PROGRAMS = 1024  # of `multiply`, at most: so many end at once where there is nothing to do
 
 
 def forward(
@@ -140,6 +142,21 @@ def peaks(
             _rows().peaks_kernel[(-(-c // PEAKS["BLOCK"]),)](
                 z, out, state, rows, *head[:2], z.stride(0), c, len(rows), *head[2:], **flags, **PEAKS
             )
+
+
+def multiply(x: Tensor, factor: Tensor) -> None:
+    """x times the number `factor` [] of its device, in place; where that is 1 nothing else is read or written.
+
+    Raises:
+        ValueError: a tensor of the wrong device or dtype, or one that is not contiguous.
+    """
+    on = checks(x.view(-1)[None])
+    on.tensor("x", x, x.dtype, tuple(x.shape))
+    on.tensor("factor", factor, torch.float32, ())
+    if n := x.numel():
+        with torch.cuda.device_of(x):
+            grid = min(-(-n // MULTIPLY["BLOCK"]), PROGRAMS)
+            _rows().multiply_kernel[(grid,)](x, factor, n, **MULTIPLY)
 
 
 def _rows() -> Any:

@@ -381,3 +381,21 @@ def peaks_kernel(
         lse = (m + tl.log(s)).to(tl.float32)
         best = tl.maximum(best, tl.where(both, l - lse[:, None], -float("inf")))
     tl.store(out_ptr + columns, tl.max(best, 0), mask=inside)
+
+
+@triton.jit
+def multiply_kernel(
+    x_ptr,  # (n,)
+    factor_ptr,  # () float32
+    n,
+    BLOCK: tl.constexpr,
+):
+    """The programs take the blocks of x in turn."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        lane = tl.arange(0, BLOCK)
+        for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+            begin = tl.cast(block, tl.int64) * BLOCK
+            at, inside = x_ptr + begin + lane, lane < n - begin
+            x = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
+            tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
