@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +23,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton_instructions import disassembled, on_the_way
 
 from align_kernels.backends import triton as backend
 from align_kernels.backends.triton import linear, rows
@@ -37,6 +41,14 @@ MATMUL = {"sm_80": r"\bmma\.sync", "sm_90": r"wgmma\.mma_async", "sm_100": r"tcg
 ASYNCHRONOUS = r"cp\.async\.bulk\.tensor|cp\.async\.c[ag]"  # copies from global to shared memory
 WIDE_LOAD = r"ld\.global\S*\.v4\.b32|(?:global|buffer)_load_dwordx4"  # 16 bytes
 TABLE = Path(__file__).parents[1] / "docs" / "gpu_registers.md"
+FIGURES = (
+    Path(__file__).parent / "triton_registers.json"
+)  # of that page: release, before | now, target, kernel and what
+# logits that a thread takes on the way that is counted: of a block or a tile of those constants
+LOGITS = {
+    "forward_kernel": ("BLOCK",), "exponentials_kernel": ("BLOCK", "U"), "backward_kernel": ("BLOCK",),
+    "peaks_kernel": ("ROWS", "BLOCK"), "statistics_kernel": ("BN", "BV"), "multiply_kernel": ("BLOCK",),
+}  # fmt: skip
 
 
 class Driver:
@@ -68,6 +80,7 @@ class Report(NamedTuple):
     matmul: int  # instructions, as the two that follow
     asynchronous: int
     wide_loads: int
+    instructions: float  # a logit, triton_instructions.py; 0 where it has none of them
     assembly: str
 
 
@@ -124,9 +137,19 @@ def compile_one(target: str, kernel, grid: tuple, args: tuple, options: dict) ->
         found.shared,
         found.num_warps,
         *(len(re.findall(pattern, assembly)) for pattern in (MATMUL[target], ASYNCHRONOUS, WIDE_LOAD)),
+        a_logit(target, kernel.__name__, made, found.num_warps, options),
         assembly,
     )
     return reports[made.hash]
+
+
+def a_logit(target: str, kernel: str, made, warps: int, options: dict) -> float:
+    sizes = LOGITS.get(kernel)
+    if sizes is None:
+        return 0.0
+    of_a_thread = math.prod(options[size] for size in sizes) / (warps * TARGETS[target].warp_size)
+    text = made.asm["amdgcn"] if target == "gfx942" else disassembled(made.asm["cubin"])
+    return round(on_the_way(text) / of_a_thread, 1)
 
 
 # -- what is shipped ----------------------------------------------------------------------------------------------
@@ -161,6 +184,10 @@ def row_calls(
     return call
 
 
+def multiplied() -> None:
+    backend.multiply(torch.empty(VOCAB, 64, dtype=torch.bfloat16), torch.empty(()))
+
+
 def linear_calls(
     dtype: torch.dtype, D: int, options: dict, V: int = VOCAB, n: int = ROWS, offset: int = 0
 ) -> Callable[[], None]:
@@ -190,6 +217,7 @@ def shipped(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
                     if full and not suffix:
                         yield f"{name}, {head} but softcap", linear_calls(dtype, D, options | dict(softcap=None))
     yield "float32, plain, V = 50257", row_calls(single, single, 50257, False)
+    yield "bfloat16", multiplied
 
 
 def compile_all(target: str) -> list[tuple[str, Report]]:
@@ -201,25 +229,48 @@ def compile_all(target: str) -> list[tuple[str, Report]]:
     return list(seen.values())
 
 
-def table(made: dict[str, list[tuple[str, Report]]]) -> str:
+Figures = dict[str, dict[str, str]]  # of each target, kernel and what it is for: the columns of the page
+
+
+def figures(made: dict[str, list[tuple[str, Report]]]) -> Figures:
+    return {
+        target: {
+            f"{r.kernel.removesuffix('_kernel')} | {name}": f"{r.warps} {r.registers} {r.spilled} {r.shared} "
+            f"{r.instructions:g}"
+            for name, r in of_target
+        }
+        for target, of_target in made.items()
+    }
+
+
+def page(known: dict[str, dict[str, Figures]]) -> str:
+    releases = sorted(known, reverse=True)
     lines = [
-        "# Registers and shared memory of the Triton kernels",
+        "# Registers, shared memory and instructions of the Triton kernels",
         "",
-        f"Written by `make gpu-registers` with Triton {triton.__version__}, on a machine without a GPU: what the",
-        "compiler says of every shipped kernel. The tests hold for Triton 3.6.0 too, whose figures",
-        "differ: there the float32 forward for sm_90 takes 95 registers. Times on a GPU are not yet measured.",
+        f"Written by `make gpu-registers`, on a machine without a GPU: what Triton {' and '.join(releases)} make",
+        "of every shipped kernel. Each figure stands for these releases in turn, one figure where they agree; a line",
+        '"before" has those of the kernels before the last change to them. Times on a GPU are not yet measured.',
         "",
-        "matmul, async, wide: instructions that multiply matrices, copies from global to shared memory that are",
-        "asynchronous, loads of 16 bytes a thread. Instructions a logit are in [the log](LOG.md).",
+        "Instructions are those of the machine, a logit, on the way that nearly every logit takes: around the loop",
+        "over a row, after the last matrix product, or through the whole (`tests/triton_instructions.py`).",
         "",
-        "| target | kernel | for | warps | registers | spilled | shared bytes | matmul | async | wide |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| target | kernel | for | warps | registers | spilled | shared bytes | instructions a logit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for target, reports_of_target in made.items():
-        for name, r in reports_of_target:
-            cells = (target, r.kernel.removesuffix("_kernel"), name, r.warps, r.registers, r.spilled, r.shared)
-            lines.append(f"| {' | '.join(map(str, (*cells, r.matmul, r.asynchronous, r.wide_loads)))} |")
+    for target in TARGETS:
+        for what in known[releases[0]]["now"][target]:
+            rows = {when: cells([known[r][when][target].get(what) for r in releases]) for when in ("now", "before")}
+            lines.append(f"| {target} | {what} | {' | '.join(rows['now'])} |")
+            if rows["before"] not in (rows["now"], []):
+                lines.append(f"| {target} | {what}, before | {' | '.join(rows['before'])} |")
     return "\n".join(lines) + "\n"
+
+
+def cells(of_releases: list[str | None]) -> list[str]:
+    """A cell for each column, of all releases."""
+    columns = zip(*(line.split() for line in of_releases if line is not None))
+    return [column[0] if len(set(column)) == 1 else " / ".join(column) for column in columns]
 
 
 @contextlib.contextmanager
@@ -233,4 +284,9 @@ def patched(module, **replacements):
 
 
 if __name__ == "__main__":
-    TABLE.write_text(table({target: compile_all(target) for target in TARGETS}))
+    known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    now = figures({target: compile_all(target) for target in TARGETS})
+    before = now if "--before" in sys.argv else known.get(triton.__version__, {}).get("before", now)
+    known[triton.__version__] = {"before": before, "now": now}
+    FIGURES.write_text(json.dumps(known, indent=1) + "\n")
+    TABLE.write_text(page(known))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from align_kernels.schedules import waves
 from align_kernels.schedules.plan import plan
-from align_kernels.schedules.request import Plan, Request
+from align_kernels.schedules.request import BLOCK_ROWS_GPU, Plan, Request
 
 PAGE = Path(__file__).parents[2] / "docs" / "gpu_plans.md"
 HEADS = {
@@ -26,8 +26,14 @@ HEADS = {
 ROWS = (2048, 8192, 32768)
 MODES = ("forward", "frozen", "trained", "late")
 THREADS = 128 * 132 * 1.755e9 * 0.75  # instructions a second, at three quarters of the peak
-ON_CHIP = (572e12, 610e12)  # FLOP a second of the forward without logits, before and after
-MERGE = 0.25e-3
+CLOCK = 1.755e9
+# cycles of a tile of the forward without logits: a column of D, an instruction a logit of its epilogue, its filling.
+# A multiprocessor at its peak takes 16 a column; so many make 572 TFLOP/s of the epilogue before, as was estimated
+A_COLUMN, AN_INSTRUCTION, FILLING = 23.3, 413, 1500
+EPILOGUE = (23.8, 11.9)  # instructions a logit, before and after (gpu_registers.md)
+# seconds a chunk of 4096 rows: programs of 32 rows were fewer than multiprocessors, and waited for their loads in turn;
+# those of 8 read 24 bytes for each 128 logits of a row at the card's bandwidth
+MERGE = 0.125e-3
 
 
 class Card(NamedTuple):
@@ -100,13 +106,45 @@ def between(schedule: str, logits: int, card: Card, one_pass: bool) -> float:
     return kernel(logits, 4, 27, card) + kernel(logits, 6, 35, card)
 
 
+def forward(rows: int, V: int, D: int, card: Card, now: bool) -> dict[str, float]:
+    """Seconds of each part of the forward without logits."""
+    tiles = -(-rows // waves.ROWS) * -(-V // waves.COLUMNS)
+    rounds = -(-tiles // waves.PROCESSORS) / CLOCK
+    chunks = -(-rows // 4096)
+    return {
+        "matrix product": rounds * (A_COLUMN * D + FILLING),
+        "its epilogue": rounds * AN_INSTRUCTION * EPILOGUE[now],
+        "merge": rows * V / 128 * 24 / card.bandwidth if now else chunks * MERGE,
+    }
+
+
+PEAKED = 0.05  # of the columns of a block, which rows that are peaked keep
+LAUNCH, WAIT = 5e-6, 20e-6  # seconds
+LAUNCHED, WAITED = 60, 8  # times a block that is compacted, counted in schedules/compaction.py
+
+
+def peaked(rows: int, V: int, D: int, card: Card) -> dict[str, float]:
+    """Seconds of each part of a trained head whose rows keep PEAKED of their columns, in blocks of BLOCK_ROWS_GPU."""
+    product, blocks = 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS), -(-rows // BLOCK_ROWS_GPU)
+    return {
+        "logits": waves.FLOAT32 * product,
+        "their softmax": kernel(rows * V, 4, 27, card),
+        "columns looked at": kernel(rows * V, 4, 20, card) + rows * V / 16 * 40 / card.bandwidth,
+        "products over the columns": 2 * PEAKED * product,
+        # W read, written and read; dW read, written, read, added to and written
+        "columns gathered": blocks * PEAKED * V * D * (3 * 2 + 5 * 4) / card.bandwidth,
+        "dW cleared and narrowed": (4 + 6) * V * D / card.bandwidth,
+        "launches and waits": blocks * (LAUNCHED * LAUNCH + WAITED * WAIT),
+    }
+
+
 def milliseconds(
     name: str, rows: int, mode: str, card: Card, made: tuple[str, int, int, int, int], one_pass: bool
 ) -> float:
     schedule, chunk, first, columns, passes = made
     V, D = HEADS[name]
     if mode == "forward":
-        return 1e3 * (2 * rows * V * D / ON_CHIP[one_pass] + MERGE)
+        return 1e3 * sum(forward(rows, V, D, card, one_pass).values())
     trained = mode in ("trained", "late")
     head = waves.Head(V, D, passes - 1 - trained, True, trained)
     taken = waves.seconds(head, first, True) if first != chunk else 0.0
@@ -114,7 +152,7 @@ def milliseconds(
     taken += between(schedule, rows * V, card, one_pass)
     taken += (-(-V // columns) - 1) * 8 * rows * D / card.bandwidth
     if trained:
-        taken += (6 + 4 * (mode == "trained")) * V * D / card.bandwidth
+        taken += (6 if one_pass else 6 + 4 * (mode == "trained")) * V * D / card.bandwidth  # an upstream gradient of 1
     return 1e3 * taken
 
 
@@ -152,7 +190,26 @@ def page() -> str:
                     cells = [name, rows, mode, card, made.schedule, made.chunk_rows, f"{tiles:.2f}", made.tile_cols]
                     cells += [f"{made.workspace / 1e9:.2f}", 2 * made.passes, f"{now:.1f}", f"{then:.1f}"]
                     lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *parts("Qwen2.5-7B", 8192)]) + "\n"
+
+
+def parts(name: str, rows: int) -> list[str]:
+    """What the goals of a forward and of peaked rows meet, part by part."""
+    lines = [
+        "",
+        "## Part by part",
+        "",
+        f"{name}, {rows} rows, milliseconds. Peaked: a trained head with `drop_mass`, whose",
+    ]
+    lines += [f"blocks of {BLOCK_ROWS_GPU} rows keep {PEAKED:.0%} of the columns."]
+    for title, terms in (("forward", lambda card: forward(rows, *HEADS[name], card, True)),
+                         ("peaked", lambda card: peaked(rows, *HEADS[name], card))):  # fmt: skip
+        of = {card: terms(CARDS[card]) for card in CARDS}
+        lines += ["", f"| {title} | {' | '.join(CARDS)} |", "|---|---|---|"]
+        for part in of["H100"]:
+            lines.append(f"| {part} | {' | '.join(f'{1e3 * of[card][part]:.2f}' for card in CARDS)} |")
+        lines.append(f"| all | {' | '.join(f'{1e3 * sum(of[card].values()):.1f}' for card in CARDS)} |")
+    return lines
 
 
 if __name__ == "__main__":

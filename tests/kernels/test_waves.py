@@ -99,7 +99,7 @@ def test_the_committed_page(model):
 def test_what_the_model_says_of_the_7b_head(model):
     """An H100, 8192 rows: the bars of the work on exponentials, and what was expected before it."""
     ms = {mode: model.predicted("Qwen2.5-7B", 8192, mode, "H100")[1:] for mode in model.MODES}
-    bars = dict(frozen=28.5, trained=42.5, late=45.0)
+    bars = dict(forward=14.9, frozen=28.5, trained=41.5, late=45.0)
     assert all(ms[mode][0] <= bar for mode, bar in bars.items()), ms
     before = dict(forward=15.6, frozen=32.2, trained=45.7, late=59.0)
     assert all(abs(ms[mode][1] - expected) < 0.04 * expected for mode, expected in before.items()), ms

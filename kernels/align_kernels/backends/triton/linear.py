@@ -10,7 +10,7 @@ is the first of the row's largest logits, and no place of a maximum is carried a
 import triton
 import triton.language as tl
 
-from align_kernels.backends.triton.rows import FAR, LOWEST, at_least, exp, fold, inverse_temperature, logits
+from align_kernels.backends.triton.rows import FAR, LOG2E, LOWEST, at_least, fold, inverse_temperature, logits
 
 PART = tl.constexpr(128)
 
@@ -26,22 +26,26 @@ def tile_of(program, n_tiles, v_tiles, GROUP: tl.constexpr):
 
 @triton.jit
 def statistics(
-    acc, first, rows, some, k, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ZEROS: tl.constexpr,
+    acc, first, rows, some, unit, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, NEGATIVE: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """Write the numbers of PART columns from `first` on, in an order in which nothing spills.
 
-    ZEROS: the columns beyond V hold zeros. Only the last part has such columns, and few parts have targets: what is
-    theirs alone stands behind a branch that whole programs take or leave.
+    r is a logit over its row's `unit` > 0, which the sums meet once and not each logit. ZEROS: the columns beyond V
+    hold zeros. Only the last part has such columns, and few parts have targets: what is theirs alone stands behind a
+    branch that whole programs take or leave.
     """
     place = tl.arange(0, PART)
     bias = tl.load(bias_ptr + first + place, mask=first + place < V, other=0.0)[None, :] if BIAS else 0.0
-    l, _ = logits(acc, bias, scale, cap, k, BIAS, SOFTCAP)
+    if SOFTCAP:
+        r, _ = logits(acc, bias, scale, cap, 1.0, BIAS, True)
+    else:
+        r, _ = logits(acc, bias, -1.0 if NEGATIVE else 1.0, cap, 1.0, BIAS, False)
     here = some & (target >= first) & (target < tl.minimum(first + PART, V))
     if tl.max(here.to(tl.int32), 0) > 0:
         column = (target - first).to(tl.int32)[:, None]
-        before = tl.max(tl.where(place[None, :] < column, l, -float("inf")), 1)
-        tl.store(picked_ptr + rows, tl.sum(tl.where(place[None, :] == column, l, 0.0), 1), mask=here)
+        before = tl.max(tl.where(place[None, :] < column, r, -float("inf")), 1) * unit
+        tl.store(picked_ptr + rows, tl.sum(tl.where(place[None, :] == column, r, 0.0), 1) * unit, mask=here)
         tl.store(picked_ptr + n + rows, before, mask=here)
     some = some & (first < V)
     at = parts_ptr + (first // PART).to(tl.int64) * n + rows
@@ -51,20 +55,21 @@ def statistics(
     outside = (first + place >= V)[None, :]
     if not ZEROS:
         for _ in tl.range(V, first + PART, PART, num_stages=1):
-            l = tl.where(outside, 0.0, l)
-    tl.store(at + 4 * step, tl.sum(l, 1), mask=some)
+            r = tl.where(outside, 0.0, r)
+    tl.store(at + 4 * step, tl.sum(r, 1) * unit, mask=some)
+    # FAR stands for -inf, so that differences times the unit stay finite
     if BIAS:
-        l = tl.where(outside, LOWEST, l)
+        r = tl.where(outside, FAR, r)
     else:
         for _ in tl.range(V, first + PART, PART, num_stages=1):
-            l = tl.where(outside, LOWEST, l)
-    l = tl.maximum(l, LOWEST, propagate_nan=tl.PropagateNan.ALL)
-    m = tl.max(l, 1)
-    tl.store(at, m, mask=some)
-    t = l - m[:, None]
-    e = exp(t)
+            r = tl.where(outside, FAR, r)
+    r = tl.maximum(r, FAR, propagate_nan=tl.PropagateNan.ALL)
+    m = tl.max(r, 1)
+    tl.store(at, tl.where(m == FAR, LOWEST, m * unit), mask=some)
+    t = (r - m[:, None]) * (unit * LOG2E)[:, None]  # the difference first: the largest term is exactly 1
+    e = tl.exp2(t)
     tl.store(at + step, tl.sum(e, 1), mask=some)
-    tl.store(at + 2 * step, tl.sum(e * t, 1), mask=some)
+    tl.store(at + 2 * step, tl.sum(e * t, 1) / LOG2E, mask=some)
     tl.store(at + 3 * step, tl.sum(e * e, 1), mask=some)
 
 
@@ -89,6 +94,7 @@ def statistics_kernel(
     inverse,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,  # the scale
     ROW_TEMPERATURE: tl.constexpr,
     TMA: tl.constexpr,
     EVEN: tl.constexpr,  # D is a multiple of BD
@@ -120,22 +126,25 @@ def statistics_kernel(
             x_at += BD
             w_at += BD
 
-    k = inverse_temperature(inverse, temperature_ptr, rows, some, ROW_TEMPERATURE)
-    k = k[:, None] if ROW_TEMPERATURE else k
+    unit = tl.zeros((BN,), tl.float32) + inverse_temperature(inverse, temperature_ptr, rows, some, ROW_TEMPERATURE)
+    if not SOFTCAP:
+        unit *= tl.abs(scale)
     target = tl.load(target_ptr + rows, mask=some, other=-1) - offset
     first = j * BV
     if BV == PART:
         statistics(
-            acc, first, rows, some, k, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap, BIAS, SOFTCAP, TMA,
+            acc, first, rows, some, unit, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap,
+            BIAS, SOFTCAP, NEGATIVE, TMA,
         )  # fmt: skip
     else:
         left, right = tl.split(tl.permute(tl.reshape(acc, (BN, 2, PART)), (0, 2, 1)))
         statistics(
-            left, first, rows, some, k, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap, BIAS, SOFTCAP, TMA,
+            left, first, rows, some, unit, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap,
+            BIAS, SOFTCAP, NEGATIVE, TMA,
         )  # fmt: skip
         statistics(
-            right, first + PART, rows, some, k, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap,
-            BIAS, SOFTCAP, TMA,
+            right, first + PART, rows, some, unit, target, bias_ptr, parts_ptr, picked_ptr, n, V, scale, cap,
+            BIAS, SOFTCAP, NEGATIVE, TMA,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from align_kernels.backends.arguments import Checks, Transform
 from align_kernels.backends.triton.arguments import CODES, architecture, head_of
 
-MERGE = dict(BP=16, BN=32, num_warps=4)
+MERGE = dict(BP=64, BN=8, num_warps=4)
 PART = 128  # columns of one entry of the statistics, linear.PART
 STATISTICS = 20 / PART  # bytes per logit that `forward` takes
 
@@ -63,7 +63,7 @@ def forward(
     parts = torch.empty(5, -(-V // PART), n, dtype=torch.float32, device=x.device)
     picked = torch.empty(2, n, dtype=torch.float32, device=x.device)
     offset, tma = transform["offset"], isinstance(arch, int) and arch >= 90
-    flags |= dict(TMA=tma, EVEN=D % tile["BD"] == 0)
+    flags |= dict(NEGATIVE=transform["scale"] < 0, TMA=tma, EVEN=D % tile["BD"] == 0)
     operands = (x, weight)
     if tma:
         operands = (_descriptor(x, tile["BN"], tile["BD"]), _descriptor(weight, tile["BV"], tile["BD"]))
