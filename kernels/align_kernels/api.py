@@ -77,7 +77,8 @@ def _of_every_row(head: Head, settings: Settings, needs: Needs, shape: torch.Siz
     """Those that have no target pass as rows of zeros with the first one, and read 0."""
     kept = head.targets != settings.ignore_index
     wrong = any_wrong(head.targets, head.temperature, len(head.weight), settings)
-    torch._assert_async(~wrong, f"targets must lie in [0, {len(head.weight)}), temperatures be finite and above 0")
+    said = f"targets must lie in [0, {len(head.weight)}), temperatures be finite and above 0"
+    torch._assert_async(~wrong, said)  # pyright: ignore[reportPrivateImportUsage]
     head = head._replace(
         hidden=head.hidden.where(kept[:, None], 0.0),
         targets=head.targets.where(kept, 0),
