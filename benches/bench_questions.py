@@ -1,6 +1,6 @@
 """align_kernels beside its peers: one group a question, the same inputs for all (`make bench`).
 
-    python -m pytest benches/bench_questions.py --benchmark-json benches/results/bench.json [--minutes 13]
+    python -m pytest benches/bench_questions.py --benchmark-json benches/results/bench.json [--minutes 11]
     python -m pytest benches/bench_questions.py --short    # each kind of question once, tiny: to prove the scripts
 
 turns.py measures: methods take turns, so pytest-benchmark, which would time one after the other, is handed the seconds.

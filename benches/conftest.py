@@ -18,7 +18,7 @@ LOAD = pytest.StashKey[float]()  # processes that wanted a core before anything 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=13.0, help="of bench_questions.py, all of it (default: 13)")
+    parser.addoption("--minutes", type=float, default=11.0, help="of bench_questions.py, all of it (default: 11)")
     parser.addoption("--short", action="store_true", help="its short form: each kind of question once, tiny")
 
 
