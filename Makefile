@@ -46,7 +46,7 @@ test-quick: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python tests/mutants.py --check
 
 # site/index.html (with the search: python3 -m http.server -d site); a warning fails it, as does a link that leads nowhere

@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.ticker import NullFormatter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benches"))
 import figures
@@ -189,7 +190,7 @@ def clamp() -> Figure:
     return figure
 
 
-def bars(key: Callable[[dict[str, Any]], float | None], label: str, **scale: Any) -> Figure:
+def bars(key: Callable[[dict[str, Any]], float | None], label: str, number: str, **scale: Any) -> Figure:
     """A panel for the last group of each question of benches/results/bench.json, a bar for each method."""
     run = figures.read(figures.RESULT)
     groups = [found[-1] for what in figures.WHATS if (found := figures.groups_of(run, what))]
@@ -203,10 +204,13 @@ def bars(key: Callable[[dict[str, Any]], float | None], label: str, **scale: Any
             mine = method.startswith(figures.OURS)
             colour = BLUE if mine else FAINT if method == figures.GEMMS else RED
             axes.barh(y, values[method], color=colour, height=0.65, alpha=0.9 if mine else 0.55)
-            axes.text(values[method], y, f" {values[method]:.3g}", va="center", fontsize=8)
+            axes.text(values[method], y, f" {values[method]:{number}}", va="center", fontsize=8)
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.invert_yaxis()
         axes.set(**scale)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params("x", labelsize=8)
         axes.margins(x=0.18)
         axes.set_title(group, loc="left", fontsize=9, fontweight="bold")
         axes.set_xlabel(label, fontsize=8)
@@ -215,12 +219,12 @@ def bars(key: Callable[[dict[str, Any]], float | None], label: str, **scale: Any
 
 
 def bench_time() -> Figure:
-    return bars(lambda one: one["seconds"] / one["ours"]["seconds"], "time over that of align_kernels")
+    return bars(lambda one: one["seconds"] / one["ours"]["seconds"], "time over that of align_kernels", ".2f")
 
 
 def bench_memory() -> Figure:
     known = lambda one: max(one["peak_mb"], 1.0) if one["errors"] else None  # noqa: E731
-    return bars(known, "peak MB above inputs and gradients", xscale="log")
+    return bars(known, "peak MB above inputs and gradients", ",.0f", xscale="log")
 
 
 PICTURES: dict[str, Callable[[], Figure]] = {
