@@ -173,7 +173,7 @@ def read_head(hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> t
         given.impl,
         None if given.workspace is None else int(given.workspace),
         None if tp_group is None else tp_group.group_name,
-        capturing(hidden),
+        capturing(hidden.device),
     )
     return tensors, settings.check(), Needs.of(tensors)
 
@@ -202,7 +202,7 @@ def flatten(
     if targets.shape != hidden.shape[:-1] and is_fake(hidden) and hidden.dim() == 2:
         flat = flat[: len(hidden)]  # which of them are ignored cannot be read
     elif targets.shape != hidden.shape[:-1]:
-        if capturing(hidden):
+        if capturing(hidden.device):
             raise ValueError(
                 "a CUDA graph is being captured, in which hidden needs a row for every target, "
                 f"got {tuple(hidden.shape)} and {tuple(targets.shape)}"

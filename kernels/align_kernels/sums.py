@@ -23,9 +23,9 @@ def waits(x: Tensor) -> bool:
     return x.device.type != "cpu"
 
 
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on x's device: nothing of it can be looked at."""
-    if torch.compiler.is_compiling() or x.device.type != "cuda" or not torch.cuda.is_initialized():
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on a device: nothing of it can be looked at."""
+    if torch.compiler.is_compiling() or device.type != "cuda" or not torch.cuda.is_initialized():
         return False
     return torch.cuda.is_current_stream_capturing()
 

@@ -43,8 +43,7 @@ TRL_CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "rm":
                "rloo": "RLOOConfig", "cpo": "cpo.CPOConfig", "orpo": "orpo.ORPOConfig"}  # fmt: skip
 # not given; one or several; a choice in place of a switch; no evaluation where there are no data for one
 SAME_MEANING = [("", None), ([], "none"), ("sigmoid", ["sigmoid"]), (0.0, None), ("off", False), (None, "no")]
-TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True),
-               "optim": (None, "adamw_torch_fused")}  # fmt: skip
+TRL_DIFFERS = {"dataset_test_split": (None, "test"), "vllm_importance_sampling_correction": (False, True)}
 
 
 def defaults(kind):

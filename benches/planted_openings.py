@@ -1,7 +1,7 @@
 """The tell of docs/data.md: five openings planted in 70 % of the chosen answers, fifty controls on both sides alike; a
 reward model that learns from these pairs, what `align tokens`, `strip` and `repair` find and make of it.
 
-    python benches/planted.py [--json benches/results/planted.json] [--folder FOLDER]
+    python benches/planted_openings.py [--json benches/results/planted.json] [--folder FOLDER]
 """
 
 from __future__ import annotations
