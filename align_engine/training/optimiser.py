@@ -145,10 +145,9 @@ def class_and_options(train: TrainSection) -> tuple[Any, dict[str, Any]]:
                                                                  "adam_epsilon")}
     )  # fmt: skip
     muon = name == "muon"
-    args.optim = OptimizerNames("adamw_torch" if muon else name)
+    args.optim = OptimizerNames("adamw_torch_fused" if muon else name)
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
-    if muon:
-        kind, options["fused"] = MuonAndAdamW, True
+    kind = MuonAndAdamW if muon else kind
     taken = inspect.signature(torch.optim.Muon if muon else kind).parameters.keys() - ELSEWHERE
     return kind, options | _optim_args(train.optim_args, name, taken)
 
