@@ -34,7 +34,6 @@ QUESTIONS = [
     Question("gradient", SMALL, 96, softmax="peaked"),
     Question("gradient", SMALL, 96, **BF16),
     Question("gradient", SEVEN, 24),
-    Question("gradient", LLAMA, 24),
     Question("sft", SMALL, 96),
     Question("sft", SMALL, 96, trained=True),
     Question("sft", SMALL, 96, trained=True, **BF16),
@@ -48,7 +47,7 @@ QUESTIONS = [
     Question("ppo-clip", SMALL, 48, trained=True),
     Question("grpo", SMALL, 48),
     Question("grpo", SMALL, 48, trained=True),
-    Question("dpo step", "small", 4, trained=True),
+    Question("dpo step", "small", 3, trained=True),
     Question("grpo step", "small", 2, trained=True),
 ]
 SHORT = [

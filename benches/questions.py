@@ -61,6 +61,10 @@ class Question:
         return ", ".join(said)
 
     @property
+    def a_step(self) -> bool:
+        return self.what.endswith(" step")
+
+    @property
     def products(self) -> int:
         """Matrix products of N V D that the answer needs."""
         return 1 if self.what == "forward" else 3 if self.trained else 2
@@ -90,26 +94,34 @@ class Batch(NamedTuple):
         self.hidden.grad = self.weight.grad = None
 
 
-def make(question: Question, device: torch.device | str = "cpu", seed: int = 0) -> Batch:
+def weight_of(question: Question, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    """The weight of a question's head, (V, D), the same for every question of a head and dtype."""
     d, v = HEADS[question.head]
-    dtype = getattr(torch, question.dtype)
+    drawn = torch.randn(v, d, generator=torch.Generator(device).manual_seed(seed), device=device).mul_(d**-0.5)
+    return drawn.to(getattr(torch, question.dtype))
+
+
+def make(question: Question, device: torch.device | str = "cpu", seed: int = 0, weight: Tensor | None = None) -> Batch:
+    """`weight`: one that `weight_of` has drawn before."""
+    d, v = HEADS[question.head]
+    dtype, weight = getattr(torch, question.dtype), weight_of(question, device, seed) if weight is None else weight
     flat = question.what in ("forward", "gradient", "sft")
     s, t = (1, question.rows) if flat else (2 * PAIRS, question.rows // PAIRS)
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator(device).manual_seed(seed + 1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng, device=device)
 
-    weight = normal(v, d).mul_(d**-0.5)
     targets = torch.randint(0, v, (s, t), generator=rng, device=device)
     hidden = normal(s, t, d)
     if question.softmax == "peaked":  # a logit of 14 against v of about 1: p = e^14 / (e^14 + v e^0.5)
-        hidden = hidden * 0.5 + 14 * weight[targets] / weight[targets].square().sum(-1, keepdim=True)
+        own = weight[targets].float()
+        hidden = hidden * 0.5 + 14 * own / own.square().sum(-1, keepdim=True)
     if not flat:
         targets[:, : t // 2] = IGNORE
     kept = targets != IGNORE
     return Batch(
-        hidden.to(dtype), weight.to(dtype), targets, normal(s, t) * kept / kept.sum(), torch.zeros(s, device=device),
+        hidden.to(dtype), weight, targets, normal(s, t) * kept / kept.sum(), torch.zeros(s, device=device),
         (0.5 * normal(s, t) - math.log(v) - 0.5) * kept, normal(s), torch.arange(s, device=device) % 2 == 0,
         torch.tensor(0.3, device=device), question.clamp,
     )  # fmt: skip

@@ -43,11 +43,12 @@ def rows(question: Question) -> list[dict[str, Any]]:
 
 
 class StepWork:
-    """A model, its batch and optimiser."""
+    """A model, its batch and optimiser; `true` is what `exact_grads` found."""
 
-    def __init__(self, question: Question, method: str, dtype: torch.dtype = torch.float32) -> None:
-        self.true = exact_grads(question) if dtype == torch.float32 else {}
-        self.question, self.method = question, METHODS[OURS if method == TREES else method]
+    def __init__(
+        self, question: Question, method: str, true: dict[str, Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.true, self.question, self.method = true, question, METHODS[OURS if method == TREES else method]
         d, v = HEADS[question.head]
         torch.manual_seed(0)
         config = Qwen2Config(
@@ -105,6 +106,6 @@ class StepWork:
 
 def exact_grads(question: Question) -> dict[str, Tensor]:
     """Of the same step from whole logits in float64."""
-    exact = StepWork(question, "eager", torch.float64)
+    exact = StepWork(question, "eager", {}, torch.float64)
     exact.backward()
     return {name: grad for name, grad in exact.grads().items() if grad is not None}

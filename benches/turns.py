@@ -7,14 +7,13 @@ moves all alike. Memory is the process's own high-water mark in the first round.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from methods import GEMMS, METHODS, TREES, answer, gemms
-from questions import Batch, Question, Truth, errors, make, truth
+from questions import Batch, Question, Truth, errors, make, truth, weight_of
+from torch import Tensor
 
 PATIENCE = 600.0  # seconds for one answer of a method
 ROUNDS = 3  # at least
@@ -49,13 +49,18 @@ class Figure(NamedTuple):
         return statistics.median(self.seconds)
 
 
+def mapped(path: str | Path) -> Any:
+    """What `torch.save` put there, its tensors read where they lie."""
+    return torch.load(path, mmap=True, weights_only=True)
+
+
 # -- the process that measures ------------------------------------------------------------------------------------
 class HeadWork:
     """A question about a head, and one method."""
 
-    def __init__(self, question: Question, method: str, path: str) -> None:
-        batch, true = torch.load(path, mmap=True, weights_only=True)
-        self.b, self.true = Batch(*batch).to_train(question), Truth(*true)
+    def __init__(self, question: Question, method: str, paths: dict[str, str]) -> None:
+        weight, batch, true = (mapped(paths[name]) for name in ("weight", "batch", "true"))
+        self.b, self.true = Batch(**batch, weight=weight).to_train(question), Truth(*true)
         self.question, self.method = question, method
         for tensor in (self.b.hidden, self.b.weight):
             tensor.detach().sum()  # inputs are in memory before that is measured
@@ -78,12 +83,12 @@ class HeadWork:
         return found
 
 
-def work_of(question: Question, method: str, path: str) -> Any:
-    if not question.what.endswith(" step"):
-        return HeadWork(question, method, path)
+def work_of(question: Question, method: str, paths: dict[str, str]) -> Any:
+    if not question.a_step:
+        return HeadWork(question, method, paths)
     from small_steps import StepWork
 
-    return StepWork(question, method)
+    return StepWork(question, method, mapped(paths["true"]))
 
 
 def checked(work: Any, compiled: bool) -> dict[str, Any]:
@@ -127,7 +132,7 @@ class Worker:
         self.method, self.work = method, None
 
     def ask(self, order: str, *given: Any) -> dict[str, Any]:
-        """What "load" (a question, the path of its inputs) or "time" (whether memory is measured) finds; where it
+        """What "load" (a question, the paths of its inputs) or "time" (whether memory is measured) finds; where it
         cannot, the `reason`."""
         try:
             if order == "time":
@@ -171,7 +176,8 @@ class Player:
     def ask(self, *order: Any) -> dict[str, Any]:
         """Its reply; one with a `reason` where it has none."""
         if self.process is None:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch"])  # imported once
             self.pipe, other = context.Pipe()
             self.process = context.Process(target=self.target, args=(other, self.method, str(self.log)), daemon=True)
             self.process.start()
@@ -199,20 +205,47 @@ class Player:
 
 
 def players_of(question: Question) -> list[str]:
-    return [*METHODS, TREES if question.what.endswith(" step") else GEMMS]
+    return [*METHODS, TREES if question.a_step else GEMMS]
 
 
-@contextlib.contextmanager
-def inputs(question: Question) -> Iterator[str]:
-    """Path of a question's inputs and of its answer in float64."""
-    path = in_memory("inputs")
-    try:
-        if not question.what.endswith(" step"):
-            batch = make(question)
-            torch.save((tuple(batch), tuple(truth(question, batch))), path)
-        yield str(path)
-    finally:
-        os.close(int(path.name))
+class Inputs:
+    """Of one question at a time, with its answer in float64; a head's weight stays until another is asked for."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, tuple[Any, Path]] = {}  # name -> of what, where
+
+    def keep(self, name: str, key: Any, value: Any) -> Any:
+        """Put `value` in memory in place of what had this name, and give it back."""
+        self.drop(name)
+        self.files[name] = key, in_memory(name)
+        torch.save(value, self.files[name][1])
+        return value
+
+    def drop(self, name: str) -> None:
+        if name in self.files:
+            os.close(int(self.files.pop(name)[1].name))
+
+    def of(self, question: Question) -> dict[str, str]:
+        """Paths that every process can open."""
+        if question.a_step:
+            from small_steps import exact_grads
+
+            self.keep("true", question, exact_grads(question))
+        else:
+            batch = make(question, weight=self.weight(question))
+            self.keep("batch", question, {name: value for name, value in batch._asdict().items() if name != "weight"})
+            self.keep("true", question, tuple(truth(question, batch)))
+        return {name: str(path) for name, (_, path) in self.files.items()}
+
+    def weight(self, question: Question) -> Tensor:
+        key = question.head, question.dtype
+        if self.files.get("weight", (None,))[0] != key:
+            return self.keep("weight", key, weight_of(question))
+        return mapped(self.files["weight"][1])
+
+    def end(self) -> None:
+        for name in list(self.files):
+            self.drop(name)
 
 
 class Race:
@@ -225,6 +258,7 @@ class Race:
         self.left, self.short = list(questions), short
         self.until = time.monotonic() + 60 * minutes
         self.players: dict[str, Player | Worker] = {}
+        self.inputs = Inputs()
         os.environ |= {"TORCH_COMPILE_DISABLE": "1"} if short else ENVIRONMENT
 
     def player(self, method: str) -> Player | Worker:
@@ -232,30 +266,30 @@ class Race:
             self.players[method] = Worker(method) if self.short else Player(method)
         return self.players[method]
 
-    def load(self, question: Question, path: str) -> list[tuple[str, dict[str, Any]]]:
+    def load(self, question: Question, paths: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
         """The first answer of each method, which nothing times: as many at once as there are threads."""
         methods = players_of(question)
         players = [self.player(method) for method in methods]
         with ThreadPoolExecutor(1 if self.short else torch.get_num_threads()) as pool:
-            return list(zip(methods, pool.map(lambda player: player.ask("load", question, path), players)))
+            return list(zip(methods, pool.map(lambda player: player.ask("load", question, paths), players)))
 
     def run(self, question: Question) -> dict[str, Figure]:
         until = time.monotonic() + (self.until - time.monotonic()) / max(len(self.left), 1)
         self.left = [other for other in self.left if other != question]
-        with inputs(question) as path:
-            found = {method: {"seconds": []} | reply for method, reply in self.load(question, path)}
-            for turn in range(1 if self.short else MOST_ROUNDS):
-                began = time.monotonic()
-                for method, figure in found.items():
-                    if "reason" not in figure:
-                        reply = self.player(method).ask("time", turn == 0)
-                        figure["seconds"] += [reply.pop("seconds")] if "seconds" in reply else []
-                        figure |= reply
-                now = time.monotonic()
-                if turn + 1 >= ROUNDS and 2 * now - began > until:
-                    break
+        paths = self.inputs.of(question)
+        found = {method: {"seconds": []} | reply for method, reply in self.load(question, paths)}
+        for turn in range(1 if self.short else MOST_ROUNDS):
+            began = time.monotonic()
+            for method, figure in found.items():
+                if "reason" not in figure:
+                    reply = self.player(method).ask("time", turn == 0)
+                    figure["seconds"] += [reply.pop("seconds")] if "seconds" in reply else []
+                    figure |= reply
+            now = time.monotonic()
+            if turn + 1 >= ROUNDS and 2 * now - began > until:
+                break
         return {method: Figure(**figure) for method, figure in found.items()}
 
     def end(self) -> None:
-        for player in self.players.values():
-            player.end()
+        for one in (*self.players.values(), self.inputs):
+            one.end()
