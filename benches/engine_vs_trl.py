@@ -205,8 +205,10 @@ def measure(side: str, method: str, folder: Path, options: argparse.Namespace) -
 def run(side: str, method: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", side, method, str(folder)]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "kernels")))
-    caches = {"HF_HOME": str(folder / "cache" / str(time.time_ns()))}  # no run finds what an earlier one computed
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths} | caches)
+    around = {"PYTHONPATH": paths, "HF_HOME": str(folder / "cache" / str(time.time_ns()))}  # nothing computed before
+    if side != "trl":
+        around["THP_MEM_ALLOC_ENABLE"] = "1"  # as `align` has it
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | around)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return json.loads(done.stdout.rpartition("RESULT ")[2])
