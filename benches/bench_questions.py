@@ -34,7 +34,6 @@ QUESTIONS = [
     Question("gradient", SMALL, 96, softmax="peaked"),
     Question("gradient", SMALL, 96, **BF16),
     Question("gradient", SEVEN, 24),
-    Question("sft", SMALL, 96),
     Question("sft", SMALL, 96, trained=True),
     Question("sft", SMALL, 96, trained=True, **BF16),
     Question("sft", SEVEN, 24, trained=True),

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from methods import GEMMS, METHODS, TREES, answer, gemms
 from questions import Batch, Question, Truth, errors, make, truth, weight_of
-from torch import Tensor
 
 PATIENCE = 600.0  # seconds for one answer of a method
 ROUNDS = 3  # at least
@@ -209,39 +208,35 @@ def players_of(question: Question) -> list[str]:
 
 
 class Inputs:
-    """Of one question at a time, with its answer in float64; a head's weight stays until another is asked for."""
+    """Of one question at a time, with its answer in float64; the weight of every head that was asked for stays."""
 
     def __init__(self) -> None:
-        self.files: dict[str, tuple[Any, Path]] = {}  # name -> of what, where
+        self.files: dict[str, Path] = {}
 
-    def keep(self, name: str, key: Any, value: Any) -> Any:
-        """Put `value` in memory in place of what had this name, and give it back."""
+    def keep(self, name: str, value: Any) -> None:
+        """Put it in memory, in place of what had this name."""
         self.drop(name)
-        self.files[name] = key, in_memory(name)
-        torch.save(value, self.files[name][1])
-        return value
+        self.files[name] = in_memory(name)
+        torch.save(value, self.files[name])
 
     def drop(self, name: str) -> None:
         if name in self.files:
-            os.close(int(self.files.pop(name)[1].name))
+            os.close(int(self.files.pop(name).name))
 
     def of(self, question: Question) -> dict[str, str]:
         """Paths that every process can open."""
+        head = f"{question.head}, {question.dtype}"
         if question.a_step:
             from small_steps import exact_grads
 
-            self.keep("true", question, exact_grads(question))
-        else:
-            batch = make(question, weight=self.weight(question))
-            self.keep("batch", question, {name: value for name, value in batch._asdict().items() if name != "weight"})
-            self.keep("true", question, tuple(truth(question, batch)))
-        return {name: str(path) for name, (_, path) in self.files.items()}
-
-    def weight(self, question: Question) -> Tensor:
-        key = question.head, question.dtype
-        if self.files.get("weight", (None,))[0] != key:
-            return self.keep("weight", key, weight_of(question))
-        return mapped(self.files["weight"][1])
+            self.keep("true", exact_grads(question))
+            return {"true": str(self.files["true"])}
+        if head not in self.files:
+            self.keep(head, weight_of(question))
+        batch = make(question, weight=mapped(self.files[head]))
+        self.keep("batch", {name: value for name, value in batch._asdict().items() if name != "weight"})
+        self.keep("true", tuple(truth(question, batch)))
+        return {name: str(self.files[key]) for name, key in (("weight", head), ("batch", "batch"), ("true", "true"))}
 
     def end(self) -> None:
         for name in list(self.files):
