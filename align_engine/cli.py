@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch = Watch()
         with stops.terminable():
             if own.plugin:
+                allocator.ask_for_huge_pages()  # before its first tensor; `run` knows what the recipe says
                 from align_engine.training.importing import run_file
 
                 run_file(own.plugin, "--plugin")
@@ -135,6 +136,8 @@ def run(name: str, arguments: list[str], path: str | None) -> None:
     recipe = recipes.check(recipe)
     if recipe.train.tune_malloc:
         allocator.ask_for_huge_pages()
+    else:
+        allocator.take_back()
     from accelerate import PartialState
 
     from align_engine.iterate import runner

@@ -16,12 +16,23 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 MAPPED, TRIMMED = 1 << 20, 64 << 20  # bytes
 LARGE = 2 << 20  # bytes from which torch asks for huge pages
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch reads it once, when it gives out the first memory
+_asked = False  # whether the environment says it by us
 
 
 def ask_for_huge_pages() -> None:
     """Before torch's first tensor: have it lay blocks from 2 MiB on in huge pages, where the system gives any. What the
     environment says already stays."""
+    global _asked
+    _asked = _asked or HUGE_PAGES not in os.environ
     os.environ.setdefault(HUGE_PAGES, "1")
+
+
+def take_back() -> None:
+    """Ask for huge pages no longer. Where torch has given out memory meanwhile, it goes on laying blocks in them."""
+    global _asked
+    if _asked:
+        os.environ.pop(HUGE_PAGES, None)
+    _asked = False
 
 
 def tune() -> str:

@@ -85,6 +85,33 @@ def test_the_command_asks_torch_for_huge_pages(flags, expected, monkeypatch):
     monkeypatch.delenv(allocator.HUGE_PAGES, raising=False)
 
 
+@pytest.mark.parametrize(("flags", "expected"), [([], ["1", "1"]), (["--no_tune_malloc"], ["1", None])])
+def test_a_plugin_finds_huge_pages_asked_for(flags, expected, tmp_path, monkeypatch):
+    """Its tensors may be torch's first; the recipe is read after it, and may take the request back."""
+    monkeypatch.delenv(allocator.HUGE_PAGES, raising=False)
+    monkeypatch.setattr(sys, "found", found := [], raising=False)
+    note = f"sys.found.append(os.environ.get({allocator.HUGE_PAGES!r}))"
+    (tmp_path / "mine.py").write_text(f"import os\nimport sys\n\n{note}\n")
+    monkeypatch.setattr(
+        iterate, "runner", lambda name: lambda recipe: found.append(os.environ.get(allocator.HUGE_PAGES))
+    )
+    arguments = ["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", "o", *flags]
+    assert cli.main(["--plugin", str(tmp_path / "mine.py"), "sft", *arguments]) == 0
+    assert found == expected
+    monkeypatch.delenv(allocator.HUGE_PAGES, raising=False)
+
+
+@GLIBC
+def test_the_first_tensor_of_a_plugin_lies_in_huge_pages(tmp_path):
+    made = f"torch.empty({allocator.LARGE}, dtype=torch.uint8)"
+    (tmp_path / "mine.py").write_text(f"import torch\n\nprint({made}.data_ptr() % 4096)\n")
+    around = {name: value for name, value in os.environ.items() if name != allocator.HUGE_PAGES}
+    command = [sys.executable, "-m", "align_engine", "--plugin", str(tmp_path / "mine.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True,
+                          env=around | {"PYTHONPATH": os.pathsep.join(PATHS)})  # fmt: skip
+    assert done.stdout.splitlines()[0] == "0"
+
+
 def test_what_the_environment_says_stays(monkeypatch):
     monkeypatch.setenv(allocator.HUGE_PAGES, "0")
     allocator.ask_for_huge_pages()
