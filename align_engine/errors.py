@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 
 class AlignError(Exception):
@@ -20,6 +21,13 @@ class BadInput(AlignError, ValueError):
 
 class RunFailed(AlignError, RuntimeError):
     """A run that began and cannot go on; its last checkpoint is whole."""
+
+
+def rows_named(where: Sequence[int]) -> str:
+    """Rows of a data set as messages name them, the first five of many: people count rows from 1, as the lines of a
+    file; `where` counts from 0, as `index` does in files."""
+    more = ", ..." if len(where) > 5 else ""
+    return f"{'rows' if len(where) > 1 else 'row'} {', '.join(str(i + 1) for i in where[:5])}{more}, counted from 1"
 
 
 LONGEST = 2000  # characters of a message

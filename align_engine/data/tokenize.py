@@ -24,7 +24,7 @@ from align_engine.data.encoder import Encoder, Written
 from align_engine.data.exact import as_written
 from align_engine.data.formats import BadRow, Kind, answers, detect_layout, normalise, template_arguments
 from align_engine.data.limits import fit
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, rows_named
 
 pc: Any = pyarrow.compute
 ROWS_PER_PROCESS = 10_000  # fewer are tokenised before a further process has started
@@ -117,7 +117,7 @@ def describe(report: dict[str, Any]) -> str:
     lines = [f"{report['kept']} of {report['rows']} rows kept, the longest of {report['longest']} tokens"]
     if trained := report.get("trained"):
         lines.append("trained on {:,} of {:,} tokens: {}".format(*trained))
-    lines += [f"dropped {len(where)}: {reason} ({_rows(where)})" for reason, where in report["dropped"].items()]
+    lines += [f"dropped {len(where)}: {reason} ({rows_named(where)})" for reason, where in report["dropped"].items()]
     return "\n".join([*lines, *(f"changed {count}: {note}" for note, count in report["changed"].items())])
 
 
@@ -136,9 +136,9 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int, model: str = "the mo
             if largest is not None and largest >= vocab_size:
                 rows = table[name].combine_chunks()
                 row = next(i for i in range(len(rows)) if any(largest in ids for ids in answers(rows[i].as_py())))
-                what = f"token id {largest} in '{name}' of row {table['index'][row]}"
+                what = f"token id {largest} in '{name}' of {rows_named([table['index'][row].as_py()])}"
                 why = "the tokenizer belongs to another model, or the embeddings were not resized"
-                raise BadInput(f"{what} is outside {model}'s vocabulary of {vocab_size}: {why}")
+                raise BadInput(f"{what}, is outside {model}'s vocabulary of {vocab_size}: {why}")
 
 
 class Work(NamedTuple):
@@ -407,12 +407,7 @@ def _refuse(dropped: dict[str, list[int]], rows: int, kept: int, asked: dict[str
     count = sum(map(len, refused.values()))
     lines = [f"{count} of {rows} rows cannot be used:" if refused else f"none of {rows} rows is left:"]
     for status, where in (refused or dropped).items():
-        lines.append(f"{len(where)} x {status.partition(': ')[2]} ({_rows(where)})")
+        lines.append(f"{len(where)} x {status.partition(': ')[2]} ({rows_named(where)})")
     if kept:
         lines.append(f"({'; '.join(WAYS[kind] for kind in kinds)})")
     raise BadInput("\n  ".join(lines))
-
-
-def _rows(where: list[int]) -> str:
-    more = ", ..." if len(where) > 5 else ""
-    return f"{'rows' if len(where) > 1 else 'row'} {', '.join(map(str, where[:5]))}{more}, counted from 0"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from align_engine.data.formats import BadRow, detect_layout, is_conversational, normalise
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, rows_named
 from align_engine.preparation.sway import Pair, Score
 from align_engine.rollouts.rewards import Reward, load_reward, score
 
@@ -53,7 +53,7 @@ class Answers:
         self.sources = list(source_column) * (2 if len(source_column) == 1 else 1)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for row, parts in usable(self.rows, self.layout, self.bad_rows):
+        for row, parts in usable(self.rows, self.layout, self.bad_rows, range(len(self.rows))):
             for side, key in enumerate(SIDES if self.paired else self.layout[-1:]):
                 source = str(row[self.sources[side]]) if self.sources else key
                 for text in parts[key]:
@@ -61,20 +61,20 @@ class Answers:
 
 
 def usable(
-    rows: datasets.Dataset, layout: tuple[str, ...], bad_rows: str
+    rows: datasets.Dataset, layout: tuple[str, ...], bad_rows: str, places: Sequence[int] | np.ndarray
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
-    """Each row, and its parts as `normalise` gives them.
+    """Each row at these places, and its parts as `normalise` gives them.
 
     Raises:
         BadInput: a row that cannot be used, by its number, where `bad_rows` is "error".
     """
-    for number, row in enumerate(rows, 1):
+    for place, row in zip(places, rows.select(places)):
         assert isinstance(row, dict)
         try:
             yield row, normalise(row, layout)
         except BadRow as error:
             if bad_rows == "error":
-                raise BadInput(f"row {number}: {error}; mend it, or give --bad_rows drop") from error
+                raise BadInput(f"{rows_named([place])}: {error}; mend it, or give --bad_rows drop") from error
 
 
 def answer(prompt: Any, completion: Any) -> Answer:
@@ -93,9 +93,9 @@ def pairs_of(rows: datasets.Dataset, count: int | None, seed: int, bad_rows: str
         BadInput: the rows are no pairs.
     """
     layout = detect_layout(rows.column_names, "preference")
-    drawn = np.random.default_rng(seed).permutation(len(rows))[:count]
-    rows, found, origins = rows.select(np.sort(drawn)), list[Pair](), list[Any]()
-    for row, parts in usable(rows, layout, bad_rows):
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])
+    found, origins = list[Pair](), list[Any]()
+    for row, parts in usable(rows, layout, bad_rows, drawn):
         answers = [[answer(parts["prompt"][0], text) for text in parts[side]] for side in SIDES]
         for chosen, rejected in product(*answers):
             if chosen.prompt == rejected.prompt:

@@ -17,7 +17,7 @@ import numpy as np
 from align_engine import inputs
 from align_engine.data.formats import is_conversational
 from align_engine.data.json_text import loads
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, rows_named
 from align_engine.preparation import folder, report
 from align_engine.preparation.clusters import Clusters, cluster, flat, kept, sample
 from align_engine.preparation.embeddings import Embeddings, load_encoder, strangers
@@ -83,7 +83,8 @@ def with_prompts(rows: datasets.Dataset, column: str, bad_rows: str) -> datasets
     if len(good) < len(rows) and bad_rows == "error":
         first = next(i for i in range(len(rows)) if i >= len(good) or good[i] != i)
         raise BadInput(
-            f"row {first + 1}: its {column!r} holds no text, so it has no embedding; mend it, or give --bad_rows drop"
+            f"{rows_named([first])}: its {column!r} holds no text, so it has no embedding; mend it, or give "
+            "--bad_rows drop"
         )
     if not good:
         raise BadInput(f"column = {column!r}: no row holds a text there")

@@ -92,18 +92,18 @@ class Embeddings:
         Raises:
             BadInput: the encoder gives no embedding of a text.
         """
-        self.width = self._encoded(encode, ["a"], 0).shape[1]
+        self.width = self._encoded(encode, ["a"]).shape[1]
         with self.path.open("ab") as file:
             done = min(file.tell() // (2 * self.width) // BATCH * BATCH, self.count)
             whole = self.count if file.tell() == 2 * self.width * self.count else done
             file.truncate(2 * self.width * whole)
             for start in range(whole, self.count, BATCH):
-                found = self._encoded(encode, list(texts(start, min(start + BATCH, self.count))), start)
+                found = self._encoded(encode, list(texts(start, min(start + BATCH, self.count))))
                 file.write(found.astype(np.float16).tobytes())
                 file.flush()
                 say(start + len(found))
 
-    def _encoded(self, encode: Encode, texts: list[str], start: int) -> np.ndarray:
+    def _encoded(self, encode: Encode, texts: list[str]) -> np.ndarray:
         found = np.asarray(encode(texts), np.float32)
         if found.ndim != 2 or len(found) != len(texts) or (self.width and found.shape[1] != self.width):
             raise BadInput(f"the encoder gives {found.shape} numbers for {len(texts)} texts, expected a row for each")
@@ -111,8 +111,8 @@ class Embeddings:
         if len(bad := np.flatnonzero(~((length > 1e-6) & np.isfinite(length)))):
             text = texts[bad[0]]
             raise BadInput(
-                f"row {start + int(bad[0]) + 1}: the encoder gives no embedding of {text!r:.60} (its numbers are zero, "
-                "infinite or none); take such rows out"
+                f"the encoder gives no embedding of {text!r:.60} (its numbers are zero, infinite or none); "
+                "take such rows out"
             )
         return unit(found)
 

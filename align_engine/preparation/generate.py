@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from align_engine.data.formats import Messages
-from align_engine.errors import BadInput, RunFailed
+from align_engine.errors import BadInput, RunFailed, rows_named
 from align_engine.models import fingerprint
 from align_engine.preparation import folder, layouts, totals
 from align_engine.preparation.endpoints import Endpoint, ask_all
@@ -160,7 +160,7 @@ class Work:
         reply = checked(reply)
         if reply.refused and self.settings.data.bad_rows == "error":
             way = "--bad_rows drop leaves such answers out"
-            where = f"model {question.spec.name!r}, row {question.row}"
+            where = f"model {question.spec.name!r}, {rows_named([question.row])}"
             raise RunFailed(f"{where}: {reply.refused} ({way}); {folder.STANDING}")
         self.keep(question, reply)
 

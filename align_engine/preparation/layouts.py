@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import datasets
 
 from align_engine.data.formats import BadRow, Messages, Text, is_conversational, text_of
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, rows_named
 from align_engine.preparation import folder
 from align_engine.preparation.sections import MappedInput
 
@@ -79,7 +79,7 @@ def converted(
             found = use(made)
         except BadRow as error:
             if bad_rows == "error":
-                raise BadInput(f"row {index}: {error} (--bad_rows drop leaves such rows out)") from None
+                raise BadInput(f"{rows_named([index])}: {error} (--bad_rows drop leaves such rows out)") from None
             continue
         yield index, found
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from align_engine.data.formats import BadRow, Text
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, rows_named
 from align_engine.preparation import folder, layouts, report
 from align_engine.preparation.models import TIERS
 from align_engine.preparation.sections import PairsRecipe, PairsSection
@@ -128,7 +128,7 @@ def cleaned(group: Group, settings: PairsRecipe, counts: Counter[str]) -> Group:
             first, last = same[0], same[-1]
             if settings.data.bad_rows == "error":
                 raise BadInput(
-                    f"rows {first.row} and {last.row} hold the same answer to one prompt in two tiers "
+                    f"{rows_named(sorted({first.row, last.row}))}: the same answer to one prompt stands in two tiers "
                     f"({first.order:g} and {last.order:g}): {words(first.text)!r:.80} (--bad_rows "
                     "drop leaves such answers out)"
                 )

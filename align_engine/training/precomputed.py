@@ -125,7 +125,9 @@ def precompute(
     spot = [row for row in rows if not lacking[row]][:SPOT_ROWS]
     computed = ask(engine, model, source, sorted({*spot, *(row for row in rows if lacking[row])}), places)
     if not torch.allclose(known[(at := places.of(spot))], computed[at], rtol=SPOT_TOLERANCE, atol=SPOT_TOLERANCE):
-        raise BadInput(f"{origin} does not hold this model's log-probs (rows {spot} differ); delete it")
+        raise BadInput(
+            f"{origin} does not hold this model's log-probs (of {len(spot)} rows computed again some differ); delete it"
+        )
     new = known[here].isnan()
     found = torch.where(known.isnan(), computed, known)
     if accelerator.is_main_process and origin != str(path):

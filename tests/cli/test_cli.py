@@ -90,10 +90,11 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
     "no chosen at all": (
         "dpo", {"good": [], "rows": [{"prompt": "w1", "completion": "w2"}]}, ["chosen", "rejected", "sft"]),
     "chosen equals rejected": (
-        "dpo", {"rows": [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}]}, ["'chosen' equals 'rejected'", "row 2"]),
+        "dpo", {"rows": [{"prompt": "w1", "chosen": "w2", "rejected": "w2"}]},
+        ["'chosen' equals 'rejected'", "row 3, counted from 1"]),
     "prompt longer than the limit": (
         "dpo", {"rows": [{"prompt": "w1 " * 30, "chosen": "w2", "rejected": "w3"}], "max_length": 20,
-                "overlong": "error"}, ["longer than max_length=20", "row 2"]),
+                "overlong": "error"}, ["longer than max_length=20", "row 3, counted from 1"]),
     "vocabulary smaller than a target": ("dpo", {"vocab": 40}, ["token id", "vocabulary of 40"]),
     "no model": ("sft", {"model_name_or_path": "./nowhere/model"}, ["./nowhere/model", "no such folder"]),
     "unknown flag": ("dpo", {"learning_rat": 1}, ["--learning_rat", "--learning_rate"]),

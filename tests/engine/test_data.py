@@ -194,8 +194,8 @@ def test_overlong_rows_are_dropped_or_refused_when_asked() -> None:
     _, out, report = prepared(rows, "sft", max_length=5, overlong="drop")
     assert [row["index"] for row in out] == [1]
     assert report["kept"] == 1 and report["dropped"] == {"longer than max_length=5": [0]}
-    assert "dropped 1: longer than max_length=5 (row 0" in describe(report)
-    with pytest.raises(BadInput, match=r"longer than max_length=5 \(row 0"):
+    assert "dropped 1: longer than max_length=5 (row 1, counted from 1)" in describe(report)
+    with pytest.raises(BadInput, match=r"longer than max_length=5 \(row 1, counted from 1\)"):
         prepared(rows, "sft", max_length=5, overlong="error")
 
 
@@ -220,7 +220,7 @@ GOOD = {"prompt": "p", "chosen": "x", "rejected": "y"}
 )
 def test_bad_rows_are_named_or_dropped(bad: dict[str, Any], reason: str) -> None:
     rows = [GOOD, bad, GOOD, bad]
-    with pytest.raises(BadInput, match=rf"2 of 4 rows(?s:.*)2 x {reason} \(rows 1, 3, counted from 0"):
+    with pytest.raises(BadInput, match=rf"2 of 4 rows(?s:.*)2 x {reason} \(rows 2, 4, counted from 1\)"):
         prepared(rows, "preference")
     _, out, report = prepared(rows, "preference", bad_rows="drop")
     assert [row["index"] for row in out] == [0, 2] and report["dropped"] == {reason: [1, 3]}
@@ -278,7 +278,9 @@ def test_vocabulary_smaller_than_a_token_id() -> None:
     dataset, _ = prepare(rows, tokenizer, "sft")
     merged = tokenizer.convert_tokens_to_ids("bc")
     check_vocab(dataset, merged + 1)
-    with pytest.raises(BadInput, match=f"token id {merged} in 'completion_ids' of row 1 .*vocabulary of {merged}:"):
+    with pytest.raises(
+        BadInput, match=f"token id {merged} in 'completion_ids' of row 2, counted from 1, .*vocabulary of {merged}:"
+    ):
         check_vocab(dataset, merged)
 
 
@@ -414,7 +416,7 @@ def test_unreadable_line_is_named(line: str, message: str, tmp_path: Path) -> No
 )
 def test_faults_of_a_file_name_the_row(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     rows = [GOOD, row]
-    with pytest.raises(BadInput, match=rf"{message}.* \(row 1, counted from 0"):
+    with pytest.raises(BadInput, match=rf"{message}.* \(row 2, counted from 1\)"):
         prepare(load_rows(write_jsonl(tmp_path / "rows.jsonl", rows)), byte_tokenizer(), "preference")
 
 
@@ -481,7 +483,9 @@ def test_a_generation_prompt_that_answers_do_not_repeat_is_cut_between_tokens(sp
 @pytest.mark.parametrize("mark", [2, -1, 0.5, "yes", "true", "0", [1]])
 def test_marks_that_are_not_true_or_false_are_refused_with_row_and_value(mark: Any, tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": "x", "label": label} for label in (True, False, mark)]
-    with pytest.raises(BadInput, match=rf"'label' is {re.escape(repr(mark))}, expected true or false.* \(row 2,"):
+    with pytest.raises(
+        BadInput, match=rf"'label' is {re.escape(repr(mark))}, expected true or false.* \(row 3, counted from 1\)"
+    ):
         prepare(load_rows(write_jsonl(tmp_path / "rows.jsonl", rows)), byte_tokenizer(), "unpaired")
     dataset, report = prepare(load_rows(tmp_path / "rows.jsonl"), byte_tokenizer(), "unpaired", bad_rows="drop")
     assert dataset[:]["label"] == [True, False] and list(report["dropped"].values()) == [[2]]
@@ -512,7 +516,7 @@ def test_marks_given_to_preference_training_look_like_marks() -> None:
 )
 def test_ready_ids_that_are_none_are_refused(ids: dict[str, Any], message: str) -> None:
     row = {"prompt_ids": [5], "completion_ids": [6, 7]} | ids
-    with pytest.raises(BadInput, match=rf"{message}.* \(row 0,"):
+    with pytest.raises(BadInput, match=rf"{message}.* \(row 1, counted from 1\)"):
         prepared([row], "sft")
     with pytest.raises(BadInput, match="'prompt' is empty"):
         prepared([{"prompt_ids": []}], "prompt")

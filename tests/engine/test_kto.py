@@ -61,7 +61,7 @@ def test_pairs_are_taken_apart(model, pairs):
 def test_a_label_that_is_none_is_refused(model, tmp_path):
     rows = [row | {"label": None if i == 5 else row["label"]} for i, row in enumerate(tiny.label_rows(8))]
     path = tiny.write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(BadInput, match=r"'label' is missing \(row 5"):
+    with pytest.raises(BadInput, match=r"'label' is missing \(row 6, counted from 1"):
         prepare(load_rows(path), AutoTokenizer.from_pretrained(model), "unpaired")
 
 

@@ -135,7 +135,7 @@ def test_numbers_of_another_model_are_refused(model, pairs, tmp_path):
     (file,) = files()
     save_file({name: x if name == "keys" else x + 1.0 for name, x in load_file(file).items()}, file)
     with pytest.raises(
-        BadInput, match=rf"{file.parent} does not hold this model's log-probs \(rows \[0, 1, 2, 3\] differ"
+        BadInput, match=rf"{file.parent} does not hold this model's log-probs \(of \d rows computed again some differ"
     ):
         train("dpo", tiny.dpo(model, pairs, tmp_path / "second"))
 

@@ -179,7 +179,7 @@ def test_the_prompt_is_what_all_answers_begin_with():
 )
 def test_rows_that_cannot_be_used(row, said, tmp_path):
     good = {"prompt": "p", "chosen": ["x", "y"], "rejected": ["z", "v"]}
-    with pytest.raises(BadInput, match=rf"{said}.* \(row 0,"):
+    with pytest.raises(BadInput, match=rf"{said}.* \(row 1, counted from 1\)"):
         read(tmp_path, [good | row])
 
 

@@ -179,7 +179,7 @@ def test_what_cannot_be_balanced_is_said(tmp_path, capsys):
     assert "have nothing in common one embedding (cosine 1.0000" in said(*flags(data, out, "alike"))
     assert not out.exists()
     empty = tiny.write_rows(tmp_path / "empty.jsonl", [{"prompt": "a"}, {"prompt": " "}, {"prompt": None}])
-    assert "row 2: its 'prompt' holds no text, so it has no embedding" in said(*flags(empty, out))
+    assert "row 2, counted from 1: its 'prompt' holds no text, so it has no embedding" in said(*flags(empty, out))
     assert main([*flags(empty, tmp_path / "dropped", floor=1), "--bad_rows", "drop"]) == 0
     capsys.readouterr()
     assert "the encoder gives no embedding of 'tea number 0'" in said(*flags(data, out, "silent"))

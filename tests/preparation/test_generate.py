@@ -158,7 +158,10 @@ def test_a_failure_for_good_is_one_sentence_and_the_same_command_goes_on(rows, t
     assert not (out / "rows.jsonl").exists() and (out / "_journal.jsonl").read_bytes() == b""
     with chat_server.serving(empty="w5") as server:
         code, said, complaint = asked(server.url)
-        assert code == 1 and "row 5: it gave an empty answer (--bad_rows drop leaves such answers out)" in complaint
+        assert (
+            code == 1
+            and "row 6, counted from 1: it gave an empty answer (--bad_rows drop leaves such answers out)" in complaint
+        )
         before = len(server.bodies)
         code, said, complaint = asked(server.url, bad_rows="drop")
     assert code == 0, complaint
@@ -175,7 +178,7 @@ def test_a_prompt_that_an_endpoint_refuses(tmp_path, align):
     with chat_server.serving() as server:
         asked = flags(rows, tmp_path / "out", spec("big", "best", base_url=server.url))
         code, _, complaint = align(*asked)
-        assert code == 1 and "row 1: 400" in complaint and "the prompt is too long" in complaint
+        assert code == 1 and "row 2, counted from 1: 400" in complaint and "the prompt is too long" in complaint
         code, _, complaint = align(*asked, "--bad_rows", "drop")
     assert code == 0, complaint
     assert [one["index"] for one in made(tmp_path / "out")] == [0]
@@ -260,7 +263,10 @@ def test_models_that_cannot_be_asked(case, rows, tmp_path, align):
 def test_a_column_that_holds_no_answers(rows, tmp_path, align):
     people = spec("people", "truth", column="topic")
     code, _, complaint = align(*flags(rows, tmp_path / "out", people))
-    assert code == 2 and "row 1: 'topic' is of type int, expected a text or a list of messages" in complaint
+    assert (
+        code == 2
+        and "row 2, counted from 1: 'topic' is of type int, expected a text or a list of messages" in complaint
+    )
 
 
 def test_a_prompt_column_that_is_not_there(tmp_path, align):

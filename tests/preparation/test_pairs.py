@@ -133,7 +133,9 @@ def test_an_answer_in_two_tiers_is_refused(align):
     rows = [{"prompt": "w1", "completion": text, "rank": rank} for text, rank in (("a", 1), ("b", 1), ("c", 4))]
     code, made, said = align([*rows, {"prompt": "w1", "completion": "a", "rank": 4}])
     assert (
-        code == 2 and made is None and "rows 0 and 3 hold the same answer to one prompt in two tiers (1 and 4)" in said
+        code == 2
+        and made is None
+        and "rows 1, 4, counted from 1: the same answer to one prompt stands in two tiers (1 and 4)" in said
     )
     code, made, _ = align([*rows, {"prompt": "w1", "completion": "a", "rank": 4}], "--bad_rows", "drop")
     assert [(one["chosen"], one["rejected"]) for one in made] == [("b", "c")]
@@ -150,13 +152,13 @@ def test_tiers_with_one_model_give_no_pair(align):
 
 
 BAD = {  # what a row is changed to, and what is said of it
-    "no rank": ({"rank": None}, "row 1: 'rank' is None, expected a rank"),
-    "a rank of text": ({"rank": "good"}, "row 1: 'rank' is 'good'"),
-    "a mark as a rank": ({"rank": True}, "row 1: 'rank' is True"),
-    "no answer": ({"completion": None}, "row 1: 'completion' is missing"),
-    "an empty answer": ({"completion": ""}, "row 1: 'completion' is empty"),
-    "no prompt": ({"prompt": ""}, "row 1: 'prompt' is empty"),
-    "a prompt of another kind": ({"prompt": 5}, "row 1: 'prompt' is neither"),
+    "no rank": ({"rank": None}, "row 2, counted from 1: 'rank' is None, expected a rank"),
+    "a rank of text": ({"rank": "good"}, "row 2, counted from 1: 'rank' is 'good'"),
+    "a mark as a rank": ({"rank": True}, "row 2, counted from 1: 'rank' is True"),
+    "no answer": ({"completion": None}, "row 2, counted from 1: 'completion' is missing"),
+    "an empty answer": ({"completion": ""}, "row 2, counted from 1: 'completion' is empty"),
+    "no prompt": ({"prompt": ""}, "row 2, counted from 1: 'prompt' is empty"),
+    "a prompt of another kind": ({"prompt": 5}, "row 2, counted from 1: 'prompt' is neither"),
     "messages beside a text": ({"completion": [{"role": "assistant", "content": "w1"}]}, "mix strings and lists"),
     "no role": ({"completion": [{"role": "alien", "content": "w1"}]}, "a message from 'alien'"),
 }

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from align_engine.cli import main
+from align_engine.errors import BadInput
 from align_engine.preparation import edits, frequent, report, sway, tokens
 from align_engine.preparation.answers import Answers, pairs_of
 from align_engine.preparation.edits import STYLES, of_marker, without
@@ -72,6 +73,18 @@ def test_rows_of_several_answers_give_each_pair():
     assert list(Answers(rows, [], "error")) == [("chosen", "a"), ("chosen", "b"), ("rejected", "c"), ("rejected", "d")]
     pairs, origins = pairs_of(rows, None, 0, "error")
     assert pairs == [("p", "a", "c"), ("p", "a", "d"), ("p", "b", "c"), ("p", "b", "d")] and len(origins) == 4
+
+
+def test_a_bad_row_is_named_by_its_place_among_all_rows():
+    rows = [{"prompt": "p", "chosen": f"c{i}", "rejected": None if i == 17 else "r"} for i in range(20)]
+    refused = 0
+    for seed in range(10):
+        try:
+            pairs_of(datasets.Dataset.from_list(rows), 10, seed, "error")
+        except BadInput as error:
+            assert str(error).startswith("row 18, counted from 1: 'rejected' is missing"), error
+            refused += 1
+    assert 0 < refused < 10
 
 
 def test_one_thing_said_is_one_finding():
@@ -221,4 +234,4 @@ def test_what_cannot_be_counted_or_asked_about_is_said(data, tmp_path, capsys):
     assert "no such folder" in said(data, "--reward_model", str(tmp_path / "none"))
     assert "has no `score` head" in said(data, "--reward_model", str(planted.bert(tmp_path / "bert")))
     broken = tiny.write_rows(tmp_path / "broken.jsonl", [{"prompt": "p", "completion": None}, {"completion": "a"}])
-    assert "row 1: 'completion' is missing" in said(broken)
+    assert "row 1, counted from 1: 'completion' is missing" in said(broken)
