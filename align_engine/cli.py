@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 import sys
 import traceback
@@ -27,6 +28,8 @@ from align_engine.recipe.values import NO, NOTHING, YES
 from align_engine.training import allocator, stops
 from align_engine.version import __version__
 
+# on a CPU it names kernels that it does without, when it is imported: here and in the processes of a demo
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 SYNONYMS = {"with": "results"}  # flags that no field of Python can be called
 USAGE = """usage: align COMMAND [--flags]
 

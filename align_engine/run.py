@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 import shutil
 import warnings
@@ -455,7 +454,6 @@ def quiet_libraries() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that it does without on a CPU
     datasets.disable_progress_bars()
 
 

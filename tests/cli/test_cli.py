@@ -308,3 +308,10 @@ def test_the_command_starts_without_torch():
     assert done.stdout.splitlines()[-1] == "False"
     done = subprocess.run([sys.executable, "-m", "align_engine"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "usage: align" in done.stdout
+
+
+def test_no_library_speaks_first():
+    """Of the packages that runs import, one names on a CPU what it does without."""
+    code = "import align_engine.cli, align_engine.run, bitsandbytes"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and not done.stdout
