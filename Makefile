@@ -74,9 +74,9 @@ build/peers: constraints.txt
 bench-peers: $(VENV)/.installed-dev
 	$(BIN)/python benches/peers.py
 
-# docs/gpu_registers.md: every Triton kernel compiled for every GPU, which needs none
+# docs/gpu_registers.md: every Triton kernel compiled for every GPU, which needs none; TRITON: a folder with another release
 gpu-registers: $(VENV)/.installed-dev
-	PYTHONPATH=kernels:tests $(BIN)/python tests/triton_compile.py
+	PYTHONPATH=$(addsuffix :,$(TRITON))kernels:tests $(BIN)/python tests/triton_compile.py
 
 # docs/gpu_plans.md: what the planner chooses on a GPU, and how long a model says that it takes
 gpu-plans: $(VENV)/.installed-dev

@@ -3,7 +3,10 @@
 The backend's own functions run on CPU tensors whose launches are recorded, and each recorded kernel goes through its
 `warmup` under a driver that only names a target: the same specialisation of arguments as at run time.
 
-    python tests/triton_compile.py     # writes docs/gpu_registers.md, with kernels and tests on PYTHONPATH
+    python tests/triton_compile.py [--before]    # writes docs/gpu_registers.md, with kernels and tests on PYTHONPATH
+
+Another release of Triton is one more folder in front of PYTHONPATH, its figures stand beside those of others; other
+kernels in front of it, with --before, become those "before".
 """
 
 from __future__ import annotations

@@ -23,6 +23,9 @@ products = losses = None
 FORWARD = dict(BLOCK=1024, num_warps=4)
 BACKWARD = dict(BLOCK=2048, num_warps=4)
 EXPONENTIALS = dict(BLOCK=128, U=16, num_warps=4)
+NARROW = EXPONENTIALS | dict(
+    U=8
+)  # of 16-bit logits: as many instructions and half the registers, which Triton 3.6 spills
 PEAKS = dict(ROWS=8, BLOCK=256, num_warps=4)
 MULTIPLY = dict(BLOCK=2048, num_warps=4)
 PROGRAMS = 1024  # of `multiply`, at most: so many end at once where there is nothing to do
@@ -78,12 +81,13 @@ def exponentials(
         raise ValueError("out must be float32 or bfloat16, got torch.float16, whose range is too small")
     del flags["SOFTCAP"]
     bias, temperature, scale, _, inverse = head
-    look = c if out.data_ptr() == z.data_ptr() else min(c, EXPONENTIALS["BLOCK"] * EXPONENTIALS["U"])
+    tile = EXPONENTIALS if z.dtype == torch.float32 else NARROW
+    look = c if out.data_ptr() == z.data_ptr() else min(c, tile["BLOCK"] * tile["U"])
     if n and c:
         with torch.cuda.device_of(z):
             _rows().exponentials_kernel[(n,)](
                 z, out, state, targets, reference, bias, temperature, z.stride(0), out.stride(0), c, look,
-                transform["offset"], scale, inverse, HEADROOM, **flags, **EXPONENTIALS,
+                transform["offset"], scale, inverse, HEADROOM, **flags, **tile,
             )  # fmt: skip
 
 
