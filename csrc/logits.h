@@ -22,7 +22,8 @@ struct State {
 };
 static_assert(sizeof(State) == 64, "one row of the state tensor");
 
-// Raw logits z [rows, cols] with the columns offset .. offset + cols of the vocabulary, and the head's transform.
+// Some rows of raw logits z [height, cols] with the columns offset .. offset + cols of the vocabulary, and the head's
+// transform: row i of `rows` is the one at index[i].
 struct Logits {
   const void* z;
   Storage storage;
@@ -32,6 +33,8 @@ struct Logits {
   const float* bias;  // [cols] or null
   double scale, softcap, temperature;
   const float* row_temperature;  // [rows] or null; replaces temperature
+  int64_t height;
+  const int64_t* index;  // [rows], or null where they are all of z in turn
 };
 
 // Largest log-probs of columns over some rows.

@@ -29,11 +29,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              logits.targets = at<int64_t>(targets), logits.offset = offset, logits.vocab = vocab;
              logits.bias = at<float>(bias), logits.scale = scale, logits.softcap = softcap;
              logits.temperature = temperature, logits.row_temperature = at<float>(row_temperature);
+             logits.height = rows, logits.index = nullptr;
              return logits;
            }),
            py::arg("z"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("targets"),
            py::arg("offset"), py::arg("vocab"), py::arg("bias"), py::arg("scale"), py::arg("softcap"),
-           py::arg("temperature"), py::arg("row_temperature"));
+           py::arg("temperature"), py::arg("row_temperature"))
+      .def("take", [](Logits& logits, uintptr_t index, int64_t height) {
+             logits.index = at<int64_t>(index), logits.height = height;
+           }, "The rows are those of `height` that stand at [rows] indices.", py::arg("index"), py::arg("height"));
 
   m.def(
       "forward",

@@ -72,13 +72,16 @@ bool check(const Logits& in, const State* state, int threads) {
   require(threads >= 1, "threads must be >= 1, got ", threads);
   if (!in.row_temperature) check_temperature(in.temperature);
   if (n == 0 || c == 0) return false;
-  require(n == 1 || in.stride >= c, "z must have a row stride >= its ", c, " columns, got ", in.stride);
+  require(in.height == 1 || in.stride >= c, "z must have a row stride >= its ", c, " columns, got ", in.stride);
   check_pointer("z", in.z, size_of(in.storage));
   check_pointer("state", state, 8);
   check_pointer("targets", in.targets, 8);
   for (int64_t i = 0; i < n; i++)
     require(in.targets[i] >= 0 && in.targets[i] < in.vocab, "targets must lie in [0, ", in.vocab, "), got ",
             in.targets[i], " at row ", i);
+  if (in.index) check_pointer("rows", in.index, 8);
+  for (int64_t i = 0; in.index && i < n; i++)
+    require(in.index[i] >= 0 && in.index[i] < in.height, "rows must lie in [0, ", in.height, "), got ", in.index[i]);
   if (in.bias) check_pointer("bias", in.bias, 4);
   if (in.row_temperature) {
     check_pointer("temperature", in.row_temperature, 4);
@@ -87,9 +90,9 @@ bool check(const Logits& in, const State* state, int threads) {
   return true;
 }
 
-// The first address behind a tile.
-uintptr_t end_of(uintptr_t begin, const Logits& in, int64_t stride, Storage storage) {
-  return begin + uintptr_t(((in.rows - 1) * stride + in.cols) * size_of(storage));
+// The first address behind a tile of `rows` rows.
+uintptr_t end_of(uintptr_t begin, int64_t rows, int64_t cols, int64_t stride, Storage storage) {
+  return begin + uintptr_t(((rows - 1) * stride + cols) * size_of(storage));
 }
 
 // Where a primitive writes a tile.
@@ -99,8 +102,10 @@ void check_out(const Logits& in, const Out& to) {
           to.stride);
   check_pointer("out", to.out, size_of(to.storage));
   const auto z = reinterpret_cast<uintptr_t>(in.z), out = reinterpret_cast<uintptr_t>(to.out);
-  const bool apart = end_of(out, in, to.stride, to.storage) <= z || end_of(z, in, in.stride, in.storage) <= out;
+  const bool apart = end_of(out, in.rows, in.cols, to.stride, to.storage) <= z ||
+                     end_of(z, in.height, in.cols, in.stride, in.storage) <= out;
   const bool same = z == out && in.storage == to.storage && (in.rows == 1 || in.stride == to.stride);
+  require(apart || !in.index, "out must not overlap z where some of its rows are taken");
   require(apart || same, "out must be z itself or not overlap it");
 }
 

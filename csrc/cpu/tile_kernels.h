@@ -147,7 +147,7 @@ INLINE Block prepare_from(const T* z, const Logits& in, int64_t row, int64_t beg
 }
 
 INLINE Block prepare(const Logits& in, int64_t row, int64_t begin, int64_t n, Scratch& scratch) {
-  int64_t first = row * in.stride + begin;
+  int64_t first = (in.index ? in.index[row] : row) * in.stride + begin;
   if (in.storage == Storage::f32)
     return prepare_from(static_cast<const float*>(in.z) + first, in, row, begin, n, scratch);
   return prepare_from(static_cast<const uint16_t*>(in.z) + first, in, row, begin, n, scratch);

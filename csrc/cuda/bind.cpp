@@ -50,11 +50,14 @@ PYBIND11_MODULE(ALIGN_MODULE, m, py::mod_gil_not_used()) {
                        int64_t offset, int64_t vocab, uintptr_t bias, double scale, double softcap, double temperature,
                        uintptr_t row_temperature) {
              return Logits{at<void>(z), Storage(dtype), rows, cols, stride, at<int64_t>(targets), offset, vocab,
-                           at<float>(bias), scale, softcap, temperature, at<float>(row_temperature)};
+                           at<float>(bias), scale, softcap, temperature, at<float>(row_temperature), rows, nullptr};
            }),
            py::arg("z"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("stride"), py::arg("targets"),
            py::arg("offset"), py::arg("vocab"), py::arg("bias"), py::arg("scale"), py::arg("softcap"),
-           py::arg("temperature"), py::arg("row_temperature"));
+           py::arg("temperature"), py::arg("row_temperature"))
+      .def("take", [](Logits& logits, uintptr_t index, int64_t height) {
+             logits.index = at<int64_t>(index), logits.height = height;
+           }, "The rows are those of `height` that stand at [rows] indices.", py::arg("index"), py::arg("height"));
 
   py::class_<Queue>(m, "Queue", "A stream of a device.", py::module_local())
       .def(py::init([](int device, uintptr_t stream) { return Queue{device, at<void>(stream)}; }), py::arg("device"),

@@ -17,9 +17,9 @@ void check_storage(const char* name, Storage storage) {
           " dtype code must be 0 (float32), 1 (bfloat16) or 2 (float16), got ", int(storage));
 }
 
-// The first address behind a tile.
-uintptr_t end_of(const void* begin, const Logits& in, int64_t stride, Storage storage) {
-  return reinterpret_cast<uintptr_t>(begin) + uintptr_t(((in.rows - 1) * stride + in.cols) * size_of(storage));
+// The first address behind a tile of `rows` rows.
+uintptr_t end_of(uintptr_t begin, int64_t rows, int64_t cols, int64_t stride, Storage storage) {
+  return begin + uintptr_t(((rows - 1) * stride + cols) * size_of(storage));
 }
 
 }  // namespace
@@ -38,10 +38,11 @@ bool check(const Logits& in, const void* state) {
     require(std::isfinite(in.temperature) && in.temperature > 0, "temperature must be finite and > 0, got ",
             in.temperature);
   if (n == 0 || c == 0) return false;
-  require(n == 1 || in.stride >= c, "z must have a row stride >= its ", c, " columns, got ", in.stride);
+  require(in.height == 1 || in.stride >= c, "z must have a row stride >= its ", c, " columns, got ", in.stride);
   check_pointer("z", in.z, size_of(in.storage));
   check_pointer("state", state, 8);
   check_pointer("targets", in.targets, 8);
+  if (in.index) check_pointer("rows", in.index, 8);
   if (in.bias) check_pointer("bias", in.bias, 4);
   if (in.row_temperature) check_pointer("temperature", in.row_temperature, 4);
   return true;
@@ -59,9 +60,10 @@ void check(const Logits& in, const Out& out) {
           out.stride);
   check_pointer("out", out.out, size_of(out.storage));
   const auto z = reinterpret_cast<uintptr_t>(in.z), to = reinterpret_cast<uintptr_t>(out.out);
-  const bool apart =
-      end_of(out.out, in, out.stride, out.storage) <= z || end_of(in.z, in, in.stride, in.storage) <= to;
+  const bool apart = end_of(to, in.rows, in.cols, out.stride, out.storage) <= z ||
+                     end_of(z, in.height, in.cols, in.stride, in.storage) <= to;
   const bool same = z == to && in.storage == out.storage && (in.rows == 1 || in.stride == out.stride);
+  require(apart || !in.index, "out must not overlap z where some of its rows are taken");
   require(apart || same, "out must be z itself or not overlap it");
 }
 

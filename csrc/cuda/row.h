@@ -26,7 +26,7 @@ struct Row {
   double k, chain;  // d(logit)/dz = chain, times the softcap's slope
 
   ALIGN_FN Row(const Logits& in, int64_t row) {
-    z = static_cast<const T*>(in.z) + row * in.stride;
+    z = static_cast<const T*>(in.z) + (in.index ? in.index[row] : row) * in.stride;
     cols = int(in.cols);
     before = int((16 - reinterpret_cast<uintptr_t>(z) % 16) % 16 / sizeof(T));
     before = before < cols ? before : cols;

@@ -23,6 +23,7 @@ class Logits:
         temperature: float,
         row_temperature: int,
     ) -> None: ...
+    def take(self, index: int, height: int) -> None: ...
 
 class Out:
     def __init__(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from align_kernels.backends import cpu
 
-from .tiles import OPTIONS, WRONG_OPTIONS, empty_state, enlarge
+from .tiles import OPTIONS, TAKEN, TERMS, WRONG_OPTIONS, backward_of_some, empty_state, enlarge
 
 MISSING = cpu.why_not(torch.device("cpu"), torch.float32)
 if MISSING is not None and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -168,6 +168,22 @@ def test_clamp(clamp: tuple, options: dict):
     expected = case.true_gradient(entropy=True, clamp=clamp)
     assert not torch.equal(expected, case.true_gradient(entropy=True)), "the clamp of this case does nothing"
     check_gradient(case, case.gradient(entropy=True, clamp=clamp), expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(("clamp", "entropy"), TERMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("c", [1, 507, 2049])
+def test_some_rows_are_read_where_they_lie(
+    c: int, dtype: torch.dtype, clamp: tuple | None, entropy: bool, options: dict
+):
+    case = Case(9, c, dtype=dtype, **options)
+    true = case.true_gradient(entropy=entropy, clamp=clamp)[TAKEN]
+    out = strided(torch.full((len(TAKEN), c), torch.nan), dtype)
+    backward_of_some(cpu, case, case.g_entropy if entropy else None, clamp, out, case.options())
+    assert out._base is not None and out._base[:, :2].isnan().all() and out._base[:, -3:].isnan().all()
+    case.g, case.g_entropy = case.g[TAKEN], case.g_entropy[TAKEN]
+    check_gradient(case, out, true)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (500, 501, 1999), (2048, 4096), tuple(range(100, 5000, 700))])
@@ -351,7 +367,11 @@ BACKWARD_ERRORS = [
     (dict(clamp=(math.nan, 0.0, "residual")), "clamp limit must be >= 0, got nan"),
     (dict(clamp=(1.0, 2.0, "residual")), r"prob_above must lie in \[0, 1\], got 2"),
     (dict(clamp=(1.0, 0.0, "logits")), "clamp units .*'logits'"),
-    (dict(out=torch.zeros(3, 8)), r"out must have z's shape \(3, 7\), got \(3, 8\)"),
+    (dict(out=torch.zeros(3, 8)), r"out must have the shape \(3, 7\), got \(3, 8\)"),
+    (dict(rows=torch.zeros(3, dtype=torch.int32)), "rows .*int32"),
+    (dict(rows=torch.tensor([0, 3, 1])), r"rows must lie in \[0, 3\), got 3"),
+    (dict(rows=torch.tensor([0, -1, 1])), r"rows must lie in \[0, 3\), got -1"),
+    (dict(rows=torch.zeros(2, dtype=torch.int64)), r"targets .*\(2,\)"),
     (dict(out=torch.zeros(3, 7, dtype=torch.float16)), "out must be float32 or bfloat16"),
 ]
 
@@ -361,7 +381,7 @@ def test_wrong_arguments_are_named(wrong: dict, message: str):
     names = dict(z=torch.zeros(3, 7), state=empty_state(3), targets=torch.tensor([0, 1, 2]))
     names |= dict(offset=0, vocab=7, bias=None, scale=1.0, softcap=None, temperature=1.0)
     backward = dict(g_logp=torch.zeros(3), g_entropy=None, clamp=None, out=torch.full((3, 7), torch.nan))
-    if not wrong.keys() & backward.keys():
+    if not wrong.keys() & {*backward, "rows"}:
         state = (names | wrong)["state"]
         before = state.clone()
         with pytest.raises(ValueError, match=message):
@@ -377,6 +397,10 @@ def test_out_must_not_overlap_z():
     options = dict(offset=0, vocab=7, bias=None, scale=1.0, softcap=None, temperature=1.0, clamp=None)
     with pytest.raises(ValueError, match="out must be z itself or not overlap it"):
         cpu.backward(buffer[:, :7], state, torch.zeros(3, dtype=torch.int64), g, None, out=buffer[:, 3:10], **options)
+    z, rows = torch.zeros(5, 7), torch.tensor([1, 3, 4])
+    for out in (z[:3], z[2:]):
+        with pytest.raises(ValueError, match="out must not overlap z where some of its rows are taken"):
+            cpu.backward(z, state, torch.zeros(3, dtype=torch.int64), g, None, out=out, rows=rows, **options)
 
 
 def test_raw_addresses_are_checked():

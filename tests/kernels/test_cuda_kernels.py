@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align_kernels.backends import cuda, torch_ops
 
-from .tiles import OPTIONS, WRONG_OPTIONS, empty_state, enlarge
+from .tiles import OPTIONS, TAKEN, TERMS, WRONG_OPTIONS, backward_of_some, empty_state, enlarge
 
 pytestmark = pytest.mark.usefixtures("emulator")
 
@@ -146,6 +146,22 @@ def test_clamp(clamp: tuple, options: dict):
     check_gradient(case, case.gradient(entropy=True, clamp=clamp), true)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(("clamp", "entropy"), TERMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c", [1, 1507])
+def test_some_rows_are_read_where_they_lie(
+    c: int, dtype: torch.dtype, clamp: tuple | None, entropy: bool, options: dict
+):
+    case = Case(9, c, dtype=dtype, **options)
+    true = case.true_gradient(entropy=entropy, clamp=clamp)[TAKEN]
+    out = inside(torch.full((len(TAKEN), c), torch.nan), dtype, 5)
+    backward_of_some(cuda, case, case.h if entropy else None, clamp, out, case.options())
+    untouched(out)
+    case.g, case.h = case.g[TAKEN], case.h[TAKEN]
+    check_gradient(case, out, true)
+
+
 @pytest.mark.parametrize("cuts", [(1,), (500, 501, 1999), tuple(range(100, 5000, 700))])
 def test_tiles_equal_one_tile(cuts: tuple):
     case = Case(4, 5000, bias=True, softcap=20.0, temperature="rows")
@@ -267,7 +283,9 @@ ERRORS = [
     (dict(clamp=(-1.0, 0.0, "residual")), "clamp limit must be >= 0, got -1"),
     (dict(clamp=(1.0, 2.0, "residual")), r"prob_above must lie in \[0, 1\], got 2"),
     (dict(clamp=(1.0, 0.0, "logits")), "clamp units .*'logits'"),
-    (dict(out=torch.zeros(3, 8)), r"out must have z's shape \(3, 7\), got \(3, 8\)"),
+    (dict(out=torch.zeros(3, 8)), r"out must have the shape \(3, 7\), got \(3, 8\)"),
+    (dict(rows=torch.zeros(3, dtype=torch.int32)), "rows .*int32"),
+    (dict(rows=torch.zeros(2, dtype=torch.int64)), r"targets .*\(2,\)"),
     (dict(z=torch.zeros(3, 7).half(), out=torch.zeros(3, 7)), "out must have z's dtype or 16 bits"),
 ]
 
@@ -287,3 +305,7 @@ def test_out_must_not_overlap_z():
     options = dict(offset=0, vocab=7, bias=None, scale=1.0, softcap=None, temperature=1.0, clamp=None)
     with pytest.raises(ValueError, match="out must be z itself or not overlap it"):
         cuda.backward(buffer[:, :7], state, torch.zeros(3, dtype=torch.int64), g, None, out=buffer[:, 3:10], **options)
+    z, rows = torch.zeros(5, 7), torch.tensor([1, 3, 4])
+    for out in (z[:3], z[2:]):
+        with pytest.raises(ValueError, match="out must not overlap z where some of its rows are taken"):
+            cuda.backward(z, state, torch.zeros(3, dtype=torch.int64), g, None, out=out, rows=rows, **options)

@@ -11,7 +11,7 @@ from torch import Tensor
 from align_kernels.backends import torch_ops, triton
 
 from ..kernels.test_cpu_extension import Clamp, strided
-from ..kernels.tiles import OPTIONS, empty_state
+from ..kernels.tiles import OPTIONS, TAKEN, TERMS, backward_of_some, empty_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -123,6 +123,18 @@ def test_clamp(clamp: tuple, options: dict):
     expected = case.true_gradient(clamp=clamp)
     assert not torch.equal(expected, case.true_gradient()), "the clamp of this case is idle"
     check_gradient(case, case.gradient(clamp=clamp), expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize(("clamp", "entropy"), TERMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_some_rows_are_read_where_they_lie(dtype: torch.dtype, clamp: tuple | None, entropy: bool, options: dict):
+    case = Case(9, 507, dtype=dtype, **options)
+    true = case.true_gradient(entropy=entropy, clamp=clamp)[TAKEN]
+    out = strided(torch.full((len(TAKEN), 507), torch.nan), dtype)
+    backward_of_some(triton, case, case.h if entropy else None, clamp, out, case.common())
+    case.g, case.h = case.g[TAKEN], case.h[TAKEN]
+    check_gradient(case, out, true)
 
 
 def test_bfloat16_gradient_of_float32_logits():
@@ -256,7 +268,9 @@ ERRORS = [
     (dict(temperature=torch.ones(2)), r"temperature .*got .*\(2,\)"),
     (dict(g_logp=torch.zeros(3).double()), "g_logp .*float64"),
     (dict(g_entropy=torch.zeros(4)), r"g_entropy .*\(4,\)"),
-    (dict(out=torch.zeros(3, 6)), r"out must have z's shape \(3, 7\), got \(3, 6\)"),
+    (dict(out=torch.zeros(3, 6)), r"out must have the shape \(3, 7\), got \(3, 6\)"),
+    (dict(rows=torch.zeros(3, dtype=torch.int32)), "rows .*int32"),
+    (dict(rows=torch.zeros(2, dtype=torch.int64)), r"state .*\(3, 8\)"),
 ]
 
 
@@ -267,3 +281,12 @@ def test_wrong_arguments_are_named(wrong: dict, message: str):
     right |= dict(offset=0, vocab=7, bias=None, scale=1.0, softcap=None, temperature=1.0)
     with pytest.raises(ValueError, match=message):
         triton.backward(**(right | wrong))
+
+
+def test_out_must_not_overlap_rows_that_are_read():
+    z, state, g = torch.zeros(5, 7), empty_state(3), torch.zeros(3)
+    options = dict(offset=0, vocab=7, bias=None, scale=1.0, softcap=None, temperature=1.0, clamp=None)
+    for out in (z[:3], z[2:]):
+        with pytest.raises(ValueError, match="out must not overlap z where some of its rows are taken"):
+            rows = torch.tensor([1, 3, 4])
+            triton.backward(z, state, torch.zeros(3, dtype=torch.int64), g, None, out=out, rows=rows, **options)

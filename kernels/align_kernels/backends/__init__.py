@@ -39,16 +39,17 @@ class Backend(Protocol):
     def backward(
         self,
         z: Tensor,  # (n, c)
-        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
-        targets: Tensor,  # (n,) int64
-        g_logp: Tensor,  # (n,) float32
-        g_entropy: Tensor | None,  # (n,) float32
+        state: Tensor,  # (m, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (m,) int64
+        g_logp: Tensor,  # (m,) float32
+        g_entropy: Tensor | None,  # (m,) float32
         *,
         clamp: Clamp | None,
-        out: Tensor,  # (n, c), may be z
-        **transform: Unpack[Transform],
+        out: Tensor,  # (m, c), may be z where all its rows are taken
+        rows: Tensor | None = None,  # (m,) int64: the rows of z that are taken; None: all n
+        **transform: Unpack[Transform],  # of the m rows
     ) -> None:
-        """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
+        """Write dL/dz of some rows of a tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
         ...
 
     def peaks(

@@ -44,6 +44,12 @@ def names_of(dtypes: Mapping[torch.dtype, int], last: str = "or") -> str:
     return f"{', '.join(most)} {last} {one}" if most else one
 
 
+def reach(x: Tensor) -> tuple[int, int]:
+    """The first address of a tile (n, c), and the first behind it."""
+    elements = (len(x) - 1) * x.stride(0) + x.shape[1] if x.numel() else 0
+    return x.data_ptr(), x.data_ptr() + elements * x.itemsize
+
+
 def clamped(clamp: Clamp | None) -> tuple[float, float, bool]:
     """limit, prob_above and whether the limit is one of the residual; a limit of inf clamps nothing."""
     limit, prob_above, units = (math.inf, 0.0, "residual") if clamp is None else clamp
@@ -69,12 +75,26 @@ class Checks:
             )
         return self.codes[x.dtype]
 
-    def out(self, out: Tensor, z: Tensor) -> int:
+    def out(self, out: Tensor, shape: tuple[int, int]) -> int:
         """The code of the tile that is written."""
         code = self.tile("out", out)
-        if out.shape != z.shape:
-            raise ValueError(f"out must have z's shape {tuple(z.shape)}, got {tuple(out.shape)}")
+        if out.shape != shape:
+            raise ValueError(f"out must have the shape {shape}, got {tuple(out.shape)}")
         return code
+
+    def taken(self, z: Tensor, rows: Tensor | None) -> tuple[int, int]:
+        """Of a tile, the rows that are taken and the columns: (m, c)."""
+        n, c = z.shape
+        if rows is None:
+            return n, c
+        self.tensor("rows", rows, torch.int64, (rows.numel(),))
+        return len(rows), c
+
+    def apart(self, z: Tensor, out: Tensor) -> None:
+        """Rows of z that are taken are read while others are written."""
+        (begin, end), (first, last) = map(reach, (z, out))
+        if begin < last and first < end:
+            raise ValueError("out must not overlap z where some of its rows are taken")
 
     def tensor(self, name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         if x.device != self.device or x.dtype != dtype or x.shape != shape or not x.is_contiguous():
@@ -93,20 +113,20 @@ class Checks:
 
     def transform(
         self,
-        shape: tuple[int, int],  # of the tile, (n, c)
+        shape: tuple[int, int],  # of what is taken of the tile, (m, c)
         targets: Tensor,
         transform: Transform,
     ) -> tuple[float, Tensor | None]:
         """The temperature of all rows, and that of each, which replaces it."""
-        (n, c), bias, softcap, temperature = shape, transform["bias"], transform["softcap"], transform["temperature"]
-        self.tensor("targets", targets, torch.int64, (n,))
+        (m, c), bias, softcap, temperature = shape, transform["bias"], transform["softcap"], transform["temperature"]
+        self.tensor("targets", targets, torch.int64, (m,))
         if bias is not None:
             self.tensor("bias", bias, torch.float32, (c,))
         if softcap is not None and not softcap > 0:
             raise ValueError(f"softcap must be finite and > 0 or None, got {softcap}")
         if not isinstance(temperature, Tensor):
             return temperature, None
-        self.tensor("temperature", temperature, torch.float32, (n,))
+        self.tensor("temperature", temperature, torch.float32, (m,))
         return 1.0, temperature
 
     def logits(
@@ -114,12 +134,16 @@ class Checks:
         make: Callable[..., Any],  # csrc's Logits
         z: Tensor,
         targets: Tensor,
+        rows: Tensor | None = None,
         **transform: Unpack[Transform],
     ) -> Any:
-        """A tile of raw logits and the head's transform, as an extension takes them."""
-        t, code, (n, c) = transform, self.tile("z", z), z.shape
-        temperature, rows = self.transform((n, c), targets, t)
-        return make(
-            z.data_ptr(), code, n, c, z.stride(0), targets.data_ptr(), t["offset"], t["vocab"],
-            address(t["bias"]), t["scale"], t["softcap"] or 0.0, temperature, address(rows),
+        """A tile of raw logits, the rows that are taken of it and the head's transform, as an extension takes them."""
+        t, code, (m, c) = transform, self.tile("z", z), self.taken(z, rows)
+        temperature, of_rows = self.transform((m, c), targets, t)
+        tile = make(
+            z.data_ptr(), code, m, c, z.stride(0), targets.data_ptr(), t["offset"], t["vocab"],
+            address(t["bias"]), t["scale"], t["softcap"] or 0.0, temperature, address(of_rows),
         )  # fmt: skip
+        if rows is not None:
+            tile.take(rows.data_ptr(), len(z))
+        return tile

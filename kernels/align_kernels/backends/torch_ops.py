@@ -107,21 +107,22 @@ def exponentials(
 
 def backward(
     z: Tensor,  # (n, c)
-    state: Tensor,  # (n, 8), finished over the whole vocabulary
-    targets: Tensor,  # (n,) int64
-    g_logp: Tensor,  # (n,)
-    g_entropy: Tensor | None,  # (n,)
+    state: Tensor,  # (m, 8), finished over the whole vocabulary
+    targets: Tensor,  # (m,) int64
+    g_logp: Tensor,  # (m,)
+    g_entropy: Tensor | None,  # (m,)
     *,
     clamp: Clamp | None,
-    out: Tensor,  # (n, c), may be z
+    out: Tensor,  # (m, c), may be z
+    rows: Tensor | None = None,  # (m,) int64: the rows of z that are taken; None: all n
     **transform: Unpack[Transform],
 ) -> None:
-    """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
+    """Write dL/dz of some rows of a tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
     offset = transform["offset"]
     if z.shape[1] == 0:
         return
     dtype = _compute_dtype(z)
-    l, chain = raw_to_logits(z, dtype, transform)
+    l, chain = raw_to_logits(z if rows is None else z[rows], dtype, transform)
     log_sum = state[:, SUM].log()
     log_p = (l - state[:, MAX].to(dtype)[:, None]) - log_sum.to(dtype)[:, None]
     p = log_p.exp()

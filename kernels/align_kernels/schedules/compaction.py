@@ -47,7 +47,8 @@ class Block(NamedTuple):
 
     rows: Tensor  # (m,) int64
     columns: Tensor  # (K,) int64, of this rank
-    z: Tensor  # (m, K) raw logits
+    z: Tensor  # (n, K) raw logits
+    taken: Tensor | None = None  # (m,) int64: the rows of z that are these; None: all, m = n
 
 
 class Saved(NamedTuple):
@@ -204,7 +205,10 @@ def from_saved(tiled: TiledHead, rows: Rows, saved: Saved) -> Tensor | None:
 def _active_blocks(saved: Saved, active: Tensor) -> Iterator[Block]:
     for block in saved.blocks:
         mask = active[block.rows]
-        yield block if bool(mask.all()) else Block(block.rows[mask], block.columns, block.z[mask])
+        if bool(mask.all()):
+            yield block
+        else:
+            yield block._replace(rows=block.rows[mask], taken=mask.nonzero()[:, 0])
 
 
 def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block]) -> Tensor | None:
@@ -233,9 +237,8 @@ def _pieces(tiled: TiledHead, part: Chunk, block: Block) -> Iterator[Piece]:
         end = min(begin + step, K)
         z, columns = block.z[:, begin:end], block.columns[begin:end]
         w = tiled.weight(columns) if tiled.needs.hidden else None
-        yield Piece(
-            z, tiled.scratch(m, end - begin, tiled.dtype), columns, w, _common(tiled, part, block.columns, begin, end)
-        )
+        out, common = tiled.scratch(m, end - begin, tiled.dtype), _common(tiled, part, block.columns, begin, end)
+        yield Piece(z, out, columns, w, common, block.taken)
 
 
 def _places(targets: Tensor, columns: Tensor, V: int) -> Tensor:

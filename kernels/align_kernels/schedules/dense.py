@@ -30,11 +30,12 @@ def softmax(tiled: TiledHead, chunk: Chunk, store: Store | None = None) -> Tenso
 def gradient(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store | None, consume: bool) -> Tensor | None:
     """Every column of the `live` rows [m] (None: all n that `store` holds): `tiled.grads`, and this rank's dX [m, D].
 
-    Logits come from `store` or are made again; with `consume` their gradient may take their place there.
+    Logits come from `store` or are made again; with `consume` their gradient may take their place there, but not that
+    of some rows alone: rows are done side by side, and one would be written while another is read.
     """
     n = len(rows.g)
     rows = rows if live is None else rows.select(live)
-    m = len(rows.g)
+    m, taken = len(rows.g), None if store is None else live
 
     def pieces() -> Iterator[Piece]:
         for v0, v1 in tiled.tiles(store) if m else ():
@@ -44,10 +45,9 @@ def gradient(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store | N
                 z = tiled.logits(rows.chunk, w, v0, v1, tiled.scratch(m, v1 - v0, tiled.logits_dtype))
             else:
                 z = store.tile(n, v0, v1)
-                z = z if live is None else z[live]
-            in_place = (consume or store is None) and tiled.dtype == tiled.logits_dtype
+            in_place = (consume or store is None) and taken is None and tiled.dtype == tiled.logits_dtype
             out = z if in_place else tiled.scratch(m, v1 - v0, tiled.dtype)
-            yield Piece(z, out, slice(v0, v1), w, tiled.common(rows.chunk, v0, v1))
+            yield Piece(z, out, slice(v0, v1), w, tiled.common(rows.chunk, v0, v1), taken)
 
     return tiled.products(rows, pieces())
 

@@ -93,11 +93,12 @@ class Rows(NamedTuple):
 class Piece(NamedTuple):
     """A tile of raw logits on its way to its gradient."""
 
-    z: Tensor | None  # (m, c); None: `out` holds their gradient already
-    out: Tensor  # (m, c) for their gradient, may be z
+    z: Tensor | None  # (n, c); None: `out` holds their gradient already
+    out: Tensor  # (m, c) for their gradient, may be z where all its rows are taken
     columns: slice | Tensor  # (c,) of this rank
     w: Tensor | None  # (c, D) their weight; None where hidden needs no gradient
     common: Transform  # of these columns
+    rows: Tensor | None = None  # (m,) int64: the rows of z that are taken; None: all
 
 
 class Grads:
@@ -349,11 +350,12 @@ class TiledHead:
         dxa = None
         if chunk.xa is not None and (needs.hidden or needs.lora_A):
             dxa = self.zeros(*chunk.xa.shape)
-        for z, dz, columns, w, common in pieces:
+        for z, dz, columns, w, common, taken in pieces:
             if z is not None:
                 self.backend.backward(
-                    z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz, **common
-                )
+                    z, rows.state, chunk.targets, rows.g, rows.g_entropy, clamp=self.settings.clamp, out=dz,
+                    rows=taken, **common,
+                )  # fmt: skip
             if dx is not None:
                 assert w is not None
                 self.product(dx, dz, w, add=True)

@@ -57,33 +57,34 @@ def exponentials(
     checks.state(state, len(z))
     checks.tensor("reference", reference, torch.float32, (len(z),))
     arguments._C.exponentials(
-        tile, state.data_ptr(), reference.data_ptr(), out.data_ptr(), checks.out(out, z), out.stride(0),
-        torch.get_num_threads(),
+        tile, state.data_ptr(), reference.data_ptr(), out.data_ptr(), checks.out(out, (len(z), z.shape[1])),
+        out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
 
 
 def backward(
     z: Tensor,  # (n, c) float32 | bfloat16
-    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
-    targets: Tensor,  # (n,) int64
-    g_logp: Tensor,  # (n,) float32
-    g_entropy: Tensor | None,  # (n,) float32
+    state: Tensor,  # (m, 8) float64, finished over the whole vocabulary
+    targets: Tensor,  # (m,) int64
+    g_logp: Tensor,  # (m,) float32
+    g_entropy: Tensor | None,  # (m,) float32
     *,
     clamp: Clamp | None,
-    out: Tensor,  # (n, c) float32 | bfloat16, may be z
+    out: Tensor,  # (m, c) float32 | bfloat16, may be z where all its rows are taken
+    rows: Tensor | None = None,  # (m,) int64: the rows of z that are taken; None: all n
     **transform: Unpack[Transform],
 ) -> None:
-    """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
+    """Write dL/dz of some rows of a tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
     Raises:
-        ValueError: as in `forward`, and an `out` that overlaps z without being z.
+        ValueError: as in `forward`, a row outside [0, n), and an `out` that overlaps z without being z.
     """
-    tile = logits(z, targets, **transform)
-    checks.state(state, len(z))
-    checks.coefficients(len(z), g_logp, g_entropy)
+    tile, (m, c) = logits(z, targets, rows, **transform), checks.taken(z, rows)
+    checks.state(state, m)
+    checks.coefficients(m, g_logp, g_entropy)
     arguments._C.backward(
         tile, state.data_ptr(), g_logp.data_ptr(), address(g_entropy), *clamped(clamp),
-        out.data_ptr(), checks.out(out, z), out.stride(0), torch.get_num_threads(),
+        out.data_ptr(), checks.out(out, (m, c)), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
 
 

@@ -31,8 +31,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def logits(z: Tensor, targets: Tensor, **transform: Unpack[Transform]) -> _C.Logits:
+def logits(z: Tensor, targets: Tensor, rows: Tensor | None = None, **transform: Unpack[Transform]) -> _C.Logits:
     """Raises: RuntimeError without the extension; ValueError, naming the value."""
     if MISSING is not None:
         raise RuntimeError(MISSING)
-    return checks.logits(_C.Logits, z, targets, **transform)
+    return checks.logits(_C.Logits, z, targets, rows, **transform)

@@ -42,26 +42,27 @@ def forward(
 
 def backward(
     z: Tensor,  # (n, c) float32 | bfloat16 | float16
-    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
-    targets: Tensor,  # (n,) int64
-    g_logp: Tensor,  # (n,) float32
-    g_entropy: Tensor | None,  # (n,) float32
+    state: Tensor,  # (m, 8) float64, finished over the whole vocabulary
+    targets: Tensor,  # (m,) int64
+    g_logp: Tensor,  # (m,) float32
+    g_entropy: Tensor | None,  # (m,) float32
     *,
     clamp: Clamp | None,
-    out: Tensor,  # (n, c) of z's dtype, or 16 bits where z is float32; may be z
+    out: Tensor,  # (m, c) of z's dtype, or 16 bits where z is float32; may be z where all its rows are taken
+    rows: Tensor | None = None,  # (m,) int64: the rows of z that are taken, not checked; None: all n
     **transform: Unpack[Transform],
 ) -> None:
-    """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
+    """Write dL/dz of some rows of a tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
     Raises:
         ValueError: as in `forward`, and an `out` that overlaps z without being z.
         RuntimeError: as in `forward`.
     """
     on = checks("z", z)
-    tile = logits(on, z, targets, **transform)
-    on.state(state, len(z))
-    on.coefficients(len(z), g_logp, g_entropy)
-    to = gradient(on, z, out, clamp)
+    tile, shape = logits(on, z, targets, rows, **transform), on.taken(z, rows)
+    on.state(state, shape[0])
+    on.coefficients(shape[0], g_logp, g_entropy)
+    to = gradient(on, shape, out, clamp)
     with guard(z):
         arguments._cuda.backward(tile, state.data_ptr(), g_logp.data_ptr(), address(g_entropy), to, queue(z))
 

@@ -64,10 +64,12 @@ def queue(x: Tensor) -> _cuda.Queue:
     return _cuda.Queue(x.device.index or 0, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
 
 
-def logits(on: Checks, z: Tensor, targets: Tensor, **transform: Unpack[Transform]) -> _cuda.Logits:
-    return on.logits(_cuda.Logits, z, targets, **transform)
+def logits(
+    on: Checks, z: Tensor, targets: Tensor, rows: Tensor | None = None, **transform: Unpack[Transform]
+) -> _cuda.Logits:
+    return on.logits(_cuda.Logits, z, targets, rows, **transform)
 
 
-def gradient(on: Checks, z: Tensor, out: Tensor, clamp: Clamp | None) -> _cuda.Out:
+def gradient(on: Checks, shape: tuple[int, int], out: Tensor, clamp: Clamp | None) -> _cuda.Out:
     limits = clamped(clamp)
-    return _cuda.Out(out.data_ptr(), on.out(out, z), out.stride(0), *limits)
+    return _cuda.Out(out.data_ptr(), on.out(out, shape), out.stride(0), *limits)

@@ -142,7 +142,9 @@ def token_loss(
         metrics=address(made.metrics),
     )
     with guard(z):
-        arguments._cuda.token_loss(tile, state.data_ptr(), gradient(on, z, out, clamp), loss, shared, queue(z))
+        arguments._cuda.token_loss(
+            tile, state.data_ptr(), gradient(on, (n, z.shape[1]), out, clamp), loss, shared, queue(z)
+        )
     return made
 
 

@@ -76,7 +76,7 @@ def exponentials(
     on.state(state, n)
     head, flags = head_of(on, (n, c), targets, transform)
     on.tensor("reference", reference, torch.float32, (n,))
-    on.out(out, z)
+    on.out(out, (n, c))
     if out.dtype == torch.float16:
         raise ValueError("out must be float32 or bfloat16, got torch.float16, whose range is too small")
     del flags["SOFTCAP"]
@@ -93,32 +93,36 @@ def exponentials(
 
 def backward(
     z: Tensor,  # (n, c)
-    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
-    targets: Tensor,  # (n,) int64
-    g_logp: Tensor,  # (n,) float32
-    g_entropy: Tensor | None,  # (n,) float32
+    state: Tensor,  # (m, 8) float64, finished over the whole vocabulary
+    targets: Tensor,  # (m,) int64
+    g_logp: Tensor,  # (m,) float32
+    g_entropy: Tensor | None,  # (m,) float32
     *,
     clamp: Clamp | None,
-    out: Tensor,  # (n, c), may be z
+    out: Tensor,  # (m, c), may be z where all its rows are taken
+    rows: Tensor | None = None,  # (m,) int64: the rows of z that are taken, not checked; None: all n
     **transform: Unpack[Transform],
 ) -> None:
-    """Write dL/dz of one tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
+    """Write dL/dz of some rows of a tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H).
 
     Raises:
-        ValueError: as in `forward`.
+        ValueError: as in `forward`, and an `out` beside `rows` that overlaps z.
     """
-    on, (n, c) = checks(z), z.shape
-    on.state(state, n)
-    head, flags = head_of(on, (n, c), targets, transform)
-    on.coefficients(n, g_logp, g_entropy)
-    on.out(out, z)
+    on = checks(z)
+    m, c = on.taken(z, rows)
+    on.state(state, m)
+    head, flags = head_of(on, (m, c), targets, transform)
+    on.coefficients(m, g_logp, g_entropy)
+    on.out(out, (m, c))
+    if rows is not None:
+        on.apart(z, out)
     limit, above, units = (0.0, 0.0, "residual") if clamp is None else clamp
     flags |= dict(ENTROPY=g_entropy is not None, CLAMP=clamp is not None, RESIDUAL=units == "residual")
-    if n and c:
+    if m and c:
         with torch.cuda.device_of(z):
-            _rows().backward_kernel[(n, -(-c // BACKWARD["BLOCK"]))](
-                z, out, state, targets, g_logp, g_entropy, *head[:2], z.stride(0), out.stride(0), c,
-                transform["offset"], *head[2:], limit, above or -1.0, **flags, **BACKWARD,
+            _rows().backward_kernel[(m, -(-c // BACKWARD["BLOCK"]))](
+                z, out, rows, state, targets, g_logp, g_entropy, *head[:2], z.stride(0), out.stride(0), c,
+                transform["offset"], *head[2:], limit, above or -1.0, ROWS=rows is not None, **flags, **BACKWARD,
             )  # fmt: skip
 
 

@@ -287,13 +287,14 @@ def exponentials_kernel(
 @triton.jit
 def backward_kernel(
     z_ptr,  # (n, c)
-    out_ptr,  # (n, c), may be z_ptr
-    state_ptr,  # (n, 8) float64
-    target_ptr,  # (n,) int64
-    g_ptr,  # (n,) float32
-    h_ptr,  # (n,) float32
+    out_ptr,  # (m, c), may be z_ptr where all its rows are taken
+    rows_ptr,  # (m,) int64: the rows of z that are taken
+    state_ptr,  # (m, 8) float64
+    target_ptr,  # (m,) int64
+    g_ptr,  # (m,) float32
+    h_ptr,  # (m,) float32
     bias_ptr,  # (c,) float32
-    temperature_ptr,  # (n,) float32
+    temperature_ptr,  # (m,) float32
     stride,
     out_stride,
     c,
@@ -303,6 +304,7 @@ def backward_kernel(
     inverse,
     limit,
     above,  # below 0: every entry is clamped
+    ROWS: tl.constexpr,
     ENTROPY: tl.constexpr,
     CLAMP: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -315,7 +317,8 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < c
-    z = tl.load(z_ptr + row * stride + columns, mask=inside, other=0.0)
+    place = tl.load(rows_ptr + row) if ROWS else row
+    z = tl.load(z_ptr + place * stride + columns, mask=inside, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=inside, other=0.0) if BIAS else 0.0
     inverse = inverse_temperature(inverse, temperature_ptr, row, True, ROW_TEMPERATURE)
     l, chain = logits(z, bias, scale, cap, inverse, BIAS, SOFTCAP)
