@@ -1,6 +1,7 @@
 """Training steps on packed rows of trees beside the same steps on padded batches.
 
 python benches/bench_trees.py [--hidden 256] [--layers 4] [--vocabulary 2048] [--repeats 5] [--dtype float32]
+    [--shape PROMPTS COMPLETIONS TOKENS TOKENS]    # of a prompt and a completion: that one alone
 
 DPO on pairs and GRPO on groups of samples, through the fused losses: forward and backward of one batch, the two layouts
 by turns. A line has the tokens that the model reads, those of all sequences per second (each with its prompt, so that
@@ -132,7 +133,7 @@ def main(options: argparse.Namespace) -> None:
     if options.checkpointing:
         checkpoint_activations(model)
     print(f"{DEVICE}, {options.dtype}, D {options.hidden}, {options.layers} layers, V {options.vocabulary}")
-    for shape in SHAPES:
+    for shape in (options.shape,) if options.shape else SHAPES:
         made, (collate, loss) = (
             rows(options, *shape),
             ((collate_pairs, pairs) if shape[1] == 2 else (collate_rollouts, samples)),
@@ -150,7 +151,8 @@ def main(options: argparse.Namespace) -> None:
             median = statistics.median(times[name])
             rate, read = batches["padded"].num_read / median, batch.input_ids.numel()
             print(f"  {name}  reads {read:6d}  {rate:9.0f} tokens/s  x{slow / median:.2f}")
-    of_several(model, options)
+    if not options.shape:
+        of_several(model, options)
 
 
 if __name__ == "__main__":
@@ -158,5 +160,6 @@ if __name__ == "__main__":
     for name, default in (("hidden", 256), ("layers", 4), ("vocabulary", 2048), ("repeats", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--shape", type=int, nargs=4)
     parser.add_argument("--checkpointing", action="store_true")
     main(parser.parse_args())
