@@ -168,6 +168,34 @@ def predicted(name: str, rows: int, mode: str, card: str) -> tuple[Plan, float, 
     return made, now, then
 
 
+# -- with an epilogue of our own (epilogue.py) ---------------------------------------------------------------------
+TILE = 192  # columns of its tiles
+SUMS = 6 * 4  # bytes that it leaves of a row and tile
+CHOOSING = 16  # launches a block whose columns are chosen on the device: as many as it keeps is a constant
+WITH_EPILOGUE = (*MODES, "peaked")  # peaked: a trained head whose rows keep PEAKED of their columns
+
+
+def with_epilogue(rows: int, V: int, D: int, card: Card, mode: str) -> dict[str, float]:
+    """Seconds of each part. The epilogue of a tile takes place beside the product of another."""
+    rounds = -(-(-(-rows // waves.ROWS) * -(-V // TILE)) // waves.PROCESSORS)
+    product = lambda m, k, n: 2 * k * waves.waves(m, n, waves.PROCESSORS) * waves.ROWS * waves.COLUMNS / waves.FLOPS  # noqa: E731
+    parts = {
+        "exponentials and their sums": 2 * D * rounds * waves.ROWS * TILE / waves.FLOPS,
+        "references, sums read": (4 * rows * D + 2 * SUMS * rows * V / TILE) / card.bandwidth,
+    }
+    if mode == "peaked":
+        dense = peaked(rows, V, D, card)
+        parts["columns looked at"] = 2 * rows * V / card.bandwidth
+        parts |= {part: dense[part] for part in ("products over the columns", "columns gathered")}
+        parts |= {"dW cleared and narrowed": dense["dW cleared and narrowed"]}
+        parts["launches"] = -(-rows // BLOCK_ROWS_GPU) * CHOOSING * LAUNCH
+    if mode in ("frozen", "trained", "late"):
+        parts["dX"] = product(rows, V, D)
+    if mode in ("trained", "late"):
+        parts |= {"dW": product(V, rows, D), "dW narrowed": 6 * V * D / card.bandwidth}
+    return parts
+
+
 def page() -> str:
     lines = [
         "# Plans of a GPU",
@@ -190,7 +218,32 @@ def page() -> str:
                     cells = [name, rows, mode, card, made.schedule, made.chunk_rows, f"{tiles:.2f}", made.tile_cols]
                     cells += [f"{made.workspace / 1e9:.2f}", 2 * made.passes, f"{now:.1f}", f"{then:.1f}"]
                     lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, *parts("Qwen2.5-7B", 8192)]) + "\n"
+    return "\n".join([*lines, *parts("Qwen2.5-7B", 8192), *experiment("Qwen2.5-7B", 8192)]) + "\n"
+
+
+def experiment(name: str, rows: int) -> list[str]:
+    """The same call with the epilogue, part by part, and all of it beside what is shipped."""
+    sizes = rows, *HEADS[name]
+    of = {mode: with_epilogue(*sizes, CARDS["H100"], mode) for mode in WITH_EPILOGUE}
+    shipped = {mode: predicted(name, rows, mode, "H100")[1] for mode in MODES}
+    shipped["peaked"] = 1e3 * sum(peaked(*sizes, CARDS["H100"]).values())
+    lines = {part: [f"{1e3 * of[mode][part]:.2f}" if part in of[mode] else "" for mode in of]
+             for part in dict.fromkeys(part for parts in of.values() for part in parts)}  # fmt: skip
+    for card in CARDS:
+        all_of = [1e3 * sum(with_epilogue(*sizes, CARDS[card], mode).values()) for mode in of]
+        lines[f"all, {card}"] = [f"{ms:.1f}" for ms in all_of]
+    lines["without it, H100"] = [f"{shipped[mode]:.1f}" for mode in of]
+    return [
+        "",
+        "## With an epilogue of our own",
+        "",
+        f"{name}, {rows} rows, milliseconds on an H100: an experiment (`benches/gpu/epilogue.py`) that no backend has,",
+        "in which the product itself writes exponentials in 16 bits, their sums and the target's logit.",
+        "",
+        f"| part | {' | '.join(of)} |",
+        f"|---{'|---' * len(of)}|",
+        *(f"| {part} | {' | '.join(cells)} |" for part, cells in lines.items()),
+    ]
 
 
 def parts(name: str, rows: int) -> list[str]:

@@ -24,11 +24,11 @@ MODES = ("forward", "frozen", "trained", "late")
 
 
 class Call:
-    """A head of 300 rows with some options, and what float64 and eager torch make of it."""
+    """A head of some rows with some options, and what float64 and eager torch make of it."""
 
-    def __init__(self, lab: Lab, options: bool) -> None:
+    def __init__(self, lab: Lab, options: bool, rows: int = ROWS) -> None:
         d, v = lab.head("Qwen2.5-7B")
-        n = lab.rows(ROWS)
+        n = lab.rows(rows)
         made = dict(device=lab.device, dtype=lab.dtype)
         self.hidden, self.weight = torch.randn(n, d, **made), torch.randn(v, d, **made) * (3 * d**-0.5)
         self.targets = torch.randint(0, v, (n,), device=lab.device)

@@ -68,6 +68,7 @@ PARTS = (
     head("gradient", SEVEN, 15, trained=True),
     Part("row kernels", "rows:rows", 40, 5),
     Part("planner", "plans:plans", 40, 3),
+    Part("epilogue", "epilogue_race:race", 60, 10),
     Part("waiting", "waits:waits", 6, 2),
     Part("graph", "waits:graph", 10, 2),
     Part("tests", "checks:tests", 170, 25),
@@ -243,7 +244,7 @@ def lay_out(carry: Path) -> None:
     ]
     sys.path[:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    os.environ |= dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
+    os.environ |= dict(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ALIGN_CARRIED=str(carry))
 
 
 def main() -> None:

@@ -33,8 +33,11 @@ def tensors() -> dict[str, Tensor]:
 
 
 def batch(leaves: dict[str, Tensor]) -> Batch:
+    return batch_of(leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", 0.0))
+
+
+def batch_of(logits: Tensor) -> Batch:
     """What is known of the targets, from whole logits."""
-    logits = leaves["hidden"] @ leaves["weight"].T + leaves.get("bias", 0.0)
     log_p = logits.log_softmax(-1)
     logp = log_p.gather(-1, TARGETS.clamp(min=0)[..., None])[..., 0] * MASK
     entropy, lssp = -(log_p.exp() * log_p).sum(-1) * MASK, (2 * log_p).logsumexp(-1) * MASK

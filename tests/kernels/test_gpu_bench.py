@@ -67,6 +67,23 @@ def test_a_dry_run_of_some_parts(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) <= 8
 
 
+def test_a_dry_run_of_the_epilogue(tmp_path: Path):
+    """Its emulation stands for the kernel, which its first line says, and every line has its prediction."""
+    done = command("--dry", "--out", str(tmp_path), "--parts", "epilogue", "--carry", str(tmp_path / "nothing"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *rows = [row for row in lines(tmp_path) if row["what"] != "the whole part"]
+    assert first["what"] == "launches" and first["note"].startswith("its emulation: no figure below is the kernel's; ")
+    assert not [row for row in rows if "note" in row], rows
+    right = [row for row in rows if row["unit"] == "of the allowed error"]
+    assert len(right) == 1 + 1 + 2 + 2 and all(0 <= row["value"] <= 1 for row in right), right
+    raced = {row["what"]: row["predicted"] for row in rows if row["unit"] == "ms"}
+    modes = dict(forward=12.4, frozen=25, trained=37, late=38.5, peaked=17)
+    assert {what: ms for what, ms in raced.items() if "epilogue" in what} == {
+        f"{m}, epilogue": x for m, x in modes.items()
+    }
+    assert all(raced[f"{mode}, row kernel"] for mode in modes)
+
+
 def test_parts_bear_the_names_of_the_questions(survey):
     """Those of benches/questions.py, but for the rows, which are others on a GPU; each once."""
     asked = importlib.import_module("questions").Question
