@@ -39,6 +39,7 @@ PEERS = {  # package: what is imported of it
     "trl": "trl.kernels.chunked_logprob",
     "apache-tvm-ffi": "tvm_ffi",  # no peer: it loads the epilogue
 }
+LEFT_OUT = shutil.ignore_patterns("__pycache__", "include", "3rdparty")  # of packages: nothing is built there
 
 
 def prepare(carry: Path, python: str) -> None:
@@ -114,7 +115,7 @@ def collect(carry: Path, python: str) -> None:
         if test.returncode:
             print(f"left out {name} {pins[name]}: {test.stderr.strip().splitlines()[-1]}")
         else:
-            shutil.copytree(trial, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(trial, folder, dirs_exist_ok=True, ignore=LEFT_OUT)
             print(f"unpacked {name} {pins[name]}")
         shutil.rmtree(trial)
     shutil.rmtree(wheels, ignore_errors=True)
