@@ -126,7 +126,7 @@ class BuildExt(build_ext):
 extensions = [
     Extension(
         "align_kernels._C",
-        sources=[f"csrc/cpu/{name}.cpp" for name in ("bind", "gemm", "processor", "tile", *ISAS)],
+        sources=[f"csrc/cpu/{name}.cpp" for name in ("bind", "gemm", "lists", "processor", "tile", *ISAS)],
         depends=["csrc/logits.h", "csrc/require.h", *map(str, sorted(Path("csrc/cpu").glob("*.h")))],
         include_dirs=[pybind11.get_include()],
         # no -ffast-math: NaN and infinity must come through

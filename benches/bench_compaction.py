@@ -18,7 +18,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from align_kernels import linear_logprobs, sft_loss
+from align_kernels.backends.arguments import Lists
 from align_kernels.schedules import compaction
+from align_kernels.schedules.lists import RowLists
 
 N, D, V = 512, 896, 151936
 SIGNIFICANT, POPULAR = 24, V // 8
@@ -82,18 +84,15 @@ def test_compaction(benchmark, peaked, schedule, train):
 
 @pytest.mark.parametrize("train", [True, False], ids=["head trained", "head frozen"])
 def test_break_even(benchmark, peaked, train, monkeypatch):
-    """The speedup where every block keeps a given share of the columns, needed or not: 256 rows, one pass."""
+    """The speedup where every row keeps a given share of the columns, needed or not: 256 rows, one pass."""
 
-    def largest(tiled, chunk, state, store, rows, level, entropy):
-        n, peak = len(chunk.targets), tiled.empty(V, dtype=torch.float32)
-        for v0, v1 in tiled.tiles():
-            z = store.tile(n, v0, v1)
-            tiled.backend.peaks(z, state, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
-        peak[chunk.targets[rows]] = 0.0
-        columns = peak.topk(int(share * V)).indices.sort().values
-        return compaction.Block(rows, columns, compaction._gather(tiled, store, n, rows, columns))
+    def spread(tiled, chunk, state, store, rows, dense, room, *, entropy):
+        K = int(share * V)
+        columns = [((torch.arange(K) * V // K + 7 * t) % V).sort().values for t in range(len(rows))]
+        ends = torch.arange(1, len(rows) + 1) * K
+        yield RowLists(rows, Lists(ends - K, ends, torch.cat(columns).int(), torch.zeros(len(rows) * K)))
 
-    monkeypatch.setattr(compaction, "_select", largest)
+    monkeypatch.setattr(compaction, "choose", spread)
     half = [x[:256] if len(x) == N else x for x in peaked]
     dense, compacted = call(half, "one pass", train, 0.0), call(half, "one pass", train, 2**-10)
     seconds: dict[float, list[float]] = {}
@@ -109,3 +108,41 @@ def test_break_even(benchmark, peaked, train, monkeypatch):
     share = 0.02
     benchmark.group = "break even"
     benchmark.pedantic(compacted, rounds=1)
+
+
+@pytest.mark.parametrize("vocab", [20011, 151936])
+def test_few_wide_rows(benchmark, vocab, monkeypatch):
+    """CPU seconds of a step, and of the choice of columns, on rows with a median of one significant column and a tail
+    that needs thousands: those of tests/kernels/test_compaction.py, turned into D dimensions."""
+    torch.manual_seed(0)
+    w = torch.randn(vocab, 64) / 8
+    targets = torch.multinomial(1.0 / torch.arange(1, vocab + 1).float(), N, replacement=True)
+    x = w[targets] * 24 + torch.randn(N, 64) * 0.3
+    turn = torch.linalg.qr(torch.randn(D, 64))[0].T
+    rows = x @ turn, w @ turn, targets
+    choose, chosen = compaction.choose, [0.0]
+
+    def timed(*args, **options):
+        found = iter(choose(*args, **options))
+        while True:
+            start = time.process_time()
+            block = next(found, None)
+            chosen[0] += time.process_time() - start
+            if block is None:
+                return
+            yield block
+
+    monkeypatch.setattr(compaction, "choose", timed)
+    calls = {tau: call(rows, "one pass", True, tau) for tau in (0.0, 2**-8, 2**-12)}
+    seconds = {tau: [] for tau in calls}
+    for _ in range(ROUNDS):
+        for tau, run in calls.items():
+            chosen[0], start = 0.0, time.process_time()
+            run()
+            seconds[tau].append((time.process_time() - start, chosen[0]))
+    for tau, found in seconds.items():
+        step, choice = (statistics.median(x) for x in zip(*found))
+        benchmark.extra_info[f"drop_mass {tau}"] = {"seconds": round(step, 3), "choice": round(choice / step, 3)}
+        print(f"V = {vocab}, drop_mass {tau:.1e}: {step:.3f} s, of which the choice is {choice / step:.1%}")
+    benchmark.group = "few wide rows"
+    benchmark.pedantic(calls[2**-8], rounds=1)

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "lists.h"
 #include "tile.h"
 
 namespace py = pybind11;
@@ -66,13 +67,73 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("g_entropy"), py::arg("limit"), py::arg("prob_above"), py::arg("limit_is_residual"), py::arg("out"),
       py::arg("dtype"), py::arg("stride"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
+  py::class_<Lists>(m, "Lists", "Rows that keep few columns each; checked where it is used.", py::module_local())
+      .def(py::init([](int64_t rows, uintptr_t begins, uintptr_t ends, uintptr_t columns) {
+             return Lists{rows, at<int64_t>(begins), at<int64_t>(ends), at<int32_t>(columns)};
+           }),
+           py::arg("rows"), py::arg("begins"), py::arg("ends"), py::arg("columns"));
+
   m.def(
-      "peaks",
-      [](const Logits& logits, uintptr_t state, uintptr_t rows, int64_t count, uintptr_t out, int threads) {
-        peaks(logits, Peaks{at<State>(state), at<int64_t>(rows), count, at<float>(out)}, threads);
+      "survey",
+      [](const Logits& logits, uintptr_t state, uintptr_t rows, int64_t count, int64_t first, int64_t every,
+         double drop_mass, int64_t steps, int64_t levels, uintptr_t sums, int threads) {
+        const Some some{at<State>(state), at<int64_t>(rows), count, first};
+        survey(logits, {some, every, drop_mass, steps, levels, at<double>(sums)}, threads);
       },
-      "Write the largest log-prob of each column over some rows.", py::arg("logits"), py::arg("state"), py::arg("rows"),
+      "Add what a sample of a tile's columns tells of some rows.", py::arg("logits"), py::arg("state"), py::arg("rows"),
+      py::arg("count"), py::arg("first"), py::arg("every"), py::arg("drop_mass"), py::arg("steps"), py::arg("levels"),
+      py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "keep",
+      [](const Logits& logits, uintptr_t state, uintptr_t rows, int64_t count, int64_t first, uintptr_t floors,
+         uintptr_t begins, uintptr_t rooms, uintptr_t found, uintptr_t columns, uintptr_t z, int threads) {
+        const Some some{at<State>(state), at<int64_t>(rows), count, first};
+        keep(logits,
+             {some, at<float>(floors), at<int64_t>(begins), at<int64_t>(rooms), at<int64_t>(found),
+              at<int32_t>(columns), at<float>(z)},
+             threads);
+      },
+      "Append the columns of a tile that reach their rows' floors.", py::arg("logits"), py::arg("state"),
+      py::arg("rows"), py::arg("count"), py::arg("first"), py::arg("floors"), py::arg("begins"), py::arg("rooms"),
+      py::arg("found"), py::arg("columns"), py::arg("z"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "forward",
+      [](const Logits& logits, const Lists& lists, uintptr_t state, int threads) {
+        forward(logits, lists, at<State>(state), threads);
+      },
+      "Fold lists, whose entries are `logits`, into the state of their rows.", py::arg("logits"), py::arg("lists"),
+      py::arg("state"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "backward",
+      [](const Logits& logits, const Lists& lists, uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, double limit,
+         double prob_above, bool limit_is_residual, uintptr_t out, int threads) {
+        Gradient gradient{at<State>(state), at<float>(g_logp), at<float>(g_entropy), limit, prob_above,
+                          limit_is_residual, at<void>(out), Storage::f32, 0};
+        backward(logits, lists, gradient, threads);
+      },
+      "Write dL/dz of lists.", py::arg("logits"), py::arg("lists"), py::arg("state"), py::arg("g_logp"),
+      py::arg("g_entropy"), py::arg("limit"), py::arg("prob_above"), py::arg("limit_is_residual"), py::arg("out"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "pull",
+      [](const Lists& lists, uintptr_t values, uintptr_t w, int dtype, int64_t stride, int64_t width, int64_t first,
+         int64_t count, uintptr_t out, int threads) {
+        pull(lists, at<float>(values), {at<void>(w), Storage(dtype), stride, width}, first, count, at<float>(out),
+             threads);
+      },
+      "Add to out [rows, width] the sums over a row's columns of its values times their w.", py::arg("lists"),
+      py::arg("values"), py::arg("w"), py::arg("dtype"), py::arg("stride"), py::arg("width"), py::arg("first"),
       py::arg("count"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "push",
+      [](const Lists& lists, uintptr_t values, uintptr_t x, int dtype, int64_t stride, int64_t width, int64_t columns,
+         uintptr_t out, bool add, int threads) {
+        push(lists, at<float>(values), {at<void>(x), Storage(dtype), stride, width}, columns, at<float>(out), add,
+             threads);
+      },
+      "Write or add to out [columns, width] the sums over the rows that keep a column of their values times their x.",
+      py::arg("lists"), py::arg("values"), py::arg("x"), py::arg("dtype"), py::arg("stride"), py::arg("width"),
+      py::arg("columns"), py::arg("out"), py::arg("add"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "product",
@@ -89,7 +150,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::call_guard<py::gil_scoped_release>());
   m.def("product_advised", &product_advised, "Whether `product` was measured faster than torch.mm on such a machine.");
 
-  m.def("isa", &isa_name, "The instruction set in use.");
+  m.def("isa", [] { return isa().name; }, "The instruction set in use.");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
         "Use this instruction set in the whole process. ValueError unless it is one of available_isas().");
   m.def("available_isas",

@@ -2,6 +2,7 @@
 #include "tile.h"
 
 #include "../require.h"
+#include "denormals.h"
 #include "processor.h"
 
 #include <algorithm>
@@ -11,10 +12,6 @@
 #include <limits>
 #include <string>
 #include <vector>
-
-#ifdef __x86_64__
-#include <xmmintrin.h>
-#endif
 
 namespace align {
 namespace {
@@ -38,20 +35,6 @@ std::atomic<const Isa*>& chosen() {
   return isa;
 }
 
-// Denormal results cost more than a hundred cycles each, and exp(l - m)^2 meets them on every peaked row.
-class FlushDenormals {
- public:
-#ifdef __x86_64__
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000); }
-  ~FlushDenormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  ~FlushDenormals() {}  // other processors take denormals at full speed
-#endif
-};
-
 // -- checks ----------------------------------------------------------------------------------------------------------
 template <class... Where>
 void check_temperature(double temperature, const Where&... where) {
@@ -59,7 +42,8 @@ void check_temperature(double temperature, const Where&... where) {
           where...);
 }
 
-// Whether there is anything to do.
+}  // namespace
+
 bool check(const Logits& in, const State* state, int threads) {
   const int64_t n = in.rows, c = in.cols;
   check_storage("z", in.storage);
@@ -90,6 +74,18 @@ bool check(const Logits& in, const State* state, int threads) {
   return true;
 }
 
+bool check(const Logits& in, const Gradient& grad, int threads) {
+  check_storage("out", grad.storage);
+  require(grad.limit >= 0, "clamp limit must be >= 0, got ", grad.limit);
+  require(grad.prob_above >= 0 && grad.prob_above <= 1, "clamp prob_above must lie in [0, 1], got ", grad.prob_above);
+  if (!check(in, grad.state, threads)) return false;
+  check_pointer("g_logp", grad.g_logp, 4);
+  if (grad.g_entropy) check_pointer("g_entropy", grad.g_entropy, 4);
+  return true;
+}
+
+namespace {
+
 // The first address behind a tile of `rows` rows.
 uintptr_t end_of(uintptr_t begin, int64_t rows, int64_t cols, int64_t stride, Storage storage) {
   return begin + uintptr_t(((rows - 1) * stride + cols) * size_of(storage));
@@ -118,24 +114,9 @@ bool check(const Logits& in, const State* state, const Exponentials& to, int thr
   return true;
 }
 
-bool check(const Logits& in, const Gradient& grad, int threads) {
-  check_storage("out", grad.storage);
-  require(grad.limit >= 0, "clamp limit must be >= 0, got ", grad.limit);
-  require(grad.prob_above >= 0 && grad.prob_above <= 1, "clamp prob_above must lie in [0, 1], got ", grad.prob_above);
-  if (!check(in, grad.state, threads)) return false;
+bool check_tile(const Logits& in, const Gradient& grad, int threads) {
+  if (!check(in, grad, threads)) return false;
   check_out(in, grad);
-  check_pointer("g_logp", grad.g_logp, 4);
-  if (grad.g_entropy) check_pointer("g_entropy", grad.g_entropy, 4);
-  return true;
-}
-
-bool check(const Logits& in, const Peaks& peaks, int threads) {
-  require(peaks.count >= 1, "rows must name at least one row, got ", peaks.count);
-  if (!check(in, peaks.state, threads)) return false;
-  check_pointer("out", peaks.out, 4);
-  check_pointer("rows", peaks.rows, 8);
-  for (int64_t i = 0; i < peaks.count; i++)
-    require(peaks.rows[i] >= 0 && peaks.rows[i] < in.rows, "rows must lie in [0, ", in.rows, "), got ", peaks.rows[i]);
   return true;
 }
 
@@ -147,6 +128,8 @@ void rescale(State& state, double max) {
   state.sum_sq *= factor * factor;
   state.sum *= factor;
 }
+
+}  // namespace
 
 void merge(State& into, State part) {
   if (part.max > into.max || (part.max == into.max && (into.argmax < 0 || part.argmax < into.argmax)))
@@ -161,6 +144,8 @@ void merge(State& into, State part) {
   into.target += part.target;
   into.max = std::isnan(into.sum) ? into.sum : max;
 }
+
+namespace {
 
 // -- work items ------------------------------------------------------------------------------------------------------
 int64_t blocks_of(const Logits& in) { return (in.cols + kBlock - 1) / kBlock; }
@@ -181,7 +166,7 @@ void check_storage(const char* name, Storage storage) {
 
 void forward(const Logits& in, State* state, int threads) {
   if (!check(in, state, threads)) return;
-  const Isa& isa = *chosen().load();
+  const Isa& isa = align::isa();
   const int64_t blocks = blocks_of(in), items = in.rows * blocks;
   auto part = [&](int64_t row, int64_t block) {
     return isa.forward(in, row, block * kBlock, std::min(in.cols, (block + 1) * kBlock));
@@ -206,7 +191,7 @@ void forward(const Logits& in, State* state, int threads) {
 
 void exponentials(const Logits& in, State* state, const Exponentials& to, int threads) {
   if (!check(in, state, to, threads)) return;
-  const Isa& isa = *chosen().load();
+  const Isa& isa = align::isa();
   const int64_t blocks = blocks_of(in);
 #pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
   for (int64_t row = 0; row < in.rows; row++) {
@@ -222,8 +207,8 @@ void exponentials(const Logits& in, State* state, const Exponentials& to, int th
 }
 
 void backward(const Logits& in, const Gradient& grad, int threads) {
-  if (!check(in, grad, threads)) return;
-  const Isa& isa = *chosen().load();
+  if (!check_tile(in, grad, threads)) return;
+  const Isa& isa = align::isa();
   const int64_t blocks = blocks_of(in), items = in.rows * blocks;
 #pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
   for (int64_t item = 0; item < items; item++) {
@@ -233,18 +218,7 @@ void backward(const Logits& in, const Gradient& grad, int threads) {
   }
 }
 
-void peaks(const Logits& in, const Peaks& peaks, int threads) {
-  if (!check(in, peaks, threads)) return;
-  const Isa& isa = *chosen().load();
-  const int64_t blocks = blocks_of(in);
-#pragma omp parallel for num_threads(worthwhile(in, threads)) schedule(static)
-  for (int64_t block = 0; block < blocks; block++) {
-    FlushDenormals guard;
-    isa.peaks(in, peaks, block * kBlock, std::min(in.cols, (block + 1) * kBlock));
-  }
-}
-
-const char* isa_name() { return chosen().load()->name; }
+const Isa& isa() { return *chosen().load(); }
 
 const Isa* const* available_isas() { return isas().data(); }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../logits.h"
+#include "lists.h"
 #include "storage.h"
 
 namespace align {
@@ -32,14 +33,16 @@ struct Gradient {
 // Columns of one work item: its scratch stays in the first-level cache, and no sum depends on the number of threads.
 constexpr int64_t kBlock = 2048;
 
-// One instruction set: the primitives on columns begin .. end (at most kBlock), of one row or of the rows of `Peaks`.
+// One instruction set: the primitives on columns begin .. end (at most kBlock) of one row, and what lists take.
 struct Isa {
   const char* name;
   State (*forward)(const Logits&, int64_t row, int64_t begin, int64_t end);
   float (*peak)(const Logits&, int64_t row, int64_t begin, int64_t end);
   State (*exponentials)(const Logits&, const Exponentials&, int64_t row, int64_t begin, int64_t end);
   void (*backward)(const Logits&, const Gradient&, int64_t row, int64_t begin, int64_t end);
-  void (*peaks)(const Logits&, const Peaks&, int64_t begin, int64_t end);
+  void (*survey)(const Logits&, const Survey&, int64_t i);  // row i of the survey's
+  void (*keep)(const Logits&, const Keep&, int64_t i, int64_t begin, int64_t end);
+  void (*combine)(const Combination&);
 };
 
 extern const Isa baseline_isa;
@@ -51,8 +54,11 @@ extern const Isa avx2_isa, avx512_isa;
 void forward(const Logits&, State* state, int threads);
 void exponentials(const Logits&, State* state, const Exponentials&, int threads);
 void backward(const Logits&, const Gradient&, int threads);
-void peaks(const Logits&, const Peaks&, int threads);
-const char* isa_name();
+bool check(const Logits&, const State*, int threads);  // whether there is anything to do
+bool check(const Logits&, const Gradient&, int threads);
+
+void merge(State& into, State part);  // the sums of other columns
+const Isa& isa();                     // in use
 void set_isa(const char* name);
 const Isa* const* available_isas();  // ascending, ends with null
 

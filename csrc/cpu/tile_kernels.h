@@ -376,21 +376,5 @@ void backward_block(const Logits& in, const Gradient& grad, int64_t row, int64_t
     backward_into(static_cast<uint16_t*>(grad.out) + first, in, grad, row, begin, n);
 }
 
-// -- peaks -----------------------------------------------------------------------------------------------------------
-void peaks_block(const Logits& in, const Peaks& peaks, int64_t begin, int64_t end) {
-  Scratch scratch;
-  float* out = peaks.out + begin;
-  const int64_t n = end - begin;
-  sweep(n, [&](int64_t i, int64_t count) { store(out + i, all(-INFINITY), count); });
-  for (int64_t j = 0; j < peaks.count; j++) {
-    const State& state = peaks.state[peaks.rows[j]];
-    Block block = prepare(in, peaks.rows[j], begin, n, scratch);
-    const float *x = block.x, k = block.k, lse = float(state.max + log(state.sum));
-    sweep(n, [&](int64_t i, int64_t count) {
-      store(out + i, max(load(out + i, count), load(x + i, count) * k - lse), count);
-    });
-  }
-}
-
 }  // namespace
 }  // namespace align

@@ -1,5 +1,7 @@
 """The compiled extension (csrc/cpu). Tensors are addresses, 0 for an absent one; dtype 0 is float32, 1 bfloat16."""
 
+from typing import overload
+
 class Logits:
     def __init__(
         self,
@@ -19,10 +21,27 @@ class Logits:
     ) -> None: ...
     def take(self, index: int, height: int) -> None: ...
 
+@overload
 def forward(logits: Logits, state: int, threads: int) -> None: ...
+@overload
+def forward(logits: Logits, lists: Lists, state: int, threads: int) -> None: ...
 def exponentials(
     logits: Logits, state: int, reference: int, out: int, dtype: int, stride: int, threads: int
 ) -> None: ...
+@overload
+def backward(
+    logits: Logits,
+    lists: Lists,
+    state: int,
+    g_logp: int,
+    g_entropy: int,
+    limit: float,
+    prob_above: float,
+    limit_is_residual: bool,
+    out: int,
+    threads: int,
+) -> None: ...
+@overload
 def backward(
     logits: Logits,
     state: int,
@@ -36,7 +55,61 @@ def backward(
     stride: int,
     threads: int,
 ) -> None: ...
-def peaks(logits: Logits, state: int, rows: int, count: int, out: int, threads: int) -> None: ...
+
+class Lists:
+    def __init__(self, rows: int, begins: int, ends: int, columns: int) -> None: ...
+
+def survey(
+    logits: Logits,
+    state: int,
+    rows: int,
+    count: int,
+    first: int,
+    every: int,
+    drop_mass: float,
+    steps: int,
+    levels: int,
+    sums: int,
+    threads: int,
+) -> None: ...
+def keep(
+    logits: Logits,
+    state: int,
+    rows: int,
+    count: int,
+    first: int,
+    floors: int,
+    begins: int,
+    rooms: int,
+    found: int,
+    columns: int,
+    z: int,
+    threads: int,
+) -> None: ...
+def pull(
+    lists: Lists,
+    values: int,
+    w: int,
+    dtype: int,
+    stride: int,
+    width: int,
+    first: int,
+    count: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def push(
+    lists: Lists,
+    values: int,
+    x: int,
+    dtype: int,
+    stride: int,
+    width: int,
+    columns: int,
+    out: int,
+    add: bool,
+    threads: int,
+) -> None: ...
 def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def available_isas() -> list[str]: ...

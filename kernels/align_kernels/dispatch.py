@@ -9,9 +9,11 @@ import torch
 from align_kernels.backends import (
     Backend,
     Exponentials,
+    ListsOfColumns,
     Losses,
     Multiply,
     OnChip,
+    Peaks,
     Products,
     cpu,
     cuda,
@@ -21,7 +23,15 @@ from align_kernels.backends import (
 
 # as `auto` prefers them; triton before cuda until both are measured
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "torch": torch_ops}
-POWERS = {"exponentials": Exponentials, "on_chip": OnChip, "products": Products, "losses": Losses, "multiply": Multiply}
+POWERS = {
+    "exponentials": Exponentials,
+    "peaks": Peaks,
+    "lists": ListsOfColumns,
+    "on_chip": OnChip,
+    "products": Products,
+    "losses": Losses,
+    "multiply": Multiply,
+}
 
 
 def register_backend(name: str, backend: Backend) -> None:
@@ -34,7 +44,8 @@ def register_backend(name: str, backend: Backend) -> None:
 
     Raises:
         ValueError: a name that is taken.
-        TypeError: an attribute that the protocol names is missing, or is no function where it names one.
+        TypeError: an attribute that the protocol names is missing, or is no function where it names one; or both
+            `peaks` and `lists` are None.
     """
     if name in ("auto", "eager") or BACKENDS.get(name, backend) is not backend:
         raise ValueError(f"the backend name {name!r} is taken: choose another")
@@ -42,6 +53,8 @@ def register_backend(name: str, backend: Backend) -> None:
     for power, protocol in POWERS.items():
         if (found := getattr(backend, power)) is not None:
             _check_protocol(f"{power} of backend {name!r}", found, protocol)
+    if backend.peaks is None and backend.lists is None:
+        raise TypeError(f"backend {name!r} has neither 'peaks' nor 'lists', one of which drop_mass takes")
     BACKENDS[name] = backend
 
 

@@ -245,7 +245,8 @@ def test_a_backend_of_a_taken_name_is_refused(name: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["why_not", "forward", "backward", "peaks", "exponentials", "on_chip", "products", "losses", "multiply"]
+    "name",
+    ["why_not", "forward", "backward", "peaks", "lists", "exponentials", "on_chip", "products", "losses", "multiply"],
 )
 def test_a_backend_without_a_part_of_the_protocol_is_refused(name: str):
     parts = dict(vars(torch_ops))
@@ -257,6 +258,8 @@ def test_a_backend_without_a_part_of_the_protocol_is_refused(name: str):
         register_backend("mine", power)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="backend 'mine': 'forward' must be a function, got None"):
         register_backend("mine", SimpleNamespace(**vars(torch_ops) | {"forward": None}))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="backend 'mine' has neither 'peaks' nor 'lists'"):
+        register_backend("mine", SimpleNamespace(**vars(torch_ops) | {"peaks": None}))  # type: ignore[arg-type]
     assert "mine" not in BACKENDS
 
 

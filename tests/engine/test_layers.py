@@ -19,7 +19,7 @@ from align_kernels.backends.cpu import arguments
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "align_engine", ROOT / "kernels")
-ROWS = ("forward", "exponentials", "backward", "peaks")  # kernels of the extension that work on rows of logits
+ROWS = ("forward", "exponentials", "backward")  # kernels of the extension that work on rows of logits
 
 pytestmark = pytest.mark.skipif(arguments.MISSING is not None, reason=str(arguments.MISSING))
 

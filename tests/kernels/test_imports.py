@@ -158,6 +158,7 @@ autograd rehearsal
 schedules.plan
 schedules
 schedules.compaction schedules.device_losses schedules.exponentials
+schedules.lists
 schedules.dense schedules.support
 schedules.base
 schedules.tiles

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, Linear, Transform
+from align_kernels.backends.arguments import Clamp, Linear, Lists, Transform
 
 
 class Backend(Protocol):
@@ -52,21 +52,14 @@ class Backend(Protocol):
         """Write dL/dz of some rows of a tile: g (1[v = y] - p), clamped where asked, minus g_H p (l - lse + H)."""
         ...
 
-    def peaks(
-        self,
-        z: Tensor,  # (n, c)
-        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
-        targets: Tensor,  # (n,) int64
-        rows: Tensor,  # (m,) int64, m >= 1 of the n
-        *,
-        out: Tensor,  # (c,) float32
-        **transform: Unpack[Transform],
-    ) -> None:
-        """Write the largest log-prob of each column over some rows."""
-        ...
-
     @property
     def exponentials(self) -> Exponentials | None: ...
+
+    @property
+    def peaks(self) -> Peaks | None: ...
+
+    @property
+    def lists(self) -> ListsOfColumns | None: ...
 
     @property
     def on_chip(self) -> OnChip | None: ...
@@ -94,6 +87,92 @@ class Exponentials(Protocol):
         out: Tensor,  # (n, c) in the dtype of the GEMMs, may be z
         **linear: Unpack[Linear],
     ) -> None: ...
+
+
+class Peaks(Protocol):
+    """The largest log-prob of each column over some rows: what blocks of rows choose their columns by."""
+
+    def __call__(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (n,) int64
+        rows: Tensor,  # (m,) int64, m >= 1 of the n
+        *,
+        out: Tensor,  # (c,) float32
+        **transform: Unpack[Transform],
+    ) -> None: ...
+
+
+class ListsOfColumns(Protocol):
+    """Rows that keep few columns each, where products over those alone are faster than over blocks of rows."""
+
+    def reads(self, w: Tensor) -> bool:
+        """Whether `pull` takes a weight as it lies."""
+        ...
+
+    def survey(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (n,) int64
+        rows: Tensor,  # (m,) int64, of the n
+        sums: Tensor,  # (m, levels + 2, 3) float64, added to
+        *,
+        first: int,
+        every: int,
+        drop_mass: float,
+        steps: int,
+        **transform: Unpack[Transform],
+    ) -> None:
+        """Add what every so many-th run of columns tells: number, sum of p and sum of -p log p, by level."""
+        ...
+
+    def keep(
+        self,
+        z: Tensor,  # (n, c)
+        state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (n,) int64
+        rows: Tensor,  # (m,) int64, of the n
+        floors: Tensor,  # (m,) float32
+        into: Lists,
+        found: Tensor,  # (m,) int64, added to
+        *,
+        first: int,
+        **transform: Unpack[Transform],
+    ) -> None:
+        """Append a tile's columns whose log-prob reaches the row's floor, and the target, while there is room."""
+        ...
+
+    def forward(
+        self, lists: Lists, columns: int, state: Tensor, targets: Tensor, **transform: Unpack[Transform]
+    ) -> None:
+        """`forward` of rows of whose `columns` all but some are -inf."""
+        ...
+
+    def backward(
+        self,
+        lists: Lists,
+        columns: int,
+        state: Tensor,  # (m, 8) float64, finished over the whole vocabulary
+        targets: Tensor,  # (m,) int64
+        g_logp: Tensor,  # (m,) float32
+        g_entropy: Tensor | None,  # (m,) float32
+        *,
+        clamp: Clamp | None,
+        out: Tensor,  # (K,) float32, may be lists.z
+        **transform: Unpack[Transform],
+    ) -> None:
+        """Write dL/dz of the entries."""
+        ...
+
+    def pull(self, out: Tensor, lists: Lists, values: Tensor, w: Tensor, first: int) -> None:
+        """out[t] += the sum over t's columns v of their value times w[v - first]."""
+        ...
+
+    def push(self, out: Tensor, lists: Lists, values: Tensor, x: Tensor, add: bool) -> None:
+        """out[v] (+)= the sum over the rows t that keep column v of their value times x[t]."""
+        ...
 
 
 class OnChip(Protocol):

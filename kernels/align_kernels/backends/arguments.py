@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class Transform(Linear):
     """The same with its softcap."""
 
     softcap: float | None
+
+
+class Lists(NamedTuple):
+    """Few columns of each of m rows: of row t the entries begins[t] .. ends[t], columns ascending."""
+
+    begins: Tensor  # (m,) int64
+    ends: Tensor  # (m,) int64
+    columns: Tensor  # (K,) int32, of this rank
+    z: Tensor  # (K,) float32 raw logits
 
 
 def address(x: Tensor | None) -> int:

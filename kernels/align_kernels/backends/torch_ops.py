@@ -10,7 +10,7 @@ from torch import Tensor
 from align_kernels.backends.arguments import Clamp, Linear, Transform
 from align_kernels.backends.state import ARGMAX, MAX, SUM, SUM_SQ, SUM_X, TARGET, TOTAL
 
-on_chip = products = losses = multiply = None
+lists = on_chip = products = losses = multiply = None
 
 HEADROOM = 20.0  # how far, in nats, a row's max may rise above the reference of its exponentials
 

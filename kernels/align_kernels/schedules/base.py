@@ -77,7 +77,7 @@ class Schedule:
         return Plan(
             cls.schedule, r.backend, r.rows, r.vocab, r.width, chunk, first or chunk, tile, kept + scratch + saved,
             passes, why, cls.name, r.late, compact=cls.compact, aliased=first > 0, even=r.device == "cpu", saved=saved,
-            own_gemm=r.own_gemm,
+            spare=max(r.limit - kept - scratch - saved, 0), own_gemm=r.own_gemm,
         )  # fmt: skip
 
     # -- the passes ------------------------------------------------------------------------------------------------

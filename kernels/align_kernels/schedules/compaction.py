@@ -1,15 +1,17 @@
 """Column compaction: the backward over the few columns that carry all but `drop_mass` of a peaked softmax.
 
-After a chunk's forward its raw logits and every row's exact log-sum and entropy are known. Rows that need like numbers
-of columns (`support`) form a block; it keeps the columns whose probability reaches eps_t in one of its rows t, and
-those of its targets. The eps_t are estimated, and fall together in steps of 2^(1/4) until, with tau = drop_mass, every
+After a chunk's forward its raw logits and every row's exact log-sum and entropy are known. Where the backend has
+products over lists of columns, each row keeps its own (lists.py). Elsewhere rows that need like numbers of columns
+(`support`) form a block; it keeps the columns whose probability reaches eps_t in one of its rows t, and those of its
+targets. The eps_t are estimated, and fall in steps of 2^(1/4), those of a block together, until, with tau = drop_mass,
+every
 
     delta_t = 1 - sum of kept p <= tau
     and, where the entropy may need a gradient, sum of dropped p |log p + H| <= tau
 
 so that dX_t errs by at most (|g_t| delta_t + |g_entropy_t| tau) max|w|, times |logit_scale| / temperature. The
 raw logits are kept, so that the backward is the backend's own on a narrower vocabulary: clamp, softcap, temperature and
-coefficients that arrive late are as exact as on whole rows. A block whose softmax is too flat runs dense.
+coefficients that arrive late are as exact as on whole rows. What is too flat runs dense.
 
 Letters: n rows of a chunk, m rows of a block, K columns kept, V columns on this rank, D hidden size.
 """
@@ -17,7 +19,7 @@ Letters: n rows of a chunk, m rows of a block, K columns kept, V columns on this
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,20 +28,20 @@ from torch import Tensor
 
 from align_kernels.backends import state as states
 from align_kernels.backends.arguments import Transform
-from align_kernels.backends.state import MAX, SUM, SUM_X
+from align_kernels.backends.state import SUM
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.base import Schedule
 from align_kernels.schedules.dense import Frozen, OnePass, gradient, softmax
+from align_kernels.schedules.lists import RowLists, choose
 from align_kernels.schedules.request import BLOCK_ROWS, BLOCK_ROWS_GPU, MOST_COLUMNS, Plan, Request
 from align_kernels.schedules.sharded import total
-from align_kernels.schedules.support import LEVELS, STEPS, estimate
+from align_kernels.schedules.support import LEVELS, STEPS, estimate, suffices
 from align_kernels.schedules.tiles import Chunk, Piece, Rows, TiledHead
 
 FLAT = 0.01  # of the vocabulary: BLOCK_ROWS rows whose exp(entropy) is more need nearly every column (docs/LOG.md)
 FEW = 16  # rows of a block whose logits are copied to choose its columns
 STEP = 1024  # columns of one gather, GEMM and scatter on a CPU
 STEP_GPU = 8192  # a guess: launches cost more there; not yet measured
-ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
 
 
 class Block(NamedTuple):
@@ -50,31 +52,73 @@ class Block(NamedTuple):
     z: Tensor  # (n, K) raw logits
     taken: Tensor | None = None  # (m,) int64: the rows of z that are these; None: all, m = n
 
+    @property
+    def size(self) -> int:
+        """In logits."""
+        return self.z.numel()
+
+    def select(self, mask: Tensor) -> Block:
+        return self._replace(rows=self.rows[mask], taken=mask.nonzero()[:, 0])
+
+    def tight(self) -> Block:
+        return self
+
+    # -- as tensors that autograd can save -------------------------------------------------------------------------
+    def values(self) -> Tensor:
+        return self.z.reshape(-1)
+
+    def numbers(self) -> list[Tensor]:
+        """int64."""
+        return [self.rows, self.columns]
+
+    @staticmethod
+    def again(numbers: Sequence[Tensor], values: Tensor) -> Block:
+        rows, columns = numbers
+        return Block(rows, columns, values.view(len(rows), len(columns)))
+
+    # -- backward --------------------------------------------------------------------------------------------------
+    def products(self, tiled: TiledHead, rows: Rows, consume: bool) -> Tensor | None:
+        """Multiply: `tiled.grads`, and this rank's dX [m, D]."""
+        del consume  # a tile takes the gradient
+        tiled.grads.zero()
+        targets = _places(rows.chunk.targets - tiled.offset, self.columns, tiled.head.weight.shape[0])
+        rows = rows._replace(chunk=replace(rows.chunk, targets=targets))
+        return tiled.products(rows, _pieces(tiled, rows.chunk, self))
+
 
 class Saved(NamedTuple):
     """What is saved of a chunk until its coefficients arrive."""
 
-    blocks: list[Block]
+    blocks: list[Block] | list[RowLists]
     dense: Tensor  # (m,) int64, ascending: rows that take every column
     logits: Store | None  # raw logits of those rows; None: they are made again
 
     @property
     def size(self) -> int:
         """Logits."""
-        return sum(block.z.numel() for block in self.blocks) + (0 if self.logits is None else self.logits.own.numel())
+        return sum(block.size for block in self.blocks) + (0 if self.logits is None else self.logits.own.numel())
 
 
 # -- which columns ------------------------------------------------------------------------------------------------
 def cut(
-    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, dense: list[Tensor], *, entropy: bool
-) -> Iterator[Block]:
-    """The blocks of some rows [m] of a chunk, whose raw logits are in `store`. The rows of those that run dense are
-    added to `dense`.
+    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, dense: list[Tensor], room: int,
+    *, entropy: bool,
+) -> Iterator[Block] | Iterator[RowLists]:  # fmt: skip
+    """The blocks of some rows [m] of a chunk, whose raw logits are in `store`, or their lists, as many at a time as
+    take `room` logits. Rows that run dense are added to `dense`.
 
     `entropy` bounds the error of the entropy's gradient as well.
     """
     if len(rows) == 0:
-        return
+        return iter(())
+    if tiled.backend.lists is not None:
+        return choose(tiled, chunk, state, store, rows, dense, room, entropy=entropy)
+    return _blocks(tiled, chunk, state, store, rows, dense, entropy)
+
+
+def _blocks(
+    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, dense: list[Tensor], entropy: bool
+) -> Iterator[Block]:
     peaked = states.entropy(state[rows]).exp() < FLAT * tiled.vocab / BLOCK_ROWS  # never of NaN
     if not bool(peaked.all()):
         dense.append(rows[~peaked])
@@ -96,6 +140,8 @@ def _select(
     """The block of these rows, whose levels are estimated as `level` [m]; None where it would keep more than
     MOST_COLUMNS."""
     n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
+    peaks = tiled.backend.peaks
+    assert peaks is not None
     # a row's p is measured by the eps with which it is expected to do
     part, whole, measure = chunk.select(rows), state[rows], 2.0 ** (-level.double() / STEPS)
     measured = whole.clone()
@@ -104,12 +150,12 @@ def _select(
     if len(rows) <= FEW:  # copied: one call of the backend and not one a tile
         z = _rows(tiled, store, n, rows)
         every = torch.arange(len(rows), device=rows.device)
-        tiled.backend.peaks(z, measured, part.targets, every, out=peak, **tiled.common(part, 0, V))
+        peaks(z, measured, part.targets, every, out=peak, **tiled.common(part, 0, V))
     else:
         of_chunk = state.index_copy(0, rows, measured)
         for v0, v1 in tiled.tiles():
             tile = store.tile(n, v0, v1)
-            tiled.backend.peaks(tile, of_chunk, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
+            peaks(tile, of_chunk, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
     target = part.targets - tiled.offset
     peak[target[(target >= 0) & (target < V)]] = torch.inf
     kept, size, columns, segments = tiled.new_state(len(rows)), 0, [], []
@@ -126,27 +172,9 @@ def _select(
         segments.append(_gather(tiled, store, n, rows, some) if z is None else z.index_select(1, some))
         columns.append(some)
         tiled.backend.forward(segments[-1], kept, torch.zeros_like(rows), **_common(tiled, part, some, 0, len(some)))
-        if _suffices(tiled, whole, kept, tau, tau * measure * 2 ** (-j / STEPS), entropy):
+        if bool(suffices(tiled, whole, kept, tau, tau * measure * 2 ** (-j / STEPS), entropy).all()):
             return Block(rows, torch.cat(columns), torch.cat(segments, 1))
     return None
-
-
-def _suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: Tensor, entropy: bool) -> bool:
-    """Whether the columns that were folded into `kept` [m, 8], all whose p reaches eps [m] in a row, are enough for
-    each."""
-    m, s, a = (kept[:, column] for column in (MAX, SUM, SUM_X))
-    log_p = torch.where(s > 0, m - whole[:, MAX] - whole[:, SUM].log(), -torch.inf)
-    share = log_p.exp()
-    minus = torch.where(s > 0, (a + s * log_p) * share, 0.0)
-    mass, minus_entropy = total(torch.stack((s * share, minus)), tiled.group)
-    delta = 1.0 - mass
-    fits = delta <= tau - ROUNDING
-    if entropy:
-        # every dropped p lies below eps: with eps <= exp(-H) all terms p (log p + H) have one sign
-        H = states.entropy(whole)
-        dropped = H + minus_entropy - H * delta
-        fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (eps.log() + H <= 0)
-    return bool(fits.all())
 
 
 def _rows(tiled: TiledHead, store: Store, n: int, rows: Tensor) -> Tensor:
@@ -178,8 +206,9 @@ def compacted(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store) -
     """`dense.gradient`, each block over its own columns: `tiled.grads`, and this rank's dX [m, D]."""
     index = torch.arange(len(rows.g), device=rows.g.device) if live is None else live
     dense = [index[:0]]
-    blocks = cut(tiled, rows.chunk, rows.state, store, index, dense, entropy=rows.g_entropy is not None)
-    dx = _sparse(tiled, rows, blocks)
+    room = tiled.plan.spare // tiled.logits_dtype.itemsize
+    blocks = cut(tiled, rows.chunk, rows.state, store, index, dense, room, entropy=rows.g_entropy is not None)
+    dx = _sparse(tiled, rows, blocks, consume=True)
     rest = torch.cat(dense).sort().values
     if len(rest) == len(index):
         return gradient(tiled, rows, live, store, consume=True)
@@ -193,7 +222,7 @@ def compacted(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store) -
 def from_saved(tiled: TiledHead, rows: Rows, saved: Saved) -> Tensor | None:
     """The same from what `save` kept, for the rows that have a coefficient: this rank's dX [n, D]."""
     active = rows.active()
-    dx = _sparse(tiled, rows, _active_blocks(saved, active))
+    dx = _sparse(tiled, rows, _active_blocks(saved, active), consume=False)
     mask = active[saved.dense]
     live = None if bool(mask.all()) else mask.nonzero()[:, 0]
     part = gradient(tiled, rows.select(saved.dense), live, saved.logits, consume=False)
@@ -202,16 +231,13 @@ def from_saved(tiled: TiledHead, rows: Rows, saved: Saved) -> Tensor | None:
     return dx.index_copy_(0, saved.dense if live is None else saved.dense[live], part)
 
 
-def _active_blocks(saved: Saved, active: Tensor) -> Iterator[Block]:
+def _active_blocks(saved: Saved, active: Tensor) -> Iterator[Block | RowLists]:
     for block in saved.blocks:
         mask = active[block.rows]
-        if bool(mask.all()):
-            yield block
-        else:
-            yield block._replace(rows=block.rows[mask], taken=mask.nonzero()[:, 0])
+        yield block if bool(mask.all()) else block.select(mask)
 
 
-def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block]) -> Tensor | None:
+def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block | RowLists], consume: bool) -> Tensor | None:
     """This rank's dX [n, D], zero but in compacted blocks."""
     dx = None
     if tiled.needs.hidden:
@@ -220,11 +246,7 @@ def _sparse(tiled: TiledHead, rows: Rows, blocks: Iterable[Block]) -> Tensor | N
         )
     for block in blocks:
         if len(block.rows):
-            tiled.grads.zero()
-            part = rows.select(block.rows)
-            targets = _places(part.chunk.targets - tiled.offset, block.columns, tiled.head.weight.shape[0])
-            part = part._replace(chunk=replace(part.chunk, targets=targets))
-            block_dx = tiled.products(part, _pieces(tiled, part.chunk, block))
+            block_dx = block.products(tiled, rows.select(block.rows), consume)
             if dx is not None and block_dx is not None:
                 dx.index_copy_(0, block.rows, block_dx)
     return dx
@@ -257,12 +279,14 @@ def save(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, room: int,
     n, V = len(chunk.targets), tiled.columns
     every = torch.arange(n, device=state.device)
     blocks, dense, used = [], [every[:0]], 0
-    for block in cut(tiled, chunk, state, store, every, dense, entropy=True):
-        if used + block.z.numel() > room:
+    at_once = tiled.plan.saved // tiled.logits_dtype.itemsize // 4
+    for block in cut(tiled, chunk, state, store, every, dense, at_once, entropy=True):
+        block = block.tight()
+        if used + block.size > room:
             dense.append(block.rows)
         else:
             blocks.append(block)
-            used += block.z.numel()
+            used += block.size
     rows = torch.cat(dense).sort().values
     fits = used + len(rows) * V <= room
     if not fits and not alone:
@@ -281,12 +305,12 @@ def pack(chunks: list[Saved], like: Tensor) -> tuple[Tensor, Tensor]:
     for blocks, dense, logits in chunks:
         if logits is not None:
             values.append(logits.own)
-        head = [len(dense), logits is not None, len(blocks)]
+        head, numbers = [len(dense), logits is not None, len(blocks)], []
         for block in blocks:
-            head += [len(block.rows), len(block.columns)]
-            values.append(block.z.reshape(-1))
-        numbers = dense.new_tensor([len(head), *head])
-        layout += [numbers, dense, *(x for block in blocks for x in (block.rows, block.columns))]
+            values.append(block.values())
+            head += [len(values[-1]), *map(len, block.numbers())]
+            numbers += block.numbers()
+        layout += [dense.new_tensor([len(head), *head]), dense, *numbers]
     one = values[0] if len(values) == 1 else torch.cat(values) if values else like.new_empty(0)
     return one, torch.cat(layout) if layout else like.new_empty(0, dtype=torch.int64)
 
@@ -299,16 +323,17 @@ def unpack(tiled: TiledHead, values: Tensor, layout: Tensor) -> Iterator[Saved]:
         taken, values = values[:size], values[size:]
         return taken
 
+    kind = Block if tiled.backend.lists is None else RowLists
     while len(layout):
         length = int(layout[0])
-        (count, has_logits, _), pairs = layout[1:4].tolist(), layout[4 : 1 + length].tolist()
-        sizes = [count, *pairs]
-        parts = layout[1 + length :].split([*sizes, len(layout) - 1 - length - sum(sizes)])
-        dense, layout = parts[0], parts[-1]
+        (count, has_logits, blocks), rest = layout[1:4].tolist(), layout[4 : 1 + length].view(-1).tolist()
+        each = len(rest) // max(blocks, 1)  # numbers that tell the sizes of a block
+        heads = [rest[each * i : each * (i + 1)] for i in range(blocks)]
+        sizes = [count, *(size for _, *sizes in heads for size in sizes)]
+        dense, *parts, layout = layout[1 + length :].split([*sizes, len(layout) - 1 - length - sum(sizes)])
         logits = tiled.stored(take(count * tiled.columns)) if has_logits else None
-        index = list(zip(parts[1:-1:2], parts[2:-1:2]))
-        blocks = [Block(rows, columns, take(len(rows) * len(columns)).view(len(rows), -1)) for rows, columns in index]
-        yield Saved(blocks, dense, logits)
+        found = [kind.again(parts[(each - 1) * i : (each - 1) * (i + 1)], take(heads[i][0])) for i in range(blocks)]
+        yield Saved(found, dense, logits)
 
 
 # -- the schedules ------------------------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ class Plan:
     aliased: bool = False  # the first chunk's logits lie in dW's memory where they can: see aliasing.py
     even: bool = True  # chunks of about one size, else of chunk_rows and a last one
     saved: int = 0  # bytes of the workspace for compacted blocks that are saved until g arrives
+    spare: int = 0  # bytes of the limit beside the workspace
     on_chip: bool = False  # no logits are written: the GEMM leaves only statistics
     own_gemm: bool = False  # the backend multiplies, not torch
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from align_kernels.backends import state as states
 from align_kernels.backends import torch_ops
-from align_kernels.backends.state import MAX, SUM
+from align_kernels.backends.state import MAX, SUM, SUM_X
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.request import MOST_COLUMNS
 from align_kernels.schedules.sharded import total
@@ -39,6 +39,7 @@ EXTRA_ROWS_GPU = 1600  # 26 bytes a weight at 3 TB/s beside products at 730 TFLO
 PIECES = 128  # in which a block's rows may be cut, where it has as many
 STEPS = 4  # levels in which a probability halves
 LEVELS = 20 * STEPS  # before a row is given up
+ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
 
 
 class Support(NamedTuple):
@@ -96,6 +97,35 @@ def levels(log_p: Tensor, drop_mass: float) -> Tensor:
     return ((math.log2(drop_mass) - log_p / math.log(2)) * STEPS).ceil_().clamp_(0, LEVELS + 1)
 
 
+def first_level(mass: Tensor, minus: Tensor, entropy: Tensor | None, tau: float) -> Tensor:
+    """The first level at which a row drops no more than tau, LEVELS + 1 where none is, from the mass and the sum of
+    -p log p [m, LEVELS + 2] of each; `entropy` [m], where the error of its gradient is bounded too."""
+    dropped, minus = (x.flip(1).cumsum(1).flip(1)[:, 1:] for x in (mass, minus))  # beyond each level
+    fits = dropped <= tau
+    if entropy is not None:
+        H, eps = entropy[:, None], math.log(tau) - math.log(2) / STEPS * torch.arange(LEVELS + 1, device=mass.device)
+        fits &= (minus - H * dropped <= tau) & (eps + H <= 0)
+    return torch.where(fits.any(1), fits.int().argmax(1), LEVELS + 1)
+
+
+def suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: Tensor, entropy: bool) -> Tensor:
+    """Whether the columns that were folded into `kept` [m, 8], all whose p reaches eps [m] in a row, are enough for
+    it: bool [m]."""
+    m, s, a = (kept[:, column] for column in (MAX, SUM, SUM_X))
+    log_p = torch.where(s > 0, m - whole[:, MAX] - whole[:, SUM].log(), -torch.inf)
+    share = log_p.exp()
+    minus = torch.where(s > 0, (a + s * log_p) * share, 0.0)
+    mass, minus_entropy = total(torch.stack((s * share, minus)), tiled.group)
+    delta = 1.0 - mass
+    fits = delta <= tau - ROUNDING
+    if entropy:
+        # every dropped p lies below eps: with eps <= exp(-H) all terms p (log p + H) have one sign
+        H = states.entropy(whole)
+        dropped = H + minus_entropy - H * delta
+        fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (eps.log() + H <= 0)
+    return fits
+
+
 def _sample(V: int, device: torch.device) -> Tensor:
     """The columns that are looked at, int64 ascending."""
     every = max(min(EVERY, V // LEAST_SAMPLE), 1)
@@ -124,11 +154,5 @@ def estimate(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: 
             sums[i].scatter_add_(1, level.long(), x)
     size = int(total(torch.tensor(len(some), device=rows.device), tiled.group))
     count, mass, minus = total(sums, tiled.group) * (tiled.vocab / size)
-    dropped = mass.flip(1).cumsum(1).flip(1)[:, 1:]  # beyond each level
-    fits = dropped <= tau
-    if entropy:
-        H = states.entropy(whole).float()[:, None]
-        eps = math.log(tau) - math.log(2) / STEPS * torch.arange(LEVELS + 1, device=rows.device)
-        fits &= (minus.flip(1).cumsum(1).flip(1)[:, 1:] - H * dropped <= tau) & (eps + H <= 0)
-    level = torch.where(fits.any(1), fits.int().argmax(1), LEVELS + 1)
+    level = first_level(mass, minus, states.entropy(whole).float() if entropy else None, tau)
     return Support(count.cumsum(1).gather(1, level[:, None])[:, 0], level, sample, size, tiled.group)

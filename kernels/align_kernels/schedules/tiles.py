@@ -362,13 +362,17 @@ class TiledHead:
             if dxa is not None and head.lora_B is not None:
                 self.product(dxa, dz, head.lora_B[columns].to(self.dtype), add=True)
             grads.add(columns, dz, chunk.x, chunk.xa)
-        if dxa is not None and head.lora_A is not None:
-            dxa = dxa * self.settings.lora_scaling
-            if dx is not None:
-                dx += dxa @ head.lora_A.to(dx.dtype)
-            grads.add_lora_A(dxa, chunk.x)
+        self.add_lora(dx, dxa, chunk.x)
         grads.started |= m > 0
         return dx
+
+    def add_lora(self, dx: Tensor | None, dxa: Tensor | None, x: Tensor) -> None:
+        """Add what passes through a LoRA's A: to dX [m, D] and to `grads`, from dL/d(xa) [m, R] and x [m, D]."""
+        if dxa is not None and self.head.lora_A is not None:
+            dxa = dxa * self.settings.lora_scaling
+            if dx is not None:
+                dx += dxa @ self.head.lora_A.to(dx.dtype)
+            self.grads.add_lora_A(dxa, x)
 
     def whole(self, dx: Tensor | None, live: Tensor | None, n: int) -> Tensor | None:
         """dX [n, D] over all ranks, from this rank's dX of the `live` rows [m] (None: all n)."""

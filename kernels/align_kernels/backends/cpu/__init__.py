@@ -1,5 +1,5 @@
 """The primitives in C++ (`align_kernels._C`), vectorised and threaded, for float32 and bfloat16 on the CPU, and matrix
-products for processors on which torch.mm is slow.
+products for processors on which torch.mm is slow, and over few columns of each row.
 
 Signatures are those of `Backend`; arithmetic is float32 within a tile, the state is float64, and the result does not
 depend on the number of threads. Every argument is checked: here what a tensor knows, in C++ what its numbers say.
@@ -13,12 +13,23 @@ import torch
 from torch import Tensor
 
 from align_kernels.backends.arguments import Clamp, Linear, Transform, address, clamped
-from align_kernels.backends.cpu import arguments, products
+from align_kernels.backends.cpu import arguments, lists, products
 from align_kernels.backends.cpu.arguments import checks, logits, why_not
 
-__all__ = ["backward", "exponentials", "forward", "losses", "multiply", "on_chip", "peaks", "products", "why_not"]
+__all__ = [
+    "backward",
+    "exponentials",
+    "forward",
+    "lists",
+    "losses",
+    "multiply",
+    "on_chip",
+    "peaks",
+    "products",
+    "why_not",
+]
 
-on_chip = losses = multiply = None
+peaks = on_chip = losses = multiply = None
 
 
 def forward(
@@ -86,24 +97,3 @@ def backward(
         tile, state.data_ptr(), g_logp.data_ptr(), address(g_entropy), *clamped(clamp),
         out.data_ptr(), checks.out(out, (m, c)), out.stride(0), torch.get_num_threads(),
     )  # fmt: skip
-
-
-def peaks(
-    z: Tensor,  # (n, c) float32 | bfloat16
-    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
-    targets: Tensor,  # (n,) int64
-    rows: Tensor,  # (m,) int64, m >= 1 of the n
-    *,
-    out: Tensor,  # (c,) float32
-    **transform: Unpack[Transform],
-) -> None:
-    """Write the largest log-prob of each column over some rows.
-
-    Raises:
-        ValueError: as in `forward`, no row, or one outside [0, n).
-    """
-    tile = logits(z, targets, **transform)
-    checks.state(state, len(z))
-    checks.tensor("rows", rows, torch.int64, (rows.numel(),))
-    checks.tensor("out", out, torch.float32, (z.shape[1],))
-    arguments._C.peaks(tile, state.data_ptr(), rows.data_ptr(), len(rows), out.data_ptr(), torch.get_num_threads())

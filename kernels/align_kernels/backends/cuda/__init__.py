@@ -15,9 +15,20 @@ from align_kernels.backends.arguments import Clamp, Transform, address
 from align_kernels.backends.cuda import arguments, losses
 from align_kernels.backends.cuda.arguments import checks, gradient, guard, logits, queue, why_not
 
-__all__ = ["backward", "exponentials", "forward", "losses", "multiply", "on_chip", "peaks", "products", "why_not"]
+__all__ = [
+    "backward",
+    "exponentials",
+    "forward",
+    "lists",
+    "losses",
+    "multiply",
+    "on_chip",
+    "peaks",
+    "products",
+    "why_not",
+]
 
-exponentials = on_chip = products = multiply = None
+exponentials = lists = on_chip = products = multiply = None
 
 
 def forward(

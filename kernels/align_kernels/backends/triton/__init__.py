@@ -15,9 +15,20 @@ from align_kernels.backends.arguments import Clamp, Linear, Transform
 from align_kernels.backends.triton import on_chip
 from align_kernels.backends.triton.arguments import checks, head_of, why_not
 
-__all__ = ["backward", "exponentials", "forward", "losses", "multiply", "on_chip", "peaks", "products", "why_not"]
+__all__ = [
+    "backward",
+    "exponentials",
+    "forward",
+    "lists",
+    "losses",
+    "multiply",
+    "on_chip",
+    "peaks",
+    "products",
+    "why_not",
+]
 
-products = losses = None
+lists = products = losses = None
 
 # columns of a block and warps of a program
 FORWARD = dict(BLOCK=1024, num_warps=4)
