@@ -64,9 +64,17 @@ std::unique_ptr<float, Free> floats(int64_t count) {
 
 int64_t pitch_of(int64_t width) { return (std::min(width, kStrip) + kLanes - 1) / kLanes * kLanes; }
 
+// Strips of rows lie too far apart for the processor to see them coming: so many rows ahead.
+constexpr int64_t kAhead = 4;
+
+void prefetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 // Columns `column` .. `column` + width of a row of x, with zeros behind them.
 void pack(float* to, const Vectors& x, int64_t row, int64_t column, int64_t width, int64_t pitch) {
   const int64_t at = row * x.stride + column;
+  prefetch(static_cast<const char*>(x.data) + (at + kAhead * x.stride) * size_of(x.storage), width * size_of(x.storage));
   if (x.storage == Storage::f32) {
     std::memcpy(to, static_cast<const float*>(x.data) + at, size_t(width) * sizeof(float));
   } else {
@@ -248,6 +256,8 @@ void push(const Lists& lists, const float* values, const Vectors& x, int64_t col
         for (; i < lists.ends[t] && lists.columns[i] < v0 + wide; i++) ends[size_t(lists.columns[i] - v0 + 1)]++;
         spans[size_t(t)].end = i;
       }
+      for (int64_t v = 0; v < wide && !add; v++)
+        if (!ends[size_t(v + 1)]) std::fill_n(out + (v0 + v) * x.width, x.width, 0.0f);
       for (int64_t v = 0; v < wide; v++) ends[size_t(v + 1)] += ends[size_t(v)];
       rows.resize(size_t(ends[size_t(wide)])), factors.resize(rows.size());
       for (int64_t t = 0; t < lists.rows; t++)  // rows ascend in a column; ends[v] moves from its begin to its end
@@ -261,9 +271,11 @@ void push(const Lists& lists, const float* values, const Vectors& x, int64_t col
           if (spans[size_t(t)].begin < spans[size_t(t)].end) pack(packed.get() + t * pitch, x, t, d, width, pitch);
         for (int64_t v = 0, begin = 0; v < wide; begin = ends[size_t(v++)]) {
           const int64_t count = ends[size_t(v)] - begin;
-          if (count || !add)
-            isa.combine({packed.get(), pitch, rows.data() + begin, 0, factors.data() + begin, count,
-                         out + (v0 + v) * x.width + d, width, add});
+          float* to = out + (v0 + v) * x.width + d;
+          if (count) {
+            prefetch(to + kAhead * x.width, width * int64_t(sizeof *to));
+            isa.combine({packed.get(), pitch, rows.data() + begin, 0, factors.data() + begin, count, to, width, add});
+          }
         }
       }
     }

@@ -89,7 +89,7 @@ class Block(NamedTuple):
 class Saved(NamedTuple):
     """What is saved of a chunk until its coefficients arrive."""
 
-    blocks: list[Block] | list[RowLists]
+    blocks: list[Block | RowLists]
     dense: Tensor  # (m,) int64, ascending: rows that take every column
     logits: Store | None  # raw logits of those rows; None: they are made again
 
