@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+from cuda_compile import Figures, written
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton_instructions import disassembled, on_the_way
@@ -232,9 +233,6 @@ def compile_all(target: str) -> list[tuple[str, Report]]:
     return list(seen.values())
 
 
-Figures = dict[str, dict[str, str]]  # of each target, kernel and what it is for: the columns of the page
-
-
 def figures(made: dict[str, list[tuple[str, Report]]]) -> Figures:
     return {
         target: {
@@ -246,10 +244,16 @@ def figures(made: dict[str, list[tuple[str, Report]]]) -> Figures:
     }
 
 
-def page(known: dict[str, dict[str, Figures]]) -> str:
+COLUMNS = [
+    "| target | kernel | for | warps | registers | spilled | shared bytes | instructions a logit |",
+    "|---|---|---|---|---|---|---|---|",
+]
+
+
+def page(known: dict[str, dict[str, Figures]], of_cuda: dict[str, dict[str, Figures]]) -> str:
     releases = sorted(known, reverse=True)
     lines = [
-        "# Registers, shared memory and instructions of the Triton kernels",
+        "# Registers, shared memory and instructions of the GPU kernels",
         "",
         f"Written by `make gpu-registers`, on a machine without a GPU: what Triton {' and '.join(releases)} make",
         "of every shipped kernel. Each figure stands for these releases in turn, one figure where they agree; a line",
@@ -258,16 +262,32 @@ def page(known: dict[str, dict[str, Figures]]) -> str:
         "Instructions are those of the machine, a logit, on the way that nearly every logit takes: around the loop",
         "over a row, after the last matrix product, or through the whole (`tests/triton_instructions.py`).",
         "",
-        "| target | kernel | for | warps | registers | spilled | shared bytes | instructions a logit |",
-        "|---|---|---|---|---|---|---|---|",
+        *COLUMNS,
+        *table(known, releases),
+        "",
+        "## CUDA",
+        "",
+        f"What nvcc {' and '.join(sorted(of_cuda, reverse=True))} makes of the kernels of `csrc/cuda`, those of",
+        "float16 left out; shared memory is that of fixed size. A plain head has no bias, no softcap and a positive",
+        "scale, any other may have each; all options are such a head with a clamp and a gradient of the entropy.",
+        "Instructions: of forward and backward of a plain head, around the loop over a row, on the shortest way on",
+        "which each of its logits has its exponential (`tests/cuda_compile.py`); 0 where none are counted.",
+        "",
+        *COLUMNS,
+        *table(of_cuda, sorted(of_cuda, reverse=True)),
     ]
-    for target in TARGETS:
-        for what in known[releases[0]]["now"][target]:
+    return "\n".join(lines) + "\n"
+
+
+def table(known: dict[str, dict[str, Figures]], releases: list[str]) -> list[str]:
+    lines = []
+    for target, of in known[releases[0]]["now"].items():
+        for what in of:
             rows = {when: cells([known[r][when][target].get(what) for r in releases]) for when in ("now", "before")}
             lines.append(f"| {target} | {what} | {' | '.join(rows['now'])} |")
             if rows["before"] not in (rows["now"], []):
                 lines.append(f"| {target} | {what}, before | {' | '.join(rows['before'])} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def cells(of_releases: list[str | None]) -> list[str]:
@@ -292,4 +312,4 @@ if __name__ == "__main__":
     before = now if "--before" in sys.argv else known.get(triton.__version__, {}).get("before", now)
     known[triton.__version__] = {"before": before, "now": now}
     FIGURES.write_text(json.dumps(known, indent=1) + "\n")
-    TABLE.write_text(page(known))
+    TABLE.write_text(page(known, written("--before" in sys.argv)))

@@ -1,4 +1,4 @@
-// From storage codes to types: call(T{}, plain) or call(T{}, U{}, plain), each as a value of its type.
+// From storage codes and options to types: call(T{}, plain) or call(T{}, U{}, plain, bare), each a value of its type.
 #pragma once
 #include <type_traits>
 
@@ -15,16 +15,23 @@ int with_types(const Logits& in, Call call) {
   return in.storage == Storage::f32 ? with(float{}) : in.storage == Storage::bf16 ? with(Bf16{}) : with(F16{});
 }
 
-// Gradients have the logits' dtype, or 16 bits where those have 32.
+// Gradients have the logits' dtype, or 16 bits where those have 32. `entropy`: whether that has a gradient.
 template <class Call>
-int with_types(const Logits& in, const Out& out, Call call) {
+int with_types(const Logits& in, const Out& out, bool entropy, Call call) {
   return with_types(in, [&](auto z, auto plain) {
+    auto with = [&](auto dz) {
+      const bool bare = !entropy && !(out.limit < INFINITY);
+      return bare ? call(z, dz, plain, std::true_type{}) : call(z, dz, plain, std::false_type{});
+    };
     if constexpr (std::is_same_v<decltype(z), float>) {
-      if (out.storage == Storage::bf16) return call(z, Bf16{}, plain);
-      if (out.storage == Storage::f16) return call(z, F16{}, plain);
+      if (out.storage == Storage::bf16) return with(Bf16{});
+      if (out.storage == Storage::f16) return with(F16{});
     }
-    return call(z, z, plain);
+    return with(z);
   });
 }
+
+inline bool of_entropy(const Gradient& grad) { return grad.g_entropy != nullptr; }
+inline bool of_entropy(const TokenLoss& loss) { return loss.kind == Token::ppo_clip && loss.entropy_coef != 0; }
 
 }  // namespace align_cuda

@@ -18,10 +18,10 @@ int forward(const Logits& in, State* state, Queue) {
 }
 
 int backward(const Logits& in, const Gradient& grad, Queue) {
-  return with_types(in, grad.out, [&](auto z, auto dz, auto plain) {
+  return with_types(in, grad.out, of_entropy(grad), [&](auto z, auto dz, auto plain, auto bare) {
     Block<kThreads> block;
     for (int64_t row = 0; row < in.rows; row++)
-      backward_row<decltype(z), decltype(dz), plain.value>(block, in, grad, row);
+      backward_row<decltype(z), decltype(dz), plain.value, bare.value>(block, in, grad, row);
     return 0;
   });
 }
@@ -36,11 +36,11 @@ int peaks(const Logits& in, const Peaks& peaks, Queue) {
 
 int token_loss(const Logits& in, State* state, const Out& out, const TokenLoss& loss, int64_t shared, Queue) {
   const int64_t bytes = shared < 0 ? 1 << 16 : shared;
-  return with_types(in, out, [&](auto z, auto dz, auto plain) {
+  return with_types(in, out, of_entropy(loss), [&](auto z, auto dz, auto plain, auto bare) {
     Block<kFusedThreads> block;
     std::vector<Pack<float, 4>> room(size_t(bytes / 16 + 1));
     for (int64_t row = 0; row < in.rows; row++)
-      token_loss_row<decltype(z), decltype(dz), plain.value>(
+      token_loss_row<decltype(z), decltype(dz), plain.value, bare.value>(
           block, in, state, out, loss, row, room.data(), int(bytes / 16));
     return 0;
   });

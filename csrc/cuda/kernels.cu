@@ -14,18 +14,18 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const Logits in, S
   forward_row<T, kPlain>(block, in, state, blockIdx.x);
 }
 
-template <class T, class U, bool kPlain>
+template <class T, class U, bool kPlain, bool kBare>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Logits in, const Gradient grad) {
   Block<kThreads> block;
-  backward_row<T, U, kPlain>(block, in, grad, blockIdx.x);
+  backward_row<T, U, kPlain, kBare>(block, in, grad, blockIdx.x);
 }
 
-template <class T, class U, bool kPlain>
+template <class T, class U, bool kPlain, bool kBare>
 __global__ void __launch_bounds__(kFusedThreads, 1)
     token_loss_kernel(const Logits in, State* state, const Out out, const TokenLoss loss, int room) {
   extern __shared__ __align__(16) unsigned char shared[];
   Block<kFusedThreads> block;
-  token_loss_row<T, U, kPlain>(block, in, state, out, loss, blockIdx.x, shared, room);
+  token_loss_row<T, U, kPlain, kBare>(block, in, state, out, loss, blockIdx.x, shared, room);
 }
 
 template <class T, bool kPlain>
@@ -53,8 +53,8 @@ int forward(const Logits& in, State* state, Queue queue) {
 
 int backward(const Logits& in, const Gradient& grad, Queue queue) {
   if (int error = cudaSetDevice(queue.device)) return error;
-  return with_types(in, grad.out, [&](auto z, auto dz, auto plain) {
-    backward_kernel<decltype(z), decltype(dz), plain.value>
+  return with_types(in, grad.out, of_entropy(grad), [&](auto z, auto dz, auto plain, auto bare) {
+    backward_kernel<decltype(z), decltype(dz), plain.value, bare.value>
         <<<unsigned(in.rows), kThreads, 0, stream_of(queue)>>>(in, grad);
     return int(cudaGetLastError());
   });
@@ -73,8 +73,8 @@ int token_loss(const Logits& in, State* state, const Out& out, const TokenLoss& 
   int most = 0;
   if (int error = cudaSetDevice(queue.device)) return error;
   if (int error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, queue.device)) return error;
-  return with_types(in, out, [&](auto z, auto dz, auto plain) {
-    auto kernel = token_loss_kernel<decltype(z), decltype(dz), plain.value>;
+  return with_types(in, out, of_entropy(loss), [&](auto z, auto dz, auto plain, auto bare) {
+    auto kernel = token_loss_kernel<decltype(z), decltype(dz), plain.value, bare.value>;
     cudaFuncAttributes of;
     if (int error = cudaFuncGetAttributes(&of, kernel)) return error;
     int64_t bytes = most - int64_t(of.sharedSizeBytes), row = in.cols * int64_t(sizeof z);

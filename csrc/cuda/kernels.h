@@ -19,15 +19,15 @@ ALIGN_FN void forward_row(Block<kThreads>& block, const Logits& in, State* state
   });
 }
 
-template <class T, class U, bool kPlain>
+template <class T, class U, bool kPlain, bool kBare>
 ALIGN_FN void backward_row(Block<kThreads>& block, const Logits& in, const Gradient& grad, int64_t index) {
   using R = Row<T, kPlain>;
   const R row(in, index);
   const RowGradient& g = block.template once<RowGradient>([&] {
     const double g_entropy = grad.g_entropy ? grad.g_entropy[index] : 0.0;
-    return row_gradient(row, grad.state[index], grad.g_logp[index], g_entropy, grad.out);
+    return row_gradient<kBare>(row, grad.state[index], grad.g_logp[index], g_entropy, grad.out);
   });
-  const Writer<U, R> writer(row, g, grad.out, index);
+  const Writer<U, kBare, R> writer(row, g, grad.out, index);
   block.each([&](int thread) {
     row.template visit<kThreads, 2>(
         thread, [&](int slot, const typename R::Raw& raw, int count) { writer.write(slot, raw, count); });
@@ -35,7 +35,7 @@ ALIGN_FN void backward_row(Block<kThreads>& block, const Logits& in, const Gradi
 }
 
 // Statistics, coefficient and gradient of a row, its first `room` packs kept in `shared` between the two passes.
-template <class T, class U, bool kPlain>
+template <class T, class U, bool kPlain, bool kBare>
 ALIGN_FN void token_loss_row(
     Block<kFusedThreads>& block, const Logits& in, State* state, const Out& out, const TokenLoss& loss, int64_t index,
     void* shared, int room) {
@@ -53,9 +53,9 @@ ALIGN_FN void token_loss_row(
     state[index] = whole;
     loss.value[index] = float(c.value);
     for (int i = 0; i < 4; i++) loss.metrics[i * in.rows + index] = float(c.metrics[i]);
-    return row_gradient(row, whole, scale * c.g, scale * c.g_entropy, out);
+    return row_gradient<kBare>(row, whole, scale * c.g, scale * c.g_entropy, out);
   });
-  const Writer<U, R> writer(row, g, out, index);
+  const Writer<U, kBare, R> writer(row, g, out, index);
   block.each([&](int thread) {
     const auto write = [&](int slot, const typename R::Raw& raw, int count) { writer.write(slot, raw, count); };
     // what was read last is likeliest still in the L2 cache

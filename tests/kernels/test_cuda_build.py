@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from cuda_compile import FIGURES, compiled, constant, figures, nvcc, release
 
 from align_kernels import backends_report, linear_logprobs
 from align_kernels.backends import cuda
@@ -26,59 +26,28 @@ SOURCES = ROOT / "csrc" / "cuda"
 REGISTERS = {"forward": 72, "backward": 72, "token_loss": 96, "peaks": 72, "unit_loss": 72}
 
 
-def constant(name: str):
-    """A list that setup.py defines."""
-    for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name:
-            return ast.literal_eval(node.value)
-    raise AssertionError(f"setup.py does not define {name}")
-
-
-def nvcc() -> str | None:
-    """nvcc of CUDA_HOME, of PATH, or of the dev extra's wheels."""
-    wheel = next((Path(p) / "nvidia/cu13/bin" for p in sys.path if (Path(p) / "nvidia/cu13/bin/nvcc").exists()), None)
-    places = [Path(os.environ["CUDA_HOME"]) / "bin"] if "CUDA_HOME" in os.environ else []
-    for place in (*places, os.environ.get("PATH", ""), wheel):
-        found = shutil.which("nvcc", path=str(place)) if place else None
-        if found:
-            return found
-    return None
-
-
 NVCC = nvcc()
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
 # -- compilation --------------------------------------------------------------------------------------------------
-def resources(arch: str, folder: Path, source: Path = SOURCES / "kernels.cu") -> dict[str, tuple[int, int, int]]:
-    """Registers, spilled bytes and static shared memory of every kernel, by its mangled name."""
-    assert NVCC is not None
-    flags = [flag for flag in constant("NVCC_FLAGS") if flag not in ("-Xfatbin", "-compress-all")]
-    command = [NVCC, "-cubin", f"-arch=sm_{arch}", *flags, "-Xptxas", "-v", "-o", str(folder / "k"), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found, name, spills = {}, "", 0
-    for line in done.stderr.splitlines():
-        if match := re.search(r"Function properties for (\w+)", line):
-            name = match[1]
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            spills = int(match[1]) + int(match[2])
-        elif match := re.search(r"Used (\d+) registers", line):
-            shared = re.search(r"(\d+) bytes smem", line)
-            found[name] = (int(match[1]), spills, int(shared[1]) if shared else 0)
-    return found
-
-
 @needs_nvcc
 @pytest.mark.parametrize("arch", constant("CUDA_ARCHS"))
 def test_kernels_compile_without_spills(arch: str, tmp_path: Path):
-    found = resources(arch, tmp_path)
-    assert len(found) == 6 + 10 + 10 + 6 + 1, sorted(found)
+    """And take what docs/gpu_registers.md says; `make gpu-registers` writes it anew."""
+    assert NVCC is not None
+    cubin, known = tmp_path / "kernels.cubin", json.loads(FIGURES.read_text())
+    found = compiled(NVCC, arch, cubin)
+    assert len(found) == 6 + 20 + 20 + 6 + 1, sorted(found)
     for name, (registers, spills, shared) in found.items():
         kernel = next(k for k in sorted(REGISTERS, key=len, reverse=True) if f"{k}_kernel" in name)
         assert spills == 0, f"{name} spills {spills} bytes"
         assert registers <= REGISTERS[kernel], f"{name} takes {registers} registers"
         assert shared <= 16384, f"{name} takes {shared} bytes of shared memory"
+    made = figures(found, cubin)
+    for of, figured in known.items():
+        assert list(figured["now"][f"sm_{arch}"]) == list(made)
+        assert of != release(NVCC) or figured["now"][f"sm_{arch}"] == made
 
 
 @needs_nvcc
@@ -94,7 +63,8 @@ def test_a_spill_is_seen(tmp_path: Path):
         }
         """
     )
-    ((_, spills, _),) = resources("90", tmp_path, planted).values()
+    assert NVCC is not None
+    ((_, spills, _),) = compiled(NVCC, "90", tmp_path / "planted.cubin", planted).values()
     assert spills > 0
 
 
