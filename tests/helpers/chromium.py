@@ -39,6 +39,7 @@ def started(folder: Path) -> Iterator[Any]:
     driver = webdriver.Chrome(options, Service(shutil.which(PROGRAMS[1])))
     try:
         driver.set_page_load_timeout(PATIENCE)
+        driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # as a window in front
         yield driver
     finally:
         driver.quit()
