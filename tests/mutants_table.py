@@ -33,7 +33,7 @@ OLD = (
            "residual = 1.0 - torch.exp(state[:, TARGET] - state[:, MAX] - log_sum).to(dtype)[:, None]",
            LOGPROBS),
     Mutant("compaction: each rank its own depth", f"{K}schedules/compaction.py",
-           "new = int(total(torch.tensor(len(some), device=rows.device), tiled.group))", "new = len(some)",
+           "    total(ends[1], tiled.group)\n", "",
            f"{KERNELS}test_parallel.py {KERNELS}test_compaction.py"),
     Mutant("rsLoRA's scaling left out", f"{E}integrations/hook.py",
            "module.lora_B[name].weight, module.scaling[name])}",

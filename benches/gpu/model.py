@@ -9,6 +9,7 @@ tile but the first, dW once more to become 16 bits, and where the loss is fused 
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,21 +121,39 @@ def forward(rows: int, V: int, D: int, card: Card, now: bool) -> dict[str, float
 
 PEAKED = 0.05  # of the columns of a block, which rows that are peaked keep
 LAUNCH, WAIT = 5e-6, 20e-6  # seconds
-LAUNCHED, WAITED = 60, 8  # times a block that is compacted, counted in schedules/compaction.py
+# times a block that is compacted, and a chunk beside its blocks (tests/kernels/test_block_launches.py)
+LAUNCHED, WAITED = 42, 2
+LAUNCHED_A_CHUNK, WAITED_A_CHUNK = 72, 2
+CUT = 0.11e-3  # seconds in which a CPU cuts the rows of two blocks from each other (docs/LOG.md)
 
 
-def peaked(rows: int, V: int, D: int, card: Card) -> dict[str, float]:
+def chunks_of(name: str, rows: int, card: Card) -> list[int]:
+    """Rows of each chunk of a trained head with `drop_mass`."""
+    size = plan(dataclasses.replace(request(name, rows, "trained", card), drop_mass=2**-8)).chunk_rows
+    return [min(size, rows - begin) for begin in range(0, rows, size)]
+
+
+def peaked(name: str, rows: int, card: Card) -> dict[str, float]:
     """Seconds of each part of a trained head whose rows keep PEAKED of their columns, in blocks of BLOCK_ROWS_GPU."""
-    product, blocks = 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS), -(-rows // BLOCK_ROWS_GPU)
+    V, D = HEADS[name]
+    product, chunks = 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS), chunks_of(name, rows, card)
+    blocks = sum(-(-size // BLOCK_ROWS_GPU) for size in chunks)
     return {
         "logits": waves.FLOAT32 * product,
         "their softmax": kernel(rows * V, 4, 27, card),
-        "columns looked at": kernel(rows * V, 4, 20, card) + rows * V / 16 * 40 / card.bandwidth,
+        "columns looked at": kernel(rows * V, 4, 20, card),
+        # a level read and written, compared, put in order and folded into pieces
+        "a sample of them": kernel(rows * V // 16, 5 + 5, 30, card),
+        # 27 bytes of its sector of 32, where columns lie at random; written, read by the exact sums and by the gradient
+        "logits gathered": PEAKED * rows * V * (27 + 4 + 4 + 6) / card.bandwidth,
         "products over the columns": 2 * PEAKED * product,
-        # W read, written and read; dW read, written, read, added to and written
-        "columns gathered": blocks * PEAKED * V * D * (3 * 2 + 5 * 4) / card.bandwidth,
-        "dW cleared and narrowed": (4 + 6) * V * D / card.bandwidth,
-        "launches and waits": blocks * (LAUNCHED * LAUNCH + WAITED * WAIT),
+        # W read, written and read; rows of dW written, read, and written where they belong
+        "columns gathered": blocks * PEAKED * V * D * (3 * 2 + 3 * 4) / card.bandwidth,
+        # a sum is read by the next block that reaches it, or when it is narrowed
+        "dW added to and narrowed": (blocks * PEAKED * 4 + 2) * V * D / card.bandwidth,
+        "launches and waits": blocks * (LAUNCHED * LAUNCH + WAITED * WAIT)
+        + len(chunks) * (LAUNCHED_A_CHUNK * LAUNCH + WAITED_A_CHUNK * WAIT),
+        "rows cut into blocks": blocks / 2 * CUT,
     }
 
 
@@ -184,11 +203,13 @@ def with_epilogue(rows: int, V: int, D: int, card: Card, mode: str) -> dict[str,
         "references, sums read": (4 * rows * D + 2 * SUMS * rows * V / TILE) / card.bandwidth,
     }
     if mode == "peaked":
-        dense = peaked(rows, V, D, card)
+        blocks, product_of_all = -(-rows // BLOCK_ROWS_GPU), 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS)
         parts["columns looked at"] = 2 * rows * V / card.bandwidth
-        parts |= {part: dense[part] for part in ("products over the columns", "columns gathered")}
-        parts |= {"dW cleared and narrowed": dense["dW cleared and narrowed"]}
-        parts["launches"] = -(-rows // BLOCK_ROWS_GPU) * CHOOSING * LAUNCH
+        parts["products over the columns"] = 2 * PEAKED * product_of_all
+        # W read, written and read; dW written, read, read, added to and written
+        parts["columns gathered"] = blocks * PEAKED * V * D * (3 * 2 + 5 * 4) / card.bandwidth
+        parts["dW cleared and narrowed"] = (4 + 6) * V * D / card.bandwidth
+        parts["launches"] = blocks * CHOOSING * LAUNCH
     if mode in ("frozen", "trained", "late"):
         parts["dX"] = product(rows, V, D)
     if mode in ("trained", "late"):
@@ -226,7 +247,7 @@ def experiment(name: str, rows: int) -> list[str]:
     sizes = rows, *HEADS[name]
     of = {mode: with_epilogue(*sizes, CARDS["H100"], mode) for mode in WITH_EPILOGUE}
     shipped = {mode: predicted(name, rows, mode, "H100")[1] for mode in MODES}
-    shipped["peaked"] = 1e3 * sum(peaked(*sizes, CARDS["H100"]).values())
+    shipped["peaked"] = 1e3 * sum(peaked(name, rows, CARDS["H100"]).values())
     lines = {part: [f"{1e3 * of[mode][part]:.2f}" if part in of[mode] else "" for mode in of]
              for part in dict.fromkeys(part for parts in of.values() for part in parts)}  # fmt: skip
     for card in CARDS:
@@ -256,7 +277,7 @@ def parts(name: str, rows: int) -> list[str]:
     ]
     lines += [f"blocks of {BLOCK_ROWS_GPU} rows keep {PEAKED:.0%} of the columns."]
     for title, terms in (("forward", lambda card: forward(rows, *HEADS[name], card, True)),
-                         ("peaked", lambda card: peaked(rows, *HEADS[name], card))):  # fmt: skip
+                         ("peaked", lambda card: peaked(name, rows, card))):  # fmt: skip
         of = {card: terms(CARDS[card]) for card in CARDS}
         lines += ["", f"| {title} | {' | '.join(CARDS)} |", "|---|---|---|"]
         for part in of["H100"]:

@@ -15,6 +15,8 @@ from align_kernels.backends import (
     OnChip,
     Peaks,
     Products,
+    RowSums,
+    Survey,
     cpu,
     cuda,
     torch_ops,
@@ -26,11 +28,13 @@ BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda, "tor
 POWERS = {
     "exponentials": Exponentials,
     "peaks": Peaks,
+    "survey": Survey,
     "lists": ListsOfColumns,
     "on_chip": OnChip,
     "products": Products,
     "losses": Losses,
     "multiply": Multiply,
+    "row_sums": RowSums,
 }
 
 

@@ -246,7 +246,20 @@ def test_a_backend_of_a_taken_name_is_refused(name: str):
 
 @pytest.mark.parametrize(
     "name",
-    ["why_not", "forward", "backward", "peaks", "lists", "exponentials", "on_chip", "products", "losses", "multiply"],
+    [
+        "why_not",
+        "forward",
+        "backward",
+        "peaks",
+        "lists",
+        "exponentials",
+        "on_chip",
+        "products",
+        "losses",
+        "multiply",
+        "row_sums",
+        "survey",
+    ],
 )
 def test_a_backend_without_a_part_of_the_protocol_is_refused(name: str):
     parts = dict(vars(torch_ops))

@@ -277,7 +277,9 @@ def test_the_cheapest_blocks():
 def test_shares_of_pieces():
     rng = torch.Generator().manual_seed(1)
     sample = torch.randint(0, 9, (37, 50), generator=rng).to(torch.uint8)
-    found = support.Support(torch.zeros(37), torch.randint(0, 5, (37,), generator=rng), sample, 50, None)
+    found = support.Support(
+        torch.zeros(37), torch.randint(0, 5, (37,), generator=rng), sample, torch.tensor(50.0), None
+    )
     places = torch.randperm(37, generator=rng)[:30]
     for piece in (1, 4):
         shares = found._shares(places, piece)
@@ -463,8 +465,8 @@ def test_a_flat_softmax_costs_no_pass(monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("a flat row was looked at")
 
-    monkeypatch.setattr(torch_ops, "peaks", never)
-    monkeypatch.setattr(cpu.lists, "survey", never)
+    for backend, name in ((torch_ops, "peaks"), (torch_ops, "survey"), (cpu, "survey")):
+        monkeypatch.setattr(backend, name, never)
     for impl in IMPLS:
         gradients(make("flat"), *coefficients(False), impl=impl, drop_mass=TAU)
 

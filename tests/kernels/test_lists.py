@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from align_kernels.backends import cpu
+from align_kernels.backends import cpu, torch_ops
 from align_kernels.backends.arguments import Lists
 
 from .tiles import OPTIONS, empty_state
@@ -87,13 +88,14 @@ def whole(lists: Lists, columns: int) -> Tensor:
 # -- the choice ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("every", [1, 3])
-def test_survey(name: str, every: int):
+@pytest.mark.parametrize("backend", [cpu, torch_ops])
+def test_survey(backend: Any, name: str, every: int):
     """Columns, mass and entropy of each level, in tiles of odd widths: every so many-th run of 16 of the whole row."""
     case, rows, tau, steps, levels = Case(**OPTIONS[name]), torch.tensor([7, 0, 4]), 2**-6, 4, 20
     sums = torch.zeros(len(rows), levels + 2, 3, dtype=torch.float64)
     for begin, end in ((0, 512), (512, 2560), (2560, V)):
         tile = torch.full((N, end - begin + 3), torch.nan)[:, : end - begin].copy_(case.z[:, begin:end])
-        own.survey(
+        backend.survey(
             tile, case.state, case.targets, rows, sums, first=begin, every=every, drop_mass=tau, steps=steps,
             **case.options(begin, end),
         )  # fmt: skip
@@ -257,3 +259,7 @@ def test_refusals():
         with pytest.raises(ValueError, match="rows must lie in"):
             own.survey(case.z, case.state, case.targets, rows, sums, first=0, every=1, drop_mass=0.1, steps=4,
                        **case.options(0, V))  # fmt: skip
+    sample = torch.zeros(1, V, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="sample must be None"):
+        own.survey(case.z, case.state, case.targets, torch.tensor([0]), sums, first=0, every=1, drop_mass=0.1, steps=4,
+                   sample=sample, **case.options(0, V))  # fmt: skip

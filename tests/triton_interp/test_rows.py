@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from align_kernels.backends import state as states
 from align_kernels.backends import torch_ops, triton
+from align_kernels.backends.arguments import looked_at
+from align_kernels.schedules import support
 
 from ..kernels.test_cpu_extension import Clamp, strided
 from ..kernels.tiles import OPTIONS, TAKEN, TERMS, backward_of_some, empty_state
@@ -256,6 +259,46 @@ def test_peaks(c: int, dtype: torch.dtype, options: dict):
     true = case.logits(case.z.double()).log_softmax(1)[rows].amax(0)
     assert (out[1:-1] - true).abs().max() < 2e-5 * true.abs().max().clamp(min=1.0)
     assert out[0].isnan() and out[-1].isnan()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("every", [1, 3])
+def test_survey(every: int, options: dict):
+    """The levels of the columns that plain torch looks at, and rows take the levels that its exact sums give them, or
+    one beside; in tiles, the last of which ends within a run."""
+    case, tau = Case(9, 3000, spread=6.0, **options), 2**-6
+    rows, S = torch.tensor([7, 0, 4, 2]), looked_at(case.c, every)
+    state = empty_state(9)
+    torch_ops.forward(case.z.double(), state, case.targets, **case.common())
+    found: list[tuple[Tensor, Tensor]] = []
+    for backend in (triton, torch_ops):
+        sums = torch.zeros(len(rows), support.LEVELS + 2, 3, dtype=torch.float64)
+        sample = torch.full((len(rows), S + 5), 255, dtype=torch.uint8)
+        for v0, v1 in itertools.pairwise((0, 64, 1600, case.c)):
+            levels = sample[:, looked_at(v0, every) : looked_at(v1, every)]
+            backend.survey(
+                case.z[:, v0:v1], state, case.targets, rows, sums, first=v0, every=every, drop_mass=tau,
+                steps=support.STEPS, sample=levels, **case.common(v0, v1),
+            )  # fmt: skip
+        assert (sample[:, S:] == 255).all() and (sums[:, :, 0].sum(1) == S).all()
+        found.append((sums, sample[:, :S].long()))
+    (sums, sample), (exact, true) = found
+    assert (sample - true).abs().max() <= 1 and (sample != true).float().mean() < 1e-2  # p at a level's edge
+    counts = torch.zeros_like(sums[:, :, 0]).scatter_add_(1, sample, torch.ones_like(sample).double())
+    assert torch.equal(sums[:, :, 0], counts)
+    below = exact[:, -1, 1:]
+    torch.testing.assert_close(sums[:, -1, 1:], below, rtol=1e-2, atol=1e-12)
+    entropy = states.entropy(state[rows])
+    for h in (None, entropy):
+        mine, plain = (support.first_level(*(x * every)[:, :, 1:].unbind(2), h, tau) for x in (sums, exact))
+        assert (mine - plain).abs().max() <= 1 and (plain < support.LEVELS).any() and (plain > 0).any()
+
+
+def test_more_levels_than_bins_are_refused():
+    case, sums = Case(3, 64), torch.zeros(1, 128, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="less than 128 levels, got 128"):
+        triton.survey(case.z, case.state(), case.targets, torch.tensor([1]), sums, first=0, every=1, drop_mass=0.1,
+                      steps=4, **case.common())  # fmt: skip
 
 
 ERRORS = [

@@ -59,6 +59,9 @@ class Backend(Protocol):
     def peaks(self) -> Peaks | None: ...
 
     @property
+    def survey(self) -> Survey | None: ...
+
+    @property
     def lists(self) -> ListsOfColumns | None: ...
 
     @property
@@ -72,6 +75,9 @@ class Backend(Protocol):
 
     @property
     def multiply(self) -> Multiply | None: ...
+
+    @property
+    def row_sums(self) -> RowSums | None: ...
 
 
 class Exponentials(Protocol):
@@ -104,28 +110,35 @@ class Peaks(Protocol):
     ) -> None: ...
 
 
-class ListsOfColumns(Protocol):
-    """Rows that keep few columns each, where products over those alone are faster than over blocks of rows."""
+class Survey(Protocol):
+    """What every so many-th run of columns tells of some rows: by it rows are told apart before any column is chosen.
 
-    def reads(self, w: Tensor) -> bool:
-        """Whether `pull` takes a weight as it lies."""
-        ...
+    A column of level j is kept from p >= drop_mass / 2^(j / steps) on, of the last level never. Of the levels but the
+    first and the last a backend may take p for that in their middle; nobody asks for the first one's sums.
+    """
 
-    def survey(
+    def __call__(
         self,
         z: Tensor,  # (n, c)
         state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
         targets: Tensor,  # (n,) int64
         rows: Tensor,  # (m,) int64, of the n
-        sums: Tensor,  # (m, levels + 2, 3) float64, added to
+        sums: Tensor,  # (m, levels + 2, 3) float64: number, sum of p and of -p log p by level, added to
         *,
-        first: int,
+        first: int,  # the tile's first column on this rank, a multiple of RUN
         every: int,
         drop_mass: float,
         steps: int,
+        sample: Tensor | None = None,  # (m, S) uint8, written: the level of each column that is looked at
         **transform: Unpack[Transform],
-    ) -> None:
-        """Add what every so many-th run of columns tells: number, sum of p and sum of -p log p, by level."""
+    ) -> None: ...
+
+
+class ListsOfColumns(Protocol):
+    """Rows that keep few columns each, where products over those alone are faster than over blocks of rows."""
+
+    def reads(self, w: Tensor) -> bool:
+        """Whether `pull` takes a weight as it lies."""
         ...
 
     def keep(
@@ -221,6 +234,29 @@ class Multiply(Protocol):
     """A tensor times a number of its device, in place; where that is 1 nothing else is read or written."""
 
     def __call__(self, x: Tensor, factor: Tensor) -> None: ...
+
+
+class RowSums(Protocol):
+    """Sums whose rows are written when they are first reached, so that nobody clears them before."""
+
+    def add(
+        self,
+        sums: Tensor,  # (V, D), of which rows that are not reached hold anything
+        reached: Tensor,  # (V,) bool, updated in place
+        rows: Tensor,  # (K,) int64, none twice
+        values: Tensor,  # (K, D) of the dtype of the sums
+    ) -> None:
+        """Add values to rows that are reached, and write them to the others."""
+        ...
+
+    def finish(
+        self,
+        sums: Tensor,  # (V, D)
+        reached: Tensor,  # (V,) bool
+        out: Tensor,  # (V, D), may be the sums
+    ) -> None:
+        """Write the rows that are reached, and zeros for the others, which are not read."""
+        ...
 
 
 class Losses(Protocol):

@@ -40,6 +40,15 @@ class Lists(NamedTuple):
     z: Tensor  # (K,) float32 raw logits
 
 
+RUN = 16  # columns that lie side by side and are looked at together: a cache line of float32
+
+
+def looked_at(columns: int, every: int) -> int:
+    """How many of the first `columns` of a rank `every` so many-th run of them has."""
+    whole, rest = divmod(columns, every * RUN)
+    return whole * RUN + min(max(rest - every // 2 * RUN, 0), RUN)
+
+
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

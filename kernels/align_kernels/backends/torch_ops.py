@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, Linear, Transform
+from align_kernels.backends.arguments import RUN, Clamp, Linear, Transform, looked_at
 from align_kernels.backends.state import ARGMAX, MAX, SUM, SUM_SQ, SUM_X, TARGET, TOTAL
 
-lists = on_chip = products = losses = multiply = None
+lists = on_chip = products = losses = multiply = row_sums = None
 
 HEADROOM = 20.0  # how far, in nats, a row's max may rise above the reference of its exponentials
 
@@ -162,3 +163,43 @@ def peaks(
     l, _ = raw_to_logits(z[rows], _compute_dtype(z), transform)
     lse = state[rows, MAX] + state[rows, SUM].log()
     out.copy_((l - lse.to(l.dtype)[:, None]).amax(0))
+
+
+def levels(log_p: Tensor, drop_mass: float, steps: int, last: int) -> Tensor:
+    """0 for p >= drop_mass, j for what lies in the j-th of the `steps` in which p halves, last + 1 below the last."""
+    below = torch.rsub(log_p, math.log2(drop_mass) * steps, alpha=steps / math.log(2))
+    return below.ceil_().clamp_(0, last + 1)
+
+
+def survey(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8), finished over the whole vocabulary
+    targets: Tensor,  # (n,) int64
+    rows: Tensor,  # (m,) int64, of the n
+    sums: Tensor,  # (m, levels + 2, 3) float64, added to
+    *,
+    first: int,
+    every: int,
+    drop_mass: float,
+    steps: int,
+    sample: Tensor | None = None,  # (m, S) uint8
+    **transform: Unpack[Transform],
+) -> None:
+    """Add number, sum of p and of -p log p by level, of every so many-th run of columns; `sample` takes the levels."""
+    del targets
+    begin, end = looked_at(first, every), looked_at(first + z.shape[1], every)
+    place = torch.arange(begin, end, device=z.device)
+    run = place.div(RUN, rounding_mode="floor")
+    columns = (run * every + every // 2) * RUN + place % RUN - first
+    t, bias = transform["temperature"], transform["bias"]
+    transform["temperature"] = t[rows] if isinstance(t, Tensor) else t
+    transform["bias"] = None if bias is None else bias[columns]
+    l, _ = raw_to_logits(z[rows[:, None], columns], _compute_dtype(z), transform)
+    lse = state[rows, MAX] + state[rows, SUM].log()
+    log_p = l - lse.to(l.dtype)[:, None]
+    level = levels(log_p, drop_mass, steps, sums.shape[1] - 2)
+    if sample is not None:
+        sample.copy_(level)
+    p = log_p.exp()
+    for i, x in enumerate((torch.ones_like(p), p, -p * log_p.clamp(min=-1e30))):
+        sums[:, :, i].scatter_add_(1, level.long(), x.to(sums.dtype))

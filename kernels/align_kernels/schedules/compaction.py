@@ -29,6 +29,7 @@ from torch import Tensor
 from align_kernels.backends import state as states
 from align_kernels.backends.arguments import Transform
 from align_kernels.backends.state import SUM
+from align_kernels.backends.torch_ops import levels
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.base import Schedule
 from align_kernels.schedules.dense import Frozen, OnePass, gradient, softmax
@@ -80,8 +81,8 @@ class Block(NamedTuple):
     def products(self, tiled: TiledHead, rows: Rows, consume: bool) -> Tensor | None:
         """Multiply: `tiled.grads`, and this rank's dX [m, D]."""
         del consume  # a tile takes the gradient
-        tiled.grads.zero()
-        targets = _places(rows.chunk.targets - tiled.offset, self.columns, tiled.head.weight.shape[0])
+        tiled.grads.begin_by_rows()
+        targets = _places(_of_rank(tiled, rows.chunk.targets), self.columns, tiled.head.weight.shape[0])
         rows = rows._replace(chunk=replace(rows.chunk, targets=targets))
         return tiled.products(rows, _pieces(tiled, rows.chunk, self))
 
@@ -126,55 +127,83 @@ def _blocks(
     if len(rows) == 0:
         return
     found = estimate(tiled, chunk, state, store, rows, entropy=entropy)
-    for places, flat in found.blocks(BLOCK_ROWS if rows.device.type == "cpu" else BLOCK_ROWS_GPU):
-        block = None if flat else _select(tiled, chunk, state, store, rows[places], found.level[places], entropy)
+    order, cuts = found.blocks(BLOCK_ROWS if rows.device.type == "cpu" else BLOCK_ROWS_GPU)
+    rows, level = rows[order], found.level[order].double()
+    measured = state.clone()
+    measured[rows, SUM] *= torch.exp2(level / -STEPS)
+    log_eps = math.log(tiled.settings.drop_mass) - level * (math.log(2) / STEPS) if entropy else None
+    them = Candidates(
+        rows, chunk.select(rows), state[rows], log_eps, tiled.new_state(len(rows)), torch.zeros_like(rows)
+    )
+    for begin, end, flat in cuts:
+        some = them.span(begin, end)
+        block = None if flat else _select(tiled, chunk, measured, store, some)
         if block is None:
-            dense.append(rows[places])
+            dense.append(some.rows)
         else:
             yield block
 
 
-def _select(
-    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, level: Tensor, entropy: bool
-) -> Block | None:
-    """The block of these rows, whose levels are estimated as `level` [m]; None where it would keep more than
-    MOST_COLUMNS."""
+class Candidates(NamedTuple):
+    """Rows that may be compacted, those of a block side by side."""
+
+    rows: Tensor  # (m,) int64, of a chunk
+    part: Chunk  # of them
+    whole: Tensor  # (m, 8) their state
+    log_eps: Tensor | None  # (m,) estimated; None: the entropy has no gradient
+    kept: Tensor  # (m, 8) of the columns that are kept so far
+    nowhere: Tensor  # (m,) int64: targets that are not asked for
+
+    def span(self, begin: int, end: int) -> Candidates:
+        of, log_eps = slice(begin, end), self.log_eps
+        log_eps = None if log_eps is None else log_eps[of]
+        return Candidates(self.rows[of], self.part.select(of), self.whole[of], log_eps, self.kept[of], self.nowhere[of])
+
+
+def _select(tiled: TiledHead, chunk: Chunk, measured: Tensor, store: Store, some: Candidates) -> Block | None:
+    """The block of some rows [m] of a chunk, in whose state `measured` [n, 8] the p that a row is expected to keep is
+    drop_mass. None where it would keep more than MOST_COLUMNS.
+
+    A GPU is waited for twice where what is expected holds, and once more for each step below it.
+    """
     n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
-    peaks = tiled.backend.peaks
+    rows, part, peaks = some.rows, some.part, tiled.backend.peaks
     assert peaks is not None
-    # a row's p is measured by the eps with which it is expected to do
-    part, whole, measure = chunk.select(rows), state[rows], 2.0 ** (-level.double() / STEPS)
-    measured = whole.clone()
-    measured[:, SUM] *= measure
-    peak, z = tiled.empty(V, dtype=torch.float32), None
+    peak, z = tiled.empty(V + 1, dtype=torch.float32), None
     if len(rows) <= FEW:  # copied: one call of the backend and not one a tile
         z = _rows(tiled, store, n, rows)
         every = torch.arange(len(rows), device=rows.device)
-        peaks(z, measured, part.targets, every, out=peak, **tiled.common(part, 0, V))
+        peaks(z, measured[rows], part.targets, every, out=peak[:V], **tiled.common(part, 0, V))
     else:
-        of_chunk = state.index_copy(0, rows, measured)
         for v0, v1 in tiled.tiles():
             tile = store.tile(n, v0, v1)
-            peaks(tile, of_chunk, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
-    target = part.targets - tiled.offset
-    peak[target[(target >= 0) & (target < V)]] = torch.inf
-    kept, size, columns, segments = tiled.new_state(len(rows)), 0, [], []
-    for j in range(LEVELS):
-        floor = math.log(tau) - j * math.log(2) / STEPS
-        some = (peak >= floor).nonzero()[:, 0]
-        new = int(total(torch.tensor(len(some), device=rows.device), tiled.group))
-        size += new
-        if size > MOST_COLUMNS * tiled.vocab:
+            peaks(tile, measured, chunk.targets, rows, out=peak[v0:v1], **tiled.common(chunk, v0, v1))
+    peak.index_fill_(0, _of_rank(tiled, part.targets), torch.inf)
+    level, order = levels(peak[:V], tau, STEPS, LEVELS).to(torch.uint8).sort(stable=True)
+    ends = torch.searchsorted(level, torch.arange(LEVELS, dtype=torch.uint8, device=level.device), right=True)
+    ends = torch.stack((ends, ends))  # of this rank, and of all
+    total(ends[1], tiled.group)
+    begin, before, segments = 0, 0, []
+    for j, (end, of_all) in enumerate(zip(*ends.tolist())):
+        if of_all > MOST_COLUMNS * tiled.vocab:
             return None
-        if new == 0:
+        if of_all == before:
             continue
-        peak[some] = -torch.inf
-        segments.append(_gather(tiled, store, n, rows, some) if z is None else z.index_select(1, some))
-        columns.append(some)
-        tiled.backend.forward(segments[-1], kept, torch.zeros_like(rows), **_common(tiled, part, some, 0, len(some)))
-        if bool(suffices(tiled, whole, kept, tau, tau * measure * 2 ** (-j / STEPS), entropy).all()):
-            return Block(rows, torch.cat(columns), torch.cat(segments, 1))
+        columns = order[begin:end]
+        segments.append(_gather(tiled, store, n, rows, columns) if z is None else z.index_select(1, columns))
+        common = _common(tiled, part, columns, 0, len(columns))
+        tiled.backend.forward(segments[-1], some.kept, some.nowhere, **common)
+        log_eps = None if some.log_eps is None else some.log_eps - j * (math.log(2) / STEPS)
+        if bool(suffices(tiled, some.whole, some.kept, log_eps).all()):
+            return Block(rows, order[:end], segments[0] if len(segments) == 1 else torch.cat(segments, 1))
+        begin, before = end, of_all
     return None
+
+
+def _of_rank(tiled: TiledHead, targets: Tensor) -> Tensor:
+    """The columns of this rank that targets [m] are; V for those that another rank has."""
+    V = tiled.head.weight.shape[0]
+    return targets if tiled.group is None else (targets - tiled.offset).clamp_(-1, V).remainder_(V + 1)
 
 
 def _rows(tiled: TiledHead, store: Store, n: int, rows: Tensor) -> Tensor:
@@ -190,6 +219,8 @@ def _rows(tiled: TiledHead, store: Store, n: int, rows: Tensor) -> Tensor:
 def _gather(tiled: TiledHead, store: Store, n: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Raw logits [m, K] from n rows that lie tile after tile."""
     V, wide = tiled.head.weight.shape[0], tiled.plan.tile_cols
+    if wide >= V:
+        return store.tile(n, 0, V)[rows[:, None], columns]
     first = columns // wide * wide
     width = (V - first).clamp_(max=wide).add_(tiled.step - 1).div_(tiled.step, rounding_mode="floor").mul_(tiled.step)
     return store.own.take(rows[:, None] * width + (first * (n - 1) + columns))
@@ -209,9 +240,12 @@ def compacted(tiled: TiledHead, rows: Rows, live: Tensor | None, store: Store) -
     room = tiled.plan.spare // tiled.logits_dtype.itemsize
     blocks = cut(tiled, rows.chunk, rows.state, store, index, dense, room, entropy=rows.g_entropy is not None)
     dx = _sparse(tiled, rows, blocks, consume=True)
-    rest = torch.cat(dense).sort().values
-    if len(rest) == len(index):
+    left = sum(map(len, dense))
+    if left == len(index):
         return gradient(tiled, rows, live, store, consume=True)
+    if left == 0:
+        return dx if dx is None or live is None else dx[live]
+    rest = torch.cat(dense).sort().values
     part = gradient(tiled, rows, rest, store, consume=True)
     if dx is None or part is None:
         return None
@@ -264,10 +298,9 @@ def _pieces(tiled: TiledHead, part: Chunk, block: Block) -> Iterator[Piece]:
 
 
 def _places(targets: Tensor, columns: Tensor, V: int) -> Tensor:
-    """Where each target [m] lies among `columns` [K]; K for one that another rank has."""
+    """Where each target [m] of `_of_rank` lies among `columns` [K]; K for one that another rank has."""
     place = torch.full((V + 1,), len(columns), device=columns.device)
-    place[columns] = torch.arange(len(columns), device=columns.device)
-    return place[targets.where((targets >= 0) & (targets < V), V)]
+    return place.index_copy_(0, columns, torch.arange(len(columns), device=columns.device))[targets]
 
 
 # -- between forward and backward ---------------------------------------------------------------------------------

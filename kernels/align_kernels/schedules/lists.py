@@ -21,7 +21,7 @@ from align_kernels.backends import state as states
 from align_kernels.backends.arguments import Lists
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.sharded import total
-from align_kernels.schedules.support import LEVELS, STEPS, first_level, suffices
+from align_kernels.schedules.support import LEVELS, STEPS, first_level, suffices, survey
 from align_kernels.schedules.tiles import Chunk, Rows, TiledHead
 
 MOST = 0.5  # of the vocabulary that a row keeps: with more, dense GEMMs of many rows are cheaper (docs/LOG.md)
@@ -170,14 +170,9 @@ def _estimate(
 
     The level is one beyond the first that fits the sample: most are then right at once.
     """
-    n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
+    V, tau = tiled.head.weight.shape[0], tiled.settings.drop_mass
     every = max(min(every, V // LEAST_SAMPLE), 1)
-    sums = torch.zeros(len(rows), LEVELS + 2, 3, dtype=torch.float64)
-    for v0, v1 in tiled.tiles():
-        _own(tiled).survey(
-            store.tile(n, v0, v1), state, chunk.targets, rows, sums, first=v0, every=every, drop_mass=tau, steps=STEPS,
-            **tiled.common(chunk, v0, v1),
-        )  # fmt: skip
+    sums = survey(tiled, chunk, state, store, rows, every)
     sums *= V / sums[0, :, 0].sum().clamp(min=1.0)
     mine = sums[:, :, 0].cumsum(1)
     count, mass, minus = total(sums, tiled.group).unbind(2)
@@ -226,7 +221,7 @@ def _collect(
         kept = tiled.new_state(len(pending))
         own.forward(Lists(begin, end, columns, z), V, kept, part.targets, **tiled.common(part, 0, V))
         whole_lists = total((found > room).long(), tiled.group) == 0
-        again = ~(suffices(tiled, whole, kept, tau, log_eps.exp(), entropy) & whole_lists)
+        again = ~(suffices(tiled, whole, kept, log_eps if entropy else None) & whole_lists)
         pending, found = pending[again], found[again]
         if bool(again.any()):  # a sample misses a few large probabilities: of these rows all columns are looked at
             exact, _, mine = _estimate(tiled, chunk, state, store, rows[pending], entropy, 1)

@@ -183,7 +183,8 @@ class Request:
     def kept_rows(self, apart: int = 0) -> int:
         """Rows of a chunk whose logits are kept, where `apart` of all rows lie elsewhere."""
         if self.device != "cpu":
-            return self.by_waves(self.room, 1)
+            blocks = self.room // BLOCK_ROWS_GPU * BLOCK_ROWS_GPU  # products over few columns know no waves
+            return blocks if self.drop_mass > 0 and blocks >= max(self.largest_unit, 1) else self.by_waves(self.room, 1)
         most = self.profile.trained_rows if self.needs_head else self.profile.frozen_rows
         most = max(min(self.profile.max_rows, most), self.largest_unit)
         if self.workspace:  # a limit that was asked for is used whole

@@ -15,28 +15,29 @@ Letters: m rows, S columns of the sample, V columns on this rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from operator import add
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from align_kernels.backends import state as states
 from align_kernels.backends import torch_ops
+from align_kernels.backends.arguments import looked_at
 from align_kernels.backends.state import MAX, SUM, SUM_X
 from align_kernels.schedules.aliasing import Store
 from align_kernels.schedules.request import MOST_COLUMNS
 from align_kernels.schedules.sharded import total
 from align_kernels.schedules.tiles import Chunk, TiledHead
 
-RUN = 16  # columns that lie side by side: a cache line of float32
 EVERY = 16  # one run in so many
 LEAST_SAMPLE = 1024  # columns, or all that there are
-EACH, EACH_GPU = 0.1, 150  # as long as the products of so many rows takes a block by itself: estimated
+EACH, EACH_GPU = 0.1, 90  # as long as the products of so many rows takes a block by itself: estimated
 EXTRA_ROWS = 16  # as long as the products of so many rows takes the gathering of a block's columns, on a CPU
-EXTRA_ROWS_GPU = 1600  # 26 bytes a weight at 3 TB/s beside products at 730 TFLOP/s: estimated
-PIECES = 128  # in which a block's rows may be cut, where it has as many
+EXTRA_ROWS_GPU = 1300  # 22 bytes a weight at 3 TB/s beside products at 730 TFLOP/s: estimated
+PIECES, PIECES_GPU = 128, 16  # in which a block's rows may be cut, where it has as many
 STEPS = 4  # levels in which a probability halves
 LEVELS = 20 * STEPS  # before a row is given up
 ROUNDING = 2.0**-20  # of a probability mass in float32; a smaller drop_mass keeps every column
@@ -48,42 +49,52 @@ class Support(NamedTuple):
     columns: Tensor  # (m,) estimated number that a row needs
     level: Tensor  # (m,) int64: it keeps p >= drop_mass / 2^(level / STEPS)
     sample: Tensor  # (m, S) uint8: from which level on a row keeps a column
-    size: int  # of the sample, on all ranks
+    size: Tensor  # () of the sample, on all ranks
     group: dist.ProcessGroup | None
 
-    def blocks(self, most: int) -> Iterator[tuple[Tensor, bool]]:
-        """All rows in blocks of at most `most`: their places (int64), and whether the block runs dense."""
-        cpu, piece = self.columns.device.type == "cpu", max(most // PIECES, 1)
-        apart = (EACH, EXTRA_ROWS) if cpu else (EACH_GPU, EXTRA_ROWS_GPU)
-        for places in self.columns.argsort(stable=True).split(2 * most):
+    def blocks(self, most: int) -> tuple[Tensor, list[tuple[int, int, bool]]]:
+        """All rows in an order (places, int64), and its cuts into blocks of at most `most`: begin, end and whether the
+        block runs dense."""
+        cpu, cuts, first = self.columns.device.type == "cpu", [], 0
+        pieces, *apart = (PIECES, EACH, EXTRA_ROWS) if cpu else (PIECES_GPU, EACH_GPU, EXTRA_ROWS_GPU)
+        piece, order = max(most // pieces, 1), self.columns.argsort(stable=True)
+        groups = order.split(2 * most)
+        shares = [self._shares(places, piece) for places in groups]
+        read = torch.cat([x.view(-1) for x in shares]).cpu().split([x.numel() for x in shares])
+        for places, flat, of in zip(groups, read, shares):
             ends = [*range(piece, len(places), piece), len(places)]
-            for begin, end, dense in cheapest(self._shares(places, piece), ends, most, *apart):
-                yield places[begin:end], dense
+            found = cheapest(flat.view_as(of), ends, most, *apart)
+            cuts += [(first + begin, first + end, dense) for begin, end, dense in found]
+            first += len(places)
+        return order, cuts
 
     def _shares(self, places: Tensor, piece: int) -> Tensor:
         """[m, m]: the share of columns that pieces i .. j of the rows together need, at [j, i]."""
         needed = self.sample[places] <= self.level[places][:, None]
-        if piece > 1:
-            needed = torch.stack([part.any(0) for part in needed.split(piece)])
-        m = len(needed)
+        m = -(-len(places) // piece)
+        if missing := m * piece - len(places):
+            needed = F.pad(needed, (0, 0, 0, missing))
+        needed = needed.view(m, piece, -1).any(1)
         number = torch.arange(1, m + 1, device=places.device)[:, None]
         last = torch.where(needed, number, 0).cummax(0).values  # of the rows so far that need a column
-        counts = torch.bincount((last + (number - 1) * (m + 1)).view(-1), minlength=m * (m + 1)).view(m, m + 1)
+        place = (last + (number - 1) * (m + 1)).view(-1)
+        counts = place.new_zeros(m * (m + 1)).scatter_add_(0, place, torch.ones_like(place)).view(m, m + 1)
         return total(counts.flip(1).cumsum(1).flip(1)[:, 1:].double(), self.group) / self.size
 
 
-def cheapest(shares: Tensor, ends: list[int], most: int, each: float, extra: int) -> list[tuple[int, int, bool]]:
+def cheapest(shares: Tensor, ends: list[int], most: int, each: float, extra: float) -> list[tuple[int, int, bool]]:
     """Pieces of rows, with these `ends`, put together into blocks of at most `most` rows whose products cost the least,
     where a block costs as much as `each` rows and its columns as `extra`: begin, end and whether it runs dense.
-    `shares` [m, m] holds the share of columns of pieces i .. j at [j, i]."""
+    `shares` [m, m], of a CPU, holds the share of columns of pieces i .. j at [j, i]."""
     edges = torch.tensor([0, *ends], dtype=torch.float64)
-    shares, sizes = shares.cpu(), edges[1:, None] - edges[:-1]
+    sizes = edges[1:, None] - edges[:-1]
     price = torch.where(shares > MOST_COLUMNS, sizes, torch.minimum(each + shares * (sizes + extra), sizes))
     dense, price = price == sizes, torch.where(sizes > most, torch.inf, price)
-    best, first = torch.zeros(len(edges), dtype=torch.float64), []
-    for j in range(len(ends)):
-        best[j + 1], place = (best[: j + 1] + price[j, : j + 1]).min(0)
-        first.append(int(place))
+    best, first = [0.0], []
+    for row in price.tolist():
+        prices = list(map(add, best, row))
+        best.append(min(prices))
+        first.append(prices.index(best[-1]))
     cuts, j = [], len(ends)
     while j:
         i = first[j - 1]
@@ -92,67 +103,63 @@ def cheapest(shares: Tensor, ends: list[int], most: int, each: float, extra: int
     return cuts[::-1]
 
 
-def levels(log_p: Tensor, drop_mass: float) -> Tensor:
-    """0 for p >= drop_mass, j for what lies in the j-th of the STEPS in which p halves, LEVELS + 1 below all."""
-    return ((math.log2(drop_mass) - log_p / math.log(2)) * STEPS).ceil_().clamp_(0, LEVELS + 1)
-
-
 def first_level(mass: Tensor, minus: Tensor, entropy: Tensor | None, tau: float) -> Tensor:
     """The first level at which a row drops no more than tau, LEVELS + 1 where none is, from the mass and the sum of
     -p log p [m, LEVELS + 2] of each; `entropy` [m], where the error of its gradient is bounded too."""
-    dropped, minus = (x.flip(1).cumsum(1).flip(1)[:, 1:] for x in (mass, minus))  # beyond each level
+
+    def beyond(x: Tensor) -> Tensor:
+        return x.flip(1).cumsum(1).flip(1)[:, 1:]
+
+    dropped = beyond(mass)
     fits = dropped <= tau
     if entropy is not None:
         H, eps = entropy[:, None], math.log(tau) - math.log(2) / STEPS * torch.arange(LEVELS + 1, device=mass.device)
-        fits &= (minus - H * dropped <= tau) & (eps + H <= 0)
+        fits &= (beyond(minus) - H * dropped <= tau) & (eps + H <= 0)
     return torch.where(fits.any(1), fits.int().argmax(1), LEVELS + 1)
 
 
-def suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, tau: float, eps: Tensor, entropy: bool) -> Tensor:
-    """Whether the columns that were folded into `kept` [m, 8], all whose p reaches eps [m] in a row, are enough for
-    it: bool [m]."""
-    m, s, a = (kept[:, column] for column in (MAX, SUM, SUM_X))
-    log_p = torch.where(s > 0, m - whole[:, MAX] - whole[:, SUM].log(), -torch.inf)
-    share = log_p.exp()
-    minus = torch.where(s > 0, (a + s * log_p) * share, 0.0)
-    mass, minus_entropy = total(torch.stack((s * share, minus)), tiled.group)
-    delta = 1.0 - mass
-    fits = delta <= tau - ROUNDING
-    if entropy:
-        # every dropped p lies below eps: with eps <= exp(-H) all terms p (log p + H) have one sign
-        H = states.entropy(whole)
-        dropped = H + minus_entropy - H * delta
-        fits &= (dropped <= tau - ROUNDING * (1.0 + H)) & (eps.log() + H <= 0)
-    return fits
+def suffices(tiled: TiledHead, whole: Tensor, kept: Tensor, log_eps: Tensor | None) -> Tensor:
+    """Whether the columns that were folded into `kept` [m, 8] are enough for a row: bool [m]. They are all whose log p
+    reaches log_eps [m]; None where the entropy has no gradient."""
+    log_s, tau = kept[:, SUM].log(), tiled.settings.drop_mass
+    log_mass = (kept[:, MAX] + log_s) - (whole[:, MAX] + whole[:, SUM].log())
+    mass, least = log_mass.exp(), 1.0 - tau + ROUNDING
+    if log_eps is None:
+        return total(mass, tiled.group) >= least
+    log_p = log_mass - log_s  # of the largest that is kept
+    p_log_p = torch.where(kept[:, SUM] > 0, log_p.exp() * kept[:, SUM_X] + mass * log_p, 0.0)
+    mass, p_log_p = total(torch.stack((mass, p_log_p)), tiled.group)
+    # every dropped p lies below eps: with eps <= exp(-H) all terms p (log p + H) have one sign
+    H = states.entropy(whole)
+    dropped = H + p_log_p - H * (1.0 - mass)
+    return (mass >= least) & (dropped <= tau - ROUNDING * (1.0 + H)) & (log_eps + H <= 0)
 
 
-def _sample(V: int, device: torch.device) -> Tensor:
-    """The columns that are looked at, int64 ascending."""
-    every = max(min(EVERY, V // LEAST_SAMPLE), 1)
-    columns = torch.arange(V, device=device)
-    return columns[columns // RUN % every == every // 2]
+def survey(
+    tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, every: int, sample: Tensor | None = None
+) -> Tensor:
+    """[m, LEVELS + 2, 3] float64: number, sum of p and sum of -p log p of the columns of each level of some rows [m],
+    in every so many-th run of columns. `sample` [m, S] uint8 takes their levels."""
+    n, given = len(chunk.targets), {}
+    sums = torch.zeros(len(rows), LEVELS + 2, 3, dtype=torch.float64, device=rows.device)
+    own = tiled.backend.survey or torch_ops.survey
+    for v0, v1 in tiled.tiles():
+        if sample is not None:
+            given["sample"] = sample[:, looked_at(v0, every) : looked_at(v1, every)]
+        own(
+            store.tile(n, v0, v1), state, chunk.targets, rows, sums, first=v0, every=every,
+            drop_mass=tiled.settings.drop_mass, steps=STEPS, **given, **tiled.common(chunk, v0, v1),
+        )  # fmt: skip
+    return sums
 
 
 def estimate(tiled: TiledHead, chunk: Chunk, state: Tensor, store: Store, rows: Tensor, *, entropy: bool) -> Support:
     """Of some rows [m] of a chunk, whose raw logits are in `store`; `entropy` bounds its gradient's error as well."""
-    n, V, tau = len(chunk.targets), tiled.head.weight.shape[0], tiled.settings.drop_mass
-    some, part, whole = _sample(V, rows.device), chunk.select(rows), state[rows]
-    log_sum = (whole[:, MAX] + whole[:, SUM].log()).float()[:, None]
-    sums = torch.zeros(3, len(rows), LEVELS + 2, device=rows.device)  # columns, mass, -sum p log p of each level
-    sample = torch.empty(len(rows), len(some), dtype=torch.uint8, device=rows.device)
-    for v0, v1 in tiled.tiles():
-        begin, end = torch.searchsorted(some, torch.tensor([v0, v1], device=some.device)).tolist()
-        columns = some[begin:end]
-        common = tiled.common(part, v0, v1)
-        common["bias"] = None if tiled.bias is None else tiled.bias[columns]
-        z = store.tile(n, v0, v1).index_select(1, columns - v0)[rows]
-        log_p = torch_ops.raw_to_logits(z, torch.float32, common)[0] - log_sum
-        level = levels(log_p, tau)
-        sample[:, begin:end] = level
-        p = log_p.exp()
-        for i, x in enumerate((torch.ones_like(p), p, -p * log_p)):
-            sums[i].scatter_add_(1, level.long(), x)
-    size = int(total(torch.tensor(len(some), device=rows.device), tiled.group))
-    count, mass, minus = total(sums, tiled.group) * (tiled.vocab / size)
-    level = first_level(mass, minus, states.entropy(whole).float() if entropy else None, tau)
+    V, tau = tiled.head.weight.shape[0], tiled.settings.drop_mass
+    every = max(min(EVERY, V // LEAST_SAMPLE), 1)
+    sample = torch.empty(len(rows), looked_at(V, every), dtype=torch.uint8, device=rows.device)
+    sums = total(survey(tiled, chunk, state, store, rows, every, sample), tiled.group)
+    size = sums[0, :, 0].sum()
+    count, mass, minus = (sums * (tiled.vocab / size)).unbind(2)
+    level = first_level(mass, minus, states.entropy(state[rows]) if entropy else None, tau)
     return Support(count.cumsum(1).gather(1, level[:, None])[:, 0], level, sample, size, tiled.group)

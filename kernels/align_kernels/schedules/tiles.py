@@ -55,7 +55,7 @@ class Chunk:
         """The same chunk, with the number of its rows that have a coefficient."""
         return dataclasses.replace(self, live=live, inputs=lambda: self._inputs)
 
-    def select(self, index: Tensor) -> Chunk:
+    def select(self, index: Tensor | slice) -> Chunk:
         """The chunk of some of its rows. `rows` no longer apply: the caller scatters."""
 
         def inputs() -> tuple[Tensor, Tensor | None]:
@@ -102,7 +102,11 @@ class Piece(NamedTuple):
 
 
 class Grads:
-    """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to."""
+    """Accumulators of the head's gradients, float32 (float64 for float64 weights), written first, then added to.
+
+    Where gradients reach only some columns, each row of dW is written when it is first reached, and those that none
+    reaches are neither written nor read before the end.
+    """
 
     def __init__(self, tiled: TiledHead) -> None:
         def like(x: Tensor | None, needed: bool) -> Tensor | None:
@@ -111,35 +115,66 @@ class Grads:
             return tiled.empty(*x.shape, dtype=float_dtype(x))
 
         head, needs = tiled.head, tiled.needs
-        self.head, self.group, self.product = head, tiled.group, tiled.product
+        self.head, self.group, self.product, self.own = head, tiled.group, tiled.product, tiled.backend.row_sums
         self.weight = like(head.weight, needs.weight)
         self.bias = like(head.bias, needs.bias)
         self.lora_A = like(head.lora_A, needs.lora_A)
         self.lora_B = like(head.lora_B, needs.lora_B)
         self.started = False
+        self.reached: Tensor | None = None  # (V,) bool: rows of dW that are written; None: all, or none yet
 
-    def zero(self) -> None:
-        """Begin with zeros, for gradients that do not reach every column."""
+    def begin_by_rows(self) -> None:
+        """Gradients that do not reach every column are about to be added."""
+        if self.weight is not None and self.reached is None:
+            self.reached = torch.full(self.weight.shape[:1], self.started, device=self.weight.device)
         if not self.started:
-            for grad in (self.weight, self.bias, self.lora_A, self.lora_B):
+            for grad in (self.bias, self.lora_A, self.lora_B):
                 if grad is not None:
                     grad.zero_()
             self.started = True
 
     def add(self, columns: slice | Tensor, dz: Tensor, x: Tensor, xa: Tensor | None) -> None:
-        """Add a tile of dL/dz [m, c], with its rows' x [m, D] and xa [m, R]."""
-        for grad, b in ((self.weight, x), (self.lora_B, xa)):
-            if grad is None or b is None:
-                continue
+        """Add a tile of dL/dz [m, c], with its rows' x [m, D] and xa [m, R]. Columns in a tensor [c] are unique, and
+        come after `begin_by_rows`."""
+        self._add_to_weight(columns, dz, x)
+        if self.lora_B is not None and xa is not None:
             if isinstance(columns, slice):
-                self.product(grad[columns], dz.T, b, add=self.started)
+                self.product(self.lora_B[columns], dz.T, xa, add=self.started)
             else:
-                rows = grad[columns]  # no column comes twice: no sum in an order of its own, as index_add_ has on a GPU
-                self.product(rows, dz.T, b, add=True)
-                grad.index_copy_(0, columns, rows)
+                rows = self.lora_B[columns]
+                self.product(rows, dz.T, xa, add=True)
+                self.lora_B.index_copy_(0, columns, rows)
         if self.bias is not None:
             total = dz.sum(0, dtype=self.bias.dtype)
             self.bias[columns] = self.bias[columns] + total if self.started else total
+
+    def _add_to_weight(self, columns: slice | Tensor, dz: Tensor, x: Tensor) -> None:
+        dw = self.weight
+        if dw is None:
+            return
+        if isinstance(columns, slice):
+            self._write_all_rows()
+            self.product(dw[columns], dz.T, x, add=self.started)
+            return
+        # no column comes twice: each sum has one order, which index_add_ has not on a GPU
+        rows, reached = dw.new_empty(len(columns), dw.shape[1]), self.reached
+        assert reached is not None
+        self.product(rows, dz.T, x, add=False)
+        if self.own is not None:
+            self.own.add(dw, reached, columns, rows)
+        else:
+            rows += dw[columns].where(reached[columns][:, None], 0.0)  # memory that is not written holds anything
+            dw.index_copy_(0, columns, rows)
+            reached.index_fill_(0, columns, True)
+
+    def _write_all_rows(self) -> None:
+        """Zeros in the rows of dW that nothing has reached."""
+        if self.weight is not None and self.reached is not None:
+            if self.own is not None:
+                self.own.finish(self.weight, self.reached, self.weight)
+            else:
+                self.weight.masked_fill_(~self.reached[:, None], 0.0)
+            self.reached = None
 
     def add_rows(self, columns: Tensor, x: Tensor, xa: Tensor | None) -> None:
         """Add one row x [m, D] and xa [m, R] at each of m columns, which may repeat."""
@@ -155,17 +190,24 @@ class Grads:
 
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of the tensors they belong to: weight, bias, lora_A, lora_B."""
-        self.zero()
+        if not self.started:
+            self.begin_by_rows()
         if self.lora_A is not None and self.group is not None:  # the one that every rank has whole
             dist.all_reduce(self.lora_A, group=self.group)
-        head, out = self.head, []
-        for grad, of in (
-            (self.weight, head.weight),
-            (self.bias, head.bias),
-            (self.lora_A, head.lora_A),
-            (self.lora_B, head.lora_B),
-        ):
+        head, out = self.head, [self._finished_weight()]
+        for grad, of in ((self.bias, head.bias), (self.lora_A, head.lora_A), (self.lora_B, head.lora_B)):
             out.append(None if grad is None or of is None else narrowed(grad, of.dtype))
+        return out
+
+    def _finished_weight(self) -> Tensor | None:
+        dw, dtype = self.weight, self.head.weight.dtype
+        if dw is None:
+            return None
+        if self.own is None or self.reached is None or dw.dtype == dtype:
+            self._write_all_rows()
+            return narrowed(dw, dtype)
+        out = torch.empty_like(dw, dtype=dtype)
+        self.own.finish(dw, self.reached, out)
         return out
 
 

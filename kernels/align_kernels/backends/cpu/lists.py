@@ -33,6 +33,7 @@ def survey(
     every: int,
     drop_mass: float,
     steps: int,
+    sample: Tensor | None = None,
     **transform: Unpack[Transform],
 ) -> None:
     """Add what every so many-th run of columns tells of some rows, by level: their number, sum of p and of -p log p.
@@ -41,8 +42,10 @@ def survey(
     first column on this rank.
 
     Raises:
-        ValueError: as in `forward`, or a row outside [0, n).
+        ValueError: as in `forward`, a row outside [0, n), or a sample, which lists have no use for.
     """
+    if sample is not None:
+        raise ValueError("sample must be None: each row has columns of its own here")
     tile = logits(z, targets, **transform)
     checks.state(state, len(z))
     checks.tensor("rows", rows, torch.int64, (rows.numel(),))

@@ -25,10 +25,12 @@ __all__ = [
     "on_chip",
     "peaks",
     "products",
+    "row_sums",
+    "survey",
     "why_not",
 ]
 
-exponentials = lists = on_chip = products = multiply = None
+exponentials = lists = on_chip = products = multiply = row_sums = survey = None
 
 
 def forward(

@@ -6,13 +6,14 @@ the environment they run on CPU tensors in Triton's interpreter, thousands of ti
 
 from __future__ import annotations
 
+import math
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from align_kernels.backends.arguments import Clamp, Linear, Transform
-from align_kernels.backends.triton import on_chip
+from align_kernels.backends.arguments import RUN, Clamp, Linear, Transform, looked_at
+from align_kernels.backends.triton import on_chip, row_sums
 from align_kernels.backends.triton.arguments import checks, head_of, why_not
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "on_chip",
     "peaks",
     "products",
+    "row_sums",
+    "survey",
     "why_not",
 ]
 
@@ -38,6 +41,7 @@ NARROW = EXPONENTIALS | dict(
     U=8
 )  # of 16-bit logits: as many instructions and half the registers, which Triton 3.6 spills
 PEAKS = dict(ROWS=8, BLOCK=256, num_warps=4)
+SURVEY = dict(BINS=128, BLOCK=1024, num_warps=4)  # BINS: levels at most
 MULTIPLY = dict(BLOCK=2048, num_warps=4)
 PROGRAMS = 1024  # of `multiply`, at most: so many end at once where there is nothing to do
 
@@ -161,6 +165,48 @@ def peaks(
             _rows().peaks_kernel[(-(-c // PEAKS["BLOCK"]),)](
                 z, out, state, rows, *head[:2], z.stride(0), c, len(rows), *head[2:], **flags, **PEAKS
             )
+
+
+def survey(
+    z: Tensor,  # (n, c)
+    state: Tensor,  # (n, 8) float64, finished over the whole vocabulary
+    targets: Tensor,  # (n,) int64
+    rows: Tensor,  # (m,) int64, of the n; not checked
+    sums: Tensor,  # (m, levels + 2, 3) float64, added to
+    *,
+    first: int,
+    every: int,
+    drop_mass: float,
+    steps: int,
+    sample: Tensor | None = None,  # (m, S) uint8, rows apart
+    **transform: Unpack[Transform],
+) -> None:
+    """Add number, sum of p and of -p log p by level, of every so many-th run of columns; `sample` takes the levels.
+
+    Columns of a level are counted, and p taken for that in its middle; of the last level p is summed, of the first
+    nothing but the number.
+
+    Raises:
+        ValueError: as in `forward`, or more levels than BINS.
+    """
+    on, (n, c), m, levels = checks(z), z.shape, rows.numel(), sums.shape[1] - 2
+    on.state(state, n)
+    head, flags = head_of(on, (n, c), targets, transform)
+    on.tensor("rows", rows, torch.int64, (m,))
+    on.tensor("sums", sums, torch.float64, (m, levels + 2, 3))
+    if levels + 2 >= SURVEY["BINS"]:
+        raise ValueError(f"sums must have less than {SURVEY['BINS']} levels, got {levels + 2}")
+    begin, end = looked_at(first, every), looked_at(first + c, every)
+    if sample is not None and (sample.shape != (m, end - begin) or sample.dtype != torch.uint8):
+        raise ValueError(f"sample must be uint8 {(m, end - begin)}, got {sample.dtype} {tuple(sample.shape)}")
+    lead = (begin // RUN * every + every // 2) * RUN - first  # the first column that is looked at
+    if m and end > begin:
+        with torch.cuda.device_of(z):
+            _rows().survey_kernel[(m,)](
+                z, sums, sample, state, rows, *head[:2], z.stride(0), 0 if sample is None else sample.stride(0),
+                end - begin, lead, every * RUN, levels, math.log2(drop_mass), float(steps), *head[2:],
+                SAMPLE=sample is not None, **flags, RUN=RUN, **SURVEY,
+            )  # fmt: skip
 
 
 def multiply(x: Tensor, factor: Tensor) -> None:

@@ -387,6 +387,70 @@ def peaks_kernel(
 
 
 @triton.jit
+def survey_kernel(
+    z_ptr,  # (n, c)
+    sums_ptr,  # (m, levels + 2, 3) float64
+    sample_ptr,  # (m, S) uint8
+    state_ptr,  # (n, 8) float64
+    rows_ptr,  # (m,) int64
+    bias_ptr,  # (c,) float32
+    temperature_ptr,  # (n,) float32
+    stride,
+    sample_stride,
+    S,
+    lead,  # the first column that is looked at
+    apart,  # columns from one run to the next
+    levels,
+    top,  # log2 of drop_mass
+    steps,
+    scale,
+    cap,
+    inverse,
+    SAMPLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    RUN: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program looks at some runs of columns of one row."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + place)
+    z_ptr += row * stride
+    inverse = inverse_temperature(inverse, temperature_ptr, row, True, ROW_TEMPERATURE)
+    lse = (tl.load(state_ptr + row * 8) + tl.log(tl.load(state_ptr + row * 8 + 1))).to(tl.float32)
+    counts = tl.zeros((BINS,), tl.int32)
+    p_below, minus_below = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for begin in range(0, S, BLOCK):
+        some = begin + tl.arange(0, BLOCK)
+        inside = some < S
+        columns = lead + some // RUN * apart + some % RUN
+        z = tl.load(z_ptr + columns, mask=inside, other=0.0)
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0) if BIAS else 0.0
+        l, _ = logits(z, bias, scale, cap, inverse, BIAS, SOFTCAP)
+        minus = at_most((lse - l) * LOG2E, -FAR)  # -log2 p
+        level = at_most(at_least(tl.ceil((minus + top) * steps), 0.0), levels + 1.0).to(tl.int32)
+        if SAMPLE:
+            tl.store(sample_ptr + place * sample_stride + some, level.to(tl.uint8), mask=inside)
+        counts += tl.histogram(tl.where(inside, level, BINS - 1), BINS)
+        p = tl.where(inside & (level > levels), tl.exp2(-minus), 0.0)
+        p_below += p
+        minus_below += p * minus
+    bins = tl.arange(0, BINS)
+    middle = (bins.to(tl.float32) - 0.5) / steps - top  # -log2 p
+    number = counts.to(tl.float32)
+    p = tl.where(bins == 0, 0.0, number * tl.exp2(-middle))
+    last = bins == levels + 1
+    minus = tl.where(last, tl.sum(minus_below, 0), p * middle) / LOG2E
+    p = tl.where(last, tl.sum(p_below, 0), p)
+    at, known = sums_ptr + (place * (levels + 2) + bins) * 3, bins < levels + 2
+    tl.store(at, tl.load(at, mask=known, other=0.0) + number, mask=known)
+    tl.store(at + 1, tl.load(at + 1, mask=known, other=0.0) + p, mask=known)
+    tl.store(at + 2, tl.load(at + 2, mask=known, other=0.0) + minus, mask=known)
+
+
+@triton.jit
 def multiply_kernel(
     x_ptr,  # (n,)
     factor_ptr,  # () float32
@@ -402,3 +466,52 @@ def multiply_kernel(
             at, inside = x_ptr + begin + lane, lane < n - begin
             x = tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor
             tl.store(at, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_rows_kernel(
+    sums_ptr,  # (V, D) float32
+    reached_ptr,  # (V,) uint8
+    rows_ptr,  # (K,) int64
+    values_ptr,  # (K, D) float32
+    D,
+    BLOCK: tl.constexpr,
+):
+    """One program adds one row to the sums, or writes it where it is the first."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + place)
+    reached = tl.load(reached_ptr + row) != 0
+    sums_ptr += row * D
+    values_ptr += place * D
+    for begin in range(0, D, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        inside = columns < D
+        x = tl.load(values_ptr + columns, mask=inside, other=0.0)
+        x += tl.load(sums_ptr + columns, mask=inside & reached, other=0.0)
+        tl.store(sums_ptr + columns, x, mask=inside)
+    tl.debug_barrier()  # a warp that comes late would read what another has marked
+    tl.store(reached_ptr + row, 1)
+
+
+@triton.jit
+def finish_rows_kernel(
+    sums_ptr,  # (V, D) float32
+    out_ptr,  # (V, D), may be sums_ptr
+    reached_ptr,  # (V,) uint8
+    D,
+    SAME: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program writes one row: its sums, or zeros where nothing reached it. SAME: sums stand where they belong."""
+    row = tl.program_id(0).to(tl.int64)
+    reached = tl.load(reached_ptr + row) != 0
+    sums_ptr += row * D
+    out_ptr += row * D
+    for begin in range(0, D, BLOCK):
+        columns = begin + tl.arange(0, BLOCK)
+        inside = columns < D
+        if SAME:
+            tl.store(out_ptr + columns, tl.zeros((BLOCK,), tl.float32), mask=inside & (reached == 0))
+        else:
+            x = tl.load(sums_ptr + columns, mask=inside & reached, other=0.0)
+            tl.store(out_ptr + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
