@@ -2,8 +2,10 @@
 #include "lists.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 #include <vector>
@@ -239,15 +241,16 @@ void push(const Lists& lists, const float* values, const Vectors& x, int64_t col
   constexpr int64_t kColumns = 4096;
   const Isa& isa = align::isa();
   const int64_t pitch = pitch_of(x.width), tiles = (columns + kColumns - 1) / kColumns;
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failed;  // of memory: no exception may leave the threads
 #pragma omp parallel num_threads(worthwhile(lists, x.width, threads))
-  {
+  try {
     const auto packed = floats(lists.rows * pitch);
     std::vector<Span> spans(size_t(lists.rows), Span{});
     std::vector<int64_t> ends(kColumns + 1);  // of each column's entries
     std::vector<int32_t> rows;
     std::vector<float> factors;
-#pragma omp for schedule(dynamic)
-    for (int64_t tile = 0; tile < tiles; tile++) {
+    for (int64_t tile; (tile = next++) < tiles;) {
       const int64_t v0 = tile * kColumns, wide = std::min(columns - v0, kColumns);
       std::fill(ends.begin(), ends.end(), 0);
       for (int64_t t = 0; t < lists.rows; t++) {
@@ -279,7 +282,11 @@ void push(const Lists& lists, const float* values, const Vectors& x, int64_t col
         }
       }
     }
+  } catch (...) {
+#pragma omp critical
+    failed = std::current_exception();
   }
+  if (failed) std::rethrow_exception(failed);
 }
 
 }  // namespace align

@@ -1,6 +1,7 @@
 """Peak memory of a call at the vocabulary of Qwen: workspace + 4VD where the head is trained + 2ND bytes, no logits.
 
-One process of its own measures all calls: the kernel's high-water mark of resident memory, reset before each.
+One process of its own measures all calls: the kernel's high-water mark of resident memory, reset before each. And what
+happens where there is none left.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from align_kernels import dpo_loss, linear_logprobs, sft_loss
+from align_kernels.backends import cpu
 
 MIB = 1 << 20
 TALL, WIDE, FULL = (152_064, 64, 64), (4096, 2048, 512), (40_000, 512, 125)  # V, D, T
@@ -94,6 +96,31 @@ def test_peak(case: tuple, peaks: dict[tuple, int]):
     if "weight" in train:
         allowed += 4 * V * D  # the float32 sum, in whose memory a narrower gradient lies
     assert peaks[case] <= allowed, f"{peaks[case] / MIB:.1f} MiB, allowed {allowed / MIB:.1f} MiB"
+
+
+RUNS_OUT = """
+import resource, torch
+from align_kernels.backends import cpu
+from align_kernels.backends.arguments import Lists
+torch.set_num_threads(2)
+m, D = 1 << 17, 224
+x, out, ends = torch.zeros(m, D), torch.zeros(9, D), torch.arange(1, m + 1)
+lists = Lists(ends - 1, ends, torch.zeros(m, dtype=torch.int32), torch.zeros(m))
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20),) * 2)
+try:
+    cpu.lists.push(out, lists, lists.z, x, False)
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+@pytest.mark.skipif(cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="the extension is not built")
+@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+def test_memory_that_runs_out_is_an_error():
+    """Each thread of `push` wants 112 MiB where 32 are left: MemoryError, and not the end of the process."""
+    done = subprocess.run([sys.executable, "-c", RUNS_OUT], capture_output=True, text=True)
+    assert done.stdout == "MemoryError\n", done.stderr
 
 
 if __name__ == "__main__":
