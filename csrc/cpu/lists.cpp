@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -137,12 +138,22 @@ struct RowOfLists {
 // -- the choice ------------------------------------------------------------------------------------------------------
 void survey(const Logits& in, const Survey& survey, int threads) {
   require(survey.every >= 1 && survey.steps >= 1 && survey.levels >= 1, "every, steps and levels must be >= 1");
+  require(survey.levels <= kMostLevels, "levels must be <= ", kMostLevels, ", got ", survey.levels);
   require(survey.drop_mass > 0, "drop_mass must be > 0, got ", survey.drop_mass);
   if (!check(in, survey.some, threads)) return;
   check_pointer("sums", survey.sums, 8);
   const Isa& isa = align::isa();
+  const double step = M_LN2 / double(survey.steps), log_mean = std::log(-std::expm1(-step) / step);
+  double means[(kMostLevels + 2) * 3] = {1};  // where log p is spread evenly over a level
+  for (int64_t level = 1; level <= survey.levels + 1; level++) {
+    const double log_p = std::log(survey.drop_mass) - step * double(level - 1) + log_mean;
+    const double p = level <= survey.levels ? std::exp(log_p) : 0.0;
+    means[level * 3] = 1, means[level * 3 + 1] = p, means[level * 3 + 2] = -p * log_p;
+  }
+  Survey counted = survey;
+  counted.means = means;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
-  for (int64_t i = 0; i < survey.some.count; i++) isa.survey(in, survey, i);
+  for (int64_t i = 0; i < survey.some.count; i++) isa.survey(in, counted, i);
 }
 
 void keep(const Logits& in, const Keep& keep, int threads) {

@@ -32,13 +32,14 @@ struct Some {
 };
 
 // What a sample tells: every so many-th run of kRun columns. A row keeps p >= drop_mass / 2^(level / steps).
-constexpr int64_t kRun = 16;
+constexpr int64_t kRun = 16, kMostLevels = 126;
 struct Survey {
   Some some;
   int64_t every;
   double drop_mass;
   int64_t steps, levels;
   double* sums;  // [count, levels + 2, 3]: columns, sum of p, sum of -p log p, by the level from which on they are kept
+  const double* means = nullptr;  // [levels + 2, 3]: of a column, 1, p and -p log p; 0 for both of the first and the last
 };
 
 // Where a row's columns go whose log-prob reaches its floor, and its target.

@@ -27,7 +27,9 @@ void survey_row(const Logits& in, const Survey& survey, int64_t i) {
   const float lse = log_sum_of(survey.some.state[row]);
   const float slope = float(-survey.steps / M_LN2), top = float(survey.steps * log2(survey.drop_mass));
   double* sums = survey.sums + i * (survey.levels + 2) * 3;
-  F beyond{}, mass{}, minus{};  // of the last level, where most columns are
+  int32_t counts[kMostLevels + 2];
+  for (int64_t level = 0; level <= last; level++) counts[level] = 0;
+  F mass{}, minus{};  // of the last level, which has no lower edge
   Scratch scratch;
   const int64_t size = in.storage == Storage::f32 ? 4 : 2, lead = survey.every / 2 * kRun - survey.some.first % apart;
   for (int64_t begin = lead < 0 ? lead + apart : lead; begin < in.cols; begin += apart) {
@@ -36,24 +38,23 @@ void survey_row(const Logits& in, const Survey& survey, int64_t i) {
     Block block = prepare(in, row, begin, n, scratch);
     sweep(n, [&](int64_t at, int64_t count) {
       F log_p = max(all(kLowest), load(block.x + at, count) * block.k - lse);
+      for (int64_t lane = count; lane < W; lane++) log_p[lane] = kLowest;  // of no column: its exponential is 0
       F level = min(all(float(last)), max(F{}, log_p * slope + top));
       I place = __builtin_convertvector(level, I);
       place -= __builtin_convertvector(place, F) < level;  // rounded up: a comparison that holds is -1
-      F p = exp_in_range(min(all(kHighest), log_p)), minus_p_log_p = -p * log_p;
-      const I low = count == W ? place == int32_t(last) : I{};
-      beyond += low ? all(1.0f) : F{};
-      mass += low ? p : F{};
-      minus += low ? minus_p_log_p : F{};
-      if (all_lanes(low, true)) return;
-      for (int64_t lane = 0; lane < count; lane++) {
-        if (low[lane]) continue;
-        double* of_level = sums + place[lane] * 3;
-        of_level[0] += 1, of_level[1] += p[lane], of_level[2] += minus_p_log_p[lane];
-      }
+      const I low = place == int32_t(last);
+      F p = exp_in_range(low ? log_p : all(kLowest));
+      mass += p;
+      minus -= p * log_p;
+      if (all_lanes(low, true))
+        counts[last] += int32_t(count);
+      else
+        for (int64_t lane = 0; lane < count; lane++) counts[place[lane]]++;
     });
   }
-  for (int64_t lane = 0; lane < W; lane++)
-    sums[last * 3] += beyond[lane], sums[last * 3 + 1] += mass[lane], sums[last * 3 + 2] += minus[lane];
+  for (int64_t level = 0; level <= last; level++)
+    for (int64_t j = 0; j < 3; j++) sums[level * 3 + j] += counts[level] * survey.means[level * 3 + j];
+  for (int64_t lane = 0; lane < W; lane++) sums[last * 3 + 1] += mass[lane], sums[last * 3 + 2] += minus[lane];
 }
 
 // -- lists -----------------------------------------------------------------------------------------------------------

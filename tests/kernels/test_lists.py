@@ -108,10 +108,13 @@ def test_survey(backend: Any, name: str, every: int):
     near.scatter_add_(1, level, ((edges - edges.round()).abs() < 1e-3).double())
     slack = near + near.roll(1, 1) + near.roll(-1, 1)
     p = log_p.exp()
+    middle = 0.1 if backend is cpu else 1e-4  # it takes a level's mean for p
+    near_enough = torch.tensor([1.0, *[middle] * levels, 1e-4])
     for i, x in enumerate((torch.ones_like(p), p, -p * log_p)):
         true = torch.zeros_like(near).scatter_add_(1, level, x)
         largest = x.amax(1, keepdim=True) if i else 1.0
-        assert ((sums[:, :, i] - true).abs() <= slack * largest + 1e-4 * true + 1e-12).all()
+        allowed = slack * largest + (near_enough * true if i else 0.0) + 1e-12
+        assert ((sums[:, :, i] - true).abs() <= allowed).all()
     assert sums[:, :, 0].sum(1).tolist() == [float(seen.sum())] * len(rows)
 
 

@@ -38,8 +38,9 @@ def survey(
 ) -> None:
     """Add what every so many-th run of columns tells of some rows, by level: their number, sum of p and of -p log p.
 
-    A column of level j is kept from p >= drop_mass / 2^(j / steps) on, of the last level never. `first` is the tile's
-    first column on this rank.
+    A column of level j is kept from p >= drop_mass / 2^(j / steps) on, of the last level never. Between the first and
+    the last level p is the level's mean; those of the first one are not summed. `first` is the tile's first column on
+    this rank.
 
     Raises:
         ValueError: as in `forward`, a row outside [0, n), or a sample, which lists have no use for.
