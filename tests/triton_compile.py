@@ -30,9 +30,11 @@ from triton.runtime import driver
 from triton_instructions import disassembled, on_the_way
 
 from align_kernels.backends import triton as backend
+from align_kernels.backends.arguments import looked_at
 from align_kernels.backends.triton import linear, rows
 from align_kernels.schedules.aliasing import pitch
 from align_kernels.schedules.request import row_step
+from align_kernels.schedules.support import EVERY, LEVELS, STEPS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,7 +53,8 @@ FIGURES = (
 # logits that a thread takes on the way that is counted: of a block or a tile of those constants
 LOGITS = {
     "forward_kernel": ("BLOCK",), "exponentials_kernel": ("BLOCK", "U"), "backward_kernel": ("BLOCK",),
-    "peaks_kernel": ("ROWS", "BLOCK"), "statistics_kernel": ("BN", "BV"), "multiply_kernel": ("BLOCK",),
+    "peaks_kernel": ("ROWS", "BLOCK"), "survey_kernel": ("BLOCK",), "statistics_kernel": ("BN", "BV"),
+    "multiply_kernel": ("BLOCK",),
 }  # fmt: skip
 
 
@@ -108,7 +111,8 @@ def compile_for(target: str, call: Callable[[], object]) -> list[Report]:
     gpu, launches = TARGETS[target], []
     of_rows, of_linear = Recorder(rows, launches), Recorder(linear, launches)
     chip = dict(_linear=lambda: of_linear, architecture=lambda device: gpu.arch)
-    with patched(backend, _rows=lambda: of_rows), patched(backend.on_chip, **chip):
+    kernels = dict(_rows=lambda: of_rows)
+    with patched(backend, **kernels), patched(backend.row_sums, **kernels), patched(backend.on_chip, **chip):
         call()
     driver.set_active(Driver(gpu))
     return [compile_one(target, *launch) for launch in launches]
@@ -181,6 +185,11 @@ def row_calls(
         dz = z if out == dtype else torch.empty(n, wide, dtype=out)[:, :V]
         backend.backward(z, state, targets, g, h, clamp=clamp, out=dz, **common)
         backend.peaks(z, state, targets, targets, out=torch.empty(V), **common)
+        sums, sample = torch.empty(n, LEVELS + 2, 3, dtype=torch.float64), torch.empty(n, looked_at(V, EVERY))
+        backend.survey(
+            z, state, targets, targets, sums, first=0, every=EVERY, drop_mass=2**-8, steps=STEPS,
+            sample=sample.to(torch.uint8), **common,
+        )  # fmt: skip
         if out != torch.float16:
             del common["softcap"]
             backend.exponentials(z, state, targets, g, out=dz, **common)
@@ -190,6 +199,16 @@ def row_calls(
 
 def multiplied() -> None:
     backend.multiply(torch.empty(VOCAB, 64, dtype=torch.bfloat16), torch.empty(()))
+
+
+def summed_by_rows(dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        sums, reached = torch.empty(VOCAB, 64), torch.empty(VOCAB, dtype=torch.bool)
+        rows = torch.empty(ROWS, dtype=torch.int64)
+        backend.row_sums.add(sums, reached, rows, torch.empty(ROWS, 64))
+        backend.row_sums.finish(sums, reached, sums if dtype == sums.dtype else sums.to(dtype))
+
+    return call
 
 
 def linear_calls(
@@ -222,6 +241,8 @@ def shipped(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
                         yield f"{name}, {head} but softcap", linear_calls(dtype, D, options | dict(softcap=None))
     yield "float32, plain, V = 50257", row_calls(single, single, 50257, False)
     yield "bfloat16", multiplied
+    for dtype in (single, half, short):
+        yield str(dtype).removeprefix("torch."), summed_by_rows(dtype)
 
 
 def compile_all(target: str) -> list[tuple[str, Report]]:

@@ -142,8 +142,8 @@ def peaked(name: str, rows: int, card: Card) -> dict[str, float]:
         "logits": waves.FLOAT32 * product,
         "their softmax": kernel(rows * V, 4, 27, card),
         "columns looked at": kernel(rows * V, 4, 20, card),
-        # a level read and written, compared, put in order and folded into pieces
-        "a sample of them": kernel(rows * V // 16, 5 + 5, 30, card),
+        # then its levels put in order, compared and folded into pieces
+        "a sample of them": kernel(rows * V // 16, 5, 66, card) + rows * V / 16 * 5 / card.bandwidth,
         # 27 bytes of its sector of 32, where columns lie at random; written, read by the exact sums and by the gradient
         "logits gathered": PEAKED * rows * V * (27 + 4 + 4 + 6) / card.bandwidth,
         "products over the columns": 2 * PEAKED * product,

@@ -47,6 +47,7 @@ def test_target(target: str):
             assert "1" in waits, f"{what} waits for every product before it begins the next"
     kernels = {report.kernel for _, report in made[target]}
     rows = {"forward_kernel", "exponentials_kernel", "backward_kernel", "peaks_kernel", "multiply_kernel"}
+    rows |= {"survey_kernel", "add_rows_kernel", "finish_rows_kernel"}
     assert kernels == rows | {"statistics_kernel", "merge_kernel"}
 
 
