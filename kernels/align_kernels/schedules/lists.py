@@ -24,8 +24,9 @@ from align_kernels.schedules.sharded import total
 from align_kernels.schedules.support import LEVELS, STEPS, first_level, suffices, survey
 from align_kernels.schedules.tiles import Chunk, Rows, TiledHead
 
-MOST = 0.5  # of the vocabulary that a row keeps: with more, dense GEMMs of many rows are cheaper (docs/LOG.md)
-MANY = 64  # rows for which it pays to pass over W and dW once more
+MOST = 0.5  # of the vocabulary: a row that is known to need more runs dense
+SLOWER = 4  # times as long as in a dense GEMM takes a product over lists (docs/LOG.md)
+PASS = 64  # as long as the products of so many rows takes a pass over W and dW for those that run dense
 EVERY = 32  # one run of columns in so many is looked at
 LEAST_SAMPLE = 512  # columns, or all that there are
 SLACK, LEAST_ROOM = 1.25, 64  # room for entries over those that are expected
@@ -143,9 +144,9 @@ def choose(
     if len(rows) == 0:
         return
     level, needs, mine = _estimate(tiled, chunk, state, store, rows, entropy, EVERY)
-    listed, wide = level <= LEVELS, needs > MOST * tiled.vocab
-    if not bool(peaked.all() & listed.all()) or int(wide.sum()) >= MANY:
-        listed &= ~wide
+    listed, saved = level <= LEVELS, (needs * (SLOWER / tiled.vocab) - 1).clamp_(min=0)  # by running dense, in rows
+    if not bool(peaked.all() & listed.all()) or saved.sum() > PASS:
+        listed &= saved == 0
     dense.append(rows[~listed])
     order = needs.argsort(stable=True)
     for group in _groups(order[listed[order]], needs, room // 2):
