@@ -133,20 +133,25 @@ def chunks_of(name: str, rows: int, card: Card) -> list[int]:
     return [min(size, rows - begin) for begin in range(0, rows, size)]
 
 
+def product(rows: int, V: int, D: int) -> float:
+    """Seconds of one GEMM over all logits, every multiprocessor busy."""
+    return 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS)
+
+
 def peaked(name: str, rows: int, card: Card) -> dict[str, float]:
     """Seconds of each part of a trained head whose rows keep PEAKED of their columns, in blocks of BLOCK_ROWS_GPU."""
     V, D = HEADS[name]
-    product, chunks = 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS), chunks_of(name, rows, card)
+    chunks = chunks_of(name, rows, card)
     blocks = sum(-(-size // BLOCK_ROWS_GPU) for size in chunks)
     return {
-        "logits": waves.FLOAT32 * product,
+        "logits": waves.FLOAT32 * product(rows, V, D),
         "their softmax": kernel(rows * V, 4, 27, card),
         "columns looked at": kernel(rows * V, 4, 20, card),
         # then its levels put in order, compared and folded into pieces
         "a sample of them": kernel(rows * V // 16, 5, 66, card) + rows * V / 16 * 5 / card.bandwidth,
         # 27 bytes of its sector of 32, where columns lie at random; written, read by the exact sums and by the gradient
         "logits gathered": PEAKED * rows * V * (27 + 4 + 4 + 6) / card.bandwidth,
-        "products over the columns": 2 * PEAKED * product,
+        "products over the columns": 2 * PEAKED * product(rows, V, D),
         # W read, written and read; rows of dW written, read, and written where they belong
         "columns gathered": blocks * PEAKED * V * D * (3 * 2 + 3 * 4) / card.bandwidth,
         # a sum is read by the next block that reaches it, or when it is narrowed
@@ -197,23 +202,23 @@ WITH_EPILOGUE = (*MODES, "peaked")  # peaked: a trained head whose rows keep PEA
 def with_epilogue(rows: int, V: int, D: int, card: Card, mode: str) -> dict[str, float]:
     """Seconds of each part. The epilogue of a tile takes place beside the product of another."""
     rounds = -(-(-(-rows // waves.ROWS) * -(-V // TILE)) // waves.PROCESSORS)
-    product = lambda m, k, n: 2 * k * waves.waves(m, n, waves.PROCESSORS) * waves.ROWS * waves.COLUMNS / waves.FLOPS  # noqa: E731
+    in_waves = lambda m, k, n: 2 * k * waves.waves(m, n, waves.PROCESSORS) * waves.ROWS * waves.COLUMNS / waves.FLOPS  # noqa: E731
     parts = {
         "exponentials and their sums": 2 * D * rounds * waves.ROWS * TILE / waves.FLOPS,
         "references, sums read": (4 * rows * D + 2 * SUMS * rows * V / TILE) / card.bandwidth,
     }
     if mode == "peaked":
-        blocks, product_of_all = -(-rows // BLOCK_ROWS_GPU), 2 * rows * V * D / (waves.FLOPS * waves.PROCESSORS)
+        blocks = -(-rows // BLOCK_ROWS_GPU)
         parts["columns looked at"] = 2 * rows * V / card.bandwidth
-        parts["products over the columns"] = 2 * PEAKED * product_of_all
+        parts["products over the columns"] = 2 * PEAKED * product(rows, V, D)
         # W read, written and read; dW written, read, read, added to and written
         parts["columns gathered"] = blocks * PEAKED * V * D * (3 * 2 + 5 * 4) / card.bandwidth
         parts["dW cleared and narrowed"] = (4 + 6) * V * D / card.bandwidth
         parts["launches"] = blocks * CHOOSING * LAUNCH
     if mode in ("frozen", "trained", "late"):
-        parts["dX"] = product(rows, V, D)
+        parts["dX"] = in_waves(rows, V, D)
     if mode in ("trained", "late"):
-        parts |= {"dW": product(V, rows, D), "dW narrowed": 6 * V * D / card.bandwidth}
+        parts |= {"dW": in_waves(V, rows, D), "dW narrowed": 6 * V * D / card.bandwidth}
     return parts
 
 

@@ -114,7 +114,7 @@ class Survey(Protocol):
     """What every so many-th run of columns tells of some rows: by it rows are told apart before any column is chosen.
 
     A column of level j is kept from p >= drop_mass / 2^(j / steps) on, of the last level never. Of the levels but the
-    first and the last a backend may take p for that in their middle; nobody asks for the first one's sums.
+    first and the last a backend may take p for their mean or their middle; nobody asks for the first one's sums.
     """
 
     def __call__(
