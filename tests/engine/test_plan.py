@@ -432,7 +432,7 @@ def test_a_huge_page_comes_whole():
 
 
 GLIBCS = """
-import ctypes, random, sys
+import ctypes, os, random
 from align_engine.planning.heap import Heap
 from align_engine.training import allocator
 
@@ -440,35 +440,47 @@ class Mallinfo(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
                 "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
 
-libc, heap, draw, live = ctypes.CDLL(None), Heap(), random.Random(int(sys.argv[1])), {}
+libc = ctypes.CDLL(None)
 libc.mallinfo2.restype = Mallinfo
 libc.free.argtypes = [ctypes.c_void_p]
 allocator.tune()
-libc.malloc_trim(0)
-before, played, real, number = libc.mallinfo2(), [], [], 0
-for _ in range(4000):
-    if live and draw.random() < (0.3 if len(live) < 150 else 0.7):
-        one = draw.choice(sorted(live))
-        libc.free(live.pop(one))
-        heap.remove(one)
-    else:
-        number, size, place = number + 1, int(2 ** draw.uniform(12, 22.5)), ctypes.c_void_p()
-        align = 4096 if size >= allocator.LARGE else 64
-        assert libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(align), ctypes.c_size_t(size)) == 0
-        live[number] = place
-        heap.add(number, size)
-    now = libc.mallinfo2()
-    real.append(now.arena - before.arena)
-    played.append(heap.size)
-print(sum(real), sum(played), max(real), max(played))
+
+def trace(seed):
+    heap, draw, live = Heap(), random.Random(seed), {}
+    libc.malloc_trim(0)
+    before, played, real, number = libc.mallinfo2(), [], [], 0
+    for _ in range(4000):
+        if live and draw.random() < (0.3 if len(live) < 150 else 0.7):
+            one = draw.choice(sorted(live))
+            libc.free(live.pop(one))
+            heap.remove(one)
+        else:
+            number, size, place = number + 1, int(2 ** draw.uniform(12, 22.5)), ctypes.c_void_p()
+            align = 4096 if size >= allocator.LARGE else 64
+            assert libc.posix_memalign(ctypes.byref(place), ctypes.c_size_t(align), ctypes.c_size_t(size)) == 0
+            live[number] = place
+            heap.add(number, size)
+        now = libc.mallinfo2()
+        real.append(now.arena - before.arena)
+        played.append(heap.size)
+    print(sum(real), sum(played), max(real), max(played), flush=True)
+
+for seed in range(12):
+    if not (child := os.fork()):
+        trace(seed)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is the oracle")
-@pytest.mark.parametrize("seed", ["0", "1"])
-def test_a_heap_is_as_large_as_glibcs(seed):
+def test_a_heap_is_as_large_as_glibcs():
+    """Over a dozen traces, each in a process of its own: where the system lets a heap begin decides which holes blocks
+    find, which moves a single one by up to 7 %."""
     paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", GLIBCS, seed], capture_output=True, text=True, check=True,
+    done = subprocess.run([sys.executable, "-c", GLIBCS], capture_output=True, text=True, check=True,
                           env=os.environ | paths)  # fmt: skip
-    real, played, most, most_played = map(int, done.stdout.split())
-    assert played == pytest.approx(real, rel=0.08) and most_played == pytest.approx(most, rel=0.08)
+    traces = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(traces) == 12
+    real, played, most, most_played = map(sum, zip(*traces, strict=True))
+    assert played == pytest.approx(real, rel=0.05) and most_played == pytest.approx(most, rel=0.05)
