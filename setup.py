@@ -26,9 +26,16 @@ from setuptools.errors import CompileError
 FILE_FLAGS = {"bind": ["-Os"]}
 ISAS = ["isa_baseline"]
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISAS += ["isa_avx2", "gemm_avx2", "isa_avx512"]
-    FILE_FLAGS["isa_avx2"] = FILE_FLAGS["gemm_avx2"] = ["-mavx2", "-mfma"]
-    FILE_FLAGS["isa_avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+    FILES = {
+        ("-mavx2", "-mfma"): ["isa_avx2", "gemm_avx2"],
+        ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"): [
+            "isa_avx512",
+            "gemm_avx512_bf16",
+            "gemm_amx",
+        ],
+    }
+    ISAS += [name for names in FILES.values() for name in names]
+    FILE_FLAGS |= {name: list(flags) for flags, names in FILES.items() for name in names}
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # What distributions harden their own packages with; the flags of the linker are GNU's and LLVM's.
 HARDENED = ["-fstack-protector-strong", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2"]

@@ -18,6 +18,13 @@ static T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+template <class T>
+static std::vector<std::string> names(const T* const* all) {
+  std::vector<std::string> found;
+  for (; *all; all++) found.emplace_back((*all)->name);
+  return found;
+}
+
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels. Tensors are addresses, 0 for an absent one; dtype 0 is float32, 1 bfloat16.";
 
@@ -148,16 +155,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("b"), py::arg("b_dtype"), py::arg("b_strides"), py::arg("c"), py::arg("stride"),
       py::arg("m"), py::arg("n"), py::arg("k"), py::arg("add"), py::arg("threads"),
       py::call_guard<py::gil_scoped_release>());
-  m.def("product_advised", &product_advised, "Whether `product` was measured faster than torch.mm on such a machine.");
+  m.def("product_advised", [](int dtype) { return product_advised(Storage(dtype)); },
+        "Whether `product` of two such matrices was measured faster than torch.mm in float32 on such a machine.",
+        py::arg("dtype"));
+  m.def("narrow_gemm", [] { return narrow_gemm().name; }, "What multiplies bfloat16 by bfloat16.");
+  m.def("set_narrow_gemm", [](const std::string& name) { set_narrow_gemm(name.c_str()); }, py::arg("name"),
+        "Use it in the whole process. ValueError unless it is one of available_narrow_gemms().");
+  m.def("available_narrow_gemms", [] { return names(available_narrow_gemms()); },
+        "What this machine has for it, ascending.");
 
   m.def("isa", [] { return isa().name; }, "The instruction set in use.");
   m.def("set_isa", [](const std::string& name) { set_isa(name.c_str()); }, py::arg("name"),
         "Use this instruction set in the whole process. ValueError unless it is one of available_isas().");
   m.def("available_isas",
-        [] {
-          std::vector<std::string> names;
-          for (const Isa* const* isa = available_isas(); *isa; isa++) names.emplace_back((*isa)->name);
-          return names;
-        },
+        [] { return names(available_isas()); },
         "The instruction sets of this machine, ascending.");
 }

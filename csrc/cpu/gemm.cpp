@@ -2,9 +2,13 @@
 #include "gemm.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <string>
+#include <vector>
 
 #include "../require.h"
 #include "processor.h"
@@ -22,35 +26,62 @@ void check(const char* name, const Matrix& x, int64_t rows, int64_t cols) {
 int64_t slice(int64_t size, int64_t parts, int64_t step) { return ((size + parts - 1) / parts + step - 1) / step * step; }
 
 struct Free {
-  void operator()(float* p) const { std::free(p); }
+  void operator()(char* p) const { std::free(p); }
 };
 
-// Memory of the calling thread for `count` floats, kept from call to call: fresh pages cost more than a small product.
-// At most 1.7 MB for each thread that multiplies, which no workspace counts.
-float* scratch(int64_t count) {
-  static thread_local std::unique_ptr<float, Free> memory;
-  static thread_local int64_t size = 0;
-  if (count > size) {
+// Memory of the calling thread, kept from call to call: fresh pages cost more than a small product. At most 1.7 MB for
+// each thread that multiplies, which no workspace counts.
+char* scratch(size_t bytes) {
+  static thread_local std::unique_ptr<char, Free> memory;
+  static thread_local size_t size = 0;
+  if (bytes > size) {
     size = 0;
-    memory.reset(static_cast<float*>(std::aligned_alloc(kLine, size_t(count) * sizeof(float))));
+    memory.reset(static_cast<char*>(std::aligned_alloc(kLine, bytes)));
     if (!memory) throw std::bad_alloc();
-    size = count;
+    size = bytes;
   }
   return memory.get();
+}
+
+const std::vector<const Gemm*>& narrow_gemms() {
+  static const std::vector<const Gemm*> all = [] {
+    std::vector<const Gemm*> some;
+    if (serves_avx2()) some.push_back(&avx2_gemm);
+    if (avx512_bf16_gemm && serves_avx512_bf16()) some.push_back(avx512_bf16_gemm);
+    if (amx_gemm && serves_amx()) some.push_back(amx_gemm);
+    some.push_back(nullptr);
+    return some;
+  }();
+  return all;
+}
+
+std::atomic<const Gemm*>& chosen() {
+  static std::atomic<const Gemm*> gemm{narrow_gemms().size() > 1 ? narrow_gemms().end()[-2] : &avx2_gemm};
+  return gemm;
 }
 #endif
 
 }  // namespace
 
-bool product_advised() {
 #ifdef __x86_64__
+bool product_advised(Storage storage) {
+  if (storage == Storage::bf16) return &narrow_gemm() != &avx2_gemm;
   return serves_avx2() && __builtin_cpu_is("amd") && !serves_avx512();
-#else
-  return false;
-#endif
 }
 
-#ifdef __x86_64__
+const Gemm& narrow_gemm() { return *chosen().load(); }
+
+const Gemm* const* available_narrow_gemms() { return narrow_gemms().data(); }
+
+void set_narrow_gemm(const char* name) {
+  std::string known;
+  for (const Gemm* const* gemm = available_narrow_gemms(); *gemm; gemm++) {
+    if (std::strcmp((*gemm)->name, name) == 0) return chosen().store(*gemm);
+    known += std::string(known.empty() ? "" : ", ") + (*gemm)->name;
+  }
+  require(false, "narrow_gemm must be one of ", known, " on this machine, got \"", name, "\"");
+}
+
 void product(const Product& p, int threads) {
   require(serves_avx2(), "product needs a processor with AVX2 and FMA");
   require(threads >= 1, "threads must be >= 1, got ", threads);
@@ -61,29 +92,41 @@ void product(const Product& p, int threads) {
   check_pointer("c", p.c, sizeof *p.c);
   require(p.m == 1 || p.stride >= p.n, "c must have a row stride >= its columns");
 
+  const bool narrow = p.a.storage == Storage::bf16 && p.b.storage == Storage::bf16;
+  const Gemm& gemm = narrow ? narrow_gemm() : avx2_gemm;
   // a slice of C for each thread: packing an element costs about as much as forty of its products
   constexpr int64_t kPacking = 40, kLeast = 1 << 20;
   const int64_t most = std::clamp<int64_t>(p.m * p.n * p.k / kLeast, 1, threads);
   int64_t height = p.m, width = p.n, best = 0;
   for (int64_t down = 1; down <= most; down++) {
-    const int64_t h = slice(p.m, down, kTile), w = slice(p.n, most / down, kTileWide);
+    const int64_t h = slice(p.m, down, gemm.tall), w = slice(p.n, most / down, gemm.wide);
     const int64_t cost = h * w + kPacking * (h + w);
     if (best == 0 || cost < best) best = cost, height = h, width = w;
   }
   const int64_t across = (p.n + width - 1) / width, items = (p.m + height - 1) / height * across;
-  const int64_t each = packed_size(width);
-  float* packed = scratch(items * each);
+  const size_t each = gemm.packed(width);
+  char* packed = scratch(size_t(items) * each);
 #pragma omp parallel for num_threads(int(most)) schedule(static)
   for (int64_t item = 0; item < items; item++) {
     const int64_t i = item / across * height, j = item % across * width;
     Product part = p;
     part.a = p.a.from(i, 0), part.b = p.b.from(0, j), part.c += i * p.stride + j;
     part.m = std::min(height, p.m - i), part.n = std::min(width, p.n - j);
-    product_avx2(part, packed + item * each);
+    gemm.product(part, packed + size_t(item) * each);
   }
 }
 #else
 void product(const Product&, int) { require(false, "product serves x86-64 alone"); }
+bool product_advised(Storage) { return false; }
+const Gemm& narrow_gemm() {
+  static const Gemm none{"none"};
+  return none;
+}
+void set_narrow_gemm(const char*) { require(false, "narrow_gemm serves x86-64 alone"); }
+const Gemm* const* available_narrow_gemms() {
+  static const Gemm* const none = nullptr;
+  return &none;
+}
 #endif
 
 }  // namespace align

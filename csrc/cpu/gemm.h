@@ -1,4 +1,5 @@
-// C (+)= A B in float32, for machines whose torch.mm is slow. No torch header, as in tile.h.
+// C (+)= A B in float32, for machines whose torch.mm is slow, or has no product of bfloat16 with a float32 sum. No torch
+// header, as in tile.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,8 +8,7 @@
 
 namespace align {
 
-// C [m, n] with rows `stride` apart; A [m, k] and B [k, n] with an element every `row` and `col` numbers. bfloat16 is
-// widened where it is packed: no copy is made first.
+// C [m, n] with rows `stride` apart; A [m, k] and B [k, n] with an element every `row` and `col` numbers.
 struct Matrix {
   const void* data;
   Storage storage;
@@ -17,6 +17,7 @@ struct Matrix {
   Matrix from(int64_t i, int64_t j) const {
     return {static_cast<const char*>(data) + (i * row + j * col) * size_of(storage), storage, row, col};
   }
+  Matrix transposed() const { return {data, storage, col, row}; }
 };
 struct Product {
   Matrix a, b;
@@ -25,24 +26,31 @@ struct Product {
   bool add;
 };
 
-// A panel of B, kDepth x kWide, stays in the third-level cache, a panel of A, kTall x kDepth, in the second.
-constexpr int64_t kTile = 6, kTileWide = 16;
-constexpr int64_t kDepth = 384, kTall = 16 * kTile, kWide = 64 * kTileWide;
 constexpr size_t kLine = 64;  // bytes
 
-// Floats that a product of n columns packs into, a multiple of a line.
-static inline int64_t packed_size(int64_t n) {
-  const int64_t wide = n < kWide ? (n + kTileWide - 1) / kTileWide * kTileWide : kWide;
-  return kDepth * (wide + kTall) + int64_t(kLine / sizeof(float));
-}
+// One way to multiply: what threads and memory need to know, and the whole product on one thread.
+struct Gemm {
+  const char* name;
+  int64_t tall, wide;                             // of its tile of C
+  size_t (*packed)(int64_t n);                    // bytes that a product of n columns packs into, a multiple of a line
+  void (*product)(const Product&, void* packed);  // `packed` is aligned to a line
+};
 
-// The whole product on one thread; packed [packed_size(n)] is aligned to a line.
-void product_avx2(const Product&, float* packed);
+#ifdef __x86_64__
+extern const Gemm avx2_gemm;  // any storage, widened where it is packed
+// A and B bfloat16, denormals count as zero; null where the compiler did not know the units.
+extern const Gemm *const avx512_bf16_gemm, *const amx_gemm;
+#endif
 
 // Raises std::invalid_argument. No sum depends on the number of threads.
 void product(const Product&, int threads);
 
-// Whether the machine is one on which `product` was measured faster than torch.mm.
-bool product_advised();
+// Whether the machine is one on which `product` of such A and B was measured faster than torch.mm in float32.
+bool product_advised(Storage);
+
+// What multiplies bfloat16 by bfloat16: "avx2" widens both, others are units of the machine's own.
+const Gemm& narrow_gemm();                  // in use
+void set_narrow_gemm(const char* name);     // raises std::invalid_argument
+const Gemm* const* available_narrow_gemms();  // ascending, ends with null
 
 }  // namespace align

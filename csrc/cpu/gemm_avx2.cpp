@@ -1,16 +1,13 @@
-// Packed panels and a tile of C in registers (Goto and van de Geijn, "Anatomy of High-Performance Matrix
-// Multiplication", 2008): 6 x 16 floats are 12 of the 16 registers, 2 hold a row of B, one an element of A.
+// 6 x 16 floats are 12 of the 16 registers, 2 hold a row of B, one an element of A.
 #include <immintrin.h>
 #include <string.h>
 
-#include "gemm.h"
+#include "gemm_panels.h"
 
 namespace align {
 namespace {
 
-constexpr int64_t W = 8;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t W = 8, kTile = 6, kTileWide = 16;
 
 typedef uint16_t Bf16;
 
@@ -73,7 +70,7 @@ void pack(float* out, const T* in, int64_t across, int64_t along, int64_t count,
 
 // Panels of A [m][depth], one below the other.
 template <class T>
-void pack_a(float* out, const Matrix& a, int64_t m, int64_t depth) {
+void panels_a(float* out, const Matrix& a, int64_t m, int64_t depth) {
   const T* data = static_cast<const T*>(a.data);
   for (int64_t i = 0; i < m; i += kTile)
     pack<kTile>(out + i * depth, data + i * a.row, a.row, a.col, least(kTile, m - i), depth);
@@ -81,7 +78,7 @@ void pack_a(float* out, const Matrix& a, int64_t m, int64_t depth) {
 
 // Panels of B [depth][n], side by side.
 template <class T>
-void pack_b(float* out, const Matrix& b, int64_t n, int64_t depth) {
+void panels_b(float* out, const Matrix& b, int64_t n, int64_t depth) {
   const T* data = static_cast<const T*>(b.data);
   constexpr int64_t kPanels = 4, kAhead = 8;  // rows of several panels at once: fewer pages in turn
   int64_t j = 0;
@@ -130,42 +127,24 @@ inline __attribute__((always_inline)) void tile(const float* a, const float* b, 
   }
 }
 
-void tile_at_the_edge(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add, int64_t m,
-                      int64_t n) {
-  float whole[kTile * kTileWide];
-  tile(a, b, depth, whole, kTileWide, false);
-  for (int64_t i = 0; i < m; i++)
-    for (int64_t j = 0; j < n; j++)
-      c[i * stride + j] = whole[i * kTileWide + j] + (add ? c[i * stride + j] : 0.0f);
-}
+struct Avx2 {
+  using Packed = float;
+  static constexpr int64_t kTile = align::kTile, kTileWide = align::kTileWide, kPanels = 16, kWide = 64 * kTileWide;
+  static int64_t slots(int64_t depth) { return depth; }
+
+  static void pack_a(float* out, const Matrix& a, int64_t m, int64_t depth) {
+    a.storage == Storage::f32 ? panels_a<float>(out, a, m, depth) : panels_a<Bf16>(out, a, m, depth);
+  }
+  static void pack_b(float* out, const Matrix& b, int64_t n, int64_t depth) {
+    b.storage == Storage::f32 ? panels_b<float>(out, b, n, depth) : panels_b<Bf16>(out, b, n, depth);
+  }
+  void operator()(const float* a, const float* b, int64_t depth, float* c, int64_t stride, bool add) const {
+    tile(a, b, depth, c, stride, add);
+  }
+};
 
 }  // namespace
 
-void product_avx2(const Product& p, float* packed) {
-  float *packed_b = packed, *packed_a = packed + packed_size(p.n) - packed_size(0);
-  const auto panels_a = p.a.storage == Storage::f32 ? pack_a<float> : pack_a<Bf16>;
-  const auto panels_b = p.b.storage == Storage::f32 ? pack_b<float> : pack_b<Bf16>;
-  for (int64_t j0 = 0; j0 < p.n; j0 += kWide) {
-    const int64_t n = least(kWide, p.n - j0);
-    for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
-      const int64_t depth = least(kDepth, p.k - k0);
-      const bool add = p.add || k0 > 0;
-      panels_b(packed_b, p.b.from(k0, j0), n, depth);
-      for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {
-        const int64_t m = least(kTall, p.m - i0);
-        panels_a(packed_a, p.a.from(i0, k0), m, depth);
-        for (int64_t j = 0; j < n; j += kTileWide)
-          for (int64_t i = 0; i < m; i += kTile) {
-            float* c = p.c + (i0 + i) * p.stride + j0 + j;
-            const float *a = packed_a + i * depth, *b = packed_b + j * depth;
-            if (m - i >= kTile && n - j >= kTileWide)
-              tile(a, b, depth, c, p.stride, add);
-            else
-              tile_at_the_edge(a, b, depth, c, p.stride, add, least(kTile, m - i), least(kTileWide, n - j));
-          }
-      }
-    }
-  }
-}
+const Gemm avx2_gemm = {"avx2", kTile, kTileWide, Panels<Avx2>::packed, Panels<Avx2>::product};
 
 }  // namespace align

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,7 +34,24 @@ def matrix(rows: int, cols: int, layout: str, rng: torch.Generator, dtype: torch
     return x.T if layout == "columns" else x
 
 
-FLOATS = (torch.float32, torch.float32)
+FLOATS, NARROW = (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)
+MIXED = [FLOATS, (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+GEMMS = cpu.arguments._C.available_narrow_gemms()
+
+
+@pytest.fixture
+def of_bfloat16(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What multiplies bfloat16 by bfloat16, named by a parameter."""
+    before = cpu.arguments._C.narrow_gemm()
+    cpu.arguments._C.set_narrow_gemm(request.param)
+    yield
+    cpu.arguments._C.set_narrow_gemm(before)
+
+
+of_each_dtype = pytest.mark.parametrize(
+    ("of_bfloat16", "dtypes"), [("avx2", dtypes) for dtypes in MIXED] + [(gemm, NARROW) for gemm in GEMMS],
+    indirect=["of_bfloat16"],
+)  # fmt: skip
 
 
 def multiply(
@@ -64,11 +82,9 @@ def multiply(
 EDGES = (1, 5, 6, 7, 15, 16, 17, 97)
 
 
-MIXED = [FLOATS, (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
-
-
 @pytest.mark.parametrize("add", [False, True])
-@pytest.mark.parametrize("dtypes", MIXED)
+@of_each_dtype
+@pytest.mark.usefixtures("of_bfloat16")
 @pytest.mark.parametrize(("a_layout", "b_layout"), list(itertools.product(("rows", "columns", "strided"), repeat=2)))
 def test_layouts_and_edges(a_layout: str, b_layout: str, dtypes: tuple[torch.dtype, torch.dtype], add: bool):
     for m, n in itertools.product(EDGES, (1, 16, 33, 71)):
@@ -77,13 +93,16 @@ def test_layouts_and_edges(a_layout: str, b_layout: str, dtypes: tuple[torch.dty
 
 @pytest.mark.parametrize("shape", [(200, 1100, 400), (100, 2050, 769), (1, 1, 5000), (97, 64, 384), (7, 1024, 385)])
 @pytest.mark.parametrize("layouts", [("rows", "columns"), ("rows", "rows"), ("columns", "rows")])
-@pytest.mark.parametrize("dtypes", MIXED)
+@of_each_dtype
+@pytest.mark.usefixtures("of_bfloat16")
 def test_more_than_one_block(
     shape: tuple[int, int, int], layouts: tuple[str, str], dtypes: tuple[torch.dtype, torch.dtype]
 ):
     multiply(*shape, True, *layouts, dtypes)
 
 
+@pytest.mark.parametrize("of_bfloat16", ["avx2"], indirect=True)
+@pytest.mark.usefixtures("of_bfloat16")
 def test_bfloat16_is_read_as_the_float32_that_it_is():
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(99, 401, generator=rng).bfloat16(), torch.randn(401, 203, generator=rng).bfloat16()
@@ -95,9 +114,11 @@ def test_bfloat16_is_read_as_the_float32_that_it_is():
     assert torch.equal(found.nan_to_num(-1.0), want.nan_to_num(-1.0)) and found[:, 7].isnan().all()
 
 
-def test_threads_change_no_bit():
+@of_each_dtype
+@pytest.mark.usefixtures("of_bfloat16")
+def test_threads_change_no_bit(dtypes: tuple[torch.dtype, torch.dtype]):
     rng, before = torch.Generator().manual_seed(0), torch.get_num_threads()
-    a, b = torch.randn(250, 600, generator=rng), torch.randn(600, 700, generator=rng)
+    a, b = (torch.randn(*size, generator=rng).to(of) for size, of in zip(((250, 600), (600, 700)), dtypes))
     found = []
     try:
         for threads in (1, 2, 3, 7, 16):
@@ -109,11 +130,13 @@ def test_threads_change_no_bit():
     assert all(torch.equal(x, found[0]) for x in found[1:])
 
 
-def test_nan_and_infinity_come_through():
-    a, b, out = torch.ones(70, 70), torch.ones(70, 70), torch.zeros(70, 70)
+@of_each_dtype
+@pytest.mark.usefixtures("of_bfloat16")
+def test_nan_and_infinity_come_through(dtypes: tuple[torch.dtype, torch.dtype]):
+    a, b, out = torch.ones(70, 70, dtype=dtypes[0]), torch.ones(70, 70, dtype=dtypes[1]), torch.zeros(70, 70)
     a[3, 60], b[5, 68], b[5, 69] = torch.nan, torch.inf, -torch.inf
     products.product(out, a, b, False)
-    want = a @ b
+    want = a.float() @ b.float()
     assert out[3].isnan().all() and torch.equal(out.nan_to_num(-1.0), want.nan_to_num(-1.0))
 
 
@@ -140,6 +163,11 @@ def test_nothing_to_do():
 def test_wrong_arguments_are_named(out: Tensor, a: Tensor, b: Tensor, message: str):
     with pytest.raises(ValueError, match=message):
         products.product(out, a, b, False)
+
+
+def test_what_multiplies_bfloat16_is_named():
+    with pytest.raises(ValueError, match=f'one of {", ".join(GEMMS)} on this machine, got "amx"'):
+        cpu.arguments._C.set_narrow_gemm("amx")
 
 
 # -- in the schedules ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from align_kernels.backends.arguments import names_of
 from align_kernels.backends.cpu import arguments
 from align_kernels.backends.cpu.arguments import CODES
 
-ADVISED = arguments.MISSING is None and arguments._C.product_advised()
+ADVISED = arguments.MISSING is None and arguments._C.product_advised(CODES[torch.float32])
 LEAST = 64  # rows, columns and depth of a product that `product` takes
 
 

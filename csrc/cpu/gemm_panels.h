@@ -1,0 +1,75 @@
+// Packed panels and a tile of C in registers: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication",
+// 2008. A panel of B, depth x kWide, stays in the third-level cache, one of A, kTall x depth, in the second.
+#pragma once
+#include <stdint.h>
+
+#include "gemm.h"
+
+namespace align {
+namespace {
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+constexpr int64_t kDepth = 384;
+
+// A way to multiply, `Tile`:
+//   kTile, kTileWide: its tile of C; kPanels: tiles of a panel of A; kWide: columns of one of B
+//   Packed: a packed number, or several; slots(depth): of them that a line of such a depth takes
+//   pack_a(out, a, m, depth), pack_b(out, b, n, depth): lines [m] and [n] as panels of kTile and kTileWide of them
+//   tile(a, b, depth, c, stride, add): a whole tile of C
+//   Tile(), ~Tile(): around a product, on its thread
+template <class Tile>
+struct Panels {
+  using Packed = typename Tile::Packed;
+  static constexpr int64_t kTall = Tile::kPanels * Tile::kTile;
+
+  static size_t packed_b(int64_t n) {
+    return size_t(Tile::slots(kDepth) * least(up(n, Tile::kTileWide), Tile::kWide)) * sizeof(Packed);
+  }
+  // one line more: a panel may be written a little beyond its end
+  static size_t packed(int64_t n) {
+    return packed_b(n) + size_t(Tile::slots(kDepth) * kTall) * sizeof(Packed) + kLine;
+  }
+
+  static void product(const Product& p, void* memory) {
+    Packed* const b = static_cast<Packed*>(memory);
+    Packed* const a = reinterpret_cast<Packed*>(static_cast<char*>(memory) + packed_b(p.n));
+    Tile tile;
+    for (int64_t j0 = 0; j0 < p.n; j0 += Tile::kWide) {
+      const int64_t n = least(Tile::kWide, p.n - j0);
+      for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
+        const int64_t depth = least(kDepth, p.k - k0), slots = Tile::slots(depth);
+        const bool add = p.add || k0 > 0;
+        Tile::pack_b(b, p.b.from(k0, j0), n, depth);
+        for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {
+          const int64_t m = least(kTall, p.m - i0);
+          Tile::pack_a(a, p.a.from(i0, k0), m, depth);
+          for (int64_t j = 0; j < n; j += Tile::kTileWide)
+            for (int64_t i = 0; i < m; i += Tile::kTile) {
+              float* c = p.c + (i0 + i) * p.stride + j0 + j;
+              const Packed *left = a + i * slots, *right = b + j * slots;
+              if (m - i >= Tile::kTile && n - j >= Tile::kTileWide)
+                tile(left, right, slots, c, p.stride, add);
+              else
+                at_the_edge(tile, left, right, slots, c, p.stride, add, least(Tile::kTile, m - i),
+                            least(Tile::kTileWide, n - j));
+            }
+        }
+      }
+    }
+  }
+
+ private:
+  static void at_the_edge(const Tile& tile, const Packed* a, const Packed* b, int64_t slots, float* c, int64_t stride,
+                          bool add, int64_t m, int64_t n) {
+    alignas(kLine) float whole[Tile::kTile * Tile::kTileWide];
+    tile(a, b, slots, whole, Tile::kTileWide, false);
+    for (int64_t i = 0; i < m; i++)
+      for (int64_t j = 0; j < n; j++)
+        c[i * stride + j] = whole[i * Tile::kTileWide + j] + (add ? c[i * stride + j] : 0.0f);
+  }
+};
+
+}  // namespace
+}  // namespace align
