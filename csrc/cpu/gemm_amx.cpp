@@ -24,7 +24,7 @@ struct alignas(kLine) Config {
 class Amx {
  public:
   using Packed = Pair;
-  static constexpr int64_t kTile = 2 * kBlock, kTileWide = 2 * kBlock, kPanels = 4, kWide = 32 * kTileWide;
+  static constexpr int64_t kTile = 2 * kBlock, kTileWide = 2 * kBlock, kPanels = 4, kWide = 32 * kTileWide, kDepth = 384;
   static int64_t slots(int64_t depth) { return up((depth + 1) / 2, kBlock); }
 
   static void pack_a(Pair* out, const Matrix& a, int64_t m, int64_t depth) {

@@ -11,10 +11,8 @@ namespace {
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 
-constexpr int64_t kDepth = 384;
-
 // A way to multiply, `Tile`:
-//   kTile, kTileWide: its tile of C; kPanels: tiles of a panel of A; kWide: columns of one of B
+//   kTile, kTileWide: its tile of C; kPanels: tiles of a panel of A; kWide: columns of one of B; kDepth: of both
 //   Packed: a packed number, or several; slots(depth): of them that a line of such a depth takes
 //   pack_a(out, a, m, depth), pack_b(out, b, n, depth): lines [m] and [n] as panels of kTile and kTileWide of them
 //   tile(a, b, depth, c, stride, add): a whole tile of C
@@ -25,11 +23,11 @@ struct Panels {
   static constexpr int64_t kTall = Tile::kPanels * Tile::kTile;
 
   static size_t packed_b(int64_t n) {
-    return size_t(Tile::slots(kDepth) * least(up(n, Tile::kTileWide), Tile::kWide)) * sizeof(Packed);
+    return size_t(Tile::slots(Tile::kDepth) * least(up(n, Tile::kTileWide), Tile::kWide)) * sizeof(Packed);
   }
   // one line more: a panel may be written a little beyond its end
   static size_t packed(int64_t n) {
-    return packed_b(n) + size_t(Tile::slots(kDepth) * kTall) * sizeof(Packed) + kLine;
+    return packed_b(n) + size_t(Tile::slots(Tile::kDepth) * kTall) * sizeof(Packed) + kLine;
   }
 
   static void product(const Product& p, void* memory) {
@@ -38,8 +36,8 @@ struct Panels {
     Tile tile;
     for (int64_t j0 = 0; j0 < p.n; j0 += Tile::kWide) {
       const int64_t n = least(Tile::kWide, p.n - j0);
-      for (int64_t k0 = 0; k0 < p.k; k0 += kDepth) {
-        const int64_t depth = least(kDepth, p.k - k0), slots = Tile::slots(depth);
+      for (int64_t k0 = 0; k0 < p.k; k0 += Tile::kDepth) {
+        const int64_t depth = least(Tile::kDepth, p.k - k0), slots = Tile::slots(depth);
         const bool add = p.add || k0 > 0;
         Tile::pack_b(b, p.b.from(k0, j0), n, depth);
         for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {

@@ -10,20 +10,20 @@ from torch import Tensor
 from torch.utils import flop_counter
 
 
-def gemm_dtype(hidden: torch.dtype, weight: Tensor) -> torch.dtype:
-    """The dtype in which logits are made.
+def gemm_dtype(hidden: torch.dtype, weight: Tensor, narrow: bool) -> torch.dtype:
+    """The dtype that GEMMs read.
 
-    The wider of hidden and weight. torch has no GEMM with narrow inputs and a float32 output for a CPU, so 16-bit
-    storage is widened there: tile by tile, or where the backend's own product packs it.
+    The wider of hidden and weight. torch has no GEMM with narrow inputs and a float32 output for a CPU: where the
+    backend has none of its own (`narrow`), 16-bit storage is widened there, tile by tile or where a product packs it.
     """
     dtype = torch.promote_types(hidden, weight.dtype)
-    return torch.promote_types(dtype, torch.float32) if weight.device.type == "cpu" else dtype
+    return dtype if narrow or weight.device.type != "cpu" else torch.promote_types(dtype, torch.float32)
 
 
 def logits_dtype(hidden: torch.dtype, weight: Tensor) -> torch.dtype:
     """The dtype in which logits are kept: float32 at least, where GEMMs of 16-bit inputs can write it."""
-    dtype = gemm_dtype(hidden, weight)
-    return torch.promote_types(dtype, torch.float32) if widens(weight.device) else dtype
+    dtype, device = torch.promote_types(hidden, weight.dtype), weight.device
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" or widens(device) else dtype
 
 
 def widens(device: torch.device) -> bool:

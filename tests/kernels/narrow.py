@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from align_kernels import gemm
+from align_kernels.backends.cpu import products
 from align_kernels.schedules import plan, tiles
 from align_kernels.schedules.request import row_step
 
@@ -26,10 +27,11 @@ def product(acc: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    dtype_of = lambda hidden, weight: torch.promote_types(hidden, weight.dtype)  # noqa: E731
+    dtype_of = lambda hidden, weight, *_: torch.promote_types(hidden, weight.dtype)  # noqa: E731
     monkeypatch.setattr(tiles, "gemm_dtype", dtype_of)
     monkeypatch.setattr(tiles, "logits_dtype", lambda *dtypes: torch.promote_types(dtype_of(*dtypes), torch.float32))
     monkeypatch.setattr(gemm, "product", product)
+    monkeypatch.setattr(products, "ADVISED", set())  # the CPU's own products keep a LoRA in float32
     monkeypatch.setattr(tiles, "row_step", lambda device: row_step("cuda"))
     asked = plan.request_of
     of_a_gpu = lambda *args: dataclasses.replace(asked(*args), device="cuda", may_alias=False)  # noqa: E731

@@ -176,7 +176,7 @@ B, T, V, D = 4, 60, 1000, 96
 
 def losses(own: bool, train: bool, monkeypatch) -> tuple[list[Tensor], int, str]:
     """Gradients, counted FLOPs and the plan of a fused loss and of one on log-probs with a LoRA."""
-    monkeypatch.setattr(products, "ADVISED", own)
+    monkeypatch.setattr(products, "ADVISED", {torch.float32} if own else set())
     rng = torch.Generator().manual_seed(3)
     hidden = torch.randn(B, T, D, generator=rng).requires_grad_()
     weight = (torch.randn(V, D, generator=rng) * 0.2).requires_grad_(train)
@@ -210,7 +210,7 @@ def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
     """Also by the few rows that dropping zero coefficients leaves, and the last columns of V = 1000."""
 
     def grads(own: bool, kept: int) -> list[Tensor]:
-        monkeypatch.setattr(products, "ADVISED", own)
+        monkeypatch.setattr(products, "ADVISED", {torch.float32} if own else set())
         rng = torch.Generator().manual_seed(5)
         hidden = torch.randn(B * T, D, generator=rng).requires_grad_()
         weight = (torch.randn(V, D, generator=rng) * 0.2).bfloat16().requires_grad_(train)
@@ -230,15 +230,28 @@ def test_a_bfloat16_weight_is_multiplied_as_it_lies(train: bool, monkeypatch):
 
 
 def test_large_products_are_taken_and_those_of_two_dtypes(monkeypatch):
-    monkeypatch.setattr(products, "ADVISED", True)
+    monkeypatch.setattr(products, "ADVISED", {torch.float32})
     a, b = torch.zeros(64, 70), torch.zeros(70, 64)
     assert products.takes(torch.zeros(64, 64), a, b)
     assert not products.takes(torch.zeros(64, 64).T, a, b)
     assert not products.takes(torch.zeros(63, 64), a[:63], b)
     assert not products.takes(torch.zeros(64, 64).double(), a.double(), b.double())
     assert products.takes(torch.zeros(63, 64), a[:63], b.bfloat16())  # torch.mm takes no two dtypes
-    monkeypatch.setattr(products, "ADVISED", False)
+    monkeypatch.setattr(products, "ADVISED", set())
     assert not products.takes(torch.zeros(64, 64), a, b)
+
+
+def test_of_bfloat16_all_sizes_are_taken(monkeypatch):
+    monkeypatch.setattr(products, "ADVISED", {torch.bfloat16})
+    a, b = torch.zeros(3, 5).bfloat16(), torch.zeros(5, 2).bfloat16()
+    assert products.takes(torch.zeros(3, 2), a, b)
+    assert not products.takes(torch.zeros(2, 3).T, a, b)
+    assert not products.takes(torch.zeros(3, 2).bfloat16(), a, b)
+    assert products.takes(torch.zeros(3, 2), a.float(), b) and products.takes(torch.zeros(3, 2), a, b.float())
+    assert not products.takes(torch.zeros(3, 2), a.float(), b.float())
+    assert not products.takes(torch.zeros(3, 2), a.half(), b)
+    monkeypatch.setattr(products, "ADVISED", set())
+    assert not products.takes(torch.zeros(3, 2), a, b)
 
 
 @pytest.mark.parametrize("named, left", [("default", 1), ("avx2", 2), ("avx512", 3)])

@@ -84,7 +84,11 @@ def test_logits_that_wait_for_their_gradient(name: str, which: str, impl: str):
     t = case.leaves()
     plan = explain(t["hidden"], t["weight"], case.targets, impl=impl, **case.keywords(t))
     assert plan.schedule == ("frozen" if name == "frozen head" else "keep") and plan.tile_cols < 123
-    assert late(case, impl, which) == 0
+    live = 0
+    if plan.name == "plain keep":  # what is kept is read by products alone: a gathering of 16 bits is the only pass
+        g, h = upstream(case, which)
+        live = int((g != 0)[case.mask].sum()) * 123 if h is None else 0
+    assert late(case, impl, which) == live
 
 
 def test_a_copy_is_seen():

@@ -14,14 +14,15 @@ from align_kernels.schedules.request import STEP, Request
 LEAST_COLUMNS = 2048  # of a tile of many rows: each tile costs a pass over the chunk's dX
 
 
-def aliased_columns(rows: int, vocab: int, width: int, tile: int) -> int:
-    """Columns whose logits [rows, tile] each may lie in the memory of a dW [vocab, width] that is not yet written.
+def aliased_columns(column: int, vocab: int, line: int, tile: int) -> int:
+    """Columns whose logits, of `column` bytes each and read `tile` at a time, may lie in the memory of a dW of `vocab`
+    lines of `line` bytes that is not yet written.
 
     They end where dW ends. Tiles are read and dW is written in ascending order, so before the tile at column v is read,
-    and while its share of dW is written, (v + tile) width <= vocab width - (columns - v) rows must hold; both sides are
+    and while its share of dW is written, (v + tile) line <= vocab line - (columns - v) column must hold; both sides are
     linear in v, which leaves the first tile and the last.
     """
-    columns = min((vocab - tile) * width // max(rows, 1), vocab - -(-tile * rows // width))
+    columns = min((vocab - tile) * line // max(column, 1), vocab - -(-tile * column // line))
     return max(columns // STEP * STEP, 0)
 
 
@@ -36,7 +37,7 @@ class Store(NamedTuple):
 
     own: Tensor  # flat
     step: int  # at multiples of which rows of a tile begin
-    dw: Tensor | None = None  # flat
+    dw: Tensor | None = None  # flat, its bytes as numbers of the same dtype
     columns: int = 0  # of those in dw
 
     def tile(self, n: int, v0: int, v1: int) -> Tensor:
@@ -59,7 +60,8 @@ def tile_columns(request: Request, rows: int) -> int:
 
 
 def _columns(request: Request, rows: int) -> int:
-    return aliased_columns(rows, request.vocab, request.width, tile_columns(request, rows))
+    column, line = rows * request.itemsize, request.width * request.sum_itemsize
+    return aliased_columns(column, request.vocab, line, tile_columns(request, rows))
 
 
 def bytes_outside(request: Request, rows: int) -> int:
@@ -70,7 +72,7 @@ def bytes_outside(request: Request, rows: int) -> int:
 def chunk_rows(request: Request) -> tuple[int, int]:
     """Rows of a chunk, and of the first one, which also has the memory of dW; 0 where it does not."""
     r = request
-    some = max(min(r.rows, r.width), 1)
+    some = max(min(r.rows, r.width * r.sum_itemsize // r.itemsize), 1)
     if not (r.may_alias and r.needs_weight and r.drop_mass == 0 and _columns(r, some) > 0):
         return r.kept_rows(), 0
     beside = tile_bytes(r, some)

@@ -71,8 +71,8 @@ class Pull:
                 self.dxb *= factor
         self.reference = reference
         self.tiled.product(self.dx, e, w, add=True)
-        if self.dxb is not None and self.tiled.head.lora_B is not None:
-            self.tiled.product(self.dxb, e, self.tiled.head.lora_B[v0:v1].to(e.dtype), add=True)
+        if self.dxb is not None:
+            self.tiled.product(self.dxb, e, self.tiled.lora_B(slice(v0, v1)), add=True)
 
     def finish(self, factors: Factors) -> tuple[Tensor, Tensor | None]:
         """This rank's dX [n, D] over g, and its part through the LoRA [n, R]."""

@@ -127,6 +127,11 @@ class Request:
         return max(-(-self.vocab // step) * step * self.itemsize, 1)
 
     @property
+    def sum_itemsize(self) -> int:
+        """Of an element of dW in the making: that of logits."""
+        return max(self.itemsize, self.gradient_itemsize)
+
+    @property
     def copied(self) -> int:
         """Of the weight's copy, a column."""
         return self.width * self.weight_itemsize

@@ -44,11 +44,11 @@ class Chunk:
         return self.inputs()
 
     @property
-    def x(self) -> Tensor:  # (n, D), in the dtype of the GEMMs
+    def x(self) -> Tensor:  # (n, D), in the dtype that GEMMs read
         return self._inputs[0]
 
     @property
-    def xa(self) -> Tensor | None:  # (n, R): scaling * x @ A.T
+    def xa(self) -> Tensor | None:  # (n, R): scaling * x @ A.T, in the dtype of a LoRA's products
         return self._inputs[1]
 
     def with_live(self, live: int) -> Chunk:
@@ -241,18 +241,23 @@ class TiledHead:
         # every position as it lies: rows are views, no copies (pairs are run pair by pair, in another order)
         self.as_it_lies = ordered and len(kept) == len(head.targets)
         dtypes = head.hidden.dtype, head.weight
-        self.dtype, self.logits_dtype = gemm_dtype(*dtypes), logits_dtype(*dtypes)
+        self.logits_dtype = logits_dtype(*dtypes)
         self.group = None if settings.tp_group is None else sharded.group_of(settings.tp_group)
         self.offset, self.widest, self.vocab = sharded.shard(head.weight.shape[0], head.targets[kept], self.group)
         self.backend_name = pick(settings.impl, head.weight.device, self.logits_dtype)
         self.backend = BACKENDS[self.backend_name]
+        own = self.backend.products
+        read = (head.hidden, head.weight, head.lora_A, head.lora_B)  # a float32 LoRA asks for gradients in float32
+        narrow = own is not None and all(own.serves(x.dtype) for x in read if x is not None)
+        self.dtype = gemm_dtype(*dtypes, narrow)
         self.on_chip, self.tiles_because = _on_chip(self.backend, head, needs)
         if self.on_chip:  # no CPU stands behind it whose GEMMs want wider inputs
             self.dtype = head.weight.dtype
-        own = self.backend.products
         if own is not None and not own.serves(self.dtype, len(kept), self.widest, head.weight.shape[1]):
             own = None
         self.own_gemm, self.product = own is not None, partial(_product, own)
+        # a CPU's products of few columns are no slower in float32, nor are those of two dtypes
+        self.lora_dtype = self.dtype if own is None else torch.promote_types(self.dtype, torch.float32)
         self.casts_weight = head.weight.dtype != self.dtype and not (own is not None and own.reads(head.weight.dtype))
         self.plan = plan(self)
         self.step = row_step(head.weight.device.type)
@@ -293,18 +298,23 @@ class TiledHead:
 
     def store_beside(self, sizes: Sequence[int], dtype: torch.dtype) -> Store:
         """Room for all logits of any chunk, of `sizes` rows each, but those of the first that lie in dW's memory."""
-        p, V = self.plan, self.head.weight.shape[0]
         needed = [n * self.columns for n in sizes]
-        if p.aliased:
-            needed[0] -= sizes[0] * aliased_columns(sizes[0], V, p.width, p.tile_cols)
+        if self.plan.aliased:
+            needed[0] -= sizes[0] * self._aliased(sizes[0], dtype)
         return self.stored(self.empty(max(needed), dtype=dtype))
 
     def alias(self, store: Store, n: int) -> Store:
         """`store` for n rows, with the memory of dW while nothing stands there."""
         if not self.plan.aliased or self.grads.weight is None or self.grads.started:
             return store
-        V, D = self.grads.weight.shape
-        return Store(store.own, self.step, self.grads.weight.view(-1), aliased_columns(n, V, D, self.plan.tile_cols))
+        dtype = store.own.dtype
+        return Store(store.own, self.step, self.grads.weight.view(-1).view(dtype), self._aliased(n, dtype))
+
+    def _aliased(self, n: int, dtype: torch.dtype) -> int:
+        """Columns of n rows of `dtype` that lie in dW's memory."""
+        w = self.head.weight
+        line = w.shape[1] * float_dtype(w).itemsize
+        return aliased_columns(n * dtype.itemsize, w.shape[0], line, self.plan.tile_cols)
 
     def tile(self, n: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A tile [n, columns] of its own, about to be written whole."""
@@ -328,7 +338,8 @@ class TiledHead:
             x = head.hidden[index].to(self.dtype)
             if head.lora_A is None:
                 return x, None
-            return x, x @ head.lora_A.to(self.dtype).T * self.settings.lora_scaling
+            of = self.lora_dtype
+            return x, x.to(of) @ head.lora_A.to(of).T * self.settings.lora_scaling
 
         t = head.temperature
         temperature = self.settings.transform.temperature if t is None else t[index].contiguous()
@@ -358,11 +369,16 @@ class TiledHead:
             self._weight = self.empty(self.plan.tile_cols, w.shape[1])
         return self._weight[: len(w)].copy_(w)
 
+    def lora_B(self, columns: slice | Tensor) -> Tensor:
+        """Rows of a LoRA's B, in the dtype of xa."""
+        assert self.head.lora_B is not None
+        return self.head.lora_B[columns].to(self.lora_dtype)
+
     def logits(self, chunk: Chunk, w: Tensor, v0: int, v1: int, out: Tensor) -> Tensor:
         """Raw logits of the columns v0 .. v1, whose weight is w [c, D], in `out` [n, c]."""
         self.product(out, chunk.x, w.T, add=False)
-        if chunk.xa is not None and self.head.lora_B is not None:
-            self.product(out, chunk.xa, self.head.lora_B[v0:v1].to(self.dtype).T, add=True)
+        if chunk.xa is not None:
+            self.product(out, chunk.xa, self.lora_B(slice(v0, v1)).T, add=True)
         return out
 
     def common(self, chunk: Chunk, v0: int, v1: int) -> Transform:
@@ -401,8 +417,8 @@ class TiledHead:
             if dx is not None:
                 assert w is not None
                 self.product(dx, dz, w, add=True)
-            if dxa is not None and head.lora_B is not None:
-                self.product(dxa, dz, head.lora_B[columns].to(self.dtype), add=True)
+            if dxa is not None:
+                self.product(dxa, dz, self.lora_B(columns), add=True)
             grads.add(columns, dz, chunk.x, chunk.xa)
         self.add_lora(dx, dxa, chunk.x)
         grads.started |= m > 0

@@ -1,4 +1,5 @@
-"""Matrix products in C++, for processors on which torch.mm is slow."""
+"""Matrix products in C++: of float32 for processors on which torch.mm is slow, of bfloat16 for those with units for it
+(AVX512-BF16, AMX), since torch's write no float32 on a CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from align_kernels.backends.arguments import names_of
 from align_kernels.backends.cpu import arguments
 from align_kernels.backends.cpu.arguments import CODES
 
-ADVISED = arguments.MISSING is None and arguments._C.product_advised(CODES[torch.float32])
-LEAST = 64  # rows, columns and depth of a product that `product` takes
+ADVISED = {dtype for dtype, code in CODES.items() if arguments.MISSING is None and arguments._C.product_advised(code)}
+LEAST = 64  # rows, columns and depth of a product of float32 that `product` takes
 
 
 def reads(dtype: torch.dtype) -> bool:
@@ -22,15 +23,17 @@ def reads(dtype: torch.dtype) -> bool:
 
 
 def serves(dtype: torch.dtype, *sizes: int) -> bool:
-    """Whether `product` serves this dtype and sizes, and was measured faster than torch.mm there: on AMD processors
-    with AVX2 and without AVX-512."""
-    return ADVISED and dtype == torch.float32 and min(sizes, default=LEAST) >= LEAST
+    """Whether `product` serves this dtype and sizes, and was measured faster than torch.mm in float32 there: float32 on
+    AMD processors with AVX2 and without AVX-512, bfloat16 of any size where the processor multiplies it."""
+    return dtype in ADVISED and (dtype == torch.bfloat16 or min(sizes, default=LEAST) >= LEAST)
 
 
 def takes(out: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether these are laid out for `product`, and so large that it is faster, or such as torch.mm does not take."""
-    sizes = (*out.shape, len(b)) if b.dtype == out.dtype else ()
-    return serves(out.dtype, *sizes) and a.dtype == out.dtype and out.stride(1) == 1
+    if out.dtype != torch.float32 or out.stride(1) != 1 or not {a.dtype, b.dtype} <= CODES.keys():
+        return False
+    narrow = torch.bfloat16 in (a.dtype, b.dtype)
+    return bool(ADVISED) if narrow else serves(torch.float32, *out.shape, len(b))
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
