@@ -110,24 +110,23 @@ int64_t place(const Lists& lists, int64_t t, int64_t column) {
   return int(std::clamp<int64_t>(entries * width / kLeast, 1, threads));
 }
 
-// A row of lists as a row of logits: what the primitives on tiles take of its entries begin .. end.
+// A row of lists as a row of logits: what the primitives on tiles take of its entries begin .. end. All of it lies on a
+// thread's stack: memory that runs out would throw, and no exception may leave the threads.
 struct RowOfLists {
   Logits in;
-  std::vector<int64_t> targets;  // their places among the row's entries
-  std::vector<float> bias;
+  int64_t* targets;  // [rows], their places among the rows' entries
+  float bias[kBlock];
 
-  explicit RowOfLists(const Logits& whole, const Lists& lists) : in(whole), targets(size_t(lists.rows)), bias(kBlock) {
-    in.stride = 0, in.targets = targets.data();
-  }
+  RowOfLists(const Logits& whole, int64_t* places) : in(whole), targets(places) { in.stride = 0, in.targets = places; }
 
   int64_t take(const Logits& whole, const Lists& lists, int64_t t, int64_t begin, int64_t end) {
     const int64_t column = whole.targets[t] - whole.offset, at = place(lists, t, column);
     const bool kept = at < lists.ends[t] && lists.columns[at] == column;
-    targets[size_t(t)] = kept ? at - begin : -1, in.offset = 0;
+    targets[t] = kept ? at - begin : -1, in.offset = 0;
     in.z = static_cast<const char*>(whole.z) + begin * size_of(whole.storage);
     if (whole.bias) {
-      for (int64_t i = begin; i < end; i++) bias[size_t(i - begin)] = whole.bias[lists.columns[i]];
-      in.bias = bias.data();
+      for (int64_t i = begin; i < end; i++) bias[i - begin] = whole.bias[lists.columns[i]];
+      in.bias = bias;
     }
     return end - begin;
   }
@@ -169,10 +168,11 @@ void keep(const Logits& in, const Keep& keep, int threads) {
 void forward(const Logits& in, const Lists& lists, State* state, int threads) {
   if (!check(in, state, threads) || !check(lists, static_cast<const float*>(in.z), in.cols, threads)) return;
   const Isa& isa = align::isa();
+  std::vector<int64_t> targets(size_t(lists.rows));
 #pragma omp parallel num_threads(threads)
   {
     FlushDenormals guard;
-    RowOfLists row(in, lists);
+    RowOfLists row(in, targets.data());
 #pragma omp for schedule(dynamic, 4)
     for (int64_t t = 0; t < lists.rows; t++)
       for (int64_t begin = lists.begins[t]; begin < lists.ends[t]; begin += kBlock) {
@@ -186,10 +186,11 @@ void backward(const Logits& in, const Lists& lists, const Gradient& grad, int th
   if (!check(in, grad, threads) || !check(lists, static_cast<const float*>(in.z), in.cols, threads)) return;
   check_pointer("out", grad.out, size_of(grad.storage));
   const Isa& isa = align::isa();
+  std::vector<int64_t> targets(size_t(lists.rows));
 #pragma omp parallel num_threads(threads)
   {
     FlushDenormals guard;
-    RowOfLists row(in, lists);
+    RowOfLists row(in, targets.data());
     Gradient part = grad;
     part.stride = 0;
 #pragma omp for schedule(dynamic, 4)

@@ -103,23 +103,38 @@ import resource, torch
 from align_kernels.backends import cpu
 from align_kernels.backends.arguments import Lists
 torch.set_num_threads(2)
-m, D = 1 << 17, 224
-x, out, ends = torch.zeros(m, D), torch.zeros(9, D), torch.arange(1, m + 1)
-lists = Lists(ends - 1, ends, torch.zeros(m, dtype=torch.int32), torch.zeros(m))
+m, D = 1 << {log_rows}, {width}
+x, out, state, ones = torch.zeros(m, D), torch.zeros(9, D), torch.ones(m, 8, dtype=torch.float64), torch.ones(m)
+targets, begins, ends = torch.zeros(3, m, dtype=torch.int64)
+ends += 1
+plain = dict(offset=0, vocab=9, bias=None, scale=1.0, softcap=None, temperature=1.0)
+def call(m):
+    lists = Lists(begins[:m], ends[:m], torch.zeros(1, dtype=torch.int32), torch.zeros(1))
+    s, t, g = state[:m], targets[:m], ones[:m]
+    cpu.lists.{call}
+call(2)  # wakes the threads
 pages = int(open("/proc/self/statm").read().split()[0])
-resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (32 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ({left} << 20),) * 2)
 try:
-    cpu.lists.push(out, lists, lists.z, x, False)
+    call(m)
 except MemoryError:
     print("MemoryError")
 """
+WANTS = {  # log2 of rows, floats of each, MiB that are left
+    "push": (17, 224, 32, "push(out, lists, lists.z, x[:m], False)"),  # wants 112 MiB for each thread
+    "forward": (21, 1, 12, "forward(lists, 9, s, t, **plain)"),  # 16 MiB
+    "backward": (21, 1, 12, "backward(lists, 9, s, t, g, None, clamp=None, out=lists.z, **plain)"),
+}
 
 
 @pytest.mark.skipif(cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="the extension is not built")
 @pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-def test_memory_that_runs_out_is_an_error():
-    """Each thread of `push` wants 112 MiB where 32 are left: MemoryError, and not the end of the process."""
-    done = subprocess.run([sys.executable, "-c", RUNS_OUT], capture_output=True, text=True)
+@pytest.mark.parametrize("name", WANTS)
+def test_memory_that_runs_out_is_an_error(name: str):
+    """Of lists: a call wants more than is left: MemoryError, and not the end of the process."""
+    log_rows, width, left, call = WANTS[name]
+    code = RUNS_OUT.format(log_rows=log_rows, width=width, left=left, call=call)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "MemoryError\n", done.stderr
 
 
