@@ -55,13 +55,12 @@ def prepare(
     Returns the data set and a report (see `describe`). Columns of the data set, ids as lists of int:
       sft: index, prompt_ids, completion_ids         preference: index, prompt_ids, chosen_ids, rejected_ids, the
       prompt: index, prompt_ids                      latter lists of ids each where a row has several answers
-      unpaired: index, prompt_ids, completion_ids, label; a row of preference data becomes one of each answer, its
-        index with the answer's number behind it: 2 x index and the next of pairs
+      unpaired: index, prompt_ids, completion_ids, label; a row of preference data becomes one of each answer
     and those of `CARRIED` that the rows have: margin, chosen_rank, rejected_rank of preference data, lists of numbers
     where a row has several answers: n x m margins, those of the first chosen answer first, n and m ranks.
     Rows that hold these ids already are taken as they stand.
-    `index` is the row's number in `rows`, whatever was dropped. Texts without a prompt ("text", "messages") have an
-    empty `prompt_ids`: every token is trained on.
+    `index` is the number in `rows` of the row that it comes from, whatever was dropped. Texts without a prompt ("text",
+    "messages") have an empty `prompt_ids`: every token is trained on.
 
     `max_length` limits prompt + completion (None: no limit), `max_prompt_length` the prompt. With `overlong="truncate"`
     the prompt gives way first, from its left and down to a quarter of max_length, then the completion's end; "drop"
@@ -130,8 +129,8 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int, model: str = "the mo
     """Raise BadInput, naming the id and the row, where a token id does not fit a `model` with `vocab_size` tokens."""
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
     table: Any
-    for table in dataset.with_format("arrow").iter(batch_size=10_000):
-        for name in columns:
+    for name in columns:  # whole ones: the last may hold what other rows have in an earlier one
+        for table in dataset.select_columns(["index", name]).with_format("arrow").iter(batch_size=10_000):
             largest = pc.max(pc.list_flatten(table[name], recursive=True)).as_py()
             if largest is not None and largest >= vocab_size:
                 rows = table[name].combine_chunks()
@@ -381,17 +380,11 @@ def _trained(rows: datasets.Dataset) -> tuple[int, int, str]:
 
 
 def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
-    many = 2  # answers of a row at most
-    if has_several_answers(pairs):
-        table: Any = pairs.with_format("arrow")[:]
-        many = pc.max(pc.add(*(pc.list_value_length(table[f"{side}_ids"]) for side in SIDES["preference"]))).as_py()
-
     def split(pair: dict[str, list[Any]]) -> dict[str, list[Any]]:
         out: dict[str, list[Any]] = {name: [] for name in ("index", "prompt_ids", "completion_ids", "label")}
         for i, prompt, *sides in zip(*(pair[name] for name in ("index", "prompt_ids", "chosen_ids", "rejected_ids"))):
-            marked = [(ids, label) for side, label in zip(sides, (True, False)) for ids in answers(side)]
-            for place, (ids, label) in enumerate(marked):
-                for name, value in zip(out, (many * i + place, prompt, ids, label)):
+            for ids, label in ((ids, label) for side, label in zip(sides, (True, False)) for ids in answers(side)):
+                for name, value in zip(out, (i, prompt, ids, label)):
                     out[name].append(value)
         return out
 

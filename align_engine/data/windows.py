@@ -116,8 +116,8 @@ class Source:
         return self.collate(self.records(rows), pad_id=None if self.packed else self.pad_id)
 
     def records(self, rows: list[int]) -> list[dict[str, Any]]:
-        """The rows of these numbers, as dicts."""
-        columns = self.rows[rows]
+        """The rows of these numbers, as dicts; their `index` is that number, and no longer that of the file."""
+        columns = self.rows[rows] | {"index": rows}
         return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
     def trial(self) -> list[dict[str, Any]]:

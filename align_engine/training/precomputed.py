@@ -144,13 +144,12 @@ def precompute(
 def ask(engine: Engine, model: nn.Module, source: Source, rows: list[int], places: Answers) -> Tensor:
     """The log-probs of the answers of some rows under a model, [places.total] float64; NaN elsewhere."""
     accelerator = engine.accelerator
-    position = {int(index): row for row, index in enumerate(source.rows["index"])}
     table = torch.zeros(places.total, dtype=torch.float64, device=accelerator.device)
     for batch, real in source.share(rows):
         parts = [part.to(accelerator.device) for part in (batch, batch.other) if part is not None]
         logps = torch.cat([reference_logps(model, part, engine.head_options) for part in parts]).double()
         if real:
-            table[places.of([position[int(index)] for index in batch.index]).to(table.device)] = logps
+            table[places.of(batch.index.tolist()).to(table.device)] = logps
     summed: Any = accelerator.reduce(table, "sum")
     found, here = torch.full(table.shape, torch.nan, dtype=torch.float64), places.of(rows)
     found[here] = summed.cpu()[here]

@@ -284,6 +284,22 @@ def test_vocabulary_smaller_than_a_token_id() -> None:
         check_vocab(dataset, merged)
 
 
+def test_a_token_outside_the_vocabulary_is_named_by_its_row_of_the_file() -> None:
+    """Whatever has been made of the rows: answers of a pair apart, others' answers behind a prompt (kto), bad ones left
+    out."""
+    tokenizer = byte_tokenizer()
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    rows = [pair | {"rejected": "x"}, pair, pair, pair | {"prompt": "q", "rejected": "bc"}]
+    for data in (rows, [row | {"chosen": [row["chosen"], "v", "w"]} for row in rows]):
+        split, _ = prepare(datasets.Dataset.from_list(data), tokenizer, "unpaired", bad_rows="drop")
+        with pytest.raises(BadInput, match="in 'completion_ids' of row 4, counted from 1"):
+            check_vocab(split, tokenizer.convert_tokens_to_ids("bc"))
+    first, last = [[9]] + [[1]] * 10_000, [[1]] * 10_000 + [[9]]  # more than are looked at at a time
+    mismatched = {"index": range(10_001), "completion_ids": last, "kl_completion_ids": first}
+    with pytest.raises(BadInput, match="in 'completion_ids' of row 10001, counted from 1"):
+        check_vocab(datasets.Dataset.from_dict(mismatched), 9)
+
+
 # --- batches ----------------------------------------------------------------------------------------------------
 
 SFT = [

@@ -52,7 +52,7 @@ def test_pairs_are_taken_apart(model, pairs):
     tokenizer = AutoTokenizer.from_pretrained(model)
     kept, report = prepare(load_rows(pairs), tokenizer, "unpaired")
     whole, _ = prepare(load_rows(pairs), tokenizer, "preference")
-    assert kept["label"][:] == [True, False] * 8 and kept["index"][:] == list(range(16))
+    assert kept["label"][:] == [True, False] * 8 and kept["index"][:] == [i // 2 for i in range(16)]
     assert kept["completion_ids"][::2] == whole["chosen_ids"][:]
     assert kept["completion_ids"][1::2] == whole["rejected_ids"][:]
     assert report["changed"] == {"pairs, each split into desirable and undesirable rows": 8}

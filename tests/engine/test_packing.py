@@ -116,9 +116,7 @@ def test_forward_passes_are_cut_by_tokens(name, model, other_model, tmp_path, mo
     def noted(source, step):
         found = window(source, step)
         seen.append([micro.batch.input_ids.numel() for micro in found if micro.batch.trees])
-        assert sorted(row for micro in found for row in micro.batch.index.tolist()) == sorted(
-            row if name == "grpo" else source.rows["index"][row] for row in source.window_rows(step)
-        )
+        assert sorted(row for micro in found for row in micro.batch.index.tolist()) == sorted(source.window_rows(step))
         return found
 
     monkeypatch.setattr(Source, "window", noted)
