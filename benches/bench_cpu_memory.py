@@ -1,7 +1,7 @@
 """Memory and time of a training step on a CPU: glibc's malloc as it is, tuned (`--tune_malloc`), and in huge pages.
 
 python benches/bench_cpu_memory.py [--hidden 256] [--layers 6] [--vocabulary 32000] [--steps 6] [--rounds 2]
-    [--modes plain malloc pages both] [--packing off on] [--threads 1]
+    [--modes plain malloc pages both] [--packing off on] [--threads 1] [--dtype float32]
 
 LoRA DPO through the engine, four pairs of long-tailed lengths a step; each run in a process of its own, the modes by
 turns; the first step is warm-up. GB are what the process's own memory grew by at its peak after the model was there.
@@ -106,7 +106,7 @@ def measure(mode: str, packing: str, folder: Path, options: argparse.Namespace) 
     quiet_libraries()
     torch.set_num_threads(options.threads)
     recipe = DpoRecipe()
-    given = dict(model_name_or_path=str(folder / "model"), dataset_name=str(folder / "pairs.jsonl"), bf16=False,
+    given = dict(model_name_or_path=str(folder / "model"), dataset_name=str(folder / "pairs.jsonl"), bf16=False, dtype=options.dtype,
                  output_dir=str(folder / f"run-{os.getpid()}"), max_steps=options.steps, use_peft=True,
                  per_device_train_batch_size=PAIRS, save_steps=10**6, packing=packing, overwrite=True,
                  tune_malloc=MODES[mode][0], gradient_checkpointing=not options.no_checkpointing,
@@ -139,6 +139,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--packing", nargs="+", default=["off", "on"], choices=["off", "on"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen weights")
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--reference", default="auto")
     parser.add_argument("--only", nargs=3, metavar=("MODE", "PACKING", "FOLDER"), help=argparse.SUPPRESS)

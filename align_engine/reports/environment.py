@@ -28,6 +28,8 @@ def gather() -> dict[str, Any]:
         card = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}: {card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}")
     products = "its own" if cpu.products.serves(torch.float32) else "torch's"
+    units = cpu.products.units()
+    narrow = f"bfloat16 multiplied by {units}" if units else "bfloat16 multiplied as float32"
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -35,7 +37,7 @@ def gather() -> dict[str, Any]:
         "devices": devices,
         "compiler": shutil.which(os.environ.get("CXX", "c++")),
         "cpu_extension": cpu.why_not(torch.device("cpu"), torch.float32)
-        or f"built and in use, on {products} matrix products",
+        or f"built and in use, on {products} matrix products, {narrow}",
         "backends": [status._asdict() for status in backends_report()],
     }
 

@@ -17,6 +17,11 @@ ADVISED = {dtype for dtype, code in CODES.items() if arguments.MISSING is None a
 LEAST = 64  # rows, columns and depth of a product of float32 that `product` takes
 
 
+def units() -> str | None:
+    """What the processor multiplies bfloat16 with, None where it is widened to float32."""
+    return arguments._C.narrow_gemm() if torch.bfloat16 in ADVISED else None
+
+
 def reads(dtype: torch.dtype) -> bool:
     """Whether `product` takes matrices of this dtype as they lie."""
     return dtype in CODES
