@@ -16,13 +16,13 @@
 namespace align {
 namespace {
 
+#ifdef __x86_64__
 void check(const char* name, const Matrix& x, int64_t rows, int64_t cols) {
   check_storage(name, x.storage);
   check_pointer(name, x.data, size_of(x.storage));
   require(x.row >= 0 && x.col >= 0, name, " [", rows, ", ", cols, "] must have strides >= 0, got ", x.row, ", ", x.col);
 }
 
-#ifdef __x86_64__
 int64_t slice(int64_t size, int64_t parts, int64_t step) { return ((size + parts - 1) / parts + step - 1) / step * step; }
 
 struct Free {
@@ -110,7 +110,7 @@ void product(const Product& p, int threads) {
   for (int64_t item = 0; item < items; item++) {
     const int64_t i = item / across * height, j = item % across * width;
     Product part = p;
-    part.a = p.a.from(i, 0), part.b = p.b.from(0, j), part.c += i * p.stride + j;
+    part.a = from(p.a, i, 0), part.b = from(p.b, 0, j), part.c += i * p.stride + j;
     part.m = std::min(height, p.m - i), part.n = std::min(width, p.n - j);
     gemm.product(part, packed + size_t(item) * each);
   }
@@ -119,7 +119,7 @@ void product(const Product& p, int threads) {
 void product(const Product&, int) { require(false, "product serves x86-64 alone"); }
 bool product_advised(Storage) { return false; }
 const Gemm& narrow_gemm() {
-  static const Gemm none{"none"};
+  static const Gemm none{"none", 0, 0, nullptr, nullptr};
   return none;
 }
 void set_narrow_gemm(const char*) { require(false, "narrow_gemm serves x86-64 alone"); }

@@ -1,25 +1,19 @@
 // Tiles of 16 rows of 64 bytes: four hold 32 x 32 floats of C, two a column of blocks of A, two a row of blocks of B.
 #include "gemm_pairs.h"
 
-#ifdef ALIGN_EMULATE_AMX
-#include ALIGN_EMULATE_AMX
-#define AMX
-#define HAS_AMX 1
-#else
+#if __has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>)  // GCC's, Clang's
 #define AMX __attribute__((target("amx-tile,amx-bf16")))
-#define HAS_AMX __has_include(<amxbf16intrin.h>)
-#endif
 
-#if HAS_AMX
 namespace align {
 namespace {
 
 // What _tile_loadconfig reads.
 struct alignas(kLine) Config {
-  uint8_t palette = 1, start = 0, none[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // of a row of each tile
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t palette, start, none[14];
+  uint16_t bytes[16];  // of a row of each tile
+  uint8_t rows[16];
 };
+constexpr Config kConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 class Amx {
  public:
@@ -42,9 +36,8 @@ class Amx {
 
   // Others on this thread may count on what they have set: it is put back.
   AMX Amx() {
-    const Config config;
     _tile_storeconfig(&before_);
-    _tile_loadconfig(&config);
+    _tile_loadconfig(&kConfig);
   }
   AMX ~Amx() { _tile_loadconfig(&before_); }
   Amx(const Amx&) = delete;
@@ -55,6 +48,7 @@ class Amx {
     const int64_t row = stride * int64_t(sizeof *c), line = pairs * int64_t(sizeof *a);
     constexpr int64_t wide = kTileWide * int64_t(sizeof *b);
     float* const below = c + kBlock * stride;
+    __asm__ volatile("" ::: "memory");  // GCC does not know that a tile's load reads memory
     if (add) {
       _tile_loadd(0, c, row);
       _tile_loadd(1, c + kBlock, row);

@@ -35,13 +35,15 @@ void transpose(__m512i (&x)[kBlock]) {
   }
 }
 
-inline __mmask32 first(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
+inline __mmask32 first(int64_t count) {
+  return count >= 32 ? ~__mmask32(0) : count > 0 ? (__mmask32(1) << count) - 1 : 0;
+}
 
-// At most kBlock lines of a matrix [lines][2 kBlock], zero where it ends. `by_pairs`: x[p] is pair p of each line, else
-// x[l] is all of line l.
+// At most kBlock lines of a matrix [lines][2 kBlock], zero where it ends; `lines` below 1 are none. `by_pairs`: x[p] is
+// pair p of each line, else x[l] is all of line l.
 inline void load(__m512i (&x)[kBlock], const Bf16* in, int64_t across, int64_t along, int64_t lines, int64_t depth,
                  bool by_pairs) {
-  bool pairs = along != 1 && across == 1;
+  const bool pairs = along != 1 && across == 1;
   if (pairs) {
     const __mmask16 some = __mmask16(first(lines));
     for (int64_t p = 0; p < kBlock; p++) {

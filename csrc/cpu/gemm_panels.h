@@ -2,14 +2,15 @@
 // 2008. A panel of B, depth x kWide, stays in the third-level cache, one of A, kTall x depth, in the second.
 #pragma once
 #include <stdint.h>
+#include <string.h>
 
 #include "gemm.h"
 
 namespace align {
 namespace {
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
 
 // A way to multiply, `Tile`:
 //   kTile, kTileWide: its tile of C; kPanels: tiles of a panel of A; kWide: columns of one of B; kDepth: of both
@@ -39,10 +40,10 @@ struct Panels {
       for (int64_t k0 = 0; k0 < p.k; k0 += Tile::kDepth) {
         const int64_t depth = least(Tile::kDepth, p.k - k0), slots = Tile::slots(depth);
         const bool add = p.add || k0 > 0;
-        Tile::pack_b(b, p.b.from(k0, j0), n, depth);
+        Tile::pack_b(b, from(p.b, k0, j0), n, depth);
         for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {
           const int64_t m = least(kTall, p.m - i0);
-          Tile::pack_a(a, p.a.from(i0, k0), m, depth);
+          Tile::pack_a(a, from(p.a, i0, k0), m, depth);
           for (int64_t j = 0; j < n; j += Tile::kTileWide)
             for (int64_t i = 0; i < m; i += Tile::kTile) {
               float* c = p.c + (i0 + i) * p.stride + j0 + j;
@@ -59,13 +60,14 @@ struct Panels {
   }
 
  private:
+  // What is there is added by the tile, as elsewhere: a sum does not depend on how many rows and columns there are.
   static void at_the_edge(const Tile& tile, const Packed* a, const Packed* b, int64_t slots, float* c, int64_t stride,
                           bool add, int64_t m, int64_t n) {
-    alignas(kLine) float whole[Tile::kTile * Tile::kTileWide];
-    tile(a, b, slots, whole, Tile::kTileWide, false);
-    for (int64_t i = 0; i < m; i++)
-      for (int64_t j = 0; j < n; j++)
-        c[i * stride + j] = whole[i * Tile::kTileWide + j] + (add ? c[i * stride + j] : 0.0f);
+    alignas(kLine) float whole[Tile::kTile * Tile::kTileWide] = {};
+    const size_t width = size_t(n) * sizeof *c;
+    for (int64_t i = 0; add && i < m; i++) memcpy(whole + i * Tile::kTileWide, c + i * stride, width);
+    tile(a, b, slots, whole, Tile::kTileWide, add);
+    for (int64_t i = 0; i < m; i++) memcpy(c + i * stride, whole + i * Tile::kTileWide, width);
   }
 };
 

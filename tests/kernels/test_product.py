@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -62,6 +62,7 @@ def multiply(
     a_layout: str = "rows",
     b_layout: str = "rows",
     dtypes: tuple[torch.dtype, torch.dtype] = FLOATS,
+    product: Callable[[Tensor, Tensor, Tensor, bool], None] = products.product,
 ) -> Tensor:
     """The product, checked: error within that of a float32 sum, and nothing written beside `out`."""
     rng = torch.Generator().manual_seed(m + 7 * n + 31 * k)
@@ -70,13 +71,28 @@ def multiply(
     out = frame[1:-1, 4:-5]
     out.copy_(torch.randn(m, n, generator=rng) if add else torch.full((m, n), torch.nan))
     start = out.double() if add else torch.zeros(m, n, dtype=torch.float64)
-    products.product(out, a, b, add)
+    product(out, a, b, add)
     error = (out.double() - start - a.double() @ b.double()).abs()
     bound = (k + 2) * EPSILON * (a.double().abs() @ b.double().abs() + start.abs())
     assert (error <= bound).all(), float((error / bound).max())
     frame[1:-1, 4:-5] = 7.0
     assert (frame == 7.0).all(), "written beside out"
     return out
+
+
+def rows_alone(
+    dtypes: tuple[torch.dtype, torch.dtype],
+    product: Callable[[Tensor, Tensor, Tensor, bool], None] = products.product,
+) -> None:
+    """Bits of a product's part, from the whole and by itself."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*size, generator=rng).to(of) for size, of in zip(((70, 801), (801, 70)), dtypes))
+    whole = torch.ones(70, 70)
+    product(whole, a, b, True)
+    for rows, cols in ((70, 5), (5, 70), (1, 1), (33, 47)):
+        part = torch.ones(rows, cols)
+        product(part, a[:rows], b[:, :cols], True)
+        assert torch.equal(part, whole[:rows, :cols])
 
 
 EDGES = (1, 5, 6, 7, 15, 16, 17, 97)
@@ -98,7 +114,7 @@ def test_layouts_and_edges(a_layout: str, b_layout: str, dtypes: tuple[torch.dty
 def test_more_than_one_block(
     shape: tuple[int, int, int], layouts: tuple[str, str], dtypes: tuple[torch.dtype, torch.dtype]
 ):
-    multiply(*shape, True, *layouts, dtypes)
+    multiply(*shape, False, *layouts, dtypes)
 
 
 @pytest.mark.parametrize("of_bfloat16", ["avx2"], indirect=True)
@@ -128,6 +144,12 @@ def test_threads_change_no_bit(dtypes: tuple[torch.dtype, torch.dtype]):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(x, found[0]) for x in found[1:])
+
+
+@of_each_dtype
+@pytest.mark.usefixtures("of_bfloat16")
+def test_the_sums_of_a_row_do_not_depend_on_what_stands_beside_it(dtypes: tuple[torch.dtype, torch.dtype]):
+    rows_alone(dtypes)
 
 
 @of_each_dtype
