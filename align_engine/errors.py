@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class AlignError(Exception):
@@ -23,11 +23,32 @@ class RunFailed(AlignError, RuntimeError):
     """A run that began and cannot go on; its last checkpoint is whole."""
 
 
-def rows_named(where: Sequence[int]) -> str:
+def rows_named(where: Sequence[int], files: Iterable[tuple[str, int]] = ()) -> str:
     """Rows of a data set as messages name them, the first five of many: people count rows from 1, as the lines of a
-    file; `where` counts from 0, as `index` does in files."""
+    file; `where` counts from 0, as `index` does in files, and through all files.
+
+    Args:
+        files: name and number of rows of each, read as far as it is needed; rows behind them are named without a file.
+    """
+    named, rows, start = list[str](), list(where[:5]), 0
+    for name, count in files:
+        if not rows:
+            break
+        if here := [row for row in rows if start <= row < start + count]:
+            named.append(f"{', '.join(str(row - start + 1) for row in here)} of {name}")
+        rows = [row for row in rows if row not in here]
+        start += count
+    named += [str(row + 1) for row in rows]
     more = ", ..." if len(where) > 5 else ""
-    return f"{'rows' if len(where) > 1 else 'row'} {', '.join(str(i + 1) for i in where[:5])}{more}, counted from 1"
+    return f"{'rows' if len(where) > 1 else 'row'} {', '.join(named)}{more}, counted from 1"
+
+
+Naming = Callable[[Sequence[int]], str]  # what messages call rows, by their numbers
+
+
+def among(named: Naming, numbers: Sequence[int]) -> Naming:
+    """What messages call some rows, by their place among `numbers`, those that `named` knows them by."""
+    return lambda where: named([numbers[i] for i in where])
 
 
 LONGEST = 2000  # characters of a message

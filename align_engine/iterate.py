@@ -28,6 +28,7 @@ from rich.console import Console
 from align_engine import inputs
 from align_engine import recipe as recipes
 from align_engine.algorithms import ALGORITHMS
+from align_engine.data.sources import Origin
 from align_engine.data.tokenize import check_vocab
 from align_engine.errors import BadInput, RunFailed
 from align_engine.models import load
@@ -131,7 +132,9 @@ def all_rounds(recipe: IterateRecipe, accelerator: Accelerator, folder: RunFolde
         load_prepared(data.eval_dataset_name, data.dataset_test_split, None, "preference", *shared)
     elif data.dataset_test_split:
         raise BadInput(f"dataset_test_split = {data.dataset_test_split!r} needs eval_dataset_name, of preference data")
-    check_vocab(rows[0], load.vocab_size(section.model_name_or_path, **own))
+    origin = Origin(data.dataset_name, data.dataset_train_split)
+    with origin.named():
+        check_vocab(rows[0], load.vocab_size(section.model_name_or_path, **own), named=origin.rows)
     prompts = Prompts(*rows, tokenizer, recipe, accelerator, folder)
     begin(folder, recipe, accelerator, inputs.facts(recipe) | {"data": prompts.fingerprint()})
     started = "round 1 starts" if options.reference == "initial" else "each round starts"

@@ -22,7 +22,7 @@ from align_engine import inputs
 from align_engine import recipe as recipes
 from align_engine.algorithms import ALGORITHMS
 from align_engine.data.exact import media_columns
-from align_engine.data.sources import cache_errors, load_rows
+from align_engine.data.sources import Origin, cache_errors, load_rows
 from align_engine.data.tokenize import check_vocab, describe, has_several_answers, prepare, processes
 from align_engine.data.windows import Source, total_steps
 from align_engine.errors import BadInput
@@ -324,12 +324,18 @@ def publish(folder: RunFolder, recipe: Recipe, accelerator: Accelerator) -> None
 def check_model(model: Any, tokenizer: Any, parts: Iterable[Source], longest: int, algorithm: Algorithm) -> None:
     """Refuse a model that cannot read the rows, the longest of which has so many tokens, or has no head to fuse."""
     load.check_pad(model, tokenizer)
-    for part in parts:
-        check_vocab(part.rows, load.vocabulary(model))
+    check_tokens(parts, load.vocabulary(model))
     load.check_positions(model, longest)
     if not algorithm.scalar:
         hook.check_head(model)
         hook.check_causal(model)
+
+
+def check_tokens(parts: Iterable[Source], vocab_size: int, model: str = "the model") -> None:
+    """Refuse rows with tokens that a model lacks."""
+    for part in parts:
+        with part.origin.named():
+            check_vocab(part.rows, vocab_size, model, part.origin.rows)
 
 
 def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> None:
@@ -339,8 +345,7 @@ def check_others(recipe: Recipe, tokenizer: Any, parts: Iterable[Source]) -> Non
         if field != "model_name_or_path":
             held = load.vocab_size(path, recipe.model.trust_remote_code, recipe.revision(field))
             said = f"{field} = {path!r}"
-            for part in parts:
-                check_vocab(part.rows, held, said)
+            check_tokens(parts, held, said)
             if recipe.section(RolloutSection) and held < len(tokenizer):  # completions may hold any of them
                 raise BadInput(f"{said} has {held} tokens, fewer than the policy's tokenizer ({len(tokenizer)})")
 
@@ -497,16 +502,15 @@ def load_prepared(
     names = ("max_length", "max_prompt_length", "overlong", "bad_rows")
     limits = {name: getattr(recipe.data, name) for name in names}
     limits["assistant_only"] = loss.assistant_only_loss if (loss := recipe.section(SftLoss)) else False
+    origin = Origin(where, split)
     with accelerator.main_process_first(), cache_errors(where):
         found = load_rows(where, split, config)
         many = processes(len(found), recipe.data.dataset_num_proc)
         if many:
             accelerator.print(f"{where}: {len(found):,} rows are tokenised by {many} processes")
-        try:
-            rows, report = prepare(found, tokenizer, kind, num_proc=many or 1, **limits)
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from error
-    accelerator.print(f"{where}: {describe(report)}")
+        with origin.named():
+            rows, report = prepare(found, tokenizer, kind, num_proc=many or 1, named=origin.rows, **limits)
+    accelerator.print(f"{where}: {describe(report, origin.rows)}")
     if kind == "prompt" and (media := media_columns(found)):
         accelerator.print(f"{where}: reward functions get {', '.join(media)} undecoded, as `bytes` and `path`")
     return rows, found
@@ -520,7 +524,9 @@ def load_source(
     train = recipe.train
     rows, found = load_prepared(where, split, config, algorithm.kind, recipe, tokenizer, accelerator)
     if isinstance(recipe, OnlineRecipe):
-        return Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder), recipe)
+        source = Rollouts(Prompts(rows, found, tokenizer, recipe, accelerator, folder), recipe)
+        source.origin = Origin(where, split)
+        return source
     if has_several_answers(rows) and not algorithm.named_pairs:
         why = f"rows have several chosen or rejected answers, and {algorithm.name} learns from one of each"
         raise BadInput(f"{where}: {why}: make a row of each pair")
@@ -530,7 +536,9 @@ def load_source(
     if not training:
         sizes = (recipe.eval.per_device_eval_batch_size, 1)
     place = (accelerator.process_index, accelerator.num_processes)
-    return Source(rows, algorithm.collate, tokenizer.pad_token_id, *sizes, *place, train.seed)
+    source = Source(rows, algorithm.collate, tokenizer.pad_token_id, *sizes, *place, train.seed)
+    source.origin = Origin(where, split)
+    return source
 
 
 def check_room(folder: RunFolder, model: Any, recipe: Recipe, state: float) -> None:

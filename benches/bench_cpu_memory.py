@@ -106,7 +106,8 @@ def measure(mode: str, packing: str, folder: Path, options: argparse.Namespace) 
     quiet_libraries()
     torch.set_num_threads(options.threads)
     recipe = DpoRecipe()
-    given = dict(model_name_or_path=str(folder / "model"), dataset_name=str(folder / "pairs.jsonl"), bf16=False, dtype=options.dtype,
+    given = dict(model_name_or_path=str(folder / "model"), dataset_name=str(folder / "pairs.jsonl"),
+                 bf16=False, dtype=options.dtype,
                  output_dir=str(folder / f"run-{os.getpid()}"), max_steps=options.steps, use_peft=True,
                  per_device_train_batch_size=PAIRS, save_steps=10**6, packing=packing, overwrite=True,
                  tune_malloc=MODES[mode][0], gradient_checkpointing=not options.no_checkpointing,

@@ -37,7 +37,7 @@ def read(section: MappedInput, specs: list[ModelSpec], limit: int | None) -> tup
     def use(row: layouts.Row) -> tuple[generate.Prompt, dict[str, Any]]:
         return generate.read(row, columns), row
 
-    found = dict(islice(layouts.converted(rows, section.bad_rows, use), limit))
+    found = dict(islice(layouts.converted(rows, section, use), limit))
     return rows, Asked({i: prompt for i, (prompt, _) in found.items()}, {i: row for i, (_, row) in found.items()})
 
 

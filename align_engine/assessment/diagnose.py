@@ -23,7 +23,7 @@ from align_engine.assessment.intervals import Estimate, mean
 from align_engine.assessment.measure import classifier, embedded, likelihoods
 from align_engine.assessment.signs import TITLES, Likelihood, Sign, missing
 from align_engine.data.json_text import loads
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, among
 from align_engine.models.fingerprint import of_file
 from align_engine.models.modelfiles import check_path
 from align_engine.preparation import folder, generate, layouts
@@ -269,7 +269,8 @@ def likelihood(case: Case, name: str) -> tuple[Likelihood, Likelihood]:
     """Log-probs of a checkpoint's own answers, the first to each prompt, and of the reference answers."""
     prompts = [prompt.messages for prompt in case.asked.prompts.values()]
     own, path = [row[0] for row in case.texts[name]], str(case.specs[name].path)
-    first, second = likelihoods(path, prompts, [own, case.references or []], case.settings.ask.batch_size)
+    named = among(folder.origin(case.settings.data).rows, list(case.asked.prompts))
+    first, second = likelihoods(path, prompts, [own, case.references or []], case.settings.ask.batch_size, named)
     return first, second
 
 

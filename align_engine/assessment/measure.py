@@ -13,7 +13,7 @@ from align_engine.assessment.signs import Likelihood
 from align_engine.data.batches import IGNORE, collate_sft, split_order
 from align_engine.data.formats import Messages
 from align_engine.data.tokenize import prepare
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, Naming, among
 from align_engine.models import load
 from align_engine.models.logps import token_logps
 from align_engine.models.modelfiles import check_path
@@ -26,7 +26,7 @@ BAD = ("toxic", "hate", "offensive", "unsafe", "profan", "danger", "harm", "nsfw
 
 
 def likelihoods(
-    path: str, prompts: Sequence[Messages], answers: Sequence[Sequence[str]], batch_size: int
+    path: str, prompts: Sequence[Messages], answers: Sequence[Sequence[str]], batch_size: int, named: Naming
 ) -> list[Likelihood]:
     """Log-probabilities of answers by a checkpoint, at temperature 1, without the token that ends them.
 
@@ -35,6 +35,7 @@ def likelihoods(
         prompts: N of them.
         answers: lists of N answers to them; empty ones have no tokens and 0 nats.
         batch_size: sequences of a forward pass.
+        named: of prompts, by their place.
     Returns:
         one for each list.
     Raises:
@@ -43,10 +44,12 @@ def likelihoods(
     tokenizer = load.load_tokenizer(path)
     texts = as_read(list(prompts), tokenizer, f"model {path!r}")
     model = load.load_model(path, ModelSection(model_name_or_path=path, dtype="auto")).to(device()).eval()
-    return [_likelihood(model, tokenizer, texts, found, batch_size) for found in answers]
+    return [_likelihood(model, tokenizer, texts, found, batch_size, named) for found in answers]
 
 
-def _likelihood(model: Any, tokenizer: Any, texts: list[Any], answers: Sequence[str], batch_size: int) -> Likelihood:
+def _likelihood(
+    model: Any, tokenizer: Any, texts: list[Any], answers: Sequence[str], batch_size: int, named: Naming
+) -> Likelihood:
     rows = [
         {"prompt": text, "completion": one if isinstance(text, str) else [{"role": "assistant", "content": one}]}
         for text, one in zip(texts, answers)
@@ -55,8 +58,9 @@ def _likelihood(model: Any, tokenizer: Any, texts: list[Any], answers: Sequence[
     logps, tokens = np.zeros(len(answers)), np.zeros(len(answers))
     if not rows:
         return Likelihood(logps, tokens)
-    kept, _ = prepare(datasets.Dataset.from_list(rows), tokenizer, "sft", max_length=None)
     places = [i for i, one in enumerate(answers) if one.strip()]
+    table = datasets.Dataset.from_list(rows)
+    kept, _ = prepare(table, tokenizer, "sft", max_length=None, named=among(named, places))
     order = sorted(range(len(kept)), key=lambda i: len(kept[i]["prompt_ids"]) + len(kept[i]["completion_ids"]))
     for part in split_order(order, batch_size):
         batch = collate_sft([kept[i] for i in part], tokenizer.pad_token_id).to(device())

@@ -65,7 +65,7 @@ def run(settings: SamplesRecipe) -> None:
             has been answered stays.
     """
     rows = layouts.read(settings.data)
-    found = layouts.converted(rows, settings.data.bad_rows, dict)
+    found = layouts.converted(rows, settings.data, dict)
     prompts = dict(islice(found, settings.sampling.num_prompts))
     if settings.data.dry_run:
         folder.dry({"prompt": row["prompt"], "models": settings.asked.model_name_or_path} for row in prompts.values())
@@ -108,7 +108,8 @@ def answered(asked: Asked, model: int) -> Iterator[dict[int, Answer]]:
     path = asked.settings.asked.model_name_or_path[model]
     spec = ModelSpec(name=asked.names[model], path=path, temperature=own.temperature, top_p=own.top_p,
                      max_tokens=own.max_completion_length)  # fmt: skip
-    local, order = Local(spec, {row: one["prompt"] for row, one in prompts.items()}), list(prompts)
+    own_prompts, named = {row: one["prompt"] for row, one in prompts.items()}, folder.origin(asked.settings.data).rows
+    local, order = Local(spec, own_prompts, named), list(prompts)
     for number_of_it, start in enumerate(range(0, len(order), own.batch_size)):
         batch = order[start : start + own.batch_size]
         if asked.answers[model].keys() >= {*batch}:

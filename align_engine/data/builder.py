@@ -58,6 +58,11 @@ class Files(datasets.ArrowBasedBuilder):
         """The rows of a file, some at a time."""
         raise NotImplementedError
 
+    @staticmethod
+    def count(file: str) -> int:
+        """How many rows a file has."""
+        raise NotImplementedError
+
 
 class JsonLines(Files):
     """Files with an object per line, or with one list of objects."""
@@ -71,6 +76,10 @@ class JsonLines(Files):
         for rows in parts(file):
             arrays = [array([row.get(column.name) for row in rows], column.type) for column in schema]
             yield pa.Table.from_arrays(arrays, schema=schema)
+
+    @staticmethod
+    def count(file: str) -> int:
+        return sum(map(len, parts(file)))
 
 
 class Parquet(Files):
@@ -97,3 +106,7 @@ class Parquet(Files):
     def tables(file: str, schema: pa.Schema) -> Iterator[pa.Table]:
         for batch in pq.ParquetFile(file).iter_batches(PART):
             yield table_cast(pa.Table.from_batches([batch]).select(schema.names), schema)
+
+    @staticmethod
+    def count(file: str) -> int:
+        return pq.ParquetFile(file).metadata.num_rows

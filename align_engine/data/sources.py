@@ -6,9 +6,9 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -19,7 +19,7 @@ from datasets.packaged_modules.json.json import Json
 from align_engine.data.builder import Files, JsonLines, Parquet
 from align_engine.data.exact import undecoded
 from align_engine.data.json_text import loads
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, rows_named
 
 READERS: dict[str, type[Files]] = {".jsonl": JsonLines, ".json": JsonLines, ".parquet": Parquet}
 TYPES = f"{', '.join(list(READERS)[:-1])} or {list(READERS)[-1]}"
@@ -62,11 +62,38 @@ def load_rows(path: str | Path, split: str | None = None, config: str | None = N
     return rows
 
 
+class Origin(NamedTuple):
+    """Where rows come from, as messages say it: what `load_rows` was given."""
+
+    path: str
+    split: str | None = None
+
+    def rows(self, where: Sequence[int]) -> str:
+        """Rows by their numbers, those of a folder by file and row."""
+        return rows_named(where, self._files())
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Have a BadInput of the block begin with the name of the data set."""
+        try:
+            yield
+        except BadInput as error:
+            raise BadInput(f"{self.path}: {error}") from error
+
+    def _files(self) -> Iterator[tuple[str, int]]:
+        local = Path(self.path).expanduser()
+        if not local.is_dir() or not _is_plain(local):
+            return
+        files, folder = _files(self.path, local), local.resolve()
+        for file in map(Path, files[_wanted(self.path, self.split, list(files))]):
+            name = file.relative_to(folder) if file.is_relative_to(folder) else file
+            yield str(name), READERS[file.suffix.lower()].count(str(file))
+
+
 def _load(path: str | Path, local: Path, split: str | None, config: str | None) -> datasets.Dataset:
     if local.is_dir() and (damage := _damage(local)):
         raise BadInput(f"'{path}' cannot be read: {damage}")
-    saved = (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
-    plain = local.is_file() or (local.is_dir() and not _describes_itself(local))
+    saved, plain = _is_saved(local), _is_plain(local)
     if config is not None and (saved or plain):
         raise BadInput(f"dataset_config = {config!r}: '{path}' has no configurations; leave it out")
     if saved:
@@ -187,6 +214,16 @@ def _built(files: Any, split: str) -> datasets.Dataset:
     builder.download_and_prepare()
     found: Any = builder.as_dataset(split=split)
     return found
+
+
+def _is_saved(local: Path) -> bool:
+    """Whether `save_to_disk` has written a folder."""
+    return (local / "dataset_dict.json").is_file() or (local / "state.json").is_file()
+
+
+def _is_plain(local: Path) -> bool:
+    """Whether a path is a file of rows, or a folder that holds such files and nothing that says which."""
+    return local.is_file() or (local.is_dir() and not _is_saved(local) and not _describes_itself(local))
 
 
 def _describes_itself(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from align_engine.data.encoder import Encoder, Written
 from align_engine.data.exact import as_written
 from align_engine.data.formats import BadRow, Kind, answers, detect_layout, normalise, template_arguments
 from align_engine.data.limits import fit
-from align_engine.errors import BadInput, rows_named
+from align_engine.errors import BadInput, Naming, rows_named
 
 pc: Any = pyarrow.compute
 ROWS_PER_PROCESS = 10_000  # fewer are tokenised before a further process has started
@@ -49,6 +49,7 @@ def prepare(
     bad_rows: Literal["error", "drop"] = "error",
     num_proc: int | None = None,
     assistant_only: bool = False,
+    named: Naming = rows_named,
 ) -> tuple[datasets.Dataset, dict[str, Any]]:
     """Tokenise `rows` for `kind` of training: "sft", "preference", "unpaired" or "prompt" (prompts to generate from).
 
@@ -66,7 +67,8 @@ def prepare(
     the prompt gives way first, from its left and down to a quarter of max_length, then the completion's end; "drop"
     drops such rows, "error" raises. `bad_rows` says what to do with rows that lack a value, hold a wrong type, an empty
     completion, or a chosen equal to its rejected. With `assistant_only`, of "sft", rows are conversations and get a
-    column `assistant_masks`: 1 for each of the completion's tokens that the assistant writes.
+    column `assistant_masks`: 1 for each of the completion's tokens that the assistant writes. `named` is what messages
+    call rows, by `index`.
 
     The work is cached by `datasets` and shared by `num_proc` processes.
 
@@ -75,7 +77,7 @@ def prepare(
     """
     sides, settings = SIDES[kind], {"max_length": max_length, "max_prompt_length": max_prompt_length}
     if kind == "unpaired" and "label" not in rows.column_names and "rejected" in rows.column_names:
-        more: Any = {"overlong": overlong, "bad_rows": bad_rows, "num_proc": num_proc}
+        more: Any = {"overlong": overlong, "bad_rows": bad_rows, "num_proc": num_proc, "named": named}
         kept, report = prepare(rows, tokenizer, "preference", **settings, **more)
         report["changed"]["pairs, each split into desirable and undesirable rows"] = len(kept)
         return _split_pairs(kept), report
@@ -97,7 +99,7 @@ def prepare(
     )
     report, good = _report(done)
     kept = done if len(good) == len(done) else done.select(good)
-    _refuse(report["dropped"], len(rows), len(kept), {"bad": bad_rows, "long": overlong})
+    _refuse(report["dropped"], len(rows), len(kept), {"bad": bad_rows, "long": overlong}, named)
     report["dropped"] = {status.partition(": ")[2]: where for status, where in report["dropped"].items()}
     if kind == "sft":
         report["trained"] = _trained(kept)
@@ -111,12 +113,12 @@ def processes(rows: int, num_proc: int | None) -> int | None:
     return many if many > 1 else None
 
 
-def describe(report: dict[str, Any]) -> str:
+def describe(report: dict[str, Any], named: Naming = rows_named) -> str:
     """The report of `prepare` as lines for the terminal."""
     lines = [f"{report['kept']} of {report['rows']} rows kept, the longest of {report['longest']} tokens"]
     if trained := report.get("trained"):
         lines.append("trained on {:,} of {:,} tokens: {}".format(*trained))
-    lines += [f"dropped {len(where)}: {reason} ({rows_named(where)})" for reason, where in report["dropped"].items()]
+    lines += [f"dropped {len(where)}: {reason} ({named(where)})" for reason, where in report["dropped"].items()]
     return "\n".join([*lines, *(f"changed {count}: {note}" for note, count in report["changed"].items())])
 
 
@@ -125,7 +127,9 @@ def has_several_answers(rows: datasets.Dataset) -> bool:
     return hasattr(getattr(rows.features.get("chosen_ids"), "feature", None), "feature")
 
 
-def check_vocab(dataset: datasets.Dataset, vocab_size: int, model: str = "the model") -> None:
+def check_vocab(
+    dataset: datasets.Dataset, vocab_size: int, model: str = "the model", named: Naming = rows_named
+) -> None:
     """Raise BadInput, naming the id and the row, where a token id does not fit a `model` with `vocab_size` tokens."""
     columns = [name for name in dataset.column_names if name.endswith("_ids")]
     table: Any
@@ -135,7 +139,7 @@ def check_vocab(dataset: datasets.Dataset, vocab_size: int, model: str = "the mo
             if largest is not None and largest >= vocab_size:
                 rows = table[name].combine_chunks()
                 row = next(i for i in range(len(rows)) if any(largest in ids for ids in answers(rows[i].as_py())))
-                what = f"token id {largest} in '{name}' of {rows_named([table['index'][row].as_py()])}"
+                what = f"token id {largest} in '{name}' of {named([table['index'][row].as_py()])}"
                 why = "the tokenizer belongs to another model, or the embeddings were not resized"
                 raise BadInput(f"{what}, is outside {model}'s vocabulary of {vocab_size}: {why}")
 
@@ -391,7 +395,7 @@ def _split_pairs(pairs: datasets.Dataset) -> datasets.Dataset:
     return pairs.map(split, batched=True, remove_columns=pairs.column_names, desc="Splitting pairs")
 
 
-def _refuse(dropped: dict[str, list[int]], rows: int, kept: int, asked: dict[str, str]) -> None:
+def _refuse(dropped: dict[str, list[int]], rows: int, kept: int, asked: dict[str, str], named: Naming) -> None:
     """Raise BadInput where rows are dropped for a reason that the recipe asks an error for, or none is left."""
     kinds = [kind for kind, way in asked.items() if way == "error" and any(one.startswith(kind) for one in dropped)]
     if kept and not kinds:
@@ -400,7 +404,7 @@ def _refuse(dropped: dict[str, list[int]], rows: int, kept: int, asked: dict[str
     count = sum(map(len, refused.values()))
     lines = [f"{count} of {rows} rows cannot be used:" if refused else f"none of {rows} rows is left:"]
     for status, where in (refused or dropped).items():
-        lines.append(f"{len(where)} x {status.partition(': ')[2]} ({rows_named(where)})")
+        lines.append(f"{len(where)} x {status.partition(': ')[2]} ({named(where)})")
     if kept:
         lines.append(f"({'; '.join(WAYS[kind] for kind in kinds)})")
     raise BadInput("\n  ".join(lines))

@@ -23,6 +23,8 @@ from align_engine.data.shares import Weight, balanced, cut
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from align_engine.data.sources import Origin
+
 pc: Any = pyarrow.compute
 TRIED = 8  # rows that a layout is tried on
 READ = 1000  # rows that are shared out at a time
@@ -49,6 +51,8 @@ class Source:
         rank, world: this process, and how many there are.
         seed: of the epochs' permutations.
     """
+
+    origin: Origin  # of the rows, for messages
 
     def __init__(
         self, rows: Dataset, collate: Callable[..., Batch], pad_id: int, batch_size: int, accumulation: int = 1,

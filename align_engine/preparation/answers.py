@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from align_engine.data.formats import BadRow, detect_layout, is_conversational, normalise
-from align_engine.errors import BadInput, rows_named
+from align_engine.errors import BadInput, Naming, rows_named
 from align_engine.preparation.sway import Pair, Score
 from align_engine.rollouts.rewards import Reward, load_reward, score
 
@@ -35,12 +35,15 @@ class Answers:
         source_column: columns with an answer's source: one, or with chosen and rejected one of each. Empty: those of
             SOURCES, where they are there; else there is one source, or with chosen and rejected these two.
         bad_rows: "drop" leaves out rows that cannot be used, which "error" refuses.
+        named: of rows, by their numbers.
     Raises:
         BadInput: columns that are not there.
     """
 
-    def __init__(self, rows: datasets.Dataset, source_column: Sequence[str], bad_rows: str) -> None:
-        self.rows, self.bad_rows = rows, bad_rows
+    def __init__(
+        self, rows: datasets.Dataset, source_column: Sequence[str], bad_rows: str, named: Naming = rows_named
+    ) -> None:
+        self.rows, self.bad_rows, self.named = rows, bad_rows, named
         self.paired = set(SIDES) <= set(rows.column_names)
         self.layout = detect_layout(rows.column_names, "preference" if self.paired else "sft")
         if lost := [name for name in source_column if name not in rows.column_names]:
@@ -53,7 +56,7 @@ class Answers:
         self.sources = list(source_column) * (2 if len(source_column) == 1 else 1)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
-        for row, parts in usable(self.rows, self.layout, self.bad_rows, range(len(self.rows))):
+        for row, parts in usable(self.rows, self.layout, self.bad_rows, range(len(self.rows)), self.named):
             for side, key in enumerate(SIDES if self.paired else self.layout[-1:]):
                 source = str(row[self.sources[side]]) if self.sources else key
                 for text in parts[key]:
@@ -61,7 +64,7 @@ class Answers:
 
 
 def usable(
-    rows: datasets.Dataset, layout: tuple[str, ...], bad_rows: str, places: Sequence[int] | np.ndarray
+    rows: datasets.Dataset, layout: tuple[str, ...], bad_rows: str, places: Sequence[int] | np.ndarray, named: Naming
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
     """Each row at these places, and its parts as `normalise` gives them.
 
@@ -74,7 +77,7 @@ def usable(
             yield row, normalise(row, layout)
         except BadRow as error:
             if bad_rows == "error":
-                raise BadInput(f"{rows_named([place])}: {error}; mend it, or give --bad_rows drop") from error
+                raise BadInput(f"{named([place])}: {error}; mend it, or give --bad_rows drop") from error
 
 
 def answer(prompt: Any, completion: Any) -> Answer:
@@ -85,7 +88,9 @@ def answer(prompt: Any, completion: Any) -> Answer:
     return Answer(before, completion[-1]["content"])
 
 
-def pairs_of(rows: datasets.Dataset, count: int | None, seed: int, bad_rows: str) -> tuple[list[Pair], list[Any]]:
+def pairs_of(
+    rows: datasets.Dataset, count: int | None, seed: int, bad_rows: str, named: Naming = rows_named
+) -> tuple[list[Pair], list[Any]]:
     """Pairs of a data set, those of `count` rows drawn by a seed (None: all), and the row that each comes from. A row
     with several answers gives each chosen with each rejected one.
 
@@ -95,7 +100,7 @@ def pairs_of(rows: datasets.Dataset, count: int | None, seed: int, bad_rows: str
     layout = detect_layout(rows.column_names, "preference")
     drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:count])
     found, origins = list[Pair](), list[Any]()
-    for row, parts in usable(rows, layout, bad_rows, drawn):
+    for row, parts in usable(rows, layout, bad_rows, drawn, named):
         answers = [[answer(parts["prompt"][0], text) for text in parts[side]] for side in SIDES]
         for chosen, rejected in product(*answers):
             if chosen.prompt == rejected.prompt:

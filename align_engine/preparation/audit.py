@@ -53,7 +53,9 @@ def run(settings: AuditRecipe) -> None:
     asked, rows = settings.audit, folder.read(settings.data)
     if lost := [name for name in asked.by if name not in rows.column_names]:
         raise BadInput(f"by = {lost[0]!r}: there is no such column, but {sorted(rows.column_names)}")
-    pairs, origins = pairs_of(rows, asked.num_pairs, asked.seed, settings.data.bad_rows)
+    pairs, origins = pairs_of(
+        rows, asked.num_pairs, asked.seed, settings.data.bad_rows, folder.origin(settings.data).rows
+    )
     parts = groups(origins, asked.by or [name for name in PARTS if name in rows.column_names])
     if single := [name for name in asked.by if len(parts[name]) == 1]:
         raise BadInput(f"by = {single[0]!r}: it has the same value in all pairs, so there is nothing to part")

@@ -17,11 +17,11 @@ import numpy as np
 from align_engine import inputs
 from align_engine.data.formats import is_conversational
 from align_engine.data.json_text import loads
-from align_engine.errors import BadInput, rows_named
+from align_engine.errors import BadInput
 from align_engine.preparation import folder, report
 from align_engine.preparation.clusters import Clusters, cluster, flat, kept, sample
 from align_engine.preparation.embeddings import Embeddings, load_encoder, strangers
-from align_engine.preparation.sections import BalanceRecipe
+from align_engine.preparation.sections import BalanceRecipe, InputSection
 from align_engine.reports.report import Figure, Table, scatter_chart
 
 FILE = "_embeddings.f16"
@@ -39,7 +39,7 @@ def run(settings: BalanceRecipe) -> None:
     asked, rows = settings.balance, folder.read(settings.data)
     if asked.column not in rows.column_names:
         raise BadInput(f"column = {asked.column!r}: there is no such column, but {sorted(rows.column_names)}")
-    rows = with_prompts(rows, asked.column, settings.data.bad_rows)
+    rows = with_prompts(rows, asked.column, settings.data)
     earlier = Path(asked.encoder) / FILE
     encode = None if earlier.exists() else load_encoder(asked.encoder, asked.trust_remote_code)
     apart = 0.0 if encode is None else strangers(encode)
@@ -77,14 +77,14 @@ def taken(place: folder.ResultFolder, file: Path, count: int) -> tuple[Embedding
     return found, loads((file.parent / "report.json").read_bytes())["strangers"]
 
 
-def with_prompts(rows: datasets.Dataset, column: str, bad_rows: str) -> datasets.Dataset:
+def with_prompts(rows: datasets.Dataset, column: str, section: InputSection) -> datasets.Dataset:
     """The rows whose prompt is a text, or has one of the user. Raises BadInput for another, unless they are dropped."""
     good = [i for i, prompt in enumerate(_column(rows, column)) if prompt_text(prompt).strip()]
-    if len(good) < len(rows) and bad_rows == "error":
+    if len(good) < len(rows) and section.bad_rows == "error":
         first = next(i for i in range(len(rows)) if i >= len(good) or good[i] != i)
+        named = folder.origin(section).rows([first])
         raise BadInput(
-            f"{rows_named([first])}: its {column!r} holds no text, so it has no embedding; mend it, or give "
-            "--bad_rows drop"
+            f"{named}: its {column!r} holds no text, so it has no embedding; mend it, or give --bad_rows drop"
         )
     if not good:
         raise BadInput(f"column = {column!r}: no row holds a text there")

@@ -21,7 +21,7 @@ import datasets
 from align_engine import recipe as recipes
 from align_engine.data.fingerprint import content_hash
 from align_engine.data.json_text import loads
-from align_engine.data.sources import load_rows
+from align_engine.data.sources import Origin, load_rows
 from align_engine.errors import BadInput, printable, shortened
 from align_engine.preparation.sections import InputSection
 from align_engine.training import stops
@@ -37,6 +37,11 @@ def read(section: InputSection) -> datasets.Dataset:
     """The rows of a command. Raises BadInput as `load_rows` does."""
     datasets.disable_progress_bars()
     return load_rows(section.dataset_name, section.dataset_train_split, section.dataset_config)
+
+
+def origin(section: InputSection) -> Origin:
+    """Where the rows of a command come from."""
+    return Origin(section.dataset_name, section.dataset_train_split)
 
 
 def dry(rows: Iterable[dict[str, Any]], count: int = SHOWN) -> None:

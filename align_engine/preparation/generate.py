@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from align_engine.data.formats import Messages
-from align_engine.errors import BadInput, RunFailed, rows_named
+from align_engine.errors import BadInput, RunFailed
 from align_engine.models import fingerprint
 from align_engine.preparation import folder, layouts, totals
 from align_engine.preparation.endpoints import Endpoint, ask_all
@@ -49,7 +49,7 @@ def run(settings: GenerateRecipe) -> None:
     rows, specs = layouts.read(settings.data), read_models(settings.ask.models)
     check_columns(specs, rows)
     columns = [one.column for one in specs if one.column]
-    prompts = dict(layouts.converted(rows, settings.data.bad_rows, lambda row: read(row, columns)))
+    prompts = dict(layouts.converted(rows, settings.data, lambda row: read(row, columns)))
     if settings.data.dry_run:
         folder.dry(asked(specs, prompts, settings.ask.seed))
         return
@@ -160,7 +160,7 @@ class Work:
         reply = checked(reply)
         if reply.refused and self.settings.data.bad_rows == "error":
             way = "--bad_rows drop leaves such answers out"
-            where = f"model {question.spec.name!r}, {rows_named([question.row])}"
+            where = f"model {question.spec.name!r}, {folder.origin(self.settings.data).rows([question.row])}"
             raise RunFailed(f"{where}: {reply.refused} ({way}); {folder.STANDING}")
         self.keep(question, reply)
 
@@ -208,7 +208,8 @@ def checkpoint(spec: ModelSpec, work: Work, waiting: set[int]) -> None:
     been in an unbroken run."""
     from align_engine.preparation.local import Local
 
-    local = Local(spec, {row: prompt.messages for row, prompt in work.prompts.items()})
+    named = folder.origin(work.settings.data).rows
+    local = Local(spec, {row: prompt.messages for row, prompt in work.prompts.items()}, named)
     for batch in local.batches(work.settings.ask.batch_size):
         if not waiting.isdisjoint(batch):
             for row, reply in zip(batch, local.sample(batch, seed_of(spec, batch[0], work.settings.ask.seed))):

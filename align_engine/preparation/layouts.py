@@ -14,12 +14,12 @@ messages. Other columns stay as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 
 from align_engine.data.formats import BadRow, Messages, Text, is_conversational, text_of
-from align_engine.errors import BadInput, rows_named
+from align_engine.errors import BadInput
 from align_engine.preparation import folder
 from align_engine.preparation.sections import MappedInput
 
@@ -62,10 +62,8 @@ def layout(columns: Iterable[str]) -> Callable[[Row], Row]:
     )
 
 
-def converted(
-    rows: datasets.Dataset, bad_rows: Literal["error", "drop"], use: Callable[[Row], T]
-) -> Iterator[tuple[int, T]]:
-    """(number, what `use` makes of it) of each row in TRL's layout.
+def converted(rows: datasets.Dataset, section: MappedInput, use: Callable[[Row], T]) -> Iterator[tuple[int, T]]:
+    """(number, what `use` makes of it) of each row of `read(section)` in TRL's layout.
 
     Raises:
         BadInput: a row that cannot be used, by its number, unless they are dropped: of those `use` raises BadRow.
@@ -78,8 +76,9 @@ def converted(
             _check(made)
             found = use(made)
         except BadRow as error:
-            if bad_rows == "error":
-                raise BadInput(f"{rows_named([index])}: {error} (--bad_rows drop leaves such rows out)") from None
+            if section.bad_rows == "error":
+                named = folder.origin(section).rows([index])
+                raise BadInput(f"{named}: {error} (--bad_rows drop leaves such rows out)") from None
             continue
         yield index, found
 

@@ -11,7 +11,7 @@ import transformers
 
 from align_engine.data.formats import Text
 from align_engine.data.tokenize import check_vocab, prepare
-from align_engine.errors import BadInput
+from align_engine.errors import BadInput, Naming, among
 from align_engine.models import load
 from align_engine.preparation.models import ModelSpec, Reply
 from align_engine.recipe import ModelSection, RolloutSection
@@ -41,11 +41,12 @@ class Local:
         spec: names its path, and how it samples.
         prompts: by the number of their row, messages or texts, which are taken as they are. Where its tokenizer has no
             chat template, one message of the user is taken as the text that it is.
+        named: of those numbers.
     Raises:
         BadInput: no model there, a tokenizer without chat template for a conversation, prompts that are too long.
     """
 
-    def __init__(self, spec: ModelSpec, prompts: dict[int, Text]) -> None:
+    def __init__(self, spec: ModelSpec, prompts: dict[int, Text], named: Naming) -> None:
         self.spec, field = spec, f"model {spec.name!r}: path"
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -53,10 +54,11 @@ class Local:
         self.tokenizer = load.load_tokenizer(path, field=field)
         texts = as_read(list(prompts.values()), self.tokenizer, f"{field} = {path!r}")
         rows = datasets.Dataset.from_list([{"prompt": one} for one in texts])
-        kept, _ = prepare(rows, self.tokenizer, "prompt", max_length=None)
+        named = among(named, list(prompts))
+        kept, _ = prepare(rows, self.tokenizer, "prompt", max_length=None, named=named)
         self.ids = dict(zip(prompts, kept["prompt_ids"][:]))
         model = load.load_model(path, ModelSection(model_name_or_path=path, dtype="auto"))
-        check_vocab(kept, load.vocabulary(model))
+        check_vocab(kept, load.vocabulary(model), f"model {spec.name!r}", named)
         load.check_pad(model, self.tokenizer)
         load.check_positions(model, max(map(len, self.ids.values())) + spec.max_tokens)
         greedy = spec.temperature == 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import datasets
 
 from align_engine.data.formats import BadRow, Text
-from align_engine.errors import BadInput, rows_named
+from align_engine.errors import BadInput
 from align_engine.preparation import folder, layouts, report
 from align_engine.preparation.models import TIERS
 from align_engine.preparation.sections import PairsRecipe, PairsSection
@@ -86,7 +86,7 @@ def grouped(rows: datasets.Dataset, settings: PairsRecipe, counts: Counter[str])
         return row, list(answers_of(row, by))
 
     found: dict[str, Group] = {}
-    for index, (row, answers) in layouts.converted(rows, settings.data.bad_rows, read):
+    for index, (row, answers) in layouts.converted(rows, settings.data, read):
         # rows that are pairs already are not mixed with others of their prompt, which nobody has compared
         key = json.dumps([row["prompt"], index if by == "pair" else None], sort_keys=True)
         group = found.setdefault(key, Group(row["prompt"], []))
@@ -127,8 +127,9 @@ def cleaned(group: Group, settings: PairsRecipe, counts: Counter[str]) -> Group:
         if len({one.tier for one in same}) > 1:
             first, last = same[0], same[-1]
             if settings.data.bad_rows == "error":
+                named = folder.origin(settings.data).rows(sorted({first.row, last.row}))
                 raise BadInput(
-                    f"{rows_named(sorted({first.row, last.row}))}: the same answer to one prompt stands in two tiers "
+                    f"{named}: the same answer to one prompt stands in two tiers "
                     f"({first.order:g} and {last.order:g}): {words(first.text)!r:.80} (--bad_rows "
                     "drop leaves such answers out)"
                 )

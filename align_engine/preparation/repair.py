@@ -47,7 +47,7 @@ def run(settings: RepairRecipe) -> None:
     asked, rows = settings.repair, folder.read(settings.data)
     if strange := [name for name in asked.styles if name not in STYLES]:
         raise BadInput(f"styles = {strange[0]!r} is none of {', '.join(STYLES)}")
-    pairs, _ = pairs_of(rows, None, asked.seed, settings.data.bad_rows)
+    pairs, _ = pairs_of(rows, None, asked.seed, settings.data.bad_rows, folder.origin(settings.data).rows)
     pairs = [pairs[i] for i in np.random.default_rng(asked.seed).permutation(len(pairs))]
     measured, tested = pairs[: asked.num_pairs], pairs[asked.num_pairs :][:TESTED]
     if len(tested) < FEWEST:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from align_engine import inputs
-from align_engine.data.sources import load_rows
+from align_engine.data.sources import Origin, load_rows
 from align_engine.errors import BadInput
 from align_engine.preparation import folder, report
 from align_engine.preparation.answers import Answers, pairs_of, scorer
@@ -48,7 +49,7 @@ def run(settings: TokensRecipe) -> None:
     """
     asked = settings.tokens
     rows = folder.read(settings.data)
-    answers = Answers(rows, asked.source_column, settings.data.bad_rows)
+    answers = Answers(rows, asked.source_column, settings.data.bad_rows, folder.origin(settings.data).rows)
     pairs = _pairs(settings, rows)
     score = scorer(settings.sway.reward_model, settings.sway.trust_remote_code) if settings.sway.reward_model else None
     if settings.data.dry_run:
@@ -69,13 +70,15 @@ def _pairs(settings: TokensRecipe, rows: datasets.Dataset) -> list[Pair]:
     section = settings.sway
     if section.reward_model is None:
         return []
-    held = load_rows(section.pairs_name, settings.data.dataset_train_split) if section.pairs_name else rows
+    origin = Origin(section.pairs_name or settings.data.dataset_name, settings.data.dataset_train_split)
+    held = load_rows(*origin) if section.pairs_name else rows
     if section.pairs_name is None and not {"chosen", "rejected"} <= set(rows.column_names):
         raise BadInput(
             f"reward_model = {section.reward_model!r}: dataset_name holds no pairs to ask it about (chosen and "
             "rejected); give some as pairs_name"
         )
-    return pairs_of(held, section.num_pairs, section.seed, settings.data.bad_rows)[0]
+    with origin.named() if section.pairs_name else nullcontext():
+        return pairs_of(held, section.num_pairs, section.seed, settings.data.bad_rows, origin.rows)[0]
 
 
 def neutral_words(counts: Counts, found: Sequence[Finding], telling: Sequence[Finding]) -> dict[Kind, list[str]]:

@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from align_engine.assessment import intervals, signs
+from align_engine.assessment.measure import likelihoods
 from align_engine.cli import main
+from align_engine.errors import BadInput, among, rows_named
 
 LISTED = "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning", "ignore::ResourceWarning"
 pytestmark = [pytest.mark.filterwarnings(one) for one in LISTED]  # lm-eval's and its packages'
@@ -302,3 +304,14 @@ def test_states_follow_the_whole_interval():
         (None, "unclear"),
     ):
         assert signs.decide(intervals.Estimate(0.1, interval, 50), 0.1) == wanted
+
+
+def test_an_answer_that_the_chat_template_refuses_is_named_by_its_row(tmp_path):
+    """Though some rows are left out, and empty answers are not read."""
+    model = tiny.write_model(tmp_path / "model")
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.content == 'w50' %}{{ raise_exception('not w50') }}{% endif %}w1{% endfor %}"
+    )
+    prompts, answers, numbers = [[{"role": "user", "content": "w1"}]] * 3, ["w2", " ", "w50"], [4, 6, 8]
+    with pytest.raises(BadInput, match=r"not w50 \(row 9, counted from 1\)"):
+        likelihoods(str(model), prompts, [answers], 2, among(rows_named, numbers))

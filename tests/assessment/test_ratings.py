@@ -213,7 +213,7 @@ def test_gold_says_what_is_right(mode, data, gold, tmp_path):
     ([{"prompt": "p"}], {}, "prompts without answers.*align generate"),
     ([{"prompt": "p", "completion": "a"}] * 2, {}, "no prompt has two different answers"),
     ([{"prompt": "p", "completion": f"{i}"} for i in range(10)], {"mode": "rank"}, "10 different answers"),
-    ([{"prompt": "p", "completion": None}, ANSWERS[0]], {}, "row 1, counted from 1: "),
+    ([{"prompt": "p", "completion": None}, ANSWERS[0]], {}, "rows.jsonl: row 1, counted from 1: "),
     (ANSWERS, {"gold_name": "x.jsonl"}, "x.jsonl"),
     (ANSWERS, {"guideline": "/no/where.md"}, "guideline"),
     (ANSWERS, {"columns": ["prompt=zzz"]}, "no column 'zzz'"),

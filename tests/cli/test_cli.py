@@ -117,6 +117,23 @@ BAD = {  # name: (command, changes of the flags, what the message must hold)
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("command", ["dpo", "kto"])
+@pytest.mark.parametrize("fault", [{"rejected": "w50"}, {"chosen": ""}], ids=["token", "empty"])
+def test_a_row_is_named_by_its_data_set_and_file(command, fault, align, tmp_path):
+    """A fault in the second row of a folder's second file, of the data to train on and of those to evaluate on."""
+    model = tiny.write_model(tmp_path / "model", vocab=45)
+    good = [{"prompt": f"w{i}", "chosen": "w2", "rejected": "w3"} for i in range(3)]
+    for name, second in (("good", {}), ("bad", fault)):
+        (tmp_path / name).mkdir()
+        tiny.write_rows(tmp_path / name / "a.jsonl", good)
+        tiny.write_rows(tmp_path / name / "b.jsonl", [good[0], good[1] | second, good[2]])
+    for data, held in (("bad", "good"), ("good", "bad")):
+        more = dict(eval_dataset_name=tmp_path / held, eval_strategy="steps")
+        code, _, complaint = align(command, *flags(model, tmp_path / data, tmp_path / "run", **more))
+        assert code == 2 and "row 2 of b.jsonl, counted from 1" in complaint
+        assert f"error: {tmp_path / 'bad'}: " in complaint
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 @pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # of peft, on adapters of tied heads
 @pytest.mark.parametrize("case", BAD)

@@ -15,7 +15,7 @@ import tiny
 from transformers import AutoTokenizer
 
 from align_engine.cli import main
-from align_engine.data.sources import load_rows
+from align_engine.data.sources import Origin, load_rows
 from align_engine.data.tokenize import prepare
 from align_engine.errors import BadInput
 
@@ -281,3 +281,29 @@ def test_links_in_a_folder_of_data_are_followed_once(tmp_path):
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "data")
     assert sorted(load_rows(tmp_path / "data")["text"]) == ["a", "b"]
+
+
+def test_rows_of_a_folder_are_named_by_their_file(tmp_path: Path) -> None:
+    """A fault in each row in turn: what is named is the row of the file where it was put."""
+    (tmp_path / "train" / "more").mkdir(parents=True)
+    files = {"train/a.jsonl": 2, "train/more/b.json": 1, "train/more/c.jsonl": 3, "test.jsonl": 2}
+    whole = [(name, row) for name, count in files.items() for row in range(count)]
+    for name, count in files.items():
+        rows = [{"at": [name, row]} for row in range(count)]
+        text = json.dumps(rows, indent=1) if name.endswith(".json") else "\n\n".join(map(json.dumps, rows))
+        (tmp_path / name).write_text(text)
+    for split, part in (("train", whole[:6]), ("test", whole[6:])):
+        origin, rows = Origin(str(tmp_path), split), load_rows(tmp_path, split)
+        assert [tuple(at) for at in rows["at"]] == part
+        for i, (name, row) in enumerate(part):
+            assert origin.rows([i]) == f"row {row + 1} of {name}, counted from 1"
+    assert Origin(str(tmp_path)).rows([0, 1, 3, 5]) == (
+        "rows 1, 2 of train/a.jsonl, 1, 3 of train/more/c.jsonl, counted from 1"
+    )
+    assert Origin(str(tmp_path)).rows(range(6)).endswith("1, 2 of train/more/c.jsonl, ..., counted from 1")
+    assert Origin(str(tmp_path / "test.jsonl")).rows([1]) == "row 2, counted from 1"
+    load_rows(tmp_path / "train").to_parquet(tmp_path / "table" / "a.parquet")
+    load_rows(tmp_path / "train").to_parquet(tmp_path / "table" / "b.parquet")
+    assert Origin(str(tmp_path / "table")).rows([8]) == "row 3 of b.parquet, counted from 1"
+    load_rows(tmp_path / "train").save_to_disk(str(tmp_path / "saved"))
+    assert Origin(str(tmp_path / "saved")).rows([1]) == "row 2, counted from 1"

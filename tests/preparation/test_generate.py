@@ -13,6 +13,7 @@ import tiny
 
 from align_engine.cli import main
 from align_engine.data.sources import load_rows
+from align_engine.errors import rows_named
 from align_engine.preparation import endpoints, generate, local
 from align_engine.preparation.models import read_models
 
@@ -221,10 +222,26 @@ def test_a_checkpoint_with_a_chat_template_and_greedy(tmp_path):
     tokenizer.save_pretrained(path)
     (model,) = read_models([spec("easy", "easy", path=path, temperature=0, max_tokens=5)])
     prompts = {3: [{"role": "system", "content": "w7"}, {"role": "user", "content": "w1"}]}
-    (reply,) = local.Local(model, prompts).sample([3], 0)
+    (reply,) = local.Local(model, prompts, rows_named).sample([3], 0)
     ids = tokenizer("w0 w7 w0 w1 w9", return_tensors="pt")["input_ids"]
     own = AutoModelForCausalLM.from_pretrained(path).generate(ids, do_sample=False, max_new_tokens=5)
     assert reply.answers[0][0] == tokenizer.decode(own[0, 5:], skip_special_tokens=True) and reply.tokens[0] == 5
+
+
+def test_a_prompt_that_a_checkpoint_cannot_read_is_named_by_its_row(tmp_path, align):
+    """Though rows before it are left out."""
+    model = tiny.write_model(tmp_path / "model", vocab=45)
+    small = spec("small", "easy", path=model, max_tokens=2)
+    prompts = [{"prompt": "w1"}, {"prompt": ""}, {"prompt": "w2"}, {"prompt": "w50"}]
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", prompts)
+    said = "in 'prompt_ids' of row 4, counted from 1, is outside model 'small''s vocabulary of 45"
+    code, _, complaint = align(*flags(rows, tmp_path / "out", small, bad_rows="drop"))
+    assert code == 2 and said in complaint
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.content == 'w50' %}{{ raise_exception('not w50') }}{% endif %}w1{% endfor %}"
+    )
+    code, _, complaint = align(*flags(rows, tmp_path / "other", small, bad_rows="drop"))
+    assert code == 2 and "refuses the messages: not w50 (row 4, counted from 1)" in complaint
 
 
 MODELS = {  # what is wrong: (flags or the lines of a YAML file, what is said)

@@ -235,3 +235,6 @@ def test_what_cannot_be_counted_or_asked_about_is_said(data, tmp_path, capsys):
     assert "has no `score` head" in said(data, "--reward_model", str(planted.bert(tmp_path / "bert")))
     broken = tiny.write_rows(tmp_path / "broken.jsonl", [{"prompt": "p", "completion": None}, {"completion": "a"}])
     assert "row 1, counted from 1: 'completion' is missing" in said(broken)
+    pairs = tiny.write_rows(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a b", "rejected": ""}])
+    complaint = said(answers, "--reward_model", f"{planted.__file__}:score", "--pairs_name", str(pairs))
+    assert f"{pairs}: row 1, counted from 1: 'rejected' is empty" in complaint

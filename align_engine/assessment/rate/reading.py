@@ -19,7 +19,7 @@ from align_engine.assessment.rate.items import Answer, Item, of_group
 from align_engine.assessment.rate.sections import ItemSection
 from align_engine.data.formats import BadRow, has_several
 from align_engine.errors import BadInput
-from align_engine.preparation import layouts
+from align_engine.preparation import folder, layouts
 from align_engine.preparation.sections import MappedInput
 
 Row = dict[str, Any]
@@ -45,7 +45,9 @@ def read(section: ItemSection, name: str, mode: str) -> list[Item]:
             "`align generate` makes answers"
         )
     groups: dict[str, tuple[Any, list[Answer]]] = {}
-    for number, (prompt, answers) in layouts.converted(rows, section.bad_rows, _answers):
+    with folder.origin(mapped).named():
+        read_rows = list(layouts.converted(rows, mapped, _answers))
+    for number, (prompt, answers) in read_rows:
         key = json.dumps(prompt, sort_keys=True)
         if mode in ("pair", "rank") and len(answers) > 1:
             key += f" {number}"  # answers that stand in one row are rated together
