@@ -109,6 +109,7 @@ def fenced(x: Tensor, layout: str, at_the_end: bool) -> Tensor:
     return flat.fill_(torch.nan).as_strided((rows, cols), strides).copy_(x)
 
 
+@pytest.mark.parametrize("gemm", ["avx2", *GEMMS])
 @pytest.mark.parametrize("at_the_end", [False, True])
 @pytest.mark.parametrize(("a_layout", "b_layout"), LAYOUTS)
 def test_nothing_is_touched_beside_the_matrices_and_packed(
