@@ -1,5 +1,5 @@
-// C (+)= A B in float32, for machines whose torch.mm is slow, or has no product of bfloat16 with a float32 sum. No torch
-// header, as in tile.h.
+// C (+)= A B in float32, for machines whose torch.mm is slow, and for bfloat16, of which torch makes no float32. No
+// torch header, as in tile.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -18,7 +18,8 @@ constexpr Config kConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16,
 class Amx {
  public:
   using Packed = Pair;
-  static constexpr int64_t kTile = 2 * kBlock, kTileWide = 2 * kBlock, kPanels = 4, kWide = 32 * kTileWide, kDepth = 384;
+  static constexpr int64_t kTile = 2 * kBlock, kTileWide = 2 * kBlock, kPanels = 4;
+  static constexpr int64_t kWide = 32 * kTileWide, kDepth = 1024;
   static int64_t slots(int64_t depth) { return up((depth + 1) / 2, kBlock); }
 
   static void pack_a(Pair* out, const Matrix& a, int64_t m, int64_t depth) {
@@ -43,10 +44,10 @@ class Amx {
   Amx(const Amx&) = delete;
   void operator=(const Amx&) = delete;
 
-  // c [32, 32] (+)= a [32][pairs] b [pairs][32]
+  // c [32, 32] (+)= a [pairs / 16][32][16] b [pairs][32]
   AMX void operator()(const Pair* a, const Pair* b, int64_t pairs, float* c, int64_t stride, bool add) const {
-    const int64_t row = stride * int64_t(sizeof *c), line = pairs * int64_t(sizeof *a);
-    constexpr int64_t wide = kTileWide * int64_t(sizeof *b);
+    const int64_t row = stride * int64_t(sizeof *c);
+    constexpr int64_t line = kBlock * int64_t(sizeof *a), wide = kTileWide * int64_t(sizeof *b);
     float* const below = c + kBlock * stride;
     __asm__ volatile("" ::: "memory");  // GCC does not know that a tile's load reads memory
     if (add) {
@@ -60,9 +61,9 @@ class Amx {
       _tile_zero(2);
       _tile_zero(3);
     }
-    for (int64_t p = 0; p < pairs; p += kBlock, a += kBlock, b += kBlock * kTileWide) {
+    for (int64_t p = 0; p < pairs; p += kBlock, a += kBlock * kTile, b += kBlock * kTileWide) {
       _tile_loadd(4, a, line);
-      _tile_loadd(5, a + kBlock * pairs, line);
+      _tile_loadd(5, a + kBlock * kBlock, line);
       _tile_loadd(6, b, wide);
       _tile_loadd(7, b + kBlock, wide);
       _tile_dpbf16ps(0, 4, 6);

@@ -129,7 +129,8 @@ inline __attribute__((always_inline)) void tile(const float* a, const float* b, 
 
 struct Avx2 {
   using Packed = float;
-  static constexpr int64_t kTile = align::kTile, kTileWide = align::kTileWide, kPanels = 16, kWide = 64 * kTileWide, kDepth = 384;
+  static constexpr int64_t kTile = align::kTile, kTileWide = align::kTileWide, kPanels = 16;
+  static constexpr int64_t kWide = 64 * kTileWide, kDepth = 384;
   static int64_t slots(int64_t depth) { return depth; }
 
   static void pack_a(float* out, const Matrix& a, int64_t m, int64_t depth) {

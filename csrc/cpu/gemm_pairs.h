@@ -79,7 +79,7 @@ void pack_by_pairs(Pair* out, const Bf16* in, int64_t across, int64_t along, int
     }
 }
 
-// The same as [kLines][pairs], pairs a multiple of kBlock.
+// The same as [pairs / kBlock][kLines][kBlock], pairs a multiple of kBlock.
 template <int64_t kLines>
 void pack_by_lines(Pair* out, const Bf16* in, int64_t across, int64_t along, int64_t count, int64_t depth,
                    int64_t pairs) {
@@ -87,7 +87,7 @@ void pack_by_lines(Pair* out, const Bf16* in, int64_t across, int64_t along, int
     for (int64_t l0 = 0; l0 < kLines; l0 += kBlock) {
       __m512i x[kBlock];
       load(x, in + l0 * across + 2 * p0 * along, across, along, least(count - l0, kBlock), depth - 2 * p0, false);
-      for (int64_t l = 0; l < kBlock; l++) _mm512_storeu_si512(out + (l0 + l) * pairs + p0, x[l]);
+      for (int64_t l = 0; l < kBlock; l++) _mm512_storeu_si512(out + p0 * kLines + (l0 + l) * kBlock, x[l]);
     }
 }
 

@@ -1,5 +1,6 @@
-// Packed panels and a tile of C in registers: Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication",
-// 2008. A panel of B, depth x kWide, stays in the third-level cache, one of A, kTall x depth, in the second.
+// Packed panels and a tile of C in registers (Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication", 2008). A panel of B, depth x kWide, stays in the third-level cache, one of A, kTall x depth, in the
+// second.
 #pragma once
 #include <stdint.h>
 #include <string.h>
