@@ -29,7 +29,7 @@ struct Free {
   void operator()(char* p) const { std::free(p); }
 };
 
-// Memory of the calling thread, kept from call to call: fresh pages cost more than a small product. At most 2.4 MB for
+// Memory of the calling thread, kept from call to call: fresh pages cost more than a small product. At most 1.7 MB for
 // each thread that multiplies, which no workspace counts.
 char* scratch(size_t bytes) {
   static thread_local std::unique_ptr<char, Free> memory;

@@ -19,7 +19,7 @@ class Amx {
  public:
   using Packed = Pair;
   static constexpr int64_t kTile = 2 * kBlock, kTileWide = 2 * kBlock, kPanels = 4;
-  static constexpr int64_t kWide = 32 * kTileWide, kDepth = 1024;
+  static constexpr int64_t kWide = 16 * kTileWide, kDepth = 1024;
   static int64_t slots(int64_t depth) { return up((depth + 1) / 2, kBlock); }
 
   static void pack_a(Pair* out, const Matrix& a, int64_t m, int64_t depth) {

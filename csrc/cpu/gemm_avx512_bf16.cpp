@@ -8,7 +8,7 @@ namespace {
 struct Avx512Bf16 {
   using Packed = Pair;
   static constexpr int64_t kTile = 14, kTileWide = 2 * kBlock, kPanels = 8;
-  static constexpr int64_t kWide = 32 * kTileWide, kDepth = 1024;
+  static constexpr int64_t kWide = 16 * kTileWide, kDepth = 1024;
   static int64_t slots(int64_t depth) { return (depth + 1) / 2; }
 
   static void pack_a(Pair* out, const Matrix& a, int64_t m, int64_t depth) {

@@ -4,6 +4,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#include <xmmintrin.h>
 
 #include "gemm.h"
 
@@ -12,6 +13,30 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t up(int64_t a, int64_t step) { return (a + step - 1) / step * step; }
+
+// What of B is packed next, fetched some lines at a time while tiles are made: few rows of A would wait for it.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Matrix& b, int64_t depth, int64_t n) {
+    const bool by_columns = b.row == 1;
+    at_ = static_cast<const char*>(b.data);
+    stride_ = (by_columns ? b.col : b.row) * size_of(b.storage);
+    lines_ = up((by_columns ? depth : n) * size_of(b.storage), kLine) / int64_t(kLine);
+    left_ = (by_columns ? n : depth) * lines_;
+  }
+  int64_t left() const { return left_; }
+  void fetch(int64_t lines) {
+    for (; lines > 0 && left_ > 0; lines--, left_--) {
+      _mm_prefetch(at_ + line_ * int64_t(kLine), _MM_HINT_T1);
+      if (++line_ == lines_) line_ = 0, at_ += stride_;
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t stride_ = 0, lines_ = 0, left_ = 0, line_ = 0;
+};
 
 // A way to multiply, `Tile`:
 //   kTile, kTileWide: its tile of C; kPanels: tiles of a panel of A; kWide: columns of one of B; kDepth: of both
@@ -42,11 +67,15 @@ struct Panels {
         const int64_t depth = least(Tile::kDepth, p.k - k0), slots = Tile::slots(depth);
         const bool add = p.add || k0 > 0;
         Tile::pack_b(b, from(p.b, k0, j0), n, depth);
+        Ahead ahead = next(p, k0 + Tile::kDepth, j0);
+        const int64_t tiles = up(p.m, Tile::kTile) / Tile::kTile * (up(n, Tile::kTileWide) / Tile::kTileWide);
+        const int64_t lines = ahead.left() / tiles + 1;
         for (int64_t i0 = 0; i0 < p.m; i0 += kTall) {
           const int64_t m = least(kTall, p.m - i0);
           Tile::pack_a(a, from(p.a, i0, k0), m, depth);
           for (int64_t j = 0; j < n; j += Tile::kTileWide)
             for (int64_t i = 0; i < m; i += Tile::kTile) {
+              ahead.fetch(lines);
               float* c = p.c + (i0 + i) * p.stride + j0 + j;
               const Packed *left = a + i * slots, *right = b + j * slots;
               if (m - i >= Tile::kTile && n - j >= Tile::kTileWide)
@@ -61,6 +90,13 @@ struct Panels {
   }
 
  private:
+  // What is packed after the panel of B that ends at k0 of the columns j0.
+  static Ahead next(const Product& p, int64_t k0, int64_t j0) {
+    if (k0 >= p.k) k0 = 0, j0 += Tile::kWide;
+    if (j0 >= p.n) return Ahead();
+    return Ahead(from(p.b, k0, j0), least(Tile::kDepth, p.k - k0), least(Tile::kWide, p.n - j0));
+  }
+
   // What is there is added by the tile, as elsewhere: a sum does not depend on how many rows and columns there are.
   static void at_the_edge(const Tile& tile, const Packed* a, const Packed* b, int64_t slots, float* c, int64_t stride,
                           bool add, int64_t m, int64_t n) {
