@@ -64,9 +64,10 @@ def until(condition: Callable[[], Any], said: str = "") -> Any:
 
 
 def press(driver: Any, *keys: str) -> None:
-    """Keys, one after the other, for whatever has the focus."""
+    """Keys, one after the other, for whatever has the focus; before the page is drawn a browser drops them."""
     from selenium.webdriver import ActionChains
 
+    driver.execute_async_script("const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))")
     chain = ActionChains(driver, duration=0)
     for key in keys:
         chain.send_keys(key)
