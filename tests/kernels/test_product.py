@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from accuracy import check
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,6 +275,26 @@ def test_of_bfloat16_all_sizes_are_taken(monkeypatch):
     assert not products.takes(torch.zeros(3, 2), a.half(), b)
     monkeypatch.setattr(products, "ADVISED", set())
     assert not products.takes(torch.zeros(3, 2), a, b)
+
+
+@pytest.mark.parametrize("name", ["bias", "lora_A", "lora_B"])
+def test_a_float32_part_of_a_bfloat16_head_has_a_gradient_of_float32(name: str, monkeypatch):
+    """All rows have one target and one coefficient, a sixth: rounded to 16 bits, each would err to the same side."""
+    monkeypatch.setattr(products, "ADVISED", {torch.bfloat16})
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, D, generator=rng).bfloat16() for n in (6, V))
+    targets = torch.full((6,), V - 1)
+    sizes = dict(bias=(V,)) if name == "bias" else dict(lora_A=(2, D), lora_B=(V, 2))
+    tensors = {key: torch.randn(size, generator=rng) for key, size in sizes.items()}
+
+    def gradient(dtype: torch.dtype | None, impl: str) -> Tensor:
+        given = {key: x.to(dtype or x.dtype, copy=True).requires_grad_() for key, x in tensors.items()}
+        head = given if name == "bias" else dict(lora=(given["lora_A"], given["lora_B"], 0.5))
+        x, w = (x.to(dtype or x.dtype) for x in (hidden, weight))
+        out = linear_logprobs(x, w, targets, impl=impl, **head)
+        return torch.autograd.grad(out.logp.mean(), given[name])[0]
+
+    check(name, gradient(None, "cpu"), gradient(torch.float64, "eager"))
 
 
 @pytest.mark.parametrize("named, left", [("default", 1), ("avx2", 2), ("avx512", 3)])

@@ -247,7 +247,8 @@ class TiledHead:
         self.backend_name = pick(settings.impl, head.weight.device, self.logits_dtype)
         self.backend = BACKENDS[self.backend_name]
         own = self.backend.products
-        read = (head.hidden, head.weight, head.lora_A, head.lora_B)  # a float32 LoRA asks for gradients in float32
+        # a float32 LoRA, or such a bias, asks for gradients in float32
+        read = (head.hidden, head.weight, head.lora_A, head.lora_B, head.bias if needs.bias else None)
         narrow = own is not None and all(own.serves(x.dtype) for x in read if x is not None)
         self.dtype = gemm_dtype(*dtypes, narrow)
         self.on_chip, self.tiles_because = _on_chip(self.backend, head, needs)
