@@ -23,16 +23,10 @@ class Amx {
   static int64_t slots(int64_t depth) { return up((depth + 1) / 2, kBlock); }
 
   static void pack_a(Pair* out, const Matrix& a, int64_t m, int64_t depth) {
-    const int64_t pairs = slots(depth);
-    for (int64_t i = 0; i < m; i += kTile)
-      pack_by_lines<kTile>(out + i * pairs, static_cast<const Bf16*>(a.data) + i * a.row, a.row, a.col,
-                           least(kTile, m - i), depth, pairs);
+    pack<kTile, false>(out, a.data, a.row, a.col, m, depth, slots(depth));
   }
   static void pack_b(Pair* out, const Matrix& b, int64_t n, int64_t depth) {
-    const int64_t pairs = slots(depth);
-    for (int64_t j = 0; j < n; j += kTileWide)
-      pack_by_pairs<kTileWide>(out + j * pairs, static_cast<const Bf16*>(b.data) + j * b.col, b.col, b.row,
-                               least(kTileWide, n - j), depth, pairs);
+    pack<kTileWide, true>(out, b.data, b.col, b.row, n, depth, slots(depth));
   }
 
   // Others on this thread may count on what they have set: it is put back.

@@ -66,29 +66,20 @@ inline void load(__m512i (&x)[kBlock], const Bf16* in, int64_t across, int64_t a
   if (pairs != by_pairs) transpose(x);
 }
 
-// `count` <= kLines lines as [pairs][kLines], with zeros for what is missing. Writes up to 2 pairs more.
-template <int64_t kLines>
-void pack_by_pairs(Pair* out, const Bf16* in, int64_t across, int64_t along, int64_t count, int64_t depth,
-                   int64_t pairs) {
-  for (int64_t p0 = 0; p0 < pairs; p0 += kBlock)
-    for (int64_t l0 = 0; l0 < kLines; l0 += kBlock) {
-      __m512i x[kBlock];
-      load(x, in + l0 * across + 2 * p0 * along, across, along, least(count - l0, kBlock), depth - 2 * p0, true);
-      for (int64_t p = 0; p < least(kBlock, pairs - p0); p++)
-        _mm512_storeu_si512(out + (p0 + p) * kLines + l0, x[p]);
-    }
-}
-
-// The same as [pairs / kBlock][kLines][kBlock], pairs a multiple of kBlock.
-template <int64_t kLines>
-void pack_by_lines(Pair* out, const Bf16* in, int64_t across, int64_t along, int64_t count, int64_t depth,
-                   int64_t pairs) {
-  for (int64_t p0 = 0; p0 < pairs; p0 += kBlock)
-    for (int64_t l0 = 0; l0 < kLines; l0 += kBlock) {
-      __m512i x[kBlock];
-      load(x, in + l0 * across + 2 * p0 * along, across, along, least(count - l0, kBlock), depth - 2 * p0, false);
-      for (int64_t l = 0; l < kBlock; l++) _mm512_storeu_si512(out + p0 * kLines + (l0 + l) * kBlock, x[l]);
-    }
+// Panels of kLines lines, with zeros for what is missing: [pairs][kLines] by pairs, which writes up to 2 pairs more, else
+// [pairs / kBlock][kLines][kBlock], pairs a multiple of kBlock.
+template <int64_t kLines, bool kByPairs>
+void pack(Pair* out, const void* data, int64_t across, int64_t along, int64_t lines, int64_t depth, int64_t pairs) {
+  const Bf16* in = static_cast<const Bf16*>(data);
+  for (int64_t i = 0; i < lines; i += kLines, out += kLines * pairs)
+    for (int64_t p0 = 0; p0 < pairs; p0 += kBlock)
+      for (int64_t l0 = 0; l0 < kLines; l0 += kBlock) {
+        const Bf16* block = in + (i + l0) * across + 2 * p0 * along;
+        __m512i x[kBlock];
+        load(x, block, across, along, least(least(kLines, lines - i) - l0, kBlock), depth - 2 * p0, kByPairs);
+        for (int64_t j = 0; j < (kByPairs ? least(kBlock, pairs - p0) : kBlock); j++)
+          _mm512_storeu_si512(out + (kByPairs ? (p0 + j) * kLines + l0 : p0 * kLines + (l0 + j) * kBlock), x[j]);
+      }
 }
 
 }  // namespace
