@@ -4,13 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
-#include <string>
 #include <vector>
 
 #include "../require.h"
+#include "named.h"
 #include "processor.h"
 
 namespace align {
@@ -73,14 +72,7 @@ const Gemm& narrow_gemm() { return *chosen().load(); }
 
 const Gemm* const* available_narrow_gemms() { return narrow_gemms().data(); }
 
-void set_narrow_gemm(const char* name) {
-  std::string known;
-  for (const Gemm* const* gemm = available_narrow_gemms(); *gemm; gemm++) {
-    if (std::strcmp((*gemm)->name, name) == 0) return chosen().store(*gemm);
-    known += std::string(known.empty() ? "" : ", ") + (*gemm)->name;
-  }
-  require(false, "narrow_gemm must be one of ", known, " on this machine, got \"", name, "\"");
-}
+void set_narrow_gemm(const char* name) { chosen().store(named("narrow_gemm", available_narrow_gemms(), name)); }
 
 void product(const Product& p, int threads) {
   require(serves_avx2(), "product needs a processor with AVX2 and FMA");

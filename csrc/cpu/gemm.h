@@ -48,8 +48,8 @@ void product(const Product&, int threads);
 bool product_advised(Storage);
 
 // What multiplies bfloat16 by bfloat16: "avx2" widens both, others are units of the machine's own.
-const Gemm& narrow_gemm();                  // in use
-void set_narrow_gemm(const char* name);     // raises std::invalid_argument
+const Gemm& narrow_gemm();                    // in use
+void set_narrow_gemm(const char* name);       // raises std::invalid_argument
 const Gemm* const* available_narrow_gemms();  // ascending, ends with null
 
 }  // namespace align

@@ -3,14 +3,13 @@
 
 #include "../require.h"
 #include "denormals.h"
+#include "named.h"
 #include "processor.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <string>
 #include <vector>
 
 namespace align {
@@ -222,13 +221,6 @@ const Isa& isa() { return *chosen().load(); }
 
 const Isa* const* available_isas() { return isas().data(); }
 
-void set_isa(const char* name) {
-  std::string known;
-  for (const Isa* const* isa = available_isas(); *isa; isa++) {
-    if (std::strcmp((*isa)->name, name) == 0) return chosen().store(*isa);
-    known += std::string(known.empty() ? "" : ", ") + (*isa)->name;
-  }
-  require(false, "isa must be one of ", known, " on this machine, got \"", name, "\"");
-}
+void set_isa(const char* name) { chosen().store(named("isa", available_isas(), name)); }
 
 }  // namespace align
